@@ -1,0 +1,29 @@
+# `make demo` and `make test` set up everything they need in .venv (one folder per Python version).
+PYTHON ?= python3
+VENV   := .venv/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+
+.PHONY: demo test slow lint clean
+
+demo: $(READY)
+	$(BIN)/kimi-jax demo
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

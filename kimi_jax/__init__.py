@@ -1,0 +1,37 @@
+"""Moonshot's Kimi models in JAX and Flax: the public names, each loaded when it is first used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from checkpoints import load as load
+    from kimi_jax import decoding as decoding
+    from kimi_jax import media as media
+    from kimi_jax.decoding import generate as generate
+    from kimi_jax.model.kimi import Kimi as Kimi
+    from kimi_jax.model.splice import Media as Media
+    from kimi_jax.text import Tokenizer as Tokenizer
+    from kimi_jax.text import chat as chat
+
+_HOMES = {
+    "Kimi": "kimi_jax.model.kimi",
+    "Media": "kimi_jax.model.splice",
+    "Tokenizer": "kimi_jax.text.tokenizer",
+    "generate": "kimi_jax.decoding",
+    "load": "checkpoints",
+}
+_MODULES = {"chat": "kimi_jax.text.chat", "decoding": "kimi_jax.decoding", "media": "kimi_jax.media"}
+
+__all__ = sorted([*_HOMES, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'kimi_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

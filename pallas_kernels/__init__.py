@@ -1,0 +1,22 @@
+"""Ops of Kimi-shaped models that plain array code does slowly: INT4 and grouped matmuls, the KDA delta rule, latent
+attention.
+
+Stands alone: needs JAX and nothing of the models. Each op has a folder: `api` (what to call), `reference` (what it
+means, in numpy), `xla` (plain JAX, fast), `shapes` (what tests and benchmarks share).
+"""
+
+from pallas_kernels.grouped_matmul import grouped_matmul as grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_swiglu as grouped_swiglu
+from pallas_kernels.int4_grouped_matmul import int4_grouped_matmul as int4_grouped_matmul
+from pallas_kernels.int4_grouped_matmul import int4_grouped_swiglu as int4_grouped_swiglu
+from pallas_kernels.int4_matmul import dequantize_int4 as dequantize_int4
+from pallas_kernels.int4_matmul import int4_matmul as int4_matmul
+from pallas_kernels.int4_matmul import pack_int4 as pack_int4
+from pallas_kernels.int4_matmul import quantize_int4 as quantize_int4
+from pallas_kernels.int4_matmul import unpack_int4 as unpack_int4
+from pallas_kernels.kda import kda as kda
+from pallas_kernels.kda import kda_step as kda_step
+from pallas_kernels.mla_attention import merge_partials as merge_partials
+from pallas_kernels.mla_attention import mla_decode as mla_decode
+from pallas_kernels.mla_attention import mla_prefill as mla_prefill
+from pallas_kernels.mla_attention import mla_write as mla_write

@@ -1,0 +1,116 @@
+"""Walking over the rows of a ragged batch group by group, without Pallas and without computing what no row asks for.
+
+Rows are sorted by group. An outer loop visits the non-empty groups, an inner one cuts a group's rows in blocks that
+never straddle a group, so that a group's weights are fetched (and dequantised) once. Both loops have dynamic bounds:
+the work is that of the rows there are.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+Carry = TypeVar("Carry")
+Weights = TypeVar("Weights")
+
+
+def local_groups(
+    group_sizes: Int32[Array, "groups"], group_offset: Int[Array, ""] | int, num_local: int
+) -> tuple[Int32[Array, "local"], Int32[Array, "local"]]:
+    """First row and end of each of the `num_local` groups that begin at `group_offset`."""
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    starts = ends - group_sizes
+    return tuple(lax.dynamic_slice_in_dim(edge, group_offset, num_local) for edge in (starts, ends))  # type: ignore[return-value]
+
+
+def over_groups(
+    starts: Int32[Array, "local"],
+    ends: Int32[Array, "local"],
+    carry: Carry,
+    visit: Callable[[Array, Array, Array, Carry], Carry],
+) -> Carry:
+    """carry = visit(group, start, end, carry) for each group with rows, in order."""
+    filled = ends > starts
+    (order,) = jnp.nonzero(filled, size=starts.shape[0], fill_value=0)
+
+    def step(i: Array, carry: Carry) -> Carry:
+        group = order[i]
+        return visit(group, starts[group], ends[group], carry)
+
+    return lax.fori_loop(0, jnp.sum(filled), step, carry)
+
+
+def over_rows(
+    start: Array, end: Array, num_rows: int, carry: Carry, visit: Callable[[Array, Bool[Array, "block"], Carry], Carry]
+) -> Carry:
+    """carry = visit(first row, which rows of the block count, carry) for blocks that cover [start, end) once.
+
+    A block's size is that of the mask. Blocks stay inside [0, num_rows): one that would run over the end begins earlier
+    instead.
+    """
+    sizes = _block_sizes(num_rows)
+    for size in sizes:
+        blocks = (end - start) // size if size != sizes[-1] else -((start - end) // size)
+
+        def step(i: Array, carry: Carry, size: int = size, start: Array = start) -> Carry:
+            wanted = start + i * size
+            first = jnp.minimum(wanted, num_rows - size)
+            rows = first + jnp.arange(size, dtype=jnp.int32)
+            return visit(first, (rows >= wanted) & (rows < end), carry)
+
+        carry = lax.fori_loop(0, blocks, step, carry)
+        start = start + blocks * size
+    return carry
+
+
+def map_rows(
+    x: Float[Array, "T K"],
+    out_width: int,
+    group_edges: tuple[Int32[Array, "local"], Int32[Array, "local"]],
+    load: Callable[[Array], Weights],
+    compute: Callable[[Float[Array, "block K"], Weights], Float[Array, "block N"]],
+) -> Float[Array, "T N"]:
+    """Each row's `compute(rows, load(its group))`, in x's dtype; rows of no group are zero."""
+    starts, ends = group_edges
+    num_rows = x.shape[0]
+
+    def group(index: Array, start: Array, end: Array, out: Array) -> Array:
+        weights = load(index)
+
+        def block(first: Array, counts: Array, out: Array) -> Array:
+            size = counts.shape[0]
+            fresh = compute(lax.dynamic_slice_in_dim(x, first, size), weights).astype(x.dtype)
+            kept = lax.dynamic_slice_in_dim(out, first, size)
+            return lax.dynamic_update_slice_in_dim(out, jnp.where(counts[:, None], fresh, kept), first, 0)
+
+        return over_rows(start, end, num_rows, out, block)
+
+    out = jnp.zeros((num_rows, out_width), x.dtype)
+    return over_groups(starts, ends, out, group) if num_rows else out
+
+
+def take(weights: Array, group: Array) -> Array:
+    """One group's slice of the leading axis."""
+    return lax.dynamic_index_in_dim(weights, group, axis=0, keepdims=False)
+
+
+def dot(rows: Float[Array, "block K"], weights: Float[Array, "K N"]) -> Float[Array, "block N"]:
+    """Product with float32 accumulation (float64 of float64), exact to the operands' dtype on every platform."""
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    return jnp.dot(rows, weights, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
+
+
+def swiglu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+    """silu(gate) * up."""
+    return jax.nn.silu(gate) * up
+
+
+def _block_sizes(num_rows: int) -> tuple[int, ...]:
+    # A decode step has about one row per group: anything larger than a row would only add work to the reading of the
+    # weights.
+    if num_rows <= 16:
+        return (1,)
+    return tuple(size for size in (64, 16) if size <= num_rows)

@@ -1,0 +1,138 @@
+"""Grouped matmul in plain JAX: a loop over the groups that have rows on CPU, `jax.lax.ragged_dot` elsewhere.
+
+On CPU `ragged_dot` multiplies every row with every group. The loop's derivatives are written out, for a loop with
+dynamic bounds has none: dx is a grouped matmul with the transposed weights, dW sums x^T dy over each group's rows.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels.grouped_matmul.blocks import dot, local_groups, map_rows, over_groups, over_rows, swiglu, take
+
+Edges = tuple[Int32[Array, "local"], Int32[Array, "local"]]
+
+
+@jax.custom_vjp
+def grouped_matmul(
+    x: Float[Array, "T K"],
+    weights: Float[Array, "E K N"],
+    group_sizes: Int32[Array, "groups"],
+    group_offset: Int[Array, ""],
+) -> Float[Array, "T N"]:
+    """See `api.grouped_matmul`."""
+    return lax.platform_dependent(x, weights, group_sizes, group_offset, cpu=_loop, default=_ragged)
+
+
+def grouped_swiglu(
+    x: Float[Array, "T K"],
+    gate: Float[Array, "E K N"],
+    up: Float[Array, "E K N"],
+    group_sizes: Int32[Array, "groups"],
+    group_offset: Int[Array, ""],
+) -> Float[Array, "T N"]:
+    """See `api.grouped_swiglu`."""
+    return _grouped_swiglu(x, gate, up, group_sizes, group_offset)
+
+
+def _forward(x, weights, group_sizes, group_offset):
+    return grouped_matmul(x, weights, group_sizes, group_offset), (x, weights, group_sizes, group_offset)
+
+
+def _backward(saved, dy):
+    x, weights, group_sizes, group_offset = saved
+    dx, dweights = lax.platform_dependent(x, weights, group_sizes, group_offset, dy, cpu=_loop_vjp, default=_ragged_vjp)
+    return dx, dweights, *no_gradient(group_sizes, group_offset)
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _grouped_swiglu(x, gate, up, group_sizes, group_offset):
+    return lax.platform_dependent(x, gate, up, group_sizes, group_offset, cpu=_loop_swiglu, default=_swiglu_of_two)
+
+
+def _swiglu_of_two(x, gate, up, group_sizes, group_offset):
+    return swiglu(grouped_matmul(x, gate, group_sizes, group_offset), grouped_matmul(x, up, group_sizes, group_offset))
+
+
+def _swiglu_forward(x, gate, up, group_sizes, group_offset):
+    return _grouped_swiglu(x, gate, up, group_sizes, group_offset), (x, gate, up, group_sizes, group_offset)
+
+
+def _swiglu_backward(saved, dy):
+    x, gate, up, group_sizes, group_offset = saved
+    _, pull = jax.vjp(lambda x, gate, up: _swiglu_of_two(x, gate, up, group_sizes, group_offset), x, gate, up)
+    return *pull(dy), *no_gradient(group_sizes, group_offset)
+
+
+_grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def no_gradient(*integers: Array) -> tuple[np.ndarray, ...]:
+    """The cotangents that `custom_vjp` wants for integer arguments."""
+    return tuple(np.zeros(jnp.shape(array), jax.dtypes.float0) for array in integers)
+
+
+def _loop(x, weights, group_sizes, group_offset):
+    edges = local_groups(group_sizes, group_offset, weights.shape[0])
+    return map_rows(x, weights.shape[2], edges, lambda group: take(weights, group), dot)
+
+
+def _loop_swiglu(x, gate, up, group_sizes, group_offset):
+    edges = local_groups(group_sizes, group_offset, gate.shape[0])
+    return map_rows(
+        x,
+        gate.shape[2],
+        edges,
+        lambda group: (take(gate, group), take(up, group)),
+        lambda rows, weights: swiglu(dot(rows, weights[0]), dot(rows, weights[1])),
+    )
+
+
+def _loop_vjp(x, weights, group_sizes, group_offset, dy):
+    edges = local_groups(group_sizes, group_offset, weights.shape[0])
+    dx = map_rows(dy, weights.shape[1], edges, lambda group: take(weights, group).T, dot)
+    return dx, _outer_products(x, dy, edges, weights)
+
+
+def _outer_products(
+    x: Float[Array, "T K"], dy: Float[Array, "T N"], edges: Edges, weights: Float[Array, "E K N"]
+) -> Float[Array, "E K N"]:
+    """x^T dy over the rows of each group, summed in float32."""
+
+    def group(index: Array, start: Array, end: Array, total: Array) -> Array:
+        def block(first: Array, counts: Array, total: Array) -> Array:
+            left = jnp.where(counts[:, None], lax.dynamic_slice_in_dim(x, first, counts.shape[0]), 0)
+            right = jnp.where(counts[:, None], lax.dynamic_slice_in_dim(dy, first, counts.shape[0]), 0)
+            return total + dot(left.T, right)
+
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        summed = over_rows(start, end, x.shape[0], jnp.zeros(weights.shape[1:], wide), block)
+        return lax.dynamic_update_index_in_dim(total, summed.astype(weights.dtype), index, 0)
+
+    zeros = jnp.zeros_like(weights)
+    return over_groups(*edges, zeros, group) if x.shape[0] else zeros
+
+
+def _ragged(x, weights, group_sizes, group_offset):
+    starts, ends = local_groups(group_sizes, group_offset, weights.shape[0])
+    # ragged_dot has no offset: bring the first local row to the top, and back afterwards.
+    product = lax.ragged_dot(
+        jnp.roll(x, -starts[0], axis=0),
+        weights,
+        ends - starts,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+    rows = jnp.arange(x.shape[0])
+    held = (rows >= starts[0]) & (rows < ends[-1])
+    return jnp.where(held[:, None], jnp.roll(product, starts[0], axis=0), 0).astype(x.dtype)
+
+
+def _ragged_vjp(x, weights, group_sizes, group_offset, dy):
+    _, pull = jax.vjp(lambda x, weights: _ragged(x, weights, group_sizes, group_offset), x, weights)
+    return pull(dy)

@@ -1,0 +1,23 @@
+"""Grouped matmul with INT4 weights, plainly: the dequantised matrices, then the dense reference, in numpy float64."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pallas_kernels.grouped_matmul import reference as dense
+from pallas_kernels.int4_matmul.reference import dequantize
+
+Quantised = tuple[ArrayLike, ArrayLike]
+
+
+def int4_grouped_matmul(
+    x: ArrayLike, codes: ArrayLike, scales: ArrayLike, group_sizes: ArrayLike, group_offset: int = 0
+) -> np.ndarray:
+    """x [T, K], codes [E, K, N], scales [E, K//32, N], group_sizes [groups] -> float64 [T, N]."""
+    return dense.grouped_matmul(x, dequantize(codes, scales), group_sizes, group_offset)
+
+
+def int4_grouped_swiglu(
+    x: ArrayLike, gate: Quantised, up: Quantised, group_sizes: ArrayLike, group_offset: int = 0
+) -> np.ndarray:
+    """silu(x gate) * (x up), float64 [T, N]."""
+    return dense.grouped_swiglu(x, dequantize(*gate), dequantize(*up), group_sizes, group_offset)

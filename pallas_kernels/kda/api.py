@@ -1,0 +1,165 @@
+"""Kimi Delta Attention: linear attention with the delta rule and a decay per channel (arXiv 2510.26692, section 3).
+
+Per head, with the state S [Dk, Dv]: S <- exp(g) S;  S <- S + beta k (v - S^T k)^T;  o = S^T q.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
+from pallas_kernels.dispatch import choose
+from pallas_kernels.kda import xla
+
+# Below this many tokens the recurrence costs less than a chunk.
+_SHORT = 16
+
+
+@checks_arguments
+def kda(
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B T H Dk"],
+    v: Float[Array, "B T H Dv"],
+    g: Float[Array, "B T H Dk"],
+    beta: Float[Array, "B T H"],
+    *,
+    initial_state: Float[Array, "B H Dk Dv"] | Float[Array, "B N H Dk Dv"] | None = None,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    num_segments: int | None = None,
+    normalize_qk: bool = False,
+    scale: float = 1.0,
+    lower_bound: float | None = None,
+    return_transition: bool = False,
+    implementation: str | None = None,
+) -> tuple[Array, ...]:
+    """Outputs for T tokens and the state after them; exact for any gate, however strong. Inner arithmetic and states
+    are float32.
+
+    Args:
+      q, k: [B, T, H, Dk]; v: [B, T, H, Dv]. q and k are used as given unless `normalize_qk` or `scale` ask otherwise.
+      g: float32 [B, T, H, Dk], natural logarithm of the decay, <= 0.
+      beta: [B, T, H], in (0, 1).
+      initial_state: float32 [B, H, Dk, Dv], or [B, num_segments, H, Dk, Dv] of packed rows; None is zeros.
+      segment_ids: int32 [B, T], rows packed of several sequences: ids in [0, num_segments) that do not decrease, and -1
+        for padding, whose inputs may hold anything and whose outputs are zero. Needs `num_segments`.
+      normalize_qk: divides q and k by sqrt(sum of squares + 1e-6) first.
+      scale: multiplies q, after the norm.
+      lower_bound: the promise that lower_bound <= g, which lets a kernel take a faster path. A violation makes the
+        result undefined.
+      return_transition: also returns the linear map of the state over the whole span, S_out = transition @ S_in +
+        (S_out for S_in = 0).
+      implementation: "xla", or None for the best that the platform has.
+
+    Returns:
+      o [B, T, H, Dv] in v's dtype, the final state float32 [B, H, Dk, Dv] (packed: [B, num_segments, H, Dk, Dv]; a
+      segment without tokens keeps its initial one), and with `return_transition` float32 [B, H, Dk, Dk] (packed: [B,
+      num_segments, H, Dk, Dk]). Differentiable with respect to q, k, v, g, beta and initial_state.
+
+    Raises:
+      ValueError: shapes or dtypes other than these, segment_ids without num_segments (or the reverse), a positive
+        lower_bound, or (where the values are known) ids out of range or decreasing.
+    """
+    op = "kda"
+    sizes = _check_tokens(op, "B T H", q, k, v, g, beta)
+    if lower_bound is not None and lower_bound > 0:
+        raise ValueError(f"{op}: lower_bound is {lower_bound}, expected a number <= 0, as g is")
+    packed = _check_segments(op, segment_ids, num_segments, sizes)
+    rows = num_segments if packed else 1
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    states = jnp.zeros((sizes["B"], rows, sizes["H"], sizes["Dk"], sizes["Dv"]), wide)
+    if initial_state is not None:
+        pattern = (
+            f"{sizes['B']} {rows} {sizes['H']} {sizes['Dk']} {sizes['Dv']}"
+            if packed
+            else f"{sizes['B']} {sizes['H']} {sizes['Dk']} {sizes['Dv']}"
+        )
+        bind_shapes(op, initial_state=(initial_state, pattern))
+        check_dtype(op, "initial_state", initial_state, wide)
+        states = jnp.asarray(initial_state if packed else initial_state[:, None])
+
+    inputs = [jnp.asarray(array, wide) for array in (q, k, v, g, beta)]
+    if segment_ids is not None:
+        segment_ids = jnp.asarray(segment_ids)
+        inputs = [jnp.where(_over(segment_ids >= 0, array), array, 0) for array in inputs]
+    q, k, values, g, beta = inputs
+    if normalize_qk:
+        q, k = (array * jax.lax.rsqrt(jnp.sum(array**2, axis=-1, keepdims=True) + 1e-6) for array in (q, k))
+    if return_transition:
+        # The map is linear: an identity as state, and no values, in Dk more columns.
+        values = jnp.concatenate([values, jnp.zeros_like(k)], axis=-1)
+        identity = jnp.broadcast_to(jnp.eye(sizes["Dk"], dtype=wide), (*states.shape[:-1], sizes["Dk"]))
+        states = jnp.concatenate([states, identity], axis=-1)
+
+    form = xla.recurrent if sizes["T"] <= _SHORT else xla.chunked
+    o, states = choose(op, implementation, {"xla": form})(scale * q, k, values, g, beta, states, segment_ids)
+    states = states if packed else states[:, 0]
+    o = o[..., : sizes["Dv"]].astype(v.dtype)
+    if return_transition:
+        return o, states[..., : sizes["Dv"]], states[..., sizes["Dv"] :]
+    return o, states
+
+
+@checks_arguments
+def kda_step(
+    q: Float[Array, "B H Dk"],
+    k: Float[Array, "B H Dk"],
+    v: Float[Array, "B H Dv"],
+    g: Float[Array, "B H Dk"],
+    beta: Float[Array, "B H"],
+    state: Float[Array, "B H Dk Dv"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B H Dv"], Float[Array, "B H Dk Dv"]]:
+    """One token of `kda`: q and k as given, g float32, state float32 [B, H, Dk, Dv].
+
+    Returns:
+      o [B, H, Dv] in v's dtype and the new state. Donate `state` to the jitted step that calls this, and the state
+      stays in place.
+
+    Raises:
+      ValueError: shapes or dtypes other than these, or an implementation that is not there.
+    """
+    op = "kda_step"
+    sizes = _check_tokens(op, "B H", q, k, v, g, beta)
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    bind_shapes(op, state=(state, f"{sizes['B']} {sizes['H']} {sizes['Dk']} {sizes['Dv']}"))
+    check_dtype(op, "state", state, wide)
+    inputs = (jnp.asarray(array, wide) for array in (q, k, v, g, beta, state))
+    o, state = choose(op, implementation, {"xla": xla.kda_step})(*inputs)
+    return o.astype(v.dtype), state
+
+
+@checks_arguments
+def _check_tokens(op: str, axes: str, q: Array, k: Array, v: Array, g: Array, beta: Array) -> dict[str, int]:
+    for name, array in (("q", q), ("k", k), ("v", v), ("beta", beta)):
+        check_dtype(op, name, array, jnp.floating)
+    check_dtype(op, "g", g, jnp.float32, jnp.float64)
+    keys, values = f"{axes} Dk", f"{axes} Dv"
+    return bind_shapes(op, q=(q, keys), k=(k, keys), v=(v, values), g=(g, keys), beta=(beta, axes))
+
+
+@checks_arguments
+def _check_segments(op: str, segment_ids: Array | None, num_segments: int | None, sizes: dict[str, int]) -> bool:
+    if (segment_ids is None) != (num_segments is None):
+        raise ValueError(f"{op}: segment_ids and num_segments go together, found one of them only")
+    if segment_ids is None or num_segments is None:
+        return False
+    bind_shapes(op, segment_ids=(segment_ids, f"{sizes['B']} {sizes['T']}"))
+    check_dtype(op, "segment_ids", segment_ids, jnp.int32)
+    if num_segments < 1:
+        raise ValueError(f"{op}: num_segments is {num_segments}, expected at least 1")
+    values = known(segment_ids)
+    if values is not None and values.size:
+        if values.min() < -1 or values.max() >= num_segments:
+            raise ValueError(
+                f"{op}: segment_ids run from {values.min()} to {values.max()}, expected -1 to {num_segments - 1}"
+            )
+        for row in values:
+            if (row[row >= 0][1:] < row[row >= 0][:-1]).any():
+                raise ValueError(f"{op}: segment_ids of a row decrease, expected them sorted (padding apart): {row}")
+    return True
+
+
+def _over(flags: Array, array: Array) -> Array:
+    """Flags [B, T] in the rank of the array."""
+    return flags.reshape(*flags.shape, *(1,) * (array.ndim - flags.ndim))

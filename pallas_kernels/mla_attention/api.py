@@ -1,0 +1,176 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): expanded for prefill, absorbed over a paged cache.
+
+The cache is [pages, width, page] with width = latent + rope (512 + 64 in Kimi's models) and `page` tokens to a page:
+tokens lie along the last axis, for a row-major width of 576 would be padded to 640 on TPU.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
+from pallas_kernels.dispatch import choose
+from pallas_kernels.mla_attention import xla
+
+
+@checks_arguments
+def mla_prefill(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H Dv"],
+    *,
+    q_positions: Int32[Array, "B S"],
+    kv_positions: Int32[Array, "B T"],
+    q_segments: Int32[Array, "B S"] | None = None,
+    kv_segments: Int32[Array, "B T"] | None = None,
+    scale: float,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Array | tuple[Array, Array]:
+    """Softmax attention where kv_position <= q_position and segments agree; the score matrix [S, T] is never formed.
+
+    Args:
+      q: [B, S, H, D] (D = 192 in Kimi's models); k: [B, T, H, D]; v: [B, T, H, Dv] (128). Any widths, one dtype.
+      q_positions, kv_positions: int32 [B, S] and [B, T]. All equal, they make the attention bidirectional.
+      q_segments, kv_segments: int32 [B, S] and [B, T], both or neither; a negative id is padding, which sees and is
+        seen by nobody.
+      scale: multiplies the scores before the softmax.
+      return_lse: also returns the natural log-sum-exp of the scores, by which parts over disjoint keys can be merged.
+      implementation: "xla", or None for the best that the platform has.
+
+    Returns:
+      [B, S, H, Dv] in v's dtype (softmax and accumulation in float32), and with `return_lse` float32 [B, S, H].
+      A query that sees nothing gets zeros and -inf. Keys that nobody sees may hold anything. Differentiable in q, k and
+      v.
+
+    Raises:
+      ValueError: shapes or dtypes other than these, or segments on one side only.
+    """
+    op = "mla_prefill"
+    if (q_segments is None) != (kv_segments is None):
+        raise ValueError(f"{op}: q_segments and kv_segments go together, found one of them only")
+    bind_shapes(
+        op,
+        q=(q, "B S H D"),
+        k=(k, "B T H D"),
+        v=(v, "B T H Dv"),
+        q_positions=(q_positions, "B S"),
+        kv_positions=(kv_positions, "B T"),
+        **({} if q_segments is None else {"q_segments": (q_segments, "B S"), "kv_segments": (kv_segments, "B T")}),
+    )
+    check_dtype(op, "q", q, jnp.floating)
+    check_dtype(op, "k", k, jnp.result_type(q))
+    check_dtype(op, "v", v, jnp.result_type(q))
+    for name, array in (("q_positions", q_positions), ("kv_positions", kv_positions)):
+        check_dtype(op, name, array, jnp.integer)
+    if q_segments is None or kv_segments is None:
+        q_segments, kv_segments = jnp.zeros_like(q_positions), jnp.zeros_like(kv_positions)
+    run = choose(op, implementation, {"xla": partial(xla.mla_prefill, scale=scale)})
+    out, lse = run(*map(jnp.asarray, (q, k, v, q_positions, kv_positions, q_segments, kv_segments)))
+    return (out, lse) if return_lse else out
+
+
+@checks_arguments
+def mla_decode(
+    q_latent: Float[Array, "B H L"],
+    q_rope: Float[Array, "B H R"],
+    cache: Float[Array, "pages width page"],
+    page_table: Int32[Array, "B max_pages"],
+    lengths: Int32[Array, "B"],
+    *,
+    scale: float,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Array | tuple[Array, Array]:
+    """One query per sequence over its cached latents: softmax(scale * (q_latent . c + q_rope . k_rope)) c.
+
+    Args:
+      q_latent: [B, H, L], queries already multiplied into the latent space (L = 512); q_rope: [B, H, R] (64).
+      cache: [pages, L + R, page], latents first.
+      page_table: int32 [B, max_pages]; entry i of a row is the page of that sequence's tokens [i * page, (i + 1) *
+        page).
+      lengths: int32 [B], tokens of each sequence, the newest included.
+      scale, return_lse, implementation: as `mla_prefill`.
+
+    Returns:
+      [B, H, L] in q_latent's dtype (softmax and accumulation in float32), and with `return_lse` float32 [B, H]. A
+      sequence of length 0 gets zeros and -inf. Table entries and cache past a sequence's length may hold anything. Not
+      differentiable.
+
+    Raises:
+      ValueError: shapes or dtypes other than these, or (where the values are known) a length beyond the table or a page
+        out of range.
+    """
+    op = "mla_decode"
+    sizes = bind_shapes(op, q_latent=(q_latent, "B H L"), q_rope=(q_rope, "B H R"))
+    bind_shapes(
+        op,
+        cache=(cache, f"pages {sizes['L'] + sizes['R']} page"),
+        page_table=(page_table, f"{sizes['B']} max_pages"),
+        lengths=(lengths, f"{sizes['B']}"),
+    )
+    for name, array in (("q_latent", q_latent), ("q_rope", q_rope), ("cache", cache)):
+        check_dtype(op, name, array, jnp.floating)
+    for name, array in (("page_table", page_table), ("lengths", lengths)):
+        check_dtype(op, name, array, jnp.integer)
+    _check_pages(op, cache, page_table, known(lengths))
+    run = choose(op, implementation, {"xla": partial(xla.mla_decode, scale=scale)})
+    out, lse = run(*map(jnp.asarray, (q_latent, q_rope, cache, page_table, lengths)))
+    return (out, lse) if return_lse else out
+
+
+@checks_arguments
+def mla_write(
+    cache: Float[Array, "pages width page"],
+    latents: Float[Array, "B width"] | Float[Array, "B S width"],
+    page_table: Int32[Array, "B max_pages"],
+    positions: Int32[Array, "B"] | Int32[Array, "B S"],
+) -> Float[Array, "pages width page"]:
+    """The cache with new rows in their pages: row (b, s) goes to token positions[b, s] of sequence b.
+
+    Args:
+      cache: [pages, width, page]; donate it to the jitted step that calls this, and it is written in place.
+      latents: [B, width], one row per sequence, or [B, S, width]; cast to the cache's dtype.
+      page_table: int32 [B, max_pages].
+      positions: int32 [B] or [B, S]. A row with a negative position is dropped (padding of a batch of unequal lengths),
+        and so is, where values are not known, one whose page is out of range.
+
+    Raises:
+      ValueError: shapes or dtypes other than these, or (where the values are known) a position beyond the table or a
+        page out of range.
+    """
+    op = "mla_write"
+    single = jnp.ndim(latents) == 2
+    rows = "B width" if single else "B S width"
+    bind_shapes(
+        op,
+        cache=(cache, "pages width page"),
+        latents=(latents, rows),
+        page_table=(page_table, "B max_pages"),
+        positions=(positions, rows.removesuffix(" width")),
+    )
+    check_dtype(op, "cache", cache, jnp.floating)
+    check_dtype(op, "latents", latents, jnp.floating)
+    for name, array in (("page_table", page_table), ("positions", positions)):
+        check_dtype(op, name, array, jnp.integer)
+    if single:
+        latents, positions = latents[:, None], positions[:, None]
+    places = known(positions)
+    _check_pages(op, cache, page_table, None if places is None else places.max(axis=1, initial=-1) + 1)
+    return xla.mla_write(*map(jnp.asarray, (cache, latents, page_table, positions)))
+
+
+@checks_arguments
+def _check_pages(op: str, cache: Array, page_table: Array, lengths: np.ndarray | None) -> None:
+    table, (pages, _, page) = known(page_table), jnp.shape(cache)
+    if table is None or lengths is None or not lengths.size:
+        return
+    if lengths.max() > table.shape[1] * page:
+        raise ValueError(
+            f"{op}: a sequence has {lengths.max()} tokens, expected at most {table.shape[1]} pages of {page}"
+        )
+    used = table[np.arange(table.shape[1]) < -(-lengths[:, None] // page)]
+    if used.size and not (used.min() >= 0 and used.max() < pages):
+        raise ValueError(f"{op}: page_table names pages {used.min()} to {used.max()}, expected 0 to {pages - 1}")

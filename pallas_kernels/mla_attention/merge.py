@@ -1,0 +1,22 @@
+"""One attention out of two over different keys, by the log-sum-exp of their scores (arXiv 2205.14135, section 3.1)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+Partial = tuple[Float[Array, "*rows Dv"], Float32[Array, "*rows"]]
+
+
+def merge_partials(first: Partial, second: Partial) -> Partial:
+    """What attending to both sets of keys at once would have given.
+
+    Each is an output [..., Dv] (equal shapes and dtypes) and its lse float32 [...], as `mla_prefill` and `mla_decode`
+    return them with `return_lse`; -inf says that a row attended to nothing, and both at -inf give zeros.
+    """
+    (a, a_lse), (b, b_lse) = first, second
+    top = jnp.maximum(a_lse, b_lse)
+    finite = jnp.where(jnp.isneginf(top), 0, top)
+    a_weight, b_weight = jnp.exp(a_lse - finite), jnp.exp(b_lse - finite)
+    total = a_weight + b_weight
+    share = jnp.where(total == 0, 1, total)
+    out = (a_weight / share)[..., None] * a + (b_weight / share)[..., None] * b
+    return out.astype(a.dtype), jnp.where(total == 0, -jnp.inf, finite + jnp.log(share))

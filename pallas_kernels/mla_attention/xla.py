@@ -1,0 +1,131 @@
+"""Latent attention in plain JAX: online softmax over blocks of keys, never the whole score matrix.
+
+Prefill scans query blocks and, inside, key blocks, skipping pairs of blocks that share nothing; checkpointing makes the
+backward pass recompute a query block's scores. Decode reads as many pages as the longest sequence of the batch has.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.mla_attention.online import Running, attend, finish, nothing
+
+BLOCK = 256
+# Tokens of one sequence that a decode step gathers at a time.
+DECODE_TOKENS = 512
+
+
+def mla_prefill(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H Dv"],
+    q_positions: Int[Array, "B S"],
+    kv_positions: Int[Array, "B T"],
+    q_segments: Int[Array, "B S"],
+    kv_segments: Int[Array, "B T"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B S H Dv"], Float[Array, "B S H"]]:
+    """See `api.mla_prefill`; returns the output in v's dtype and the float32 log-sum-exp."""
+    queries = tuple(_blocks(array, fill) for array, fill in ((q, 0), (q_positions, 0), (q_segments, -1)))
+    keys = tuple(_blocks(array, fill) for array, fill in ((k, 0), (v, 0), (kv_positions, 0), (kv_segments, -1)))
+    batch, tokens, heads, _ = q.shape
+
+    @jax.checkpoint
+    def query_block(_: None, block: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
+        q, *query_marks = block
+
+        @jax.checkpoint
+        def key_block(running: Running, block: tuple[Array, ...]) -> tuple[Running, None]:
+            k, v, *key_marks = block
+            visible = _visible(*query_marks, *key_marks)
+
+            def see(running: Running) -> Running:
+                # A key that nobody here may see can hold anything: 0 * NaN is NaN.
+                used = jnp.any(visible, axis=1)[:, :, None, None]
+                scores = scale * jnp.einsum(
+                    "bshd,bthd->bhst",
+                    q,
+                    jnp.where(used, k, 0),
+                    precision=lax.Precision.HIGHEST,
+                    preferred_element_type=jnp.float32,
+                )
+                scores = jnp.where(visible[:, None], scores, -jnp.inf)
+                return attend(running, scores, jnp.where(used, v, 0), "bhst,bthd->bhsd")
+
+            return lax.cond(jnp.any(visible), see, lambda running: running, running), None
+
+        start = nothing((batch, heads, q.shape[1]), v.shape[-1])
+        running, _ = lax.scan(key_block, start, keys)
+        out, lse = finish(running)
+        return None, (out.astype(v.dtype), lse)
+
+    _, (out, lse) = lax.scan(query_block, None, queries)
+    out, lse = rearrange(out, "n b h s d -> b (n s) h d"), rearrange(lse, "n b h s -> b (n s) h")
+    return out[:, :tokens], lse[:, :tokens]
+
+
+def mla_decode(
+    q_latent: Float[Array, "B H L"],
+    q_rope: Float[Array, "B H R"],
+    cache: Float[Array, "pages width page"],
+    page_table: Int[Array, "B max_pages"],
+    lengths: Int[Array, "B"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B H L"], Float[Array, "B H"]]:
+    """See `api.mla_decode`; returns the output in q_latent's dtype and the float32 log-sum-exp."""
+    (batch, heads, latent), page = q_latent.shape, cache.shape[2]
+    q = jnp.concatenate([q_latent, q_rope.astype(q_latent.dtype)], axis=-1)
+    block = max(1, min(page_table.shape[1], DECODE_TOKENS // page))
+    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % block)))
+
+    def pages(i: Array, running: Running) -> Running:
+        chosen = lax.dynamic_slice_in_dim(table, i * block, block, axis=1)
+        within = (i * block + jnp.arange(block)[:, None]) * page + jnp.arange(page) < lengths[:, None, None]
+        tokens = jnp.where(within[:, :, None], cache.at[chosen].get(mode="clip"), 0).astype(q.dtype)
+        scores = scale * jnp.einsum(
+            "bhc,bncp->bhnp", q, tokens, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
+        scores = rearrange(jnp.where(within[:, None], scores, -jnp.inf), "b h n p -> b h (n p)")
+        return attend(running, scores, rearrange(tokens[:, :, :latent], "b n l p -> b l (n p)"), "bht,blt->bhl")
+
+    blocks = -(-jnp.max(lengths, initial=0) // (block * page))
+    out, lse = finish(lax.fori_loop(0, blocks, pages, nothing((batch, heads), latent)))
+    return out.astype(q_latent.dtype), lse
+
+
+def mla_write(
+    cache: Float[Array, "pages width page"],
+    latents: Float[Array, "B S width"],
+    page_table: Int[Array, "B max_pages"],
+    positions: Int[Array, "B S"],
+) -> Float[Array, "pages width page"]:
+    """See `api.mla_write`."""
+    num_pages, _, page = cache.shape
+    entry = positions // page
+    listed = (positions >= 0) & (entry < page_table.shape[1])
+    chosen = jnp.take_along_axis(page_table, jnp.where(listed, entry, 0), axis=1)
+    # Past the end, where the scatter drops it: a negative index would count from the end.
+    chosen = jnp.where(listed & (chosen >= 0), chosen, num_pages)
+    return cache.at[chosen, :, positions % page].set(latents.astype(cache.dtype), mode="drop")
+
+
+def _blocks(array: Array, fill: int) -> Array:
+    """[B, S, ...] -> [blocks, B, block, ...], the last block filled up."""
+    size = min(BLOCK, max(1, array.shape[1]))
+    padding = [(0, 0)] * array.ndim
+    padding[1] = (0, -array.shape[1] % size)
+    return rearrange(jnp.pad(array, padding, constant_values=fill), "b (n s) ... -> n b s ...", s=size)
+
+
+def _visible(
+    q_positions: Int[Array, "B s"],
+    q_segments: Int[Array, "B s"],
+    kv_positions: Int[Array, "B t"],
+    kv_segments: Int[Array, "B t"],
+) -> Bool[Array, "B s t"]:
+    earlier = kv_positions[:, None, :] <= q_positions[:, :, None]
+    return earlier & (kv_segments[:, None, :] == q_segments[:, :, None]) & (q_segments >= 0)[:, :, None]

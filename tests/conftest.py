@@ -1,0 +1,34 @@
+"""Fixtures that more than one test folder uses; eight CPU devices; and shapes and types checked at run time."""
+
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests compile far more than they run: without LLVM's costlier passes that takes a quarter of the time.
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK_COMPILE]
+)
+install_import_hook(["kimi_jax", "pallas_kernels", "sharding", "checkpoints"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer_dir() -> Path:
+    """The folder of Kimi's published tokenizer files, which are not ours to commit."""
+    folder = os.environ.get("KIMI_TOKENIZER_DIR")
+    if not folder:
+        pytest.skip("KIMI_TOKENIZER_DIR does not name a folder with Kimi's tokenizer")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the synthetic tokenizer (768 ids) in the published layout."""
+    from kimi_jax.text.tiny import write_tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_tokenizer")
+    write_tiny_tokenizer(folder)
+    return folder

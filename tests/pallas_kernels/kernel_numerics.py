@@ -1,0 +1,17 @@
+"""How far a kernel's result is from the float64 one."""
+
+from typing import Any
+
+import numpy as np
+
+
+def relative_rmse(found: Any, expected: Any) -> float:
+    """Root mean square of the difference over that of the expected values; 0 for empty arrays."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    if not expected.size:
+        return 0.0
+    assert np.isfinite(found).all()
+    size = np.sqrt(np.mean(expected**2))
+    error = np.sqrt(np.mean((found - expected) ** 2))
+    return float(error / size) if size else float(error)

@@ -1,0 +1,189 @@
+"""KDA against the recurrence in float64, against the reference model's values, and its gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_numerics import relative_rmse
+
+from pallas_kernels import kda, kda_step
+from pallas_kernels.kda import reference, xla
+from pallas_kernels.kda.shapes import AWKWARD, KIMI, Shape
+
+FORMS = {"recurrent": jax.jit(xla.recurrent), "chunked": jax.jit(xla.chunked)}
+SMALL = Shape("small", 1, 200, 2, 16, 24)
+
+
+def arguments(shape, decay, cosine=0.5, seed=0):
+    """q, k, v, g, beta and a state; `decay` is a magnitude, or several that g mixes along time and channels."""
+    rng = np.random.default_rng(seed)
+    tokens = (shape.B, shape.T, shape.H)
+    k = np.sqrt(cosine) * rng.standard_normal((1, 1, shape.H, shape.Dk))
+    k = k + np.sqrt(1 - cosine) * rng.standard_normal((*tokens, shape.Dk))
+    q = rng.standard_normal((*tokens, shape.Dk))
+    q, k = (array / np.linalg.norm(array, axis=-1, keepdims=True) for array in (q, k))
+    g = -rng.uniform(0.5, 1.5, k.shape) * rng.choice(np.atleast_1d(decay), k.shape)
+    beta = rng.choice([1e-3, 0.5, 0.999], tokens)
+    v, state = rng.standard_normal((*tokens, shape.Dv)), rng.standard_normal((shape.B, shape.H, shape.Dk, shape.Dv))
+    return [np.asarray(array, np.float32) for array in (q, k, v, g, beta, state)]
+
+
+def exact(*arrays):
+    with jax.enable_x64(True):
+        return jax.jit(reference.kda)(*(jnp.asarray(array, jnp.float64) for array in arrays))
+
+
+def check(form, inputs, tolerance):
+    o, states = FORMS[form](*map(jnp.asarray, inputs[:5]), jnp.asarray(inputs[5][:, None]), None)
+    expected_o, expected_state = exact(*inputs)
+    assert relative_rmse(o, expected_o) <= tolerance
+    assert relative_rmse(states[:, 0], expected_state) <= tolerance
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", KIMI + AWKWARD, ids=lambda shape: shape.name)
+def test_shapes(shape, form):
+    check(form, arguments(shape, 0.1), 1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cosine", [0.5, 0.99])
+@pytest.mark.parametrize("decay", [0.01, 2, 20, 60, (0.01, 0.1, 2, 20, 60), (0.01, 60)], ids=str)
+def test_decays_and_alike_keys(decay, cosine, form):
+    check(form, arguments(SMALL, decay, cosine), 2e-6)
+
+
+def test_the_reference_models_values():
+    # transformers 5.23.0, modeling_kimi_linear.recurrent_kimi_delta_attention and chunk_kimi_delta_attention
+    # (they agree to 3e-8), with use_qk_l2norm_in_kernel, which scale q by Dk^-0.5: last token, second head's state.
+    index = np.arange(5 * 7 * 2 * 4).reshape(5, 1, 7, 2, 4)
+    q, k, v, g, _ = np.float32(np.sin(1.7 * index + (0.3 * index) % 5))
+    g = np.float32(-3 * g.astype(np.float64) ** 2)
+    beta = np.float32(0.5 + 0.4 * np.cos(np.arange(14.0)).reshape(1, 7, 2))
+    state = np.float32(np.cos(np.arange(32.0)).reshape(1, 2, 4, 4))
+    o, after = kda(q, k, v, g, beta, initial_state=state, normalize_qk=True, scale=0.5)
+    last = [0.334298, -0.173808, -0.189682, 0.331675, -0.109173, -0.281327, 0.341205, -0.394123]
+    states = [-0.112315, -0.266713, 0.330102, -0.399511, -0.024024, -0.471406, 0.425833, -0.177782]
+    states += [0.181996, 0.457437, -0.562577, 0.657163, -0.067274, -0.154453, 0.190829, -0.236038]
+    np.testing.assert_allclose(np.asarray(o)[0, -1].ravel(), last, atol=2e-6, rtol=0)
+    np.testing.assert_allclose(np.asarray(after)[0, 1].ravel(), states, atol=2e-6, rtol=0)
+
+
+def test_bf16_operands():
+    inputs = arguments(SMALL, 0.1)
+    q, k, v, beta = (jnp.asarray(inputs[i], jnp.bfloat16) for i in (0, 1, 2, 4))
+    o, state = jax.jit(kda)(q, k, v, inputs[3], beta, initial_state=inputs[5])
+    assert o.dtype == jnp.bfloat16 and state.dtype == jnp.float32
+    expected_o, expected_state = exact(q, k, v, inputs[3], beta, inputs[5])
+    assert relative_rmse(o, expected_o) <= 3e-3 and relative_rmse(state, expected_state) <= 1e-6
+
+
+def test_step_continues_prefill():
+    inputs = arguments(SMALL, (0.1, 2))
+    step = jax.jit(kda_step)
+    state = inputs[5]
+    for t in range(5):
+        o, state = step(*(array[:, t] for array in inputs[:5]), state)
+    expected_o, expected_state = exact(*(array[:, :5] for array in inputs[:5]), inputs[5])
+    assert relative_rmse(o, expected_o[:, 4]) <= 1e-6 and relative_rmse(state, expected_state) <= 1e-6
+
+
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_transition_maps_the_state(tokens):
+    inputs = arguments(SMALL._replace(T=tokens), (0.1, 2))
+    _, without, transition = kda(*inputs[:5], return_transition=True)
+    expected = exact(*inputs)[1]
+    assert relative_rmse(np.einsum("bhij,bhjv->bhiv", transition, inputs[5]) + without, expected) <= 2e-6
+
+
+PACKED = 90
+PACKED_INPUTS = arguments(Shape("packed", 1, PACKED, 1, 8, 4), (0.1, 2))
+PACKED_STATES = np.random.default_rng(9).standard_normal((1, 4, 1, 8, 4)).astype(np.float32)
+PACKED_FORMS = {name: jax.jit(getattr(xla, name)) for name in FORMS}
+
+
+@settings(deadline=None, max_examples=8, derandomize=True)
+@given(cuts=st.lists(st.integers(0, PACKED), min_size=5, max_size=5))
+def test_packed_rows_are_their_sequences(cuts):
+    # Given five spans of which the first is padding, some perhaps empty, boundaries anywhere
+    edges = [0, *sorted(cuts)]
+    ids = np.full((1, PACKED), -1, np.int32)
+    for segment in range(4):
+        ids[0, edges[segment + 1] : edges[segment + 2]] = segment
+    inputs = [
+        np.where((ids >= 0).reshape(1, PACKED, *(1,) * (array.ndim - 2)), array, 0) for array in PACKED_INPUTS[:5]
+    ]
+    for form in PACKED_FORMS.values():
+        o, states = form(*map(jnp.asarray, inputs), jnp.asarray(PACKED_STATES), jnp.asarray(ids))
+        # Then each is what it is alone
+        for segment in range(4):
+            state = PACKED_STATES[:, segment].astype(np.float64)
+            for t in range(edges[segment + 1], edges[segment + 2]):
+                q, k, v, g, beta = (np.float64(array[:, t]) for array in inputs)
+                state = np.exp(g)[..., None] * state
+                error = v - np.einsum("bhkv,bhk->bhv", state, k)
+                state = state + beta[..., None, None] * k[..., None] * error[..., None, :]
+                np.testing.assert_allclose(o[:, t], np.einsum("bhkv,bhk->bhv", state, q), atol=3e-6, rtol=0)
+            np.testing.assert_allclose(states[:, segment], state, atol=3e-6, rtol=0)
+        assert not np.asarray(o)[ids < 0].any()
+
+
+def test_padding_may_hold_anything():
+    ids = np.full((1, PACKED), -1, np.int32)
+    ids[0, 3:80] = 0
+    poisoned = [array.copy() for array in PACKED_INPUTS[:5]]
+    for array in poisoned:
+        array[ids < 0] = np.nan
+    run = partial(kda, segment_ids=ids, num_segments=1)
+    (o, states), pull = jax.vjp(run, *map(jnp.asarray, poisoned))
+    expected_o, expected = exact(*(array[:, 3:80] for array in PACKED_INPUTS[:5]), np.zeros((1, 1, 8, 4)))
+    assert relative_rmse(o[:, 3:80], expected_o) <= 1e-6 and relative_rmse(states[:, 0], expected) <= 1e-6
+    assert not np.asarray(o)[ids < 0].any()
+    for gradient in pull((jnp.ones_like(o), states)):
+        assert np.isfinite(gradient).all() and not np.asarray(gradient)[ids < 0].any()
+
+
+@pytest.mark.parametrize("decay", [0.01, 2, (0.01, 60)], ids=str)
+def test_gradients(decay):
+    inputs = arguments(SMALL._replace(T=100), decay)
+    rng = np.random.default_rng(1)
+    weights = [rng.standard_normal(array.shape).astype(np.float32) for array in (inputs[2], inputs[5])]
+
+    def loss(run, weights, *arrays):
+        o, state = run(*arrays)
+        return jnp.sum(o * weights[0]) + jnp.sum(state * weights[1])
+
+    run = partial(loss, lambda *a: kda(*a[:5], initial_state=a[5]), weights)
+    found = jax.jit(jax.grad(run, argnums=range(6)))(*inputs)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(array, jnp.float64) for array in inputs]
+        expected = jax.jit(jax.grad(partial(loss, reference.kda, weights), argnums=range(6)))(*wide)
+    errors = [np.sqrt(np.mean((np.float64(a) - np.float64(b)) ** 2)) for a, b in zip(found, expected, strict=True)]
+    sizes = [np.sqrt(np.mean(np.float64(array) ** 2)) for array in expected]
+    sizes[3] = max(sizes[3], 1e-3 * max(sizes))
+    assert all(error <= 1e-5 * size for error, size in zip(errors, sizes, strict=True)), (errors, sizes)
+
+
+def test_bad_arguments_are_refused():
+    q, k, v, g, beta, state = arguments(Shape("", 1, 4, 1, 8, 4), 1.0)
+    ids = np.zeros((1, 4), np.int32)
+    for message, options in (
+        (r"k has shape \(1, 4, 1, 7\), expected \[B=1, T=4, H=1, Dk=8\]", {"k": k[..., :7]}),
+        (r"g is bfloat16, expected float32 or float64", {"g": jnp.asarray(g, jnp.bfloat16)}),
+        (r"initial_state has shape \(1, 1, 4, 8\)", {"initial_state": state.swapaxes(2, 3)}),
+        (r"go together", {"segment_ids": ids}),
+        (r"segment_ids run from 0 to 3, expected -1 to 1", {"segment_ids": [[0, 1, 2, 3]], "num_segments": 2}),
+        (r"decrease", {"segment_ids": [[1, 1, -1, 0]], "num_segments": 2}),
+        (r"lower_bound is 5", {"lower_bound": 5}),
+        (r"not available", {"implementation": "mosaic_tpu"}),
+    ):  # fmt: skip
+        arrays = {"q": q, "k": k, "v": v, "g": g, "beta": beta} | options
+        arrays = {name: np.int32(value) if name == "segment_ids" else value for name, value in arrays.items()}
+        with pytest.raises(ValueError, match=message):
+            kda(**arrays)
+    with pytest.raises(ValueError, match="kda_step: state is bfloat16, expected float32"):
+        kda_step(*(array[:, 0] for array in (q, k, v, g, beta)), jnp.asarray(state, jnp.bfloat16))
