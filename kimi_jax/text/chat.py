@@ -1,0 +1,106 @@
+"""Conversations to prompts: `render` shows one as text, `encode` gives its token ids.
+
+`model` names the template: "k2.5" and "k2" are built in, anything else is a folder whose own chat template is used.
+Markers (`<|im_user|>`, `<think>`, ...) become special tokens only where the template wrote them: contents, names,
+reasoning, tool results, tool ids, arguments and tool declarations are encoded as ordinary text whatever they spell,
+so nobody forges a turn. On text that spells no special token the ids are those of the published tokenizer on the
+rendered prompt.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from kimi_jax.media import VideoChunk
+from kimi_jax.text import templates
+from kimi_jax.text.folder_template import FolderTemplate
+from kimi_jax.text.messages import MediaPart, Messages, check_messages, media_parts
+from kimi_jax.text.templates import VIDEO_PLACEHOLDER, Segment
+from kimi_jax.text.tokenizer import Tokenizer
+from kimi_jax.text.tools import Tools, check_tools, declare_tools
+
+__all__ = ["MediaPart", "declare_tools", "encode", "media_parts", "render"]
+
+
+def _segments(
+    messages: Messages, tools: Tools, model: str | Path, tok: Tokenizer | None, **options: bool
+) -> list[Segment]:
+    """The checked conversation in `model`'s template; without a tokenizer a folder's prompt is one piece."""
+    check_messages(messages)
+    check_tools(tools)
+    if model == "k2.5":
+        return templates.k25(messages, tools, **options)
+    if model == "k2":
+        return templates.k2(messages, tools, add_generation_prompt=options["add_generation_prompt"])
+    folder = FolderTemplate(model)
+    if tok is None:
+        return [Segment(folder.render(messages, tools, **options))]
+    return folder.segments(messages, tools, tok.special_tokens, **options)
+
+
+def render(
+    messages: Messages,
+    tools: Tools = None,
+    thinking: bool = True,
+    model: str | Path = "k2.5",
+    *,
+    preserve_thinking: bool = False,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The prompt as text, to look at or to send elsewhere; where people's text must be safe, use `encode`.
+
+    thinking: the answer begins inside `<think>` (K2.5) or after an empty pair. preserve_thinking: keep the reasoning of
+    all earlier answers (K2.6). An image is `<|media_begin|>image<|media_content|><|media_pad|><|media_end|>` and a
+    newline, a video `<|kimi_k25_video_placeholder|>`. Raises ValueError naming the message and field that is wrong.
+    """
+    options = {"thinking": thinking, "preserve_thinking": preserve_thinking}
+    segments = _segments(messages, tools, model, None, add_generation_prompt=add_generation_prompt, **options)
+    return "".join(segment.text for segment in segments)
+
+
+def _with_videos(segments: Iterable[Segment], videos: Sequence[Sequence[VideoChunk]]) -> Iterator[Segment]:
+    """Each placeholder becomes its video's chunks: the time of the first frame, then one media item."""
+    segments = list(segments)
+    places = sum(segment == Segment(VIDEO_PLACEHOLDER, True) for segment in segments)
+    if places != len(videos):
+        raise ValueError(f"the prompt holds {places} videos, but the chunks of {len(videos)} are given")
+    remaining = iter(videos)
+    for segment in segments:
+        if segment == Segment(VIDEO_PLACEHOLDER, True):
+            for chunk in next(remaining):
+                yield Segment(chunk.timestamp)
+                yield from templates.media_segments("video")
+        else:
+            yield segment
+
+
+def encode(
+    tok: Tokenizer,
+    messages: Messages,
+    tools: Tools = None,
+    thinking: bool = True,
+    model: str | Path = "k2.5",
+    *,
+    preserve_thinking: bool = False,
+    add_generation_prompt: bool = True,
+    videos: Sequence[Sequence[VideoChunk]] = (),
+) -> list[int]:
+    """Token ids of the prompt, one `<|media_pad|>` for each media item (`kimi_jax.media.expand` makes the rest).
+
+    Arguments as for `render`. videos: for each video of the conversation, in order, its chunks from
+    `kimi_jax.media.video_patches`. Raises ValueError too where `tok` lacks a marker, where the number of videos is
+    another, and where a folder's template does not let its markers be told from people's text.
+    """
+    options = {"thinking": thinking, "preserve_thinking": preserve_thinking}
+    segments = _segments(messages, tools, model, tok, add_generation_prompt=add_generation_prompt, **options)
+    ids: list[int] = []
+    text = ""  # neighbouring plain segments are one text to the tokenizer
+    for segment in _with_videos(segments, videos):
+        if not segment.is_marker:
+            text += segment.text
+            continue
+        if segment.text not in tok.special_tokens:
+            raise ValueError(f"the tokenizer has no special token {segment.text}, which the template of {model} writes")
+        ids += tok.encode(text, allow_special=False)
+        ids.append(tok.special_tokens[segment.text])
+        text = ""
+    return ids + tok.encode(text, allow_special=False)

@@ -1,0 +1,139 @@
+"""The built-in chat templates of Kimi K2 and K2.5, as segments of which each is a special token or plain text.
+
+Both give the text of the published `chat_template.jinja`. Only what a template writes itself is ever a marker,
+so that a prompt encoded from segments (`kimi_jax.chat.encode`) cannot be forged by what people or tools wrote.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kimi_jax.text.messages import IMAGE_TYPES, VIDEO_TYPES, Message
+from kimi_jax.text.tools import compact_json, declare_tools
+
+VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
+DEFAULT_SYSTEM_PROMPT = "You are Kimi, an AI assistant created by Moonshot AI."
+
+_ROLE_MARKERS = {"user": "<|im_user|>", "assistant": "<|im_assistant|>"}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a prompt. A marker is one special token (or the video placeholder, which stands for several); the
+    rest is text in which special tokens have no meaning."""
+
+    text: str
+    is_marker: bool = False
+
+
+def media_segments(kind: str) -> list[Segment]:
+    """`<|media_begin|>{kind}<|media_content|><|media_pad|><|media_end|>`: one placeholder for one media item."""
+    return [
+        Segment("<|media_begin|>", True),
+        Segment(kind),
+        Segment("<|media_content|>", True),
+        Segment("<|media_pad|>", True),
+        Segment("<|media_end|>", True),
+    ]
+
+
+def _turn(role: str, header: str, body: Sequence[Segment]) -> list[Segment]:
+    start = Segment(_ROLE_MARKERS.get(role, "<|im_system|>"), True)
+    return [start, Segment(header), Segment("<|im_middle|>", True), *body, Segment("<|im_end|>", True)]
+
+
+def _content(message: Message) -> Iterator[Segment]:
+    content = message.get("content")
+    if isinstance(content, str):
+        yield Segment(content)
+        return
+    for part in content or ():
+        if part["type"] in IMAGE_TYPES:
+            yield from media_segments("image")
+            yield Segment("\n")
+        elif part["type"] in VIDEO_TYPES:
+            yield Segment(VIDEO_PLACEHOLDER, True)
+        else:
+            yield Segment(part["text"])
+
+
+def _tool_section(calls: Sequence[Mapping[str, Any]], first: int) -> Iterator[Segment]:
+    yield Segment("<|tool_calls_section_begin|>", True)
+    for number, call in enumerate(calls, start=first):
+        arguments = call["function"]["arguments"]
+        yield Segment("<|tool_call_begin|>", True)
+        yield Segment(call.get("id") or f"functions.{call['function']['name']}:{number}")
+        yield Segment("<|tool_call_argument_begin|>", True)
+        yield Segment(arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+        yield Segment("<|tool_call_end|>", True)
+    yield Segment("<|tool_calls_section_end|>", True)
+
+
+def _think(reasoning: str) -> list[Segment]:
+    return [Segment("<think>", True), Segment(reasoning), Segment("</think>", True)]
+
+
+def _turns(messages: Sequence[Message], reasoning: Sequence[str] | None) -> Iterator[Segment]:
+    """All turns. `reasoning`, one string for each message, is put before an answer; with None there is no `<think>`."""
+    calls_so_far = 0
+    for index, message in enumerate(messages):
+        body = [*_content(message)]
+        calls = message.get("tool_calls") or []
+        if message["role"] == "tool":
+            body.insert(0, Segment(f"## Return of {message['tool_call_id']}\n"))
+        elif message["role"] == "assistant":
+            body = [*(_think(reasoning[index]) if reasoning is not None else ()), *body]
+            body += _tool_section(calls, calls_so_far) if calls else ()
+            calls_so_far += len(calls)
+        yield from _turn(message["role"], message.get("name") or message["role"], body)
+
+
+def _generation(*markers: str) -> list[Segment]:
+    opening = [Segment("<|im_assistant|>", True), Segment("assistant"), Segment("<|im_middle|>", True)]
+    return opening + [Segment(marker, True) for marker in markers]
+
+
+def _kept_reasoning(messages: Sequence[Message], thinking: bool, preserve_thinking: bool) -> list[str]:
+    """Reasoning is kept through a chain of tool calls and dropped once an answer without calls has ended the chain."""
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and not m.get("tool_calls")]
+    last = answers[-1] if answers else -1
+    kept = [preserve_thinking or (thinking and index > last) for index in range(len(messages))]
+    return [(m.get("reasoning_content") or "") if keep else "" for m, keep in zip(messages, kept, strict=True)]
+
+
+def k25(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    *,
+    thinking: bool,
+    preserve_thinking: bool,
+    add_generation_prompt: bool,
+) -> list[Segment]:
+    """Kimi K2.5, and K2.6 with `preserve_thinking`: tools as TypeScript, no default system prompt, always `<think>`."""
+    segments = []
+    if tools:
+        segments += _turn("system", "tool_declare", [Segment(declare_tools(tools) or compact_json(tools))])
+    segments += _turns(messages, _kept_reasoning(messages, thinking, preserve_thinking))
+    if add_generation_prompt:
+        segments += _generation(*(["<think>"] if thinking else ["<think>", "</think>"]))
+    return segments
+
+
+def k2(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, *, add_generation_prompt: bool
+) -> list[Segment]:
+    """Kimi K2 Instruct: tools as compact JSON, a default system prompt, neither reasoning nor media."""
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list | tuple) and any(part["type"] != "text" for part in content):
+            raise ValueError(f"messages[{index}].content holds media, but K2 reads text only")
+    segments = []
+    if tools:
+        segments += _turn("system", "tool_declare", [Segment(compact_json(tools))])
+    if messages[0]["role"] != "system":
+        segments += _turn("system", "system", [Segment(DEFAULT_SYSTEM_PROMPT)])
+    segments += _turns(messages, None)
+    if add_generation_prompt:
+        segments += _generation()
+    return segments

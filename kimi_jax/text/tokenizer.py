@@ -1,0 +1,182 @@
+"""Kimi's tiktoken tokenizer, read from the published files `tiktoken.model` and `tokenizer_config.json`.
+
+The pattern, the 256 special slots after the base ranks and the two limits on what reaches tiktoken at once are those of
+Moonshot's `tokenization_kimi.py`. `&&` in the pattern is set intersection, which tiktoken's Rust regex knows.
+"""
+
+import base64
+import binascii
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import tiktoken
+
+PATTERN = "|".join(
+    [
+        r"[\p{Han}]+",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+NUM_SPECIAL_SLOTS = 256
+MAX_ENCODE_CHARS = 400_000
+MAX_RUN_CHARS = 25_000
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """tiktoken's text format, `base64(token) rank` a line; read here because tiktoken's reader caches files by path."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"{path}, line {number}: expected 'base64 rank', found {line[:60]!r}") from error
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path}: the {len(ranks)} distinct tokens do not have the ranks 0..{len(ranks) - 1}")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} of the 256 single bytes have no rank, the first 0x{missing[0]:02x}")
+    return ranks
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`; ValueError naming it where there is none."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def token_content(value: Any) -> Any:
+    """The text of a token, which tokenizer_config.json writes as a string or as an AddedToken's object."""
+    return value.get("content") if isinstance(value, Mapping) else value
+
+
+def _special_tokens(config: Mapping[str, Any], base: int, path: Path) -> dict[str, int]:
+    added = config.get("added_tokens_decoder", {})
+    if not isinstance(added, Mapping):
+        raise ValueError(f"{path}: added_tokens_decoder is a {type(added).__name__}, expected an object")
+    names = {}
+    for key, value in added.items():
+        name = token_content(value)
+        if not key.isdecimal() or not base <= int(key) < base + NUM_SPECIAL_SLOTS or not isinstance(name, str):
+            slots = f"{base}..{base + NUM_SPECIAL_SLOTS - 1}"
+            raise ValueError(
+                f"{path}: added_tokens_decoder[{key!r}] = {name!r}; expected an id in {slots} and a string"
+            )
+        names[int(key)] = name
+    ids = range(base, base + NUM_SPECIAL_SLOTS)
+    tokens = {names.get(slot, f"<|reserved_token_{slot}|>"): slot for slot in ids}
+    if len(tokens) != NUM_SPECIAL_SLOTS:
+        raise ValueError(f"{path}: added_tokens_decoder gives one content to two ids")
+    return tokens
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """`text` in pieces tiktoken can take: at most 400,000 characters, no run of (non-)whitespace beyond 25,000."""
+    for start in range(0, len(text), MAX_ENCODE_CHARS):
+        piece = text[start : start + MAX_ENCODE_CHARS]
+        begin = 0
+        if len(piece) > MAX_RUN_CHARS:
+            for run in re.finditer(r"\s+|\S+", piece):
+                for cut in range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS):
+                    yield piece[begin:cut]
+                    begin = cut
+        yield piece[begin:]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back. Build it with `from_folder`.
+
+    special_tokens: content -> id, all 256 slots (unnamed ones are `<|reserved_token_{id}|>`).
+    bos_id, eos_id, pad_id: ids of `bos_token`, `eos_token`, `pad_token`; no BOS is ever added to a text.
+    """
+
+    encoding: tiktoken.Encoding
+    special_tokens: dict[str, int]
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> "Tokenizer":
+        """Read `tiktoken.model` and `tokenizer_config.json` in the folder `path`.
+
+        Raises FileNotFoundError where one is missing and ValueError where one is damaged, both naming the file.
+        """
+        folder = Path(path)
+        model, config_file = folder / "tiktoken.model", folder / "tokenizer_config.json"
+        for file in (model, config_file):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: no such file; a Kimi tokenizer needs it")
+        ranks = _read_ranks(model)
+        config = read_config(config_file)
+        special = _special_tokens(config, len(ranks), config_file)
+        ids = {}
+        for field, default in (("bos_token", "[BOS]"), ("eos_token", "[EOS]"), ("pad_token", "[PAD]")):
+            token = token_content(config.get(field, default))
+            if token not in special:
+                raise ValueError(f"{config_file}: {field} is {token!r}, which is none of the special tokens")
+            ids[field.replace("_token", "_id")] = special[token]
+        encoding = tiktoken.Encoding(name=str(model), pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        return cls(encoding=encoding, special_tokens=special, **ids)
+
+    @property
+    def vocab_size(self) -> int:
+        """Base ranks and special slots together; the highest id is one less."""
+        return self.encoding.n_vocab
+
+    def encode(self, text: str, allow_special: bool = True) -> list[int]:
+        """Ids of `text`. With `allow_special`, as published, special tokens written in it become their ids: never let
+        people's text through so (`kimi_jax.chat.encode` does not); without, they are spelled out as ordinary text."""
+        if allow_special:
+            return [i for piece in _pieces(text) for i in self.encoding.encode(piece, allowed_special="all")]
+        return [i for piece in _pieces(text) for i in self.encoding.encode_ordinary(piece)]
+
+    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
+        """The bytes of `ids`, which may begin or end inside a character. ValueError on an id beyond the vocabulary."""
+        tokens = [int(i) for i in ids]
+        for i in tokens:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
+        return self.encoding.decode_bytes(tokens)
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, as published."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class StreamDecoder:
+    """Text of ids that come one at a time: holds back the bytes of a character that is not complete yet.
+
+    The pieces, joined with what `finish` returns, equal `tokenizer.decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[SupportsIndex]) -> str:
+        """The text that `ids` complete; may be empty."""
+        return self._utf8.decode(self._tokenizer.decode_bytes(ids))
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        return self._utf8.decode(b"", final=True)

@@ -1,0 +1,195 @@
+"""Tool declarations as TypeScript, the form in which Kimi K2.5 and later see their tools.
+
+The rules are those of Moonshot's `tool_declaration_ts.py`; what they cannot express (an unknown `$ref`, an enum
+whose values do not have the declared type) raises there, and the declaration falls back to compact JSON.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+INDENT = "  "
+Tools = Sequence[Mapping[str, Any]] | Any  # from outside, and looked at by `check_tools` alone
+
+_CONSTRAINTS = {
+    "string": ("maxLength", "minLength", "pattern"),
+    "number": ("maximum", "minimum"),
+    "integer": ("maximum", "minimum"),
+    "array": ("maxItems", "minItems"),
+}
+_UNION = {
+    "string": "string",
+    "number": "number",
+    "integer": "number",
+    "boolean": "boolean",
+    "null": "null",
+    "object": "{}",
+    "array": "Array<any>",
+}
+_ENUM: dict[str, type | tuple[type, ...]] = {"string": str, "number": (int, float), "integer": int, "boolean": bool}
+
+
+def check_tools(tools: Tools) -> None:
+    """Raise ValueError where `tools` is not a list of objects."""
+    if not isinstance(tools, list | tuple | None):
+        raise ValueError(f"tools is a {type(tools).__name__}, expected a list")
+    for index, tool in enumerate(tools or ()):
+        if not isinstance(tool, Mapping):
+            raise ValueError(f"tools[{index}] is a {type(tool).__name__}, expected an object")
+
+
+def deep_sorted(value: Any) -> Any:
+    """`value` with the keys of every dict in it sorted; lists keep their order."""
+    if isinstance(value, Mapping):
+        return {key: deep_sorted(value[key]) for key in sorted(value)}
+    if isinstance(value, list):
+        return [deep_sorted(item) for item in value]
+    return value
+
+
+def compact_json(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Deep-sorted tools as JSON without spaces, which is how K2 and the fallback declare them."""
+    return json.dumps(deep_sorted(list(tools)), ensure_ascii=False, separators=(",", ":"))
+
+
+def _comment(text: str, indent: str) -> str:
+    return "".join(f"{indent}// {line}\n" if line else "\n" for line in text.split("\n"))
+
+
+def _comments(schema: Any, indent: str) -> str:
+    """The description and the constraints of a schema, each line ended."""
+    if not isinstance(schema, Mapping):
+        return ""
+    lines = _comment(schema["description"], indent) if schema.get("description") else ""
+    # of these only a description is kept, whatever `type` says beside them
+    if not any(key in schema for key in ("$ref", "anyOf", "enum")) and isinstance(schema.get("type"), str):
+        kept = [f"{key}: {schema[key]}" for key in _CONSTRAINTS.get(schema["type"], ()) if key in schema]
+        if kept:
+            lines += f"{indent}// {', '.join(kept)}\n"
+    return lines
+
+
+def _enum(schema: Mapping[str, Any]) -> str:
+    declared = schema.get("type")
+    if isinstance(declared, list):
+        if len(declared) != 1 and (len(declared) != 2 or "null" not in declared):
+            raise ValueError(f"enum of the types {declared}")
+        declared = next((name for name in declared if name != "null"), "null")
+    for value in schema["enum"]:
+        if declared in _ENUM and value is not None and not isinstance(value, _ENUM[declared]):
+            raise ValueError(f"enum value {value!r} is not a {declared}")
+    return " | ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in schema["enum"])
+
+
+class _Function:
+    """One function's parameters; collects the definitions and self-references met on the way."""
+
+    def __init__(self) -> None:
+        self.definitions: dict[str, Any] = {}
+        self.refers_to_itself = False
+
+    def type(self, schema: Any, indent: str) -> str:
+        if isinstance(schema, bool):
+            return "any" if schema else "null"
+        if "$ref" in schema:
+            return self.reference(schema["$ref"])
+        if "anyOf" in schema:
+            return " | ".join([self.type(one, indent) for one in schema["anyOf"]])
+        if "enum" in schema:
+            return _enum(schema)
+        if "type" not in schema:
+            if schema:
+                raise ValueError(f"schema without a type: {schema}")
+            return "any"
+        match schema["type"]:
+            case list() as names:
+                return " | ".join([_UNION[name] for name in names])
+            case "object":
+                return self.object(schema, indent)
+            case "array":
+                return self.array(schema, indent)
+            case "integer":
+                return "number"
+            case str() as name:
+                return name
+        raise ValueError(f"schema of type {schema['type']!r}")
+
+    def reference(self, ref: str) -> str:
+        if ref == "#":
+            self.refers_to_itself = True
+            return "parameters"
+        name = ref.removeprefix("#/$defs/").split("/")[-1]
+        if not ref.startswith("#/$defs/") or not isinstance(self.definitions.get(name), Mapping):
+            raise ValueError(f"$ref {ref!r} leads nowhere")
+        return name
+
+    def fields(self, schema: Mapping[str, Any], indent: str) -> list[tuple[bool, str, str]]:
+        """(optional, name, text) of each property, in the order of the schema."""
+        properties = schema.get("properties", {})
+        optional = set(properties) - set(schema.get("required", []))
+        found = []
+        for name, one in properties.items():
+            comments = _comments(one, indent)
+            default = one.get("default") if isinstance(one, Mapping) else None
+            if default is not None:
+                number = isinstance(default, int | float)
+                comments += f"{indent}// Default: {default if number else json.dumps(default, ensure_ascii=False)}\n"
+            mark = "?" if name in optional else ""
+            found.append((name in optional, name, f"{comments}{indent}{name}{mark}: {self.type(one, indent)}"))
+        return found
+
+    def object(self, schema: Mapping[str, Any], indent: str) -> str:
+        self.definitions.update(schema.get("$defs") or {})
+        inner = indent + INDENT
+        extra = schema.get("additionalProperties")
+        keys = []
+        if extra is not None:
+            keys = [f"{inner}[k: string]: {'never' if extra is False else self.type(extra, inner)}"]
+        lines = [text for _, _, text in sorted(self.fields(schema, inner))] + keys
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}" if lines else "{}"
+
+    def array(self, schema: Mapping[str, Any], indent: str) -> str:
+        items = schema.get("items") or {}
+        inner = indent + INDENT
+        comments = _comments(items, inner)
+        if comments:
+            return f"Array<\n{comments}{inner}{self.type(items, inner)}\n{indent}>"
+        return f"Array<{self.type(items, indent)}>"
+
+
+def _declare(function: Mapping[str, Any]) -> str:
+    parameters = function.get("parameters") or {}
+    parser = _Function()
+    declared = parser.object(parameters, "")
+    interfaces = []
+    if parser.refers_to_itself:
+        declared = "parameters"
+        body = ",\n".join(text for _, _, text in parser.fields(parameters, INDENT))
+        interfaces.append("interface parameters {" + (f"\n{body}\n" if body else "") + "}\n")
+    for name, schema in list(parser.definitions.items()):
+        about = _comment(schema["description"], "") if schema.get("description") else ""
+        interfaces.append(f"{about}interface {name} {parser.type(schema, '')}\n")
+    about = _comment(function["description"], "") if function.get("description") else ""
+    return f"{''.join(interfaces)}{about}type {function.get('name', 'function')} = (_: {declared}) => any;"
+
+
+def declare_tools(tools: Tools) -> str:
+    """The TypeScript declaration of OpenAI-style tools (`{"type": "function", "function": {...}}`).
+
+    Keys are deep-sorted first and tools of another type left out; empty where no function is left. A schema the rules
+    cannot express gives a warning and the compact JSON of all tools instead. ValueError where `tools` is not a list of
+    objects.
+    """
+    check_tools(tools)
+    tools = deep_sorted(list(tools))
+    try:
+        functions = [
+            _declare(tool["function"]) for tool in tools if tool.get("type") == "function" and tool.get("function")
+        ]
+    except Exception as error:  # whatever the schema did, the published code catches it and falls back
+        warnings.warn(f"tools cannot be declared as TypeScript, declared as JSON: {error}", stacklevel=2)
+        return compact_json(tools)
+    if not functions:
+        return ""
+    return "# Tools\n\n## functions\nnamespace functions {\n" + "\n".join(functions) + "\n}\n"

@@ -1,0 +1,208 @@
+"""The tokenizer against the published one's vectors, and its limits and errors on the synthetic files."""
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kimi_jax.text import StreamDecoder, Tokenizer, tokenizer
+from kimi_jax.text.tiny import write_tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tok(tiny_tokenizer_dir: Path) -> Tokenizer:
+    return Tokenizer.from_folder(tiny_tokenizer_dir)
+
+
+def test_published_vectors(real_tokenizer_dir: Path):
+    real = Tokenizer.from_folder(real_tokenizer_dir)
+    cases = json.loads((real_tokenizer_dir / "vectors.json").read_text(encoding="utf-8"))["text"]
+    assert len(cases) >= 13
+    for case in cases:
+        assert real.encode(case["text"]) == case["ids"], case["text"]
+        assert real.decode(case["ids"]) == case["text"]
+    assert (real.vocab_size, real.bos_id, real.eos_id, real.pad_id) == (163840, 163584, 163585, 163839)
+    assert real.special_tokens["<|media_pad|>"] == 163605
+    assert real.special_tokens["<|reserved_token_163589|>"] == 163589
+
+
+def test_tiny_layout_has_the_published_offsets(tok: Tokenizer):
+    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.pad_id) == (768, 512, 513, 767)
+    named = {"<|im_end|>": 514, "<|im_middle|>": 529, "<|media_pad|>": 533, "</think>": 535, "[UNK]": 766}
+    assert {name: tok.special_tokens[name] for name in named} == named
+    assert tok.special_tokens["<|reserved_token_517|>"] == 517
+    assert sorted(tok.special_tokens.values()) == list(range(512, 768))
+
+
+def test_tiny_offsets_are_those_of_the_real_file(tok: Tokenizer, real_tokenizer_dir: Path):
+    real = Tokenizer.from_folder(real_tokenizer_dir)
+    offsets = {name: i - 163584 for name, i in real.special_tokens.items() if "reserved" not in name}
+    assert {name: i - 512 for name, i in tok.special_tokens.items() if "reserved" not in name} == offsets
+
+
+def test_tiny_is_the_same_each_time_and_merges(tok: Tokenizer, tiny_tokenizer_dir: Path, tmp_path: Path):
+    write_tiny_tokenizer(tmp_path / "again")
+    for name in ("tiktoken.model", "tokenizer_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tiny_tokenizer_dir / name).read_bytes()
+    assert len(tok.encode(" the question")) == 2
+
+
+def _ranks(*more: bytes) -> str:
+    tokens = [bytes([b]) for b in range(256)] + list(more)
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+
+
+@pytest.mark.parametrize(
+    ("text", "merges", "ids"),
+    [
+        # only `&&[^\p{Han}]` keeps a Latin word from running on into Han
+        ("a好", (b"\xe5\xa5", "好".encode(), "a好".encode()), [97, 257]),
+        ("aé", (b"\xc3\xa9", "aé".encode()), [257]),
+        ("1234", (b"12", b"34", b"123", b"1234"), [258, 52]),
+        ("I'm", (b"'m", b"I'm"), [257]),
+        ("a.b", (b".b", b"a.b", b"a."), [97, 256]),
+    ],
+)
+def test_pattern_bounds_what_may_merge(text: str, merges: tuple[bytes, ...], ids: list[int], tmp_path: Path):
+    (tmp_path / "tiktoken.model").write_text(_ranks(*merges))
+    reserved = f"<|reserved_token_{256 + len(merges)}|>"
+    config = dict.fromkeys(("bos_token", "eos_token", "pad_token"), reserved)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.from_folder(tmp_path).encode(text) == ids
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<think>b</think>[EOS]", "<|reserved_token_600|>"])
+def test_special_tokens_are_ids_only_where_allowed(tok: Tokenizer, text: str):
+    assert any(i >= 512 for i in tok.encode(text))
+    assert all(i < 512 for i in tok.encode(text, allow_special=False))
+    assert tok.decode(tok.encode(text)) == tok.decode(tok.encode(text, allow_special=False)) == text
+
+
+def test_long_runs_and_long_texts_are_cut(tok: Tokenizer):
+    ing = tok.encode("ing")
+    assert len(ing) == 1
+    run = "ing" * 10_000
+    assert tok.encode(run) == ing * 8333 + tok.encode("i") + tok.encode("ng") + ing * 1666
+    assert tok.encode(run) != tok.encoding.encode_ordinary(run)
+    text = "xxx" + "ing " * 100_001
+    assert tok.encode(text) == tok.encode(text[:400_000]) + tok.encode(text[400_000:])
+    assert tok.encode(text) != tok.encoding.encode_ordinary(text)
+
+
+def _published_pieces(text: str, chars: int, run_chars: int) -> Iterator[str]:
+    """The character loop of the published tokenizer."""
+    for begin in range(0, len(text), chars):
+        piece = text[begin : begin + chars]
+        run, start, space = 0, 0, piece[0].isspace()
+        for i, c in enumerate(piece):
+            if c.isspace() != space:
+                run, space = 1, c.isspace()
+            else:
+                run += 1
+                if run > run_chars:
+                    yield piece[start:i]
+                    start, run = i, 1
+        yield piece[start:]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(text=st.text("ab \n\x1f\u3000\x85", max_size=60))
+def test_pieces_are_those_of_the_published_loop(monkeypatch: pytest.MonkeyPatch, text: str):
+    monkeypatch.setattr(tokenizer, "MAX_ENCODE_CHARS", 17)
+    monkeypatch.setattr(tokenizer, "MAX_RUN_CHARS", 3)
+    assert list(tokenizer._pieces(text)) == list(_published_pieces(text, 17, 3))
+
+
+@given(text=st.text())
+def test_text_survives_and_streams(tok: Tokenizer, text: str):
+    whole = tok.decode(ids := tok.encode(text, allow_special=False))
+    assert whole == text
+    stream = StreamDecoder(tok)
+    assert "".join([*(stream.push([i]) for i in ids), stream.finish()]) == whole
+
+
+def test_stream_holds_back_half_a_character(tok: Tokenizer):
+    ids = tok.encode("🌍é")
+    assert len(ids) > 2
+    stream = StreamDecoder(tok)
+    pieces = [stream.push([i]) for i in ids[:-1]]
+    assert [p for p in pieces if p] == ["🌍"]
+    assert stream.finish() == "\N{REPLACEMENT CHARACTER}" == tok.decode(ids[:-1])[1:]
+    assert tok.decode_bytes(ids[:2]) == "🌍".encode()[: len(tok.decode_bytes(ids[:2]))]
+
+
+def test_lone_surrogate_is_replaced_not_fatal(tok: Tokenizer):
+    assert tok.decode(tok.encode("a\ud800b")) == "a\N{REPLACEMENT CHARACTER}b"
+
+
+@pytest.mark.parametrize("bad", [[768], [3, -1]])
+def test_ids_beyond_the_vocabulary(tok: Tokenizer, bad: list[int]):
+    with pytest.raises(ValueError, match=f"token id {bad[-1]} is outside the vocabulary of 768"):
+        tok.decode(bad)
+
+
+@pytest.mark.parametrize("name", ["tiktoken.model", "tokenizer_config.json"])
+def test_missing_file(name: str, tmp_path: Path):
+    write_tiny_tokenizer(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: [*lines[:300], lines[300][:-4] + "\n"], "line 301: expected 'base64 rank'"),
+        (lambda lines: [*lines[:9], "!!!! 9\n", *lines[10:]], "line 10: expected 'base64 rank'"),
+        (lambda lines: [*lines[:300], *lines[301:]], "the 511 distinct tokens do not have the ranks 0..510"),
+        (lambda lines: [*lines, lines[3]], None),
+        (
+            lambda lines: [f"{base64.b64encode(b'zz').decode()} 0\n", *lines[1:]],
+            "1 of the 256 single bytes have no rank",
+        ),
+        (lambda lines: [], "256 of the 256 single bytes"),
+    ],
+)
+def test_damaged_ranks(damage, message: str | None, tmp_path: Path):
+    write_tiny_tokenizer(tmp_path)
+    file = tmp_path / "tiktoken.model"
+    file.write_text("".join(damage(file.read_text().splitlines(keepends=True))))
+    if message is None:  # a line said twice says nothing new
+        assert Tokenizer.from_folder(tmp_path).vocab_size == 768
+        return
+    with pytest.raises(ValueError, match=f"tiktoken.model.*{message}"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"added_tokens_decoder": {"900": {"content": "<|x|>"}}},
+            r"added_tokens_decoder\['900'\].*expected an id in 512..767",
+        ),
+        ({"added_tokens_decoder": {"600": {}}}, r"added_tokens_decoder\['600'\] = None"),
+        (
+            {"added_tokens_decoder": {"600": {"content": "a"}, "601": {"content": "a"}}},
+            "added_tokens_decoder gives one content to two ids",
+        ),
+        ({"added_tokens_decoder": []}, "added_tokens_decoder is a list"),
+        ({"pad_token": "<|pad|>"}, "pad_token is '<|pad|>', which is none"),
+        ({"pad_token": {"content": "<|pad|>"}}, "pad_token is '<|pad|>', which is none"),
+        ("not json", "not JSON"),
+        ([], "expected a JSON object, found list"),
+    ],
+)
+def test_damaged_config(change, message: str, tmp_path: Path):
+    write_tiny_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(
+        change if isinstance(change, str) else json.dumps(config | change if isinstance(change, dict) else change)
+    )
+    with pytest.raises(ValueError, match="tokenizer_config.json: " + message.replace("|", r"\|")):
+        Tokenizer.from_folder(tmp_path)
