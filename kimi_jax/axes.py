@@ -1,0 +1,33 @@
+"""The one legend of axis letters, and the array types made of them.
+
+    b  batch             t  tokens of this call      s  cached or attended tokens
+    d  hidden_size       w  words of the vocabulary  h  attention heads
+    n  qk_nope_head_dim  r  qk_rope_head_dim         k  q/k head width     v  value head width
+    c  latent width: kv_lora_rank, or with the rope part kv_lora_rank + qk_rope_head_dim
+    e  routed experts    j  experts per token        f  feed-forward width
+    p  patches           m  media tokens (patches after the merge)
+
+Shapes are checked at run time in tests (jaxtyping with beartype), and are documentation elsewhere.
+"""
+
+from jaxtyping import Array as Array
+from jaxtyping import Bool as Bool
+from jaxtyping import Float as Float
+from jaxtyping import Float32 as Float32
+from jaxtyping import Int32 as Int32
+
+Tokens = Int32[Array, "b t"]
+Positions = Int32[Array, "b t"]
+PageTable = Int32[Array, "b row_pages"]
+Lengths = Int32[Array, "b"]
+Valid = Bool[Array, "b t"]
+Hidden = Float[Array, "b t d"]
+Rows = Float[Array, "t d"]
+Queries = Float[Array, "b t h k"]
+Values = Float[Array, "b t h v"]
+LogSumExp = Float32[Array, "b t h"]
+Latents = Float[Array, "b s c"]
+Logits = Float32[Array, "b t w"]
+LastLogits = Float32[Array, "b w"]
+Patches = Float[Array, "p 3 kh kw"]
+MediaTokens = Float[Array, "m d"]

@@ -1,0 +1,135 @@
+"""A model's configuration as frozen dataclasses; `config_json` reads them from a published config.json.
+
+Field names are the file's own. Kimi Linear's file spells some of DeepSeek-V3's fields otherwise (`num_experts` for
+`n_routed_experts`, and so on); both land in the one `TextConfig`, whose names are DeepSeek-V3's.
+"""
+
+import dataclasses
+from typing import Literal
+
+LayerKind = Literal["mla", "kda"]
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnConfig:
+    """`rope_scaling` of type "yarn" (arXiv 2309.00071), static: applied whatever the sequence's length."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+    """INT4 weights in groups along the input dimension (compressed-tensors "pack-quantized", symmetric)."""
+
+    group_size: int = 32
+    num_bits: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearAttnConfig:
+    """`linear_attn_config`: which layers are Kimi Delta Attention, and its heads. Layer lists count from 1."""
+
+    kda_layers: tuple[int, ...]
+    full_attn_layers: tuple[int, ...]
+    num_heads: int
+    head_dim: int
+    short_conv_kernel_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The language model. `mla_inner_norm_eps` is the epsilon of MLA's two inner norms: the reference code's own 1e-6,
+    whatever `rms_norm_eps` says; a config.json may name another."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    bos_token_id: int | None
+    pad_token_id: int
+    eos_token_ids: tuple[int, ...]
+    q_lora_rank: int | None = None
+    mla_inner_norm_eps: float = 1e-6
+    mla_use_nope: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: YarnConfig | None = None
+    n_routed_experts: int = 0
+    num_experts_per_tok: int = 0
+    n_shared_experts: int = 0
+    moe_intermediate_size: int = 0
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    num_nextn_predict_layers: int = 0
+    initializer_range: float = 0.02
+    dtype: str = "bfloat16"
+    linear_attn: LinearAttnConfig | None = None
+    quantization: QuantizationConfig | None = None
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Values cached per token and MLA layer: `kv_lora_rank + qk_rope_head_dim`."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The token mixer of every layer, counted from 0."""
+        kda = () if self.linear_attn is None else self.linear_attn.kda_layers
+        return tuple("kda" if i + 1 in kda else "mla" for i in range(self.num_hidden_layers))
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer `layer`, counted from 0, has routed experts."""
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """MoonViT-3D and its projector, under the published names."""
+
+    patch_size: int
+    vt_hidden_size: int
+    vt_num_hidden_layers: int
+    vt_num_attention_heads: int
+    vt_intermediate_size: int
+    init_pos_emb_height: int
+    init_pos_emb_width: int
+    init_pos_emb_time: int
+    merge_kernel_size: tuple[int, int]
+    mm_hidden_size: int
+    text_hidden_size: int
+    projector_ln_eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class KimiConfig:
+    """A whole model. `stop_ids` is the union of what config.json, its text_config and generation_config.json name."""
+
+    model_type: str
+    text: TextConfig
+    stop_ids: tuple[int, ...]
+    vision: VisionConfig | None = None
+    media_placeholder_token_id: int | None = None
+
+    def dense(self) -> "KimiConfig":
+        """The same model with its routed experts in plain floating point."""
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, quantization=None))

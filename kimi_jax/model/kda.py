@@ -1,0 +1,107 @@
+"""Kimi Delta Attention (Kimi Linear, arXiv 2510.26692): a gated delta rule with one decay per key channel.
+
+This module is the layer around the recurrence: projections, short convolutions, gates and the gated output norm.
+The recurrence itself is `pallas_kernels.kda` (many tokens) and `kda_step` (one).
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from kimi_jax.axes import Float32, Hidden, Valid
+from kimi_jax.config import TextConfig
+from kimi_jax.model.norm import RMSNorm
+from kimi_jax.model.param import Init, Linear
+from kimi_jax.state import KDAState
+from pallas_kernels import kda, kda_step
+
+
+def l2_normalize(x: jax.Array) -> Float32[jax.Array, "..."]:
+    """x / sqrt(sum x² + 1e-6) over the last axis, as `kda(normalize_qk=True)` does it."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+class ShortConv(nnx.Module):
+    """Taps of a causal depthwise convolution, [channels, 1, taps] as published; the last meets the current token."""
+
+    def __init__(self, init: Init, channels: int, taps: int):
+        self.weight = init.normal((channels, 1, taps), ("heads", None, None))
+
+
+class KDA(nnx.Module):
+    """Token mixing of one layer."""
+
+    def __init__(self, init: Init, config: TextConfig):
+        linear = config.linear_attn
+        assert linear is not None
+        self.heads, self.head_dim = linear.num_heads, linear.head_dim
+        width, hidden, taps = linear.num_heads * linear.head_dim, config.hidden_size, linear.short_conv_kernel_size
+        self.q_proj = Linear(init, width, hidden, ("heads", "embed"))
+        self.k_proj = Linear(init, width, hidden, ("heads", "embed"))
+        self.v_proj = Linear(init, width, hidden, ("heads", "embed"))
+        self.q_conv1d = ShortConv(init, width, taps)
+        self.k_conv1d = ShortConv(init, width, taps)
+        self.v_conv1d = ShortConv(init, width, taps)
+        self.A_log = init.param(self.initial_decay(init), ("heads",))
+        self.dt_bias = init.param(self.initial_dt_bias(init), ("heads",))
+        self.f_a_proj = Linear(init, linear.head_dim, hidden, (None, "embed"))
+        self.f_b_proj = Linear(init, width, linear.head_dim, ("heads", None))
+        self.b_proj = Linear(init, linear.num_heads, hidden, ("heads", "embed"))
+        self.g_a_proj = Linear(init, linear.head_dim, hidden, (None, "embed"))
+        self.g_b_proj = Linear(init, width, linear.head_dim, ("heads", None))
+        self.o_norm = RMSNorm(init, linear.head_dim, config.rms_norm_eps)
+        self.o_proj = Linear(init, hidden, width, ("embed", "heads"))
+
+    def initial_decay(self, init: Init) -> jax.Array:
+        """A_log: log U(1, 16) per head, as the paper's recipe has it."""
+        return jnp.log(jax.random.uniform(init.next_key(), (self.heads,), jnp.float32, 1.0, 16.0))
+
+    def initial_dt_bias(self, init: Init) -> jax.Array:
+        """Inverse softplus of a time step drawn log-uniformly from [0.001, 0.1]."""
+        span = (jnp.log(0.001), jnp.log(0.1))
+        dt = jnp.exp(jax.random.uniform(init.next_key(), (self.heads * self.head_dim,), jnp.float32, *span))
+        return dt + jnp.log(-jnp.expm1(-dt))
+
+    def __call__(self, x: Hidden, valid: Valid, state: KDAState | None = None) -> tuple[Hidden, KDAState | None]:
+        """x [b, t, d] -> the same shape, and the state after the `valid` tokens (which come first in each row)."""
+        raw = jnp.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+        mixed, tail = self.convolve(raw, valid, state)
+        q, k, v = rearrange(mixed, "b t (qkv h k) -> qkv b t h k", qkv=3, h=self.heads)
+        g, beta = self.gates(x, valid)
+        scale = self.head_dim**-0.5
+        if state is not None and x.shape[1] == 1:
+            q, k = scale * l2_normalize(q[:, 0]), l2_normalize(k[:, 0])
+            o, S = kda_step(q, k, v[:, 0], g[:, 0], beta[:, 0], state.S)
+            o = o[:, None]
+        else:
+            before = None if state is None else state.S
+            o, S = kda(q, k, v, g, beta, initial_state=before, normalize_qk=True, scale=scale)
+        return self.gated_output(o, x), None if state is None else KDAState(tail, S)
+
+    def convolve(self, raw: jax.Array, valid: Valid, state: KDAState | None) -> tuple[jax.Array, jax.Array]:
+        """SiLU(conv(raw)), and the raw values that the next call's first tokens will reach back to."""
+        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        w = jnp.concatenate([conv.weight[...] for conv in convs]).astype(jnp.float32)
+        t, reach = raw.shape[1], w.shape[-1] - 1
+        before = jnp.zeros((raw.shape[0], reach, raw.shape[2]), raw.dtype) if state is None else state.tail
+        padded = jnp.concatenate([before.astype(raw.dtype), raw], axis=1)
+        y = sum(padded[:, j : j + t].astype(jnp.float32) * w[:, 0, j] for j in range(reach + 1))
+        last = jnp.sum(valid, axis=1)[:, None] + jnp.arange(reach)
+        tail = jnp.take_along_axis(padded, last[:, :, None], axis=1)
+        return jax.nn.silu(y).astype(raw.dtype), tail.astype(before.dtype)
+
+    def gates(self, x: Hidden, valid: Valid) -> tuple[Float32[jax.Array, "b t h k"], Float32[jax.Array, "b t h"]]:
+        """Log-decay g <= 0 per key channel and step size beta in (0, 1) per head; padding neither decays nor writes."""
+        f = self.f_b_proj(self.f_a_proj(x), dtype=jnp.float32) + self.dt_bias[...].astype(jnp.float32)
+        f = rearrange(f, "b t (h k) -> b t h k", h=self.heads)
+        g = -jnp.exp(self.A_log[...].astype(jnp.float32))[:, None] * jax.nn.softplus(f)
+        beta = jax.nn.sigmoid(self.b_proj(x, dtype=jnp.float32))
+        return jnp.where(valid[:, :, None, None], g, 0.0), jnp.where(valid[:, :, None], beta, 0.0)
+
+    def gated_output(self, o: jax.Array, x: Hidden) -> Hidden:
+        """o_proj(RMSNorm(o) * sigmoid(z)): the gate comes after the norm."""
+        z = rearrange(self.g_b_proj(self.g_a_proj(x)), "b t (h v) -> b t h v", h=self.heads)
+        y = self.o_norm(o.astype(x.dtype)).astype(jnp.float32) * jax.nn.sigmoid(z.astype(jnp.float32))
+        return self.o_proj(rearrange(y.astype(x.dtype), "b t h v -> b t (h v)"))

@@ -1,0 +1,116 @@
+"""A whole Kimi: the language model, and where config.json has one, the vision tower and its projector.
+
+Attribute names are those of the published tensors (without the `language_model.` prefix), so that a path in this tree
+is a name in a checkpoint.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kimi_jax.axes import Hidden, Int32, LastLogits, Lengths, Logits, MediaTokens, Tokens
+from kimi_jax.config import KimiConfig
+from kimi_jax.model.decoder import Decoder
+from kimi_jax.model.param import Init, Linear
+from kimi_jax.model.splice import Media, media_index, tokens_per_item
+from kimi_jax.model.vision import Projector, VisionTower
+from kimi_jax.model.vision_layout import Layout, layout
+from kimi_jax.state import State
+
+
+class Kimi(nnx.Module):
+    """`Kimi(config, rngs=nnx.Rngs(0))` draws random weights; `checkpoints.load` fills published ones in."""
+
+    def __init__(self, config: KimiConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike | None = None):
+        """`dtype` of parameters and activations; config.json's where it is None."""
+        self.config = config
+        init = Init(rngs.params(), jnp.dtype(dtype or config.text.dtype), config.text.initializer_range)
+        self.model = Decoder(init, config.text)
+        self.lm_head = Linear(init, config.text.vocab_size, config.text.hidden_size, ("vocab", "embed"))
+        self.vision_tower = None if config.vision is None else VisionTower(init, config.vision)
+        self.mm_projector = None if config.vision is None else Projector(init, config.vision)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.model.embed_tokens.weight[...].dtype
+
+    def __call__(self, tokens: Tokens, media: Media | None = None) -> Logits:
+        """Logits at every position: tokens int32 [b, t], right-padded, -> float32 [b, t, vocab_size].
+
+        Media placeholders in `tokens` are already expanded, one per media token, in the order of `media`'s items.
+        Raises ValueError where they do not match. Under an outer `jit` pass no media.
+        """
+        if media is None and isinstance(tokens, jax.core.Tracer):
+            return self.logits(self.hidden(tokens))
+        index = media_index(np.asarray(tokens), media, self.config)
+        embeds = None if media is None else self.encode_media_padded(media)
+        return _logits(self, jnp.asarray(tokens), None if index is None else jnp.asarray(index), embeds)
+
+    def encode_media(self, media: Media) -> MediaTokens:
+        """Embeddings of the media's tokens, [tokens, hidden_size], items one after another."""
+        count = int(tokens_per_item(media.grids, self.config).sum())
+        return self.encode_media_padded(media)[:count]
+
+    def encode_media_padded(self, media: Media) -> MediaTokens:
+        """The same, followed by padding: its shape takes few values, so that what uses it is compiled few times."""
+        tokens_per_item(media.grids, self.config)
+        assert self.config.vision is not None
+        where = layout(media.grids, self.config.vision)
+        padding = [(0, len(where.segment) - len(media.patches))] + [(0, 0)] * 3
+        patches = np.pad(np.asarray(media.patches, np.float32), padding)
+        return _encode(self, jnp.asarray(patches, self.dtype), jax.tree.map(jnp.asarray, where))
+
+    def embed(self, tokens: Tokens, index: Int32[jax.Array, "b t"] | None, media: MediaTokens | None) -> Hidden:
+        """Word embeddings, and `media[index]` where `index` is not -1."""
+        x = self.model.embed_tokens(tokens)
+        if index is None or media is None:
+            return x
+        return jnp.where((index >= 0)[:, :, None], media[jnp.maximum(index, 0)].astype(x.dtype), x)
+
+    def hidden(
+        self, tokens: Tokens, index: Int32[jax.Array, "b t"] | None = None, media: MediaTokens | None = None
+    ) -> Hidden:
+        """The last hidden vectors of whole prompts, with nothing carried."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        return self.model(self.embed(tokens, index, media), positions)[0]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Hidden vectors [..., d] -> float32 [..., vocab_size]."""
+        return self.lm_head(x, dtype=jnp.float32)
+
+    def extend(
+        self,
+        state: State,
+        tokens: Tokens,
+        counts: Lengths,
+        index: Int32[jax.Array, "b t"] | None = None,
+        media: MediaTokens | None = None,
+    ) -> tuple[LastLogits, State]:
+        """Takes the first `counts` tokens of each row on from `state`.
+
+        Returns the logits after each row's last token, float32 [b, vocab_size] (meaningless where `counts` is 0), and
+        the state. A row must have room: `state.lengths + counts <= state.capacity`.
+        """
+        offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = jnp.where(offsets < counts[:, None], state.lengths[:, None] + offsets, -1)
+        x, after = self.model(self.embed(tokens, index, media), positions, state)
+        assert after is not None
+        last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+        return self.logits(last), after
+
+
+@nnx.jit
+def _logits(model: Kimi, tokens: jax.Array, index: jax.Array | None, media: jax.Array | None) -> jax.Array:
+    return model.logits(model.hidden(tokens, index, media))
+
+
+@nnx.jit
+def _encode(model: Kimi, patches: jax.Array, where: Layout) -> jax.Array:
+    assert model.vision_tower is not None and model.mm_projector is not None
+    return model.mm_projector(model.vision_tower(patches, where))
+
+
+def abstract(config: KimiConfig, dtype: jax.typing.DTypeLike | None = None) -> Kimi:
+    """The model's tree with shapes and dtypes for values: nothing is allocated, whatever the size."""
+    return nnx.eval_shape(lambda: Kimi(config, dtype=dtype, rngs=nnx.Rngs(0)))

@@ -1,0 +1,144 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), with RoPE or without (Kimi Linear's NoPE).
+
+Two forms of the same sums. *Expanded*, for prefill: keys and values of every head are made from the latents.
+*Absorbed*, for decoding: `kv_b_proj` is folded into the query and the output, so that a step reads only latents.
+The cache holds [normed latent | rotated k_pe] of each token.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from kimi_jax.axes import (
+    Float,
+    Hidden,
+    Int32,
+    Latents,
+    Lengths,
+    LogSumExp,
+    PageTable,
+    Positions,
+    Queries,
+    Values,
+)
+from kimi_jax.config import TextConfig
+from kimi_jax.model import rope
+from kimi_jax.model.norm import RMSNorm
+from kimi_jax.model.param import Init, Linear
+from kimi_jax.state import PAGE, MLACache
+from pallas_kernels import merge_partials, mla_decode, mla_prefill, mla_write
+
+# Pages of history that a prefill expands into keys and values at a time.
+HISTORY_PAGES = 16
+
+
+class MLA(nnx.Module):
+    """Causal attention of one layer."""
+
+    def __init__(self, init: Init, config: TextConfig):
+        self.config = config
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(init, heads * config.qk_head_dim, hidden, ("heads", "embed"))
+        else:
+            self.q_a_proj = Linear(init, config.q_lora_rank, hidden, ("q_lora", "embed"))
+            self.q_a_layernorm = RMSNorm(init, config.q_lora_rank, config.mla_inner_norm_eps, "q_lora")
+            self.q_b_proj = Linear(init, heads * config.qk_head_dim, config.q_lora_rank, ("heads", "q_lora"))
+        self.kv_a_proj_with_mqa = Linear(init, config.latent_dim, hidden, ("kv_lora", "embed"))
+        self.kv_a_layernorm = RMSNorm(init, config.kv_lora_rank, config.mla_inner_norm_eps, "kv_lora")
+        kv_width = config.qk_nope_head_dim + config.v_head_dim
+        self.kv_b_proj = Linear(init, heads * kv_width, config.kv_lora_rank, ("heads", "kv_lora"))
+        self.o_proj = Linear(init, hidden, heads * config.v_head_dim, ("embed", "heads"))
+
+    def __call__(
+        self,
+        x: Hidden,
+        positions: Positions,
+        cache: MLACache | None = None,
+        page_table: PageTable | None = None,
+    ) -> tuple[Hidden, MLACache | None]:
+        """x [b, t, d] at `positions` (-1 is padding, which nothing attends to) -> the same shape, and the cache with
+        these tokens in it. One token attends in the absorbed form, more in the expanded one."""
+        q, latents = self.queries(x, positions), self.latents(x, positions)
+        if cache is None or page_table is None:
+            out, _ = self.expanded(q, latents, positions, positions)
+            return self.output(out), None
+        cache = MLACache(mla_write(cache.pages, latents, page_table, positions))
+        if x.shape[1] == 1:
+            out = self.absorbed(q[:, 0], cache, page_table, positions[:, 0] + 1)[:, None]
+        else:
+            out = self.with_history(q, latents, positions, cache, page_table)
+        return self.output(out), cache
+
+    def queries(self, x: Hidden, positions: Positions) -> Queries:
+        """[nope | rotated] of every head."""
+        flat = (
+            self.q_proj(x) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        )
+        q = rearrange(flat, "b t (h k) -> b t h k", h=self.config.num_attention_heads)
+        nope, pe = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
+        return jnp.concatenate([nope, rope.apply(pe, positions, self.config)], axis=-1)
+
+    def latents(self, x: Hidden, positions: Positions) -> Latents:
+        """[normed latent | rotated k_pe], what the cache keeps."""
+        c, pe = jnp.split(self.kv_a_proj_with_mqa(x), [self.config.kv_lora_rank], axis=-1)
+        pe = rope.apply(pe[:, :, None], positions, self.config)[:, :, 0]
+        return jnp.concatenate([self.kv_a_layernorm(c), pe], axis=-1)
+
+    def output(self, heads: Values) -> Hidden:
+        return self.o_proj(rearrange(heads, "b t h v -> b t (h v)"))
+
+    def expanded(
+        self, q: Queries, latents: Latents, q_positions: Positions, kv_positions: Int32[jax.Array, "b s"]
+    ) -> tuple[Values, LogSumExp]:
+        """Attention over keys and values made from `latents`, with the log-sum-exp of the scores [b, t, h]."""
+        c, pe = jnp.split(latents, [self.config.kv_lora_rank], axis=-1)
+        kv = rearrange(self.kv_b_proj(c), "b s (h kv) -> b s h kv", h=self.config.num_attention_heads)
+        k, v = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
+        k = jnp.concatenate([k, jnp.broadcast_to(pe[:, :, None], (*k.shape[:-1], pe.shape[-1]))], axis=-1)
+        out, lse = mla_prefill(
+            q,
+            k,
+            v,
+            q_positions=q_positions,
+            kv_positions=kv_positions,
+            kv_segments=jnp.where(kv_positions < 0, -1, 0),
+            q_segments=jnp.zeros_like(q_positions),
+            scale=rope.softmax_scale(self.config),
+            return_lse=True,
+        )
+        return out, lse
+
+    def with_history(
+        self, q: Queries, latents: Latents, positions: Positions, cache: MLACache, page_table: PageTable
+    ) -> Values:
+        """Attention over these tokens and over the cached ones before them, a few pages at a time."""
+        start = positions[:, 0]
+        span = min(HISTORY_PAGES, page_table.shape[1])
+
+        def piece(i: jax.Array, merged: tuple[Values, LogSumExp]) -> tuple[Values, LogSumExp]:
+            # the last piece may begin early, so as to stay inside the table; what an earlier one covered is masked
+            first = jnp.minimum(i * span, page_table.shape[1] - span)
+            pages = cache.pages[jax.lax.dynamic_slice_in_dim(page_table, first, span, axis=1)]
+            at = first * PAGE + jnp.arange(span * PAGE)
+            seen = (at >= i * span * PAGE) & (at < start[:, None])
+            history = rearrange(pages, "b n c page -> b (n page) c").astype(q.dtype)
+            part = self.expanded(q, history, positions, jnp.where(seen, at, -1))
+            return merge_partials(merged, part)
+
+        pieces = -(-jnp.max(start, initial=0) // (span * PAGE))
+        own = self.expanded(q, latents, positions, positions)
+        return jax.lax.fori_loop(0, pieces, piece, own)[0]
+
+    def absorbed(
+        self, q: Float[jax.Array, "b h k"], cache: MLACache, page_table: PageTable, lengths: Lengths
+    ) -> Float[jax.Array, "b h v"]:
+        """One query per row over the first `lengths` cached tokens."""
+        kv_b = rearrange(self.kv_b_proj.weight[...], "(h kv) c -> h kv c", h=self.config.num_attention_heads)
+        w_uk, w_uv = jnp.split(kv_b, [self.config.qk_nope_head_dim], axis=1)
+        nope, pe = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
+        q_latent = jnp.einsum("bhn,hnc->bhc", nope, w_uk, preferred_element_type=jnp.float32).astype(q.dtype)
+        scale = rope.softmax_scale(self.config)
+        o = mla_decode(q_latent, pe, cache.pages, page_table, lengths, scale=scale)
+        return jnp.einsum("bhc,hvc->bhv", o, w_uv, preferred_element_type=jnp.float32).astype(q.dtype)

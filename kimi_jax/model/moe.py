@@ -1,0 +1,127 @@
+"""Feed-forward layers: SwiGLU, and the mixture of experts of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
+
+Tokens are sorted by expert and go through grouped matmuls (`pallas_kernels`), so that an expert nobody chose costs
+nothing and no token meets an expert it did not choose.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kimi_jax.axes import Float32, Hidden, Int32, Rows
+from kimi_jax.config import TextConfig
+from kimi_jax.model.param import Init, Linear
+from pallas_kernels import (
+    grouped_matmul,
+    grouped_swiglu,
+    int4_grouped_matmul,
+    int4_grouped_swiglu,
+    quantize_int4,
+)
+
+
+class MLP(nnx.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, init: Init, hidden: int, width: int):
+        self.gate_proj = Linear(init, width, hidden, ("mlp", "embed"))
+        self.up_proj = Linear(init, width, hidden, ("mlp", "embed"))
+        self.down_proj = Linear(init, hidden, width, ("embed", "mlp"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nnx.Module):
+    """The `noaux_tc` gate: sigmoid scores in float32, a correction bias that only chooses, groups of experts."""
+
+    def __init__(self, init: Init, config: TextConfig):
+        self.config = config
+        self.weight = init.normal((config.n_routed_experts, config.hidden_size), ("expert_scores", "embed"))
+        self.e_score_correction_bias = init.param(jnp.zeros(config.n_routed_experts, jnp.float32), ("expert_scores",))
+
+    def __call__(self, x: Rows) -> tuple[Int32[jax.Array, "t j"], Float32[jax.Array, "t j"]]:
+        """x [t, d] -> the chosen experts of each token and their weights."""
+        config = self.config
+        x, w = x.astype(jnp.float32), self.weight[...].astype(jnp.float32)
+        scores = jax.nn.sigmoid(jnp.einsum("td,ed->te", x, w, precision=jax.lax.Precision.HIGHEST))
+        choice = self.eligible(scores + self.e_score_correction_bias[...].astype(jnp.float32))
+        _, chosen = jax.lax.top_k(choice, config.num_experts_per_tok)
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if config.norm_topk_prob:
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        return chosen, weights * config.routed_scaling_factor
+
+    def eligible(self, choice: Float32[jax.Array, "t e"]) -> Float32[jax.Array, "t e"]:
+        """-inf outside the `topk_group` groups whose two best experts sum highest."""
+        config = self.config
+        if config.n_group == 1:
+            return choice
+        groups = choice.reshape(-1, config.n_group, config.n_routed_experts // config.n_group)
+        best_two, _ = jax.lax.top_k(groups, 2)
+        _, kept = jax.lax.top_k(best_two.sum(-1), config.topk_group)
+        mask = jax.nn.one_hot(kept, config.n_group, dtype=bool).any(axis=1)
+        return jnp.where(mask[:, :, None], groups, -jnp.inf).reshape(choice.shape)
+
+
+class ExpertLinear(nnx.Module):
+    """One projection of all experts: `weight` [e, in, out], or INT4 `codes` and their `scales` [e, in/32, out]."""
+
+    def __init__(self, init: Init, config: TextConfig, in_: int, out: int, axes: tuple[str, str]):
+        weight = init.normal((config.n_routed_experts, in_, out), ("expert", *axes))
+        if config.quantization is None:
+            self.weight = weight
+        else:
+            codes, scales = jax.jit(quantize_int4)(weight[...])
+            self.codes = nnx.Variable(codes, axes=("expert", *axes))
+            self.scales = init.param(scales, ("expert", *axes))
+
+
+class Experts(nnx.Module):
+    """The routed experts of a layer."""
+
+    def __init__(self, init: Init, config: TextConfig):
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.int4 = config.quantization is not None
+        self.gate_proj = ExpertLinear(init, config, hidden, width, ("embed", "mlp"))
+        self.up_proj = ExpertLinear(init, config, hidden, width, ("embed", "mlp"))
+        self.down_proj = ExpertLinear(init, config, width, hidden, ("mlp", "embed"))
+
+    def __call__(self, x: Rows, group_sizes: Int32[jax.Array, "e"]) -> Rows:
+        """x [t, d], sorted by expert, `group_sizes[i]` rows to expert i -> [t, d]."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if self.int4:
+            h = int4_grouped_swiglu(
+                x, (gate.codes[...], gate.scales[...]), (up.codes[...], up.scales[...]), group_sizes
+            )
+            return int4_grouped_matmul(h, down.codes[...], down.scales[...], group_sizes)
+        h = grouped_swiglu(x, gate.weight[...], up.weight[...], group_sizes)
+        return grouped_matmul(h, down.weight[...], group_sizes)
+
+
+class MoE(nnx.Module):
+    """Routed experts, weighted, plus the shared experts, unweighted."""
+
+    def __init__(self, init: Init, config: TextConfig):
+        self.gate = Router(init, config)
+        self.experts = Experts(init, config)
+        width = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = MLP(init, config.hidden_size, width) if width else None
+
+    def __call__(self, x: Hidden) -> Hidden:
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.routed(rows)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(rows)
+        return y.reshape(x.shape)
+
+    def routed(self, x: Rows) -> Rows:
+        """Each token's weighted sum over its experts, accumulated in float32."""
+        chosen, weights = self.gate(x)
+        flat = chosen.reshape(-1)
+        order = jnp.argsort(flat, stable=True)
+        group_sizes = jnp.bincount(flat, length=self.gate.config.n_routed_experts).astype(jnp.int32)
+        y = self.experts(x[order // chosen.shape[1]], group_sizes)
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+        y = y[back].reshape(*chosen.shape, -1)
+        return jnp.einsum("tjd,tj->td", y, weights, preferred_element_type=jnp.float32).astype(x.dtype)

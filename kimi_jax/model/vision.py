@@ -1,0 +1,152 @@
+"""MoonViT-3D and its projector (Kimi K2.5, arXiv 2602.02276): patches of images and video chunks -> embeddings.
+
+Every item attends to itself alone, over all its frames; frames are averaged, 2 x 2 patches become one token.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from kimi_jax.axes import Float, MediaTokens, Patches
+from kimi_jax.config import VisionConfig
+from kimi_jax.model import rope
+from kimi_jax.model.norm import LayerNorm
+from kimi_jax.model.param import Init, Linear
+from kimi_jax.model.vision_layout import Layout
+from pallas_kernels import mla_prefill
+
+BLOCK_NORM_EPS = 1e-5
+
+
+class PatchProjection(nnx.Module):
+    """A convolution whose stride is its kernel: `weight` [width, 3, patch, patch]."""
+
+    def __init__(self, init: Init, width: int, patch: int):
+        self.weight = init.normal((width, 3, patch, patch), (None, None, None, None))
+        self.bias = init.zeros((width,), (None,))
+
+    def __call__(self, patches: Patches) -> Float[jax.Array, "p width"]:
+        y = jnp.einsum("pcij,ocij->po", patches, self.weight[...], preferred_element_type=jnp.float32)
+        return (y + self.bias[...].astype(jnp.float32)).astype(patches.dtype)
+
+
+class PositionTable(nnx.Module):
+    """`weight` [height, width, channels], resampled to each item's grid."""
+
+    def __init__(self, init: Init, config: VisionConfig):
+        shape = (config.init_pos_emb_height, config.init_pos_emb_width, config.vt_hidden_size)
+        self.weight = init.normal(shape, (None, None, None))
+
+    def __call__(self, layout: Layout) -> Float[jax.Array, "p width"]:
+        cells = rearrange(self.weight[...], "h w d -> (h w) d")[layout.taps_index]
+        return jnp.einsum("pnd,pn->pd", cells, layout.taps_weight, preferred_element_type=jnp.float32)
+
+
+class PatchEmbed(nnx.Module):
+    """Patches, plus where and when they are."""
+
+    def __init__(self, init: Init, config: VisionConfig):
+        self.proj = PatchProjection(init, config.vt_hidden_size, config.patch_size)
+        self.pos_emb = PositionTable(init, config)
+
+    def __call__(self, patches: Patches, layout: Layout) -> Float[jax.Array, "p width"]:
+        x = self.proj(patches)
+        return x + (self.pos_emb(layout) + layout.time).astype(x.dtype)
+
+
+class VisionMLP(nnx.Module):
+    """fc1(gelu_tanh(fc0 x))."""
+
+    def __init__(self, init: Init, width: int, hidden: int):
+        self.fc0 = Linear(init, hidden, width, ("mlp", None), bias=True)
+        self.fc1 = Linear(init, width, hidden, (None, "mlp"), bias=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc1(jax.nn.gelu(self.fc0(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP; attention is bidirectional within an item."""
+
+    def __init__(self, init: Init, config: VisionConfig):
+        width = config.vt_hidden_size
+        self.heads = config.vt_num_attention_heads
+        self.norm0 = LayerNorm(init, width, BLOCK_NORM_EPS)
+        self.wqkv = Linear(init, 3 * width, width, ("heads", None), bias=True)
+        self.wo = Linear(init, width, width, (None, "heads"), bias=True)
+        self.norm1 = LayerNorm(init, width, BLOCK_NORM_EPS)
+        self.mlp = VisionMLP(init, width, config.vt_intermediate_size)
+
+    def __call__(self, x: Float[jax.Array, "p width"], layout: Layout) -> Float[jax.Array, "p width"]:
+        x = x + self.wo(self.attention(self.wqkv(self.norm0(x)), layout))
+        return x + self.mlp(self.norm1(x))
+
+    def attention(self, qkv: Float[jax.Array, "p three_width"], layout: Layout) -> Float[jax.Array, "p width"]:
+        q, k, v = rearrange(qkv, "p (qkv h k) -> qkv 1 p h k", qkv=3, h=self.heads)
+        angles = jnp.asarray(layout.angles)[None, :, None, :]
+        q, k = rope.rotate(q, angles), rope.rotate(k, angles)
+        segment = jnp.asarray(layout.segment)[None]
+        everywhere = jnp.zeros_like(segment)  # with one position for all, causal attention hides nothing
+        out = mla_prefill(
+            q,
+            k,
+            v,
+            q_positions=everywhere,
+            kv_positions=everywhere,
+            q_segments=segment,
+            kv_segments=segment,
+            scale=q.shape[-1] ** -0.5,
+        )
+        assert isinstance(out, jax.Array)  # and no log-sum-exp with it
+        return rearrange(out, "1 p h k -> p (h k)")
+
+
+class Encoder(nnx.Module):
+    """The blocks and their last norm."""
+
+    def __init__(self, init: Init, config: VisionConfig):
+        self.blocks = nnx.List([Block(init, config) for _ in range(config.vt_num_hidden_layers)])
+        self.final_layernorm = LayerNorm(init, config.vt_hidden_size, BLOCK_NORM_EPS)
+
+    def __call__(self, x: Float[jax.Array, "p width"], layout: Layout) -> Float[jax.Array, "p width"]:
+        for block in self.blocks:
+            x = block(x, layout)
+        return self.final_layernorm(x)
+
+
+class VisionTower(nnx.Module):
+    """Patches -> [tokens, kernel cells, width]: frames averaged, the cells of the merge kernel side by side."""
+
+    def __init__(self, init: Init, config: VisionConfig):
+        self.patch_embed = PatchEmbed(init, config)
+        self.encoder = Encoder(init, config)
+
+    def __call__(self, patches: Patches, layout: Layout) -> Float[jax.Array, "m cells width"]:
+        x = self.encoder(self.patch_embed(patches, layout), layout)
+        frames = x[layout.merge_index]
+        merged = jnp.einsum("mcfd,mcf->mcd", frames, layout.merge_weight, preferred_element_type=jnp.float32)
+        return merged.astype(x.dtype)
+
+
+class Projector(nnx.Module):
+    """proj.2(gelu(proj.0(concat(norm(cells))))), with the exact GELU."""
+
+    def __init__(self, init: Init, config: VisionConfig):
+        cells = config.merge_kernel_size[0] * config.merge_kernel_size[1]
+        width = cells * config.mm_hidden_size
+        self.pre_norm = LayerNorm(init, config.mm_hidden_size, config.projector_ln_eps)
+        self.proj: nnx.List[Any] = nnx.List(
+            [
+                Linear(init, width, width, ("mlp", None), bias=True),
+                lambda x: jax.nn.gelu(x, approximate=False),
+                Linear(init, config.text_hidden_size, width, ("embed", "mlp"), bias=True),
+            ]
+        )
+
+    def __call__(self, x: Float[jax.Array, "m cells width"]) -> MediaTokens:
+        x = rearrange(self.pre_norm(x), "m cells d -> m (cells d)")
+        first, activation, second = self.proj
+        return second(activation(first(x)))
