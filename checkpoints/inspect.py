@@ -1,0 +1,134 @@
+"""What is in a checkpoint: layers, experts, dtypes, parameters and bytes by part."""
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+
+from checkpoints.names import CODES_PER_WORD, PACKED, SCALE, Leaf, stored
+from checkpoints.orbax import OrbaxSource, open_checkpoint
+from kimi_jax.config import KimiConfig
+from kimi_jax.model.kimi import abstract
+
+Kind = Literal["orbax", "safetensors", "configuration"]
+
+# The first that a path contains is its part.
+_PARTS = (
+    ("vision_tower.", "vision"),
+    ("mm_projector.", "projector"),
+    (".self_attn.", "attention"),
+    (".mlp.experts.", "routed experts"),
+    (".mlp.shared_experts.", "shared experts"),
+    (".mlp.gate.", "router"),
+    (".mlp.", "dense mlp"),
+    ("norm.", "norms"),
+    ("embed_tokens.", "embeddings"),
+    ("lm_head.", "embeddings"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of the model. `parameters` are weights: an INT4 word counts 8, a scale none. `nbytes` are as stored."""
+
+    name: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A checkpoint, or what one of a configuration would hold. `layers` counts text layers by kind ("mla + moe"),
+    `dtypes` bytes by stored dtype ("int4" for packed words), `tensors` the published ones without `weight_shape`."""
+
+    kind: Kind
+    model_type: str
+    layers: dict[str, int]
+    vision_layers: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    dtypes: dict[str, int]
+    parts: tuple[Part, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def summary(path: str | Path) -> Summary:
+    """What the checkpoint in folder `path` holds: an Orbax checkpoint of ours, or a published folder.
+
+    Reads names and shapes only. Raises what `checkpoints.load` raises for a damaged one.
+    """
+    source = open_checkpoint(path)
+    kind: Kind = "orbax" if isinstance(source, OrbaxSource) else "safetensors"
+    return _summary(kind, source.contents.config, source.contents.leaves)
+
+
+def summary_of_config(config: KimiConfig) -> Summary:
+    """What a published checkpoint of `config` would hold, off the abstract model: nothing is allocated."""
+    return _summary("configuration", config, stored(abstract(config)))
+
+
+def table(summary: Summary) -> Table:
+    """`summary` to print."""
+    layers = ", ".join(f"{count} x {kind}" for kind, count in summary.layers.items())
+    vision = f", {summary.vision_layers} vision layers" if summary.vision_layers else ""
+    experts = f", {summary.n_routed_experts} experts, {summary.num_experts_per_tok} chosen"
+    title = f"{summary.model_type} ({summary.kind}): {layers}{vision}{experts if summary.n_routed_experts else ''}"
+    table = Table("part", "tensors", "parameters", "bytes", title=title, show_footer=True)
+    total = Part("total", sum(p.tensors for p in summary.parts), summary.parameters, summary.nbytes)
+    for column, footer in zip(table.columns, _row(total), strict=True):
+        column.footer = footer
+        column.justify = "left" if column is table.columns[0] else "right"
+    for part in summary.parts:
+        table.add_row(*_row(part))
+    table.caption = ", ".join(f"{size:,} bytes of {dtype}" for dtype, size in summary.dtypes.items())
+    return table
+
+
+def _row(part: Part) -> tuple[str, ...]:
+    return part.name, f"{part.tensors:,}", f"{part.parameters:,}", f"{part.nbytes:,}"
+
+
+def _summary(kind: Kind, config: KimiConfig, leaves: Iterable[Leaf]) -> Summary:
+    parts: defaultdict[str, list[Leaf]] = defaultdict(list)
+    dtypes: Counter[str] = Counter()
+    for leaf in leaves:
+        parts[next(part for mark, part in _PARTS if mark in leaf.path)].append(leaf)
+        dtypes["int4" if leaf.path.endswith(PACKED) else leaf.dtype.name] += leaf.nbytes
+    text = config.text
+    layers = Counter(f"{mixer} + {'moe' if text.is_moe(i) else 'dense'}" for i, mixer in enumerate(text.layer_kinds))
+    return Summary(
+        kind=kind,
+        model_type=config.model_type,
+        layers=dict(layers),
+        vision_layers=0 if config.vision is None else config.vision.vt_num_hidden_layers,
+        n_routed_experts=text.n_routed_experts,
+        num_experts_per_tok=text.num_experts_per_tok,
+        dtypes=dict(dtypes.most_common()),
+        parts=tuple(_part(name, parts[name]) for name in dict.fromkeys(part for _, part in _PARTS) if name in parts),
+    )
+
+
+def _part(name: str, leaves: list[Leaf]) -> Part:
+    return Part(
+        name,
+        sum(leaf.shape[0] if leaf.stacked else 1 for leaf in leaves),
+        sum(_parameters(leaf) for leaf in leaves),
+        sum(leaf.nbytes for leaf in leaves),
+    )
+
+
+def _parameters(leaf: Leaf) -> int:
+    if leaf.path.endswith(SCALE):
+        return 0
+    return leaf.nbytes // leaf.dtype.itemsize * (CODES_PER_WORD if leaf.path.endswith(PACKED) else 1)

@@ -1,0 +1,214 @@
+"""Published tensor names <-> paths of the model's tree, by one small table of rules.
+
+A *stored leaf* is what an Orbax checkpoint of ours holds: published words, shapes and orientation, with a layer's
+experts stacked on a leading axis. Its path is the tree's own, except that INT4 experts keep their published endings
+(`weight_packed`, `weight_scale`), since the tree's `codes` and `scales` are in the kernels' layout. What leaves a model
+has is read off the abstract model, so that there is one truth.
+"""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from checkpoints.safetensors import CheckpointError, Published, Tensor
+from kimi_jax.config import KimiConfig, QuantizationConfig
+from kimi_jax.model.kimi import Kimi, abstract
+
+PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
+CODES_PER_WORD = 8
+_STORED_ENDINGS = {"codes": PACKED, "scales": SCALE}
+_TEXT = ("model.", "lm_head.")
+_PREFIX = "language_model."
+_FLOATS = ("bfloat16", "float32", "float16")
+
+# Kimi Linear, path of the tree -> published name.
+_LINEAR = (
+    (re.compile(r"\.mlp\.(?=gate\.|experts\.|shared_experts\.)"), ".block_sparse_moe."),
+    (re.compile(r"(\.experts\.\{\}\.)gate_proj\."), r"\1w1."),
+    (re.compile(r"(\.experts\.\{\}\.)up_proj\."), r"\1w3."),
+    (re.compile(r"(\.experts\.\{\}\.)down_proj\."), r"\1w2."),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One stored leaf: published shape and dtype (a leading axis of experts where there are `names` of several), and
+    the logical `axes` of its dimensions. `pattern` is the published name, with {} for the expert's number."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pattern: str
+    axes: tuple[str | None, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leading axis counts experts."""
+        return "{}" in self.pattern
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The published tensors, one per expert or one."""
+        return tuple(self.pattern.format(e) for e in range(self.shape[0])) if self.stacked else (self.pattern,)
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """What the published `weight_shape` beside a `weight_packed` says: [out, in]."""
+        return self.shape[1], self.shape[2] * CODES_PER_WORD
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds: the abstract model that it fills (INT4 experts or not goes by the tensors that are
+    there, not by config.json), its leaves, and the published tensors that are left out."""
+
+    model: Kimi
+    leaves: tuple[Leaf, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def config(self) -> KimiConfig:
+        return self.model.config
+
+
+def stored(model: Kimi) -> list[Leaf]:
+    """The leaves that a checkpoint of `model` must have, with the published names of a text-only checkpoint."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return [_leaf(model.config, tuple(map(str, path)), variable) for path, variable in flat]
+
+
+def variable_path(path: str) -> tuple[str | int, ...]:
+    """A stored leaf's path -> the path of its variable in the model's state."""
+    stem, ending = path.rsplit(".", 1)
+    ending = {stored: tree for tree, stored in _STORED_ENDINGS.items()}.get(ending, ending)
+    return tuple(int(part) if part.isdecimal() else part for part in (*stem.split("."), ending))
+
+
+def _leaf(config: KimiConfig, path: tuple[str, ...], variable: nnx.Variable) -> Leaf:
+    *parents, ending = path
+    name = ".".join([*parents, _STORED_ENDINGS.get(ending, ending)])
+    shape, dtype, axes = tuple(variable.shape), np.dtype(variable.dtype), variable.get_metadata()["axes"]
+    if ".mlp.experts." not in name:
+        return Leaf(name, shape, dtype, _published(config, name), axes)
+    experts, in_, out = shape
+    if ending == "codes":
+        in_, dtype = in_ // CODES_PER_WORD, np.dtype(np.int32)
+    pattern = _published(config, name.replace(".experts.", ".experts.{}."))
+    return Leaf(name, (experts, out, in_), dtype, pattern, (axes[0], axes[2], axes[1]))
+
+
+def _published(config: KimiConfig, name: str) -> str:
+    if config.text.model_type == "kimi_linear":
+        for pattern, replacement in _LINEAR:
+            name = pattern.sub(replacement, name)
+    return name
+
+
+def contents(config: KimiConfig, published: Published) -> Contents:
+    """The leaves of a published folder, every tensor of it accounted for.
+
+    `rotary_emb.inv_freq` is ignored; tensors of the MTP layers that `num_nextn_predict_layers` announces are left out
+    with a warning. Raises `CheckpointError` naming tensors that are missing, unknown, or not of the shape or dtype
+    that the configuration asks for, and a `weight_shape` that contradicts its weight.
+    """
+    tensors = {name: t for name, t in published.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    skipped = _mtp(config, tensors)
+    for name in skipped:
+        del tensors[name]
+    if skipped:
+        warnings.warn(f"{published.folder}: {len(skipped)} tensors of MTP layers are left out", stacklevel=2)
+    model = abstract_of_form(config, tensors)
+    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensors) else ""
+    leaves = [_with_prefix(leaf, prefix) for leaf in stored(model)]
+    _check_names(published, leaves, tensors)
+    leaves = [_check_tensors(leaf, tensors) for leaf in leaves]
+    for leaf in leaves:
+        _check_weight_shapes(leaf, published)
+    return Contents(model, tuple(leaves), skipped)
+
+
+def abstract_of_form(config: KimiConfig, names: Iterable[str]) -> Kimi:
+    """The abstract bf16 model of `config`, its experts INT4 if there are packed tensors among `names`, dense if not."""
+    if not any(name.endswith(PACKED) for name in names):
+        return abstract(config.dense(), jnp.bfloat16)
+    quantization = config.text.quantization or QuantizationConfig()
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, quantization=quantization))
+    return abstract(config, jnp.bfloat16)
+
+
+def as_stored(leaf: Leaf, shape: tuple[int, ...], dtype: np.dtype, where: str) -> Leaf:
+    """`leaf` with the shape and dtype that were found. `A_log` is published as [H] or [1, 1, H, 1].
+
+    Raises `CheckpointError`, which `where` opens, for any other shape or kind of number than the model asks for.
+    """
+    expected, axes = leaf.shape, leaf.axes
+    if leaf.path.endswith(".A_log") and shape == (1, 1, *leaf.shape, 1):
+        expected, axes = shape, (None, None, *leaf.axes, None)
+    if shape != expected:
+        raise CheckpointError(f"{where} has shape {list(shape)}, expected {list(expected)}")
+    kinds = (leaf.dtype.name,) if leaf.path.endswith((PACKED, SCALE)) else _FLOATS
+    if dtype.name not in kinds:
+        fp8 = "; FP8 checkpoints cannot be read yet" if dtype == ml_dtypes.float8_e4m3fn else ""
+        raise CheckpointError(f"{where} has dtype {dtype.name}, expected {' or '.join(kinds)}{fp8}")
+    return dataclasses.replace(leaf, shape=shape, dtype=dtype, axes=axes)
+
+
+def _with_prefix(leaf: Leaf, prefix: str) -> Leaf:
+    return dataclasses.replace(leaf, pattern=prefix + leaf.pattern) if leaf.pattern.startswith(_TEXT) else leaf
+
+
+def _mtp(config: KimiConfig, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    first = config.text.num_hidden_layers
+    layers = range(first, first + config.text.num_nextn_predict_layers)
+    layer = re.compile(rf"(?:{re.escape(_PREFIX)})?model\.layers\.(\d+)\.")
+    return tuple(name for name in tensors if (found := layer.match(name)) and int(found[1]) in layers)
+
+
+def _check_names(published: Published, leaves: list[Leaf], tensors: Mapping[str, Tensor]) -> None:
+    shapes = (n.removesuffix(PACKED) + SHAPE for leaf in leaves if leaf.path.endswith(PACKED) for n in leaf.names)
+    expected = {name for leaf in leaves for name in leaf.names} | set(shapes)
+    for kind, names in (
+        ("are missing", expected - tensors.keys()),
+        ("belong to no part of this model", tensors.keys() - expected),
+    ):
+        if names:
+            first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            # an FP8 checkpoint is all extra scales; say the useful thing
+            fp8 = " (FP8 checkpoints cannot be read yet)" if any(n.endswith("weight_scale_inv") for n in names) else ""
+            raise CheckpointError(f"{published.folder}: {len(names)} tensors {kind}: {first}{fp8}")
+
+
+def _check_tensors(leaf: Leaf, tensors: Mapping[str, Tensor]) -> Leaf:
+    """The leaf with the shape and dtype of its tensors, on which all experts must agree."""
+    one = dataclasses.replace(leaf, shape=leaf.shape[1:], axes=leaf.axes[1:]) if leaf.stacked else leaf
+    first = tensors[leaf.names[0]]
+    for name in leaf.names:
+        tensor = tensors[name]
+        where = f"{tensor.file}: tensor {name}"
+        found = as_stored(one, tensor.shape, tensor.dtype, where)
+        if tensor.dtype != first.dtype:
+            raise CheckpointError(f"{where} has dtype {tensor.dtype}, but {first.name} has {first.dtype}")
+    return dataclasses.replace(leaf, dtype=first.dtype) if leaf.stacked else found
+
+
+def _check_weight_shapes(leaf: Leaf, published: Published) -> None:
+    if not leaf.path.endswith(PACKED):
+        return
+    for packed in leaf.names:
+        name = packed.removesuffix(PACKED) + SHAPE
+        tensor = published.tensors[name]
+        where = f"{tensor.file}: tensor {name}"
+        if tensor.dtype.name not in ("int32", "int64") or tensor.shape != (2,):
+            raise CheckpointError(f"{where} is {tensor.dtype} {list(tensor.shape)}, expected int32 or int64 [2]")
+        if (value := tuple(published.read(name).tolist())) != leaf.weight_shape:
+            raise CheckpointError(f"{where} says {list(value)}, expected {list(leaf.weight_shape)}")

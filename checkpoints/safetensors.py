@@ -1,0 +1,192 @@
+"""Reads a published folder of safetensors: headers, then byte ranges, one tensor (or some of its rows) at a time.
+
+The format (https://huggingface.co/docs/safetensors): eight bytes of header length, a JSON header of dtypes, shapes and
+byte ranges, then the data, little-endian. The safetensors library maps its files, and mapped pages count as resident
+memory; here every read goes straight into the array that is returned, so memory is what is held and no more.
+"""
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_DTYPES = {
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I8": np.int8,
+    "I16": np.int16,
+    "I32": np.int32,
+    "I64": np.int64,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_HEADER_LIMIT = 100_000_000  # the library's own; a larger number is a damaged file
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file and the tensor."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies: `nbytes` bytes from `offset` of `file`, C order, of `shape` and `dtype`."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Published:
+    """A folder of safetensors, indexed or a single file. `tensors` is in the order of the files and their bytes."""
+
+    folder: Path
+    tensors: Mapping[str, Tensor]
+    files: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Published":
+        """Reads every header in `folder` and holds it against the index, where there is one.
+
+        Raises FileNotFoundError if there are no safetensors, `CheckpointError` naming file and tensor for a shard that
+        is missing, truncated or damaged, a tensor that comes twice, and an index that says other than the shards.
+        """
+        folder = Path(folder)
+        if (folder / INDEX).is_file():
+            weight_map = _weight_map(folder / INDEX)
+            files = tuple(folder / file for file in sorted(set(weight_map.values())))
+        elif (folder / SINGLE).is_file():
+            weight_map, files = None, (folder / SINGLE,)
+        else:
+            raise FileNotFoundError(f"{folder}: holds neither {INDEX} nor {SINGLE}")
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            if not file.is_file():
+                count = sum(name == file.name for name in (weight_map or {}).values())
+                raise CheckpointError(f"{file}: shard is missing; {INDEX} places {count} tensors in it")
+            for tensor in _header(file):
+                if tensor.name in tensors:
+                    raise CheckpointError(f"{file}: tensor {tensor.name} is also in {tensors[tensor.name].file.name}")
+                tensors[tensor.name] = tensor
+        if weight_map is not None:
+            _check_index(folder / INDEX, weight_map, tensors)
+        return cls(folder, tensors, files)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tensor `name`, or its rows `start` to `stop` along the leading axis, in the stored dtype.
+
+        Raises KeyError for a name that is not there, `CheckpointError` for FP8 and for a file that ends early.
+        """
+        tensor = self.tensors[name]
+        if tensor.dtype == ml_dtypes.float8_e4m3fn:
+            raise CheckpointError(f"{tensor.file}: tensor {name} is FP8 (F8_E4M3), which cannot be read yet")
+        shape, offset = tensor.shape, tensor.offset
+        if (start, stop) != (0, None):
+            rows = range(shape[0])[start:stop]
+            offset += start * math.prod(shape[1:]) * tensor.dtype.itemsize
+            shape = (len(rows), *shape[1:])
+        array = np.empty(shape, tensor.dtype)
+        _read_into(tensor, memoryview(array.reshape(-1).view(np.uint8).data), offset)
+        return array
+
+
+def _read_into(tensor: Tensor, into: memoryview, offset: int) -> None:
+    done = 0
+    with tensor.file.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while done < len(into):  # one call reads 2 GiB at most
+            count = file.readinto(into[done:])
+            if not count:
+                raise CheckpointError(f"{tensor.file}: ends inside tensor {tensor.name}, at byte {offset + done}")
+            done += count
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = _json(path, path.read_bytes()).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map is missing or empty")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{path}: tensor {name} is placed in {file!r}, expected a file of the same folder")
+    return weight_map
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{index}: places tensor {name} in {file}, which does not hold it")
+        if (found := tensors[name].file.name) != file:
+            raise CheckpointError(f"{index}: places tensor {name} in {file}, but it lies in {found}")
+    for name, tensor in tensors.items():
+        if name not in weight_map:
+            raise CheckpointError(f"{tensor.file}: tensor {name} is not named by {index.name}")
+
+
+def _header(file: Path) -> list[Tensor]:
+    """The tensors of one file, in the order of their bytes."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+            raise CheckpointError(f"{file}: truncated: {size} bytes cannot hold a header of {length}")
+        header = _json(file, stream.read(length))
+    header.pop("__metadata__", None)
+    tensors = sorted((_tensor(file, name, entry, 8 + length) for name, entry in header.items()), key=lambda t: t.offset)
+    for tensor in tensors:
+        if (end := tensor.offset + tensor.nbytes) > size:
+            raise CheckpointError(f"{file}: truncated: tensor {tensor.name} ends at byte {end}, the file at {size}")
+    for before, after in itertools.pairwise(tensors):
+        if before.offset + before.nbytes > after.offset:
+            raise CheckpointError(f"{file}: tensors {before.name} and {after.name} overlap")
+    return tensors
+
+
+def _tensor(file: Path, name: str, entry: Any, data: int) -> Tensor:
+    try:
+        code, shape, (start, end) = entry["dtype"], tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{file}: tensor {name} has a header without dtype, shape or data_offsets") from None
+    if code not in _DTYPES:
+        raise CheckpointError(f"{file}: tensor {name} has dtype {code!r}, expected one of {', '.join(_DTYPES)}")
+    tensor = Tensor(name, np.dtype(_DTYPES[code]), shape, file, data + start)
+    if start < 0 or min(shape, default=0) < 0 or end - start != tensor.nbytes:
+        raise CheckpointError(
+            f"{file}: tensor {name} of {code} {list(shape)} has bytes {start} to {end}, expected {tensor.nbytes} bytes"
+        )
+    return tensor
+
+
+def _json(file: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise CheckpointError(f"{file}: names {twice} twice")
+        return values
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: its header is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: its header is {type(values).__name__}, expected a JSON object")
+    return values

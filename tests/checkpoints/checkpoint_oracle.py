@@ -1,0 +1,59 @@
+"""Small configurations, and checkpoints as libraries and the specification have them, without the code under test."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import load_file
+
+from checkpoints.toy import toy_config
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+SMALL = {"hidden_size": 128, "intermediate_size": 96, "moe_intermediate_size": 64}
+LINEAR = toy_config("kimi-linear")["linear_attn_config"] | {"kda_layers": [1, 2], "full_attn_layers": [3]}
+# INT4 experts and vision; dense and without prefix; Kimi Linear with experts after both of its mixers.
+CONFIGS = {
+    "k2.5": toy_config("k2.5", num_hidden_layers=2, vt_num_hidden_layers=1, n_routed_experts=8, **SMALL),
+    "k2": toy_config("k2", num_hidden_layers=2, n_routed_experts=8, quantization_config=None, **SMALL),
+    "kimi-linear": toy_config("kimi-linear", num_hidden_layers=3, linear_attn_config=LINEAR, num_experts=8, **SMALL),
+}
+
+
+def read_all(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a published folder, by the safetensors library."""
+    return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
+
+
+def in_tree(tree: dict[str, Any], name: str) -> np.ndarray:
+    """The published tensor `name` in a restored tree: the nested keys are the name's own, the prefix off, Kimi
+    Linear's experts under DeepSeek-V3's names, an expert's number the index of the leading axis."""
+    name = name.removeprefix("language_model.").replace("block_sparse_moe", "mlp")
+    for theirs, ours in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        name = name.replace(f".{theirs}.", f".{ours}.")
+    expert = re.search(r"\.experts\.(\d+)\.", name)
+    node: Any = tree
+    for key in re.sub(r"(\.experts)\.\d+\.", r"\1.", name).split("."):
+        node = node[key]
+    return np.asarray(node[int(expert[1])] if expert else node)
+
+
+def same_bytes(found: Any, expected: np.ndarray) -> bool:
+    found = np.asarray(found)
+    return found.dtype == expected.dtype and found.shape == expected.shape and found.tobytes() == expected.tobytes()
+
+
+def leaves(tree: dict[str, Any]) -> Iterator[np.ndarray]:
+    for value in tree.values():
+        yield from leaves(value) if isinstance(value, dict) else (value,)
+
+
+def codes(words: np.ndarray) -> np.ndarray:
+    """int32 [out, in/8] -> int8 [in, out]: low nibble first along the inputs, offset 8 (specification 3.3)."""
+    out, columns = words.shape
+    result = np.empty((columns * 8, out), np.int8)
+    for j in range(8):
+        result[j::8] = (((words.view(np.uint32) >> np.uint32(4 * j)) & np.uint32(15)).astype(np.int8) - 8).T
+    return result

@@ -1,0 +1,180 @@
+"""Loading: what the model holds is what was published, from either kind of checkpoint, on one device or on a mesh."""
+
+import importlib
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_oracle import BF16, codes, read_all, same_bytes
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from checkpoints import CheckpointError, load
+from checkpoints.safetensors import Published
+from checkpoints.toy import toy_config, write_toy
+from kimi_jax.model.kimi import Kimi
+from sharding import make_mesh
+
+FAMILIES = ["k2.5", "k2", "kimi-linear"]
+FLOAT32 = ("A_log", "dt_bias", "e_score_correction_bias")
+orbax = importlib.import_module("checkpoints.orbax")
+
+
+def variables(model: Kimi) -> dict[tuple[Any, ...], jax.Array]:
+    return {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+def expected(folder: Path) -> dict[tuple[Any, ...], np.ndarray]:
+    """The variables of the model in `folder`, by the specification: names are paths; experts are stacked and turned
+    to [in, out]; a word is eight codes; three small tensors are float32."""
+    values: dict[tuple[Any, ...], Any] = {}
+    for name, tensor in read_all(folder).items():
+        *path, last = name.removeprefix("language_model.").replace("block_sparse_moe", "mlp").split(".")
+        if last == "weight_shape":
+            continue
+        if last in FLOAT32:
+            tensor = tensor.reshape(-1).astype(np.float32)
+        key: list[Any] = [int(part) if part.isdecimal() else part for part in path]
+        if "experts" not in key:
+            values[(*key, last)] = tensor
+            continue
+        expert = key.pop(key.index("experts") + 1)
+        key[-1] = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(key[-1], key[-1])
+        tree = {"weight_packed": "codes", "weight_scale": "scales"}.get(last, last)
+        value = codes(tensor) if tree == "codes" else tensor.T
+        values.setdefault((*key, tree), {})[expert] = value
+    return {
+        path: np.stack([value[e] for e in range(len(value))]) if isinstance(value, dict) else value
+        for path, value in values.items()
+    }
+
+
+@pytest.mark.parametrize("like", FAMILIES)
+@pytest.mark.parametrize("kind", ["published", "converted"])
+def test_holds_what_was_published(request: pytest.FixtureRequest, like: str, kind: str) -> None:
+    folder = request.getfixturevalue(kind)[like]
+    model = load(folder)
+    found, right = variables(model), expected(request.getfixturevalue("published")[like])
+    assert found.keys() == right.keys()
+    for path, value in right.items():
+        if path[-1] == "codes":
+            assert found[path].dtype == jnp.int4
+            np.testing.assert_array_equal(np.asarray(found[path]).astype(np.int8), value, err_msg=str(path))
+        else:
+            assert same_bytes(found[path], value), path
+        assert found[path].devices() == {jax.devices()[0]}
+
+
+@pytest.mark.parametrize("like", ["k2.5", "kimi-linear"])
+def test_either_kind_lies_on_the_mesh_as_asked(
+    published: dict[str, Path], converted: dict[str, Path], like: str
+) -> None:
+    mesh = make_mesh("2x4")
+    alone = variables(load(published[like]))
+    for folder in (published[like], converted[like]):
+        found = variables(load(folder, mesh))
+        assert found.keys() == alone.keys()
+        for path, value in found.items():
+            routed = "experts" in path
+            sharding = NamedSharding(mesh, PartitionSpec("expert", None, None) if routed else PartitionSpec())
+            assert value.sharding.is_equivalent_to(sharding, value.ndim), path
+            assert value.addressable_shards[0].data.shape[0] == value.shape[0] // (4 if routed else 1)
+            assert value.dtype == alone[path].dtype
+            np.testing.assert_array_equal(np.asarray(value), np.asarray(alone[path]), err_msg=str(path))
+
+
+@pytest.mark.parametrize("kind", ["published", "converted"])
+def test_float32(request: pytest.FixtureRequest, kind: str) -> None:
+    right = expected(request.getfixturevalue("published")["k2.5"])
+    for path, value in variables(load(request.getfixturevalue(kind)["k2.5"], dtype=jnp.float32)).items():
+        kept = {"codes": jnp.int4, "scales": jnp.bfloat16}
+        assert value.dtype == kept.get(path[-1], jnp.float32), path
+        np.testing.assert_array_equal(np.asarray(value).astype(np.float32), right[path].astype(np.float32))
+
+
+def test_bf16_keeps_in_float32_what_must_be(published: dict[str, Path]) -> None:
+    for path, value in variables(load(published["kimi-linear"], dtype=jnp.bfloat16)).items():
+        assert value.dtype == (jnp.float32 if path[-1] in FLOAT32 else jnp.bfloat16), path
+
+
+def test_stored_float32_stays_float32(spoiled: Any) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float32) + np.float32(2**-20)
+
+    folder = spoiled("k2", change)
+    model = load(folder)
+    assert same_bytes(model.lm_head.weight[...], read_all(folder)["lm_head.weight"])
+    assert model.model.norm.weight[...].dtype == BF16
+
+
+def test_small_batches_give_the_same(
+    published: dict[str, Path], converted: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = variables(load(published["k2.5"]))
+    held: list[int] = []
+    for source in (orbax.PublishedSource, orbax.OrbaxSource):
+        arrays = source.arrays
+
+        def counting(self: Any, leaves: Any, shardings: Any, arrays: Any = arrays) -> Any:
+            held.append(sum(leaf.nbytes for leaf in leaves))
+            return arrays(self, leaves, shardings)
+
+        monkeypatch.setattr(source, "arrays", counting)
+    monkeypatch.setattr(orbax, "BATCH_BYTES", 20_000)
+    largest = 2 * (384 * 384 + 384)  # the projector's first layer, more than a batch, goes alone
+    for folder in (published["k2.5"], converted["k2.5"]):
+        held.clear()
+        found = variables(load(folder))
+        assert max(held) == largest and len(held) > 20
+        assert all(same_bytes(found[path], np.asarray(value)) for path, value in whole.items())
+
+
+def test_replicas_do_not_read_twice(published: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: Counter[str] = Counter()
+    read = Published.read
+
+    def counting(self: Published, name: str, *args: Any) -> np.ndarray:
+        counts[name] += 1
+        return read(self, name, *args)
+
+    monkeypatch.setattr(Published, "read", counting)
+    load(published["k2.5"], make_mesh("2x4"))
+    assert set(counts.values()) == {1} and counts.keys() == read_all(published["k2.5"]).keys()
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors\.index\.json nor"):
+        load(tmp_path)
+
+
+def test_experts_that_do_not_divide(tmp_path: Path) -> None:
+    folder = write_toy(tmp_path / "toy", toy_config("k2", num_hidden_layers=2, n_routed_experts=6))
+    with pytest.raises(ValueError, match="axis 'expert' of 6 does not divide by mesh axis 'expert' of 4"):
+        load(folder, make_mesh("2x4"))
+
+
+def test_a_checkpoint_of_another_model(converted: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(converted["k2"], tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"q_lora_rank": None}))
+    with pytest.raises(CheckpointError, match=r"copy: \d+ leaves are missing or not of this model: model\.layers\.0"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1024}))
+    with pytest.raises(CheckpointError, match=r"leaf lm_head\.weight has shape \[768, 128\], expected \[1024, 128\]"):
+        load(folder)
+
+
+@pytest.mark.parametrize("part", ["zarr.json", "c/3/0/0"])
+def test_a_damaged_orbax_checkpoint(converted: dict[str, Path], tmp_path: Path, part: str) -> None:
+    folder = shutil.copytree(converted["k2"], tmp_path / "copy")
+    (folder / "model.layers.1.mlp.experts.up_proj.weight" / part).unlink()
+    with pytest.raises(CheckpointError, match=r"copy: leaf model\.layers\.1\.mlp\.experts\.up_proj\.weight is damaged"):
+        load(folder)
