@@ -1,0 +1,211 @@
+"""The `kimi-jax` command. Each subcommand is a few lines over a function of the package.
+
+Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+DESCRIPTION = "Moonshot's Kimi models in JAX: convert published checkpoints, look into them, generate."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; `argv` without the program's name."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has had enough
+        return 0
+    except (ValueError, OSError, KeyError) as error:
+        print(f"kimi-jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("kimi-jax", description=DESCRIPTION)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        "convert",
+        _convert,
+        "Turn a published safetensors folder into an Orbax checkpoint, INT4 kept, one chunk per expert.",
+        "kimi-jax convert ~/models/Kimi-K2.5 ~/models/kimi-k2.5-orbax",
+    )
+    sub.add_argument("src", type=Path, help="folder with config.json and *.safetensors")
+    sub.add_argument("dst", type=Path, help="folder to write; must not exist")
+
+    sub = command(
+        "inspect",
+        _inspect,
+        "Show what is in a checkpoint, published or converted, or in a preset: layers, dtypes, parameters, bytes.",
+        "kimi-jax inspect ~/models/Kimi-K2.5\n  kimi-jax inspect --preset kimi-k2.5",
+    )
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("path", type=Path, nargs="?", help="a checkpoint's folder")
+    which.add_argument("--preset", metavar="NAME", help="a published model's configuration, no weights needed")
+
+    _add_generate(
+        command(
+            "generate",
+            _generate,
+            "Answer a prompt, token by token. Text goes to standard output, everything else to standard error.",
+            'kimi-jax generate ~/models/kimi-k2.5-orbax --prompt "What is this?" --image cat.png --temperature 1',
+        )
+    )
+    sub = command(
+        "demo",
+        _demo,
+        "The whole way on this machine, with a toy and random weights: convert, load over 8 devices, look, answer.",
+        "kimi-jax demo --image cat.png",
+    )
+    sub.add_argument("--image", type=Path, help="a picture of yours (default: one that the demo draws)")
+    return parser
+
+
+def _add_generate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", type=Path, help="a checkpoint's folder, converted or published")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="what to say to the model")
+    what.add_argument(
+        "--chat", type=Path, metavar="FILE", help="messages (a JSON list) or {messages, tools}, OpenAI's schema"
+    )
+    sub.add_argument("--image", action="append", default=[], metavar="FILE", help="with --prompt; may be repeated")
+    sub.add_argument(
+        "--video", action="append", default=[], metavar="FILE", help="with --prompt: GIF, WebP or PNG animation"
+    )
+    sub.add_argument(
+        "--no-thinking", dest="thinking", action="store_false", help="answer at once (K2.5's Instant mode)"
+    )
+    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default %(default)s")
+    sub.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 is greedy (default); K2.5: 1.0 thinking, 0.6 instant",
+    )
+    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="the K most likely tokens only (default: all)")
+    sub.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="the fewest tokens that reach P (K2.5: 0.95)"
+    )
+    sub.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="at least P times the best one's probability"
+    )
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
+    sub.add_argument("--mesh", metavar="DxE", help="devices over data and experts, like 1x8 (default: one device)")
+    sub.add_argument("--dtype", choices=["bfloat16", "float32"], help="of weights and activations (default: as stored)")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    import checkpoints
+
+    with checkpoints.progress_bar() as bar:
+        report = checkpoints.convert(arguments.src, arguments.dst, progress=bar)
+    print(
+        f"{report.destination}: {report.tensors:,} tensors in {report.leaves:,} leaves, "
+        f"{report.read_bytes:,} bytes read, {report.written_bytes:,} written; "
+        f"carried along: {', '.join(report.carried)}"
+    )
+    if report.skipped:
+        print(f"skipped {len(report.skipped)} tensors that the model does not use, like {report.skipped[0]}")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    import checkpoints
+    from kimi_jax import config_json
+
+    if arguments.preset is not None:
+        summary = checkpoints.summary_of_config(config_json.preset(arguments.preset))
+    else:
+        summary = checkpoints.summary(arguments.path)
+    Console().print(checkpoints.table(summary))
+
+
+def _messages(arguments: argparse.Namespace) -> tuple[list[Any], list[Any] | None]:
+    """The conversation that the flags describe, and its tools."""
+    if arguments.chat is None:
+        content: list[Any] = [{"type": "image_url", "image_url": {"url": image}} for image in arguments.image]
+        content += [{"type": "video_url", "video_url": {"url": video}} for video in arguments.video]
+        content.append({"type": "text", "text": arguments.prompt})
+        return [{"role": "user", "content": content if len(content) > 1 else arguments.prompt}], None
+    if arguments.image or arguments.video:
+        raise ValueError("--image and --video go with --prompt; in a --chat file they are parts of a message")
+    try:
+        chat = json.loads(arguments.chat.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{arguments.chat}: not JSON ({error})") from None
+    if isinstance(chat, dict):
+        return chat.get("messages", []), chat.get("tools")
+    return chat, None
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import checkpoints
+    from kimi_jax import decoding, prompts
+    from kimi_jax.sampling import Sampling
+    from kimi_jax.text import StreamDecoder, Tokenizer
+    from sharding import make_mesh
+
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
+    messages, tools = _messages(arguments)
+    tokenizer = Tokenizer.from_folder(arguments.path)
+    mesh = None if arguments.mesh is None else make_mesh(arguments.mesh)
+    began = time.perf_counter()
+    model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype)
+    prompt = prompts.prepare(
+        arguments.path, model.config, tokenizer, messages, tools=tools, thinking=arguments.thinking
+    )
+    log = Console(stderr=True, highlight=False)
+    log.print(f"loaded in {time.perf_counter() - began:.1f} s; the prompt has {prompt.tokens.shape[1]} tokens")
+    text = StreamDecoder(tokenizer)
+    times = [time.perf_counter()]
+    for column in decoding.stream(
+        model,
+        prompt.tokens,
+        media=prompt.media,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        stop_ids=model.config.stop_ids,
+        seed=arguments.seed,
+    ):
+        times.append(time.perf_counter())
+        if int(column[0]) not in model.config.stop_ids:
+            print(text.push(column.tolist()), end="", flush=True)
+    print(text.finish())
+    rate = f", then {(len(times) - 3) / (times[-1] - times[2]):.1f} tokens per second" if len(times) > 3 else ""
+    log.print(f"{len(times) - 1} tokens; the first after {times[1] - times[0]:.1f} s, compilation included{rate}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    from kimi_jax import demo
+
+    demo.run(Console(), picture=arguments.image)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""From prompts to tokens: prefill in chunks, then one jitted step per token.
+
+`generate` answers a batch at once, `stream` token by token. Under them lie `start`, `prefill` and `step`, which a job
+of one's own can call; the state given to either of the last two is donated, so keep only the one that comes back.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kimi_jax import state as states
+from kimi_jax.axes import Array, Int32, LastLogits
+from kimi_jax.model.kimi import Kimi
+from kimi_jax.model.splice import Media, media_index
+from kimi_jax.sampling import Sampling, sample
+from kimi_jax.state import State
+from sharding.rules import spec
+
+PREFILL_CHUNK = 2048
+
+
+def generate(
+    model: Kimi,
+    tokens: np.ndarray | jax.Array,
+    *,
+    max_new_tokens: int = 24,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    lengths: np.ndarray | jax.Array | None = None,
+    media: Media | None = None,
+    stop_ids: Iterable[int] | None = None,
+    seed: int = 0,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> np.ndarray:
+    """Continues prompts: tokens int32 [b, t], right-padded, row i holding `lengths[i]` -> int32 [b, max_new_tokens].
+
+    After one of `stop_ids` (which is part of the answer) a row goes on with config.json's `pad_token_id`; None never
+    stops early. `media` belongs to the placeholders in `tokens`, already expanded. The other arguments are
+    `sampling.Sampling`'s; the same `seed` draws the same tokens.
+    Raises ValueError for lengths that do not fit `tokens`, media that do not match the placeholders, and prompts that
+    leave no room for `max_new_tokens` within `max_position_embeddings`.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    new = stream(
+        model,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        lengths=lengths,
+        media=media,
+        stop_ids=stop_ids,
+        seed=seed,
+        prefill_chunk=prefill_chunk,
+    )
+    out = np.full((len(tokens), max_new_tokens), model.config.text.pad_token_id, np.int32)
+    for i, column in enumerate(new):
+        out[:, i] = column
+    return out
+
+
+def stream(
+    model: Kimi,
+    tokens: np.ndarray | jax.Array,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    lengths: np.ndarray | jax.Array | None = None,
+    media: Media | None = None,
+    stop_ids: Iterable[int] | None = None,
+    seed: int = 0,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[np.ndarray]:
+    """`generate`'s columns, int32 [b], as they come; ends when every row has stopped."""
+    tokens = np.asarray(tokens, np.int32)
+    lengths = _checked_lengths(model, tokens, lengths, max_new_tokens)
+    index = media_index(np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, -1), media, model.config)
+    embeds = None if media is None else model.encode_media_padded(media)
+    state = start(model, len(tokens), int(lengths.max()) + max_new_tokens)
+    logits, state = prefill(model, state, tokens, lengths, index, embeds, chunk=prefill_chunk)
+    keys = jax.random.split(jax.random.key(seed), len(tokens))
+    stops = jnp.asarray(sorted(stop_ids or ()), jnp.int32)
+    pad = model.config.text.pad_token_id
+    column, done = _choose(logits, keys, 0, jnp.zeros(len(tokens), bool), stops, pad, sampling)
+    yield np.asarray(column)
+    advance = _Stepper(model)
+    for i in range(1, max_new_tokens):
+        if stop_ids is not None and bool(done.all()):
+            return
+        column, done, state = advance(state, column, done, keys, i, stops, pad, sampling)
+        yield np.asarray(column)
+
+
+def start(model: Kimi, batch: int, capacity: int) -> State:
+    """An empty state for `batch` rows of up to `capacity` tokens, laid out on the model's own devices."""
+    where = model.model.embed_tokens.weight[...].sharding
+    make = functools.partial(states.empty, model.config, batch, capacity, model.dtype)
+    if not isinstance(where, NamedSharding):
+        return jax.jit(make, out_shardings=where)()
+    mesh = where.mesh
+    assert isinstance(mesh, Mesh)
+    layout = jax.tree.map(lambda x: _by_row(x.shape, batch, mesh), jax.eval_shape(make))
+    return jax.jit(make, out_shardings=layout)()
+
+
+def prefill(
+    model: Kimi,
+    state: State,
+    tokens: np.ndarray | jax.Array,
+    lengths: np.ndarray | jax.Array,
+    index: np.ndarray | None = None,
+    media: jax.Array | None = None,
+    *,
+    chunk: int = PREFILL_CHUNK,
+) -> tuple[LastLogits, State]:
+    """Takes prompts in, `chunk` tokens at a time: float32 logits [b, vocab_size] after each row's last token.
+
+    tokens int32 [b, t], right-padded, `lengths` [b]; `index` and `media` as `splice.media_index` and
+    `Kimi.encode_media` give them. The state is donated.
+    """
+    tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
+    chunk = min(chunk, _bucket(tokens.shape[1]))
+    padding = [(0, 0), (0, -tokens.shape[1] % chunk)]
+    tokens = np.pad(tokens, padding)
+    index = None if index is None else np.pad(index, padding, constant_values=-1)
+    graph, params = nnx.split(model)
+    logits = None
+    for at in range(0, tokens.shape[1], chunk):
+        counts = np.clip(lengths - at, 0, chunk).astype(np.int32)
+        part = None if index is None else index[:, at : at + chunk]
+        new, state = _extend(graph, params, state, tokens[:, at : at + chunk], counts, part, media)
+        logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
+    assert logits is not None
+    return logits, state
+
+
+def step(model: Kimi, state: State, tokens: Int32[Array, "b"]) -> tuple[LastLogits, State]:
+    """One more token for every row, [b]: float32 logits [b, vocab_size], and the state (the given one is donated)."""
+    graph, params = nnx.split(model)
+    return _extend(graph, params, state, tokens[:, None], np.ones(len(tokens), np.int32), None, None)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _extend(graph, params, state, tokens, counts, index, media):
+    return nnx.merge(graph, params).extend(state, tokens, counts, index, media)
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def _choose(logits, keys, i, done, stops, pad, sampling):
+    """The i-th new token of each row, and which rows have stopped with it."""
+    token = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i), sampling)
+    token = jnp.where(done, pad, token)
+    return token, done | (token[:, None] == stops).any(axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=2)
+def _advance(graph, params, state, column, done, keys, i, stops, pad, sampling):
+    counts = jnp.where(done, 0, 1).astype(jnp.int32)
+    logits, state = nnx.merge(graph, params).extend(state, column[:, None], counts)
+    column, done = _choose(logits, keys, i, done, stops, pad, sampling)
+    return column, done, state
+
+
+class _Stepper:
+    """`_advance` with the model taken apart once, not once a token."""
+
+    def __init__(self, model: Kimi):
+        self.graph, self.params = nnx.split(model)
+
+    def __call__(self, state: State, *args):
+        return _advance(self.graph, self.params, state, *args)
+
+
+def _bucket(tokens: int) -> int:
+    """The next of four lengths per octave, in multiples of 16, so that few prompt lengths are ever compiled."""
+    step = max(16, 1 << max(0, (tokens - 1).bit_length() - 3))
+    return -(-tokens // step) * step
+
+
+def _by_row(shape: tuple[int, ...], batch: int, mesh: Mesh) -> NamedSharding:
+    """Rows of the batch (and with them their pages) over the mesh's data axis, where they divide by it."""
+    if not shape or batch % mesh.shape["data"]:
+        return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, spec(("batch",) + (None,) * (len(shape) - 1), shape, mesh))
+
+
+def _checked_lengths(
+    model: Kimi, tokens: np.ndarray, lengths: np.ndarray | jax.Array | None, max_new_tokens: int
+) -> np.ndarray:
+    if tokens.ndim != 2 or not tokens.size:
+        raise ValueError(f"tokens have shape {tokens.shape}, expected [batch, length] with at least one token")
+    lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)
+    if lengths.shape != tokens.shape[:1] or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
+        raise ValueError(
+            f"lengths are {lengths.tolist()}, expected {len(tokens)} of them between 1 and {tokens.shape[1]}"
+        )
+    room = model.config.text.max_position_embeddings
+    if max_new_tokens < 1 or lengths.max() + max_new_tokens > room:
+        raise ValueError(
+            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones: expected at least 1 new token, "
+            f"and at most max_position_embeddings = {room} in all"
+        )
+    vocab = model.config.text.vocab_size
+    if tokens.min() < 0 or tokens.max() >= vocab:
+        raise ValueError(f"token ids lie between {tokens.min()} and {tokens.max()}, expected 0 to {vocab - 1}")
+    return lengths.astype(np.int32)
