@@ -126,17 +126,17 @@ def our_side(folder: Path) -> Side:
     import kimi_jax
     from kimi_jax import decoding
 
-    model = kimi_jax.load(folder, dtype=jnp.float32)
+    runner = decoding.Runner(kimi_jax.load(folder, dtype=jnp.float32))
     argmax = jax.jit(lambda logits: jnp.argmax(logits, -1).astype(jnp.int32))
 
     def run(tokens: np.ndarray) -> Timing:
-        state = jax.block_until_ready(decoding.start(model, 1, PROMPT + STEPS))
+        state = jax.block_until_ready(runner.start(1, PROMPT + STEPS))
         start = time.perf_counter()
-        first, state = decoding.prefill(model, state, tokens.astype(np.int32), np.array([PROMPT], np.int32))
+        first, state = runner.prefill(state, tokens.astype(np.int32), np.array([PROMPT], np.int32))
         token = jax.block_until_ready(argmax(first))
         filled = time.perf_counter()
         for _ in range(STEPS):
-            logits, state = decoding.step(model, state, token)
+            logits, state = runner.step(state, token)
             token = argmax(logits)
         jax.block_until_ready((token, state))
         end = time.perf_counter()
@@ -158,7 +158,7 @@ def measure(family: str, rounds: int, only: str | None) -> list[Result]:
         for number in range(rounds + 1):
             print(f"{family}: {f'round {number} of {rounds}' if number else 'warming up'}", file=sys.stderr)
             for name, run in sides.items():
-                time.sleep(0.1)  # the other side's threads spin for a while before they sleep
+                time.sleep(0.3)  # the other side's threads spin for a while before they sleep
                 timing = run(tokens)
                 if number:
                     timings[name].append(timing)

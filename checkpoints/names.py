@@ -100,10 +100,12 @@ def _leaf(config: KimiConfig, path: tuple[str, ...], variable: nnx.Variable) -> 
     shape, dtype, axes = tuple(variable.shape), np.dtype(variable.dtype), variable.get_metadata()["axes"]
     if ".mlp.experts." not in name:
         return Leaf(name, shape, dtype, _published(config, name), axes)
+    pattern = _published(config, name.replace(".experts.", ".experts.{}."))
+    if ending == "weight":
+        return Leaf(name, shape, dtype, pattern, axes)
     experts, in_, out = shape
     if ending == "codes":
         in_, dtype = in_ // CODES_PER_WORD, np.dtype(np.int32)
-    pattern = _published(config, name.replace(".experts.", ".experts.{}."))
     return Leaf(name, (experts, out, in_), dtype, pattern, (axes[0], axes[2], axes[1]))
 
 

@@ -10,13 +10,11 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from einops import rearrange
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding
@@ -72,24 +70,18 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike
                 # what a bf16 model has in float32 is float32 in any
                 to_dtype = variable.dtype if variable.dtype == jnp.float32 else dtype or leaf.dtype
                 to = jax.ShapeDtypeStruct(variable.shape, to_dtype)
-                values[leaf.path] = _dense(arrays.pop(leaf.path), leaf, to, out(leaf.path))
+                values[leaf.path] = _dense(arrays.pop(leaf.path), to, out(leaf.path))
         jax.block_until_ready(values)
         for path, value in values.items():
             variables[variable_path(path)] = variables[variable_path(path)].replace(value)
     return nnx.merge(graphdef, nnx.from_flat_state(variables))
 
 
-def _dense(array: jax.Array, leaf: Leaf, to: jax.ShapeDtypeStruct, out: Sharding) -> jax.Array:
-    """A stored floating-point leaf as the model has it: experts [e, in, out], `A_log` [h]."""
-    if array.shape == to.shape and array.dtype == to.dtype and not leaf.stacked:
+def _dense(array: jax.Array, to: jax.ShapeDtypeStruct, out: Sharding) -> jax.Array:
+    """A stored floating-point leaf as the model has it: `A_log` [h], and the dtype asked for."""
+    if array.shape == to.shape and array.dtype == to.dtype:
         return array
-    return jax.jit(_as_model, static_argnames=("stacked", "shape", "dtype"), out_shardings=out)(
-        array, stacked=leaf.stacked, shape=to.shape, dtype=to.dtype
-    )
-
-
-def _as_model(array: jax.Array, *, stacked: bool, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return (rearrange(array, "e o i -> e i o") if stacked else array).reshape(shape).astype(dtype)
+    return jax.jit(lambda array: array.reshape(to.shape).astype(to.dtype), out_shardings=out)(array)
 
 
 def _sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:

@@ -1,7 +1,6 @@
 """From prompts to tokens: prefill in chunks, then one jitted step per token.
 
-`generate` answers a batch at once, `stream` token by token. Under them lie `start`, `prefill` and `step`, which a job
-of one's own can call; the state given to either of the last two is donated, so keep only the one that comes back.
+`generate` answers a batch at once, `stream` token by token. Under them lies `Runner`, for jobs of one's own.
 """
 
 import functools
@@ -82,73 +81,97 @@ def stream(
     lengths = _checked_lengths(model, tokens, lengths, max_new_tokens)
     index = media_index(np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, -1), media, model.config)
     embeds = None if media is None else model.encode_media_padded(media)
-    state = start(model, len(tokens), int(lengths.max()) + max_new_tokens)
-    logits, state = prefill(model, state, tokens, lengths, index, embeds, chunk=prefill_chunk)
+    runner = Runner(model)
+    state = runner.start(len(tokens), int(lengths.max()) + max_new_tokens)
+    logits, state = runner.prefill(state, tokens, lengths, index, embeds, chunk=prefill_chunk)
     keys = jax.random.split(jax.random.key(seed), len(tokens))
     stops = jnp.asarray(sorted(stop_ids or ()), jnp.int32)
     pad = model.config.text.pad_token_id
     column, done = _choose(logits, keys, 0, jnp.zeros(len(tokens), bool), stops, pad, sampling)
     yield np.asarray(column)
-    advance = _Stepper(model)
     for i in range(1, max_new_tokens):
         if stop_ids is not None and bool(done.all()):
             return
-        column, done, state = advance(state, column, done, keys, i, stops, pad, sampling)
+        column, done, state = _advance(
+            runner.program, runner.arrays, state, column, done, keys, i, stops, pad, sampling
+        )
         yield np.asarray(column)
 
 
-def start(model: Kimi, batch: int, capacity: int) -> State:
-    """An empty state for `batch` rows of up to `capacity` tokens, laid out on the model's own devices."""
-    where = model.model.embed_tokens.weight[...].sharding
-    make = functools.partial(states.empty, model.config, batch, capacity, model.dtype)
-    if not isinstance(where, NamedSharding):
-        return jax.jit(make, out_shardings=where)()
-    mesh = where.mesh
-    assert isinstance(mesh, Mesh)
-    layout = jax.tree.map(lambda x: _by_row(x.shape, batch, mesh), jax.eval_shape(make))
-    return jax.jit(make, out_shardings=layout)()
+class _Program:
+    """What of a model is not an array. One object per structure (see `_program`), so that `jit` compares identities."""
+
+    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef):
+        self.graph, self.tree = graph, tree
+
+    def model(self, arrays: list[jax.Array]) -> Kimi:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, arrays))
 
 
-def prefill(
-    model: Kimi,
-    state: State,
-    tokens: np.ndarray | jax.Array,
-    lengths: np.ndarray | jax.Array,
-    index: np.ndarray | None = None,
-    media: jax.Array | None = None,
-    *,
-    chunk: int = PREFILL_CHUNK,
-) -> tuple[LastLogits, State]:
-    """Takes prompts in, `chunk` tokens at a time: float32 logits [b, vocab_size] after each row's last token.
+_program = functools.lru_cache(maxsize=16)(_Program)
 
-    tokens int32 [b, t], right-padded, `lengths` [b]; `index` and `media` as `splice.media_index` and
-    `Kimi.encode_media` give them. The state is donated.
+
+class Runner:
+    """A model taken apart once (which takes as long as a step of a small model), ready for jitted calls.
+
+    The state given to `prefill` or `step` is donated: keep only the one that comes back.
     """
-    tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
-    chunk = min(chunk, _bucket(tokens.shape[1]))
-    padding = [(0, 0), (0, -tokens.shape[1] % chunk)]
-    tokens = np.pad(tokens, padding)
-    index = None if index is None else np.pad(index, padding, constant_values=-1)
-    graph, params = nnx.split(model)
-    logits = None
-    for at in range(0, tokens.shape[1], chunk):
-        counts = np.clip(lengths - at, 0, chunk).astype(np.int32)
-        part = None if index is None else index[:, at : at + chunk]
-        new, state = _extend(graph, params, state, tokens[:, at : at + chunk], counts, part, media)
-        logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
-    assert logits is not None
-    return logits, state
 
+    def __init__(self, model: Kimi):
+        graph, params = nnx.split(model)
+        self.config, self.dtype = model.config, model.dtype
+        self.arrays, tree = jax.tree.flatten(params)
+        self.program = _program(graph, tree)
+        self.placement = model.model.embed_tokens.weight[...].sharding
 
-def step(model: Kimi, state: State, tokens: Int32[Array, "b"]) -> tuple[LastLogits, State]:
-    """One more token for every row, [b]: float32 logits [b, vocab_size], and the state (the given one is donated)."""
-    graph, params = nnx.split(model)
-    return _extend(graph, params, state, tokens[:, None], np.ones(len(tokens), np.int32), None, None)
+    def start(self, batch: int, capacity: int) -> State:
+        """An empty state for `batch` rows of up to `capacity` tokens, laid out on the model's own devices."""
+        make = functools.partial(states.empty, self.config, batch, capacity, self.dtype)
+        if not isinstance(self.placement, NamedSharding):
+            return jax.jit(make, out_shardings=self.placement)()
+        mesh = self.placement.mesh
+        assert isinstance(mesh, Mesh)
+        layout = jax.tree.map(lambda x: _by_row(x.shape, batch, mesh), jax.eval_shape(make))
+        return jax.jit(make, out_shardings=layout)()
+
+    def prefill(
+        self,
+        state: State,
+        tokens: np.ndarray | jax.Array,
+        lengths: np.ndarray | jax.Array,
+        index: np.ndarray | None = None,
+        media: jax.Array | None = None,
+        *,
+        chunk: int = PREFILL_CHUNK,
+    ) -> tuple[LastLogits, State]:
+        """Takes prompts in, `chunk` tokens at a time: float32 logits [b, vocab_size] after each row's last token.
+
+        tokens int32 [b, t], right-padded, `lengths` [b]; `index` and `media` as `splice.media_index` and
+        `Kimi.encode_media` give them.
+        """
+        tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
+        chunk = min(chunk, _bucket(tokens.shape[1]))
+        padding = [(0, 0), (0, -tokens.shape[1] % chunk)]
+        tokens = np.pad(tokens, padding)
+        index = None if index is None else np.pad(index, padding, constant_values=-1)
+        logits = None
+        for at in range(0, tokens.shape[1], chunk):
+            counts = np.clip(lengths - at, 0, chunk).astype(np.int32)
+            part = None if index is None else index[:, at : at + chunk]
+            new, state = _extend(self.program, self.arrays, state, tokens[:, at : at + chunk], counts, part, media)
+            logits = new if logits is None else jnp.where((counts > 0)[:, None], new, logits)
+        assert logits is not None
+        return logits, state
+
+    def step(self, state: State, tokens: Int32[Array, "b"]) -> tuple[LastLogits, State]:
+        """One more token for every row, [b]: float32 logits [b, vocab_size] after it, and the state."""
+        counts = np.ones(len(tokens), np.int32)
+        return _extend(self.program, self.arrays, state, tokens[:, None], counts, None, None)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _extend(graph, params, state, tokens, counts, index, media):
-    return nnx.merge(graph, params).extend(state, tokens, counts, index, media)
+def _extend(program, arrays, state, tokens, counts, index, media):
+    return program.model(arrays).extend(state, tokens, counts, index, media)
 
 
 @functools.partial(jax.jit, static_argnums=6)
@@ -160,21 +183,11 @@ def _choose(logits, keys, i, done, stops, pad, sampling):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=2)
-def _advance(graph, params, state, column, done, keys, i, stops, pad, sampling):
+def _advance(program, arrays, state, column, done, keys, i, stops, pad, sampling):
     counts = jnp.where(done, 0, 1).astype(jnp.int32)
-    logits, state = nnx.merge(graph, params).extend(state, column[:, None], counts)
+    logits, state = program.model(arrays).extend(state, column[:, None], counts)
     column, done = _choose(logits, keys, i, done, stops, pad, sampling)
     return column, done, state
-
-
-class _Stepper:
-    """`_advance` with the model taken apart once, not once a token."""
-
-    def __init__(self, model: Kimi):
-        self.graph, self.params = nnx.split(model)
-
-    def __call__(self, state: State, *args):
-        return _advance(self.graph, self.params, state, *args)
 
 
 def _bucket(tokens: int) -> int:

@@ -65,16 +65,17 @@ class Router(nnx.Module):
 
 
 class ExpertLinear(nnx.Module):
-    """One projection of all experts: `weight` [e, in, out], or INT4 `codes` and their `scales` [e, in/32, out]."""
+    """One projection of all experts: `weight` [e, out, in] as published, or in the INT4 kernels' layout `codes`
+    [e, in, out] and `scales` [e, in/32, out]."""
 
-    def __init__(self, init: Init, config: TextConfig, in_: int, out: int, axes: tuple[str, str]):
-        weight = init.normal((config.n_routed_experts, in_, out), ("expert", *axes))
+    def __init__(self, init: Init, config: TextConfig, out: int, in_: int, axes: tuple[str, str]):
         if config.quantization is None:
-            self.weight = weight
+            self.weight = init.normal((config.n_routed_experts, out, in_), ("expert", *axes))
         else:
+            weight = init.normal((config.n_routed_experts, in_, out), ("expert", *axes[::-1]))
             codes, scales = jax.jit(quantize_int4)(weight[...])
-            self.codes = nnx.Variable(codes, axes=("expert", *axes))
-            self.scales = init.param(scales, ("expert", *axes))
+            self.codes = nnx.Variable(codes, axes=("expert", *axes[::-1]))
+            self.scales = init.param(scales, ("expert", *axes[::-1]))
 
 
 class Experts(nnx.Module):
@@ -83,9 +84,9 @@ class Experts(nnx.Module):
     def __init__(self, init: Init, config: TextConfig):
         hidden, width = config.hidden_size, config.moe_intermediate_size
         self.int4 = config.quantization is not None
-        self.gate_proj = ExpertLinear(init, config, hidden, width, ("embed", "mlp"))
-        self.up_proj = ExpertLinear(init, config, hidden, width, ("embed", "mlp"))
-        self.down_proj = ExpertLinear(init, config, width, hidden, ("mlp", "embed"))
+        self.gate_proj = ExpertLinear(init, config, width, hidden, ("mlp", "embed"))
+        self.up_proj = ExpertLinear(init, config, width, hidden, ("mlp", "embed"))
+        self.down_proj = ExpertLinear(init, config, hidden, width, ("embed", "mlp"))
 
     def __call__(self, x: Rows, group_sizes: Int32[jax.Array, "e"]) -> Rows:
         """x [t, d], sorted by expert, `group_sizes[i]` rows to expert i -> [t, d]."""

@@ -18,17 +18,17 @@ _SWIGLU = {"xla": xla.grouped_swiglu}
 @checks_arguments
 def grouped_matmul(
     x: Float[Array, "T K"],
-    weights: Float[Array, "E K N"],
+    weights: Float[Array, "E N K"],
     group_sizes: Int32[Array, "groups"],
     *,
     group_offset: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N"]:
-    """Each row times its group's matrix. Only matrices of groups that have rows are read.
+    """x Wᵀ of each row with its group's W [N, K], [out, in] as Linears are published. Only groups with rows are read.
 
     Args:
       x: [T, K], rows sorted by group.
-      weights: [E, K, N], in x's dtype.
+      weights: [E, N, K], in x's dtype.
       group_sizes: int32 [groups], rows of every group, those held elsewhere too; their sum is at most T.
       group_offset: `weights` are those of groups [group_offset, group_offset + E); None says that all groups are here.
       implementation: "xla", or None for the best that the platform has.
@@ -44,7 +44,7 @@ def grouped_matmul(
     op = "grouped_matmul"
     check_dtype(op, "x", x, jnp.floating)
     check_dtype(op, "weights", weights, jnp.result_type(x))
-    bind_shapes(op, x=(x, "T K"), weights=(weights, "E K N"), group_sizes=(group_sizes, "groups"))
+    bind_shapes(op, x=(x, "T K"), weights=(weights, "E N K"), group_sizes=(group_sizes, "groups"))
     offset = check_groups(op, x, group_sizes, group_offset, jnp.shape(weights)[0])
     return choose(op, implementation, _MATMUL)(*map(jnp.asarray, (x, weights, group_sizes, offset)))
 
@@ -52,22 +52,22 @@ def grouped_matmul(
 @checks_arguments
 def grouped_swiglu(
     x: Float[Array, "T K"],
-    gate: Float[Array, "E K N"],
-    up: Float[Array, "E K N"],
+    gate: Float[Array, "E N K"],
+    up: Float[Array, "E N K"],
     group_sizes: Int32[Array, "groups"],
     *,
     group_offset: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N"]:
-    """silu(x gate) * (x up) of each row with its group's matrices, in one pass over the rows.
+    """silu(x gateᵀ) * (x upᵀ) of each row with its group's matrices, in one pass over the rows.
 
-    `gate` and `up` are each [E, K, N]; everything else as `grouped_matmul`.
+    `gate` and `up` are each [E, N, K]; everything else as `grouped_matmul`.
     """
     op = "grouped_swiglu"
     check_dtype(op, "x", x, jnp.floating)
     check_dtype(op, "gate", gate, jnp.result_type(x))
     check_dtype(op, "up", up, jnp.result_type(x))
-    bind_shapes(op, x=(x, "T K"), gate=(gate, "E K N"), up=(up, "E K N"), group_sizes=(group_sizes, "groups"))
+    bind_shapes(op, x=(x, "T K"), gate=(gate, "E N K"), up=(up, "E N K"), group_sizes=(group_sizes, "groups"))
     offset = check_groups(op, x, group_sizes, group_offset, jnp.shape(gate)[0])
     return choose(op, implementation, _SWIGLU)(*map(jnp.asarray, (x, gate, up, group_sizes, offset)))
 

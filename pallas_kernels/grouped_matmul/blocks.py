@@ -13,6 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+# Up to so many rows are taken one by one.
+FEW_ROWS = 16
+# Larger blocks multiply faster, smaller ones waste less on a group's last rows.
+BLOCK_SIZES = (128, 64, 32)
+
 Carry = TypeVar("Carry")
 Weights = TypeVar("Weights")
 
@@ -76,6 +81,9 @@ def map_rows(
     """Each row's `compute(rows, load(its group))`, in x's dtype; rows of no group are zero."""
     starts, ends = group_edges
     num_rows = x.shape[0]
+    out = jnp.zeros((num_rows, out_width), x.dtype)
+    if num_rows <= FEW_ROWS:
+        return _row_by_row(x, out, group_edges, lambda row, group: compute(row, load(group))) if num_rows else out
 
     def group(index: Array, start: Array, end: Array, out: Array) -> Array:
         weights = load(index)
@@ -88,13 +96,29 @@ def map_rows(
 
         return over_rows(start, end, num_rows, out, block)
 
-    out = jnp.zeros((num_rows, out_width), x.dtype)
-    return over_groups(starts, ends, out, group) if num_rows else out
+    return over_groups(starts, ends, out, group)
+
+
+def _row_by_row(
+    x: Float[Array, "T K"],
+    out: Float[Array, "T N"],
+    group_edges: tuple[Int32[Array, "local"], Int32[Array, "local"]],
+    compute: Callable[[Float[Array, "1 K"], Array], Float[Array, "1 N"]],
+) -> Float[Array, "T N"]:
+    """A decode step has about one row per group: each meets its weights in one fused loop."""
+    starts, ends = group_edges
+    groups = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right").astype(jnp.int32)
+
+    def row(i: Array, out: Array) -> Array:
+        fresh = compute(lax.dynamic_slice_in_dim(x, i, 1), groups[i])
+        return lax.dynamic_update_slice_in_dim(out, fresh.astype(x.dtype), i, 0)
+
+    return lax.fori_loop(starts[0], ends[-1], row, out)
 
 
 def take(weights: Array, group: Array) -> Array:
-    """One group's slice of the leading axis."""
-    return lax.dynamic_index_in_dim(weights, group, axis=0, keepdims=False)
+    """One group's slice of the leading axis. (Arithmetic on the index would keep XLA from fusing the slice.)"""
+    return lax.dynamic_index_in_dim(weights, group, axis=0, keepdims=False, allow_negative_indices=False)
 
 
 def dot(rows: Float[Array, "block K"], weights: Float[Array, "K N"]) -> Float[Array, "block N"]:
@@ -103,14 +127,20 @@ def dot(rows: Float[Array, "block K"], weights: Float[Array, "K N"]) -> Float[Ar
     return jnp.dot(rows, weights, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
 
 
+def dot_transposed(rows: Float[Array, "block K"], weights: Float[Array, "N K"]) -> Float[Array, "block N"]:
+    """`dot(rows, weights.T)`, written for XLA on CPU: it fuses one row's product with the slice that takes the weights
+    if there is a transpose to fuse, and copies larger blocks' weights if there is one."""
+    if rows.shape[0] == 1:
+        return dot(rows, weights.T)
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    contract_last = (((1,), (1,)), ((), ()))
+    return lax.dot_general(rows, weights, contract_last, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
+
+
 def swiglu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
     """silu(gate) * up."""
     return jax.nn.silu(gate) * up
 
 
 def _block_sizes(num_rows: int) -> tuple[int, ...]:
-    # A decode step has about one row per group: anything larger than a row would only add work to the reading of the
-    # weights.
-    if num_rows <= 16:
-        return (1,)
-    return tuple(size for size in (64, 16) if size <= num_rows)
+    return tuple(size for size in BLOCK_SIZES if size <= num_rows)

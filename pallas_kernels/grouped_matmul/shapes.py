@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """x [sum of sizes + spare, K] times one of len(sizes) matrices [K, N]; K is a multiple of 32."""
+    """x [sum of sizes + spare, K] times one of len(sizes) matrices that take K to N; K is a multiple of 32."""
 
     name: str
     K: int

@@ -1,7 +1,7 @@
 """Grouped matmul in plain JAX: a loop over the groups that have rows on CPU, `jax.lax.ragged_dot` elsewhere.
 
 On CPU `ragged_dot` multiplies every row with every group. The loop's derivatives are written out, for a loop with
-dynamic bounds has none: dx is a grouped matmul with the transposed weights, dW sums x^T dy over each group's rows.
+dynamic bounds has none: dx is a grouped matmul with the transposed weights, dW sums dyᵀ x over each group's rows.
 """
 
 import jax
@@ -10,7 +10,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels.grouped_matmul.blocks import dot, local_groups, map_rows, over_groups, over_rows, swiglu, take
+from pallas_kernels.grouped_matmul.blocks import (
+    dot,
+    dot_transposed,
+    local_groups,
+    map_rows,
+    over_groups,
+    over_rows,
+    swiglu,
+    take,
+)
 
 Edges = tuple[Int32[Array, "local"], Int32[Array, "local"]]
 
@@ -18,7 +27,7 @@ Edges = tuple[Int32[Array, "local"], Int32[Array, "local"]]
 @jax.custom_vjp
 def grouped_matmul(
     x: Float[Array, "T K"],
-    weights: Float[Array, "E K N"],
+    weights: Float[Array, "E N K"],
     group_sizes: Int32[Array, "groups"],
     group_offset: Int[Array, ""],
 ) -> Float[Array, "T N"]:
@@ -28,8 +37,8 @@ def grouped_matmul(
 
 def grouped_swiglu(
     x: Float[Array, "T K"],
-    gate: Float[Array, "E K N"],
-    up: Float[Array, "E K N"],
+    gate: Float[Array, "E N K"],
+    up: Float[Array, "E N K"],
     group_sizes: Int32[Array, "groups"],
     group_offset: Int[Array, ""],
 ) -> Float[Array, "T N"]:
@@ -79,35 +88,35 @@ def no_gradient(*integers: Array) -> tuple[np.ndarray, ...]:
 
 def _loop(x, weights, group_sizes, group_offset):
     edges = local_groups(group_sizes, group_offset, weights.shape[0])
-    return map_rows(x, weights.shape[2], edges, lambda group: take(weights, group), dot)
+    return map_rows(x, weights.shape[1], edges, lambda group: take(weights, group), dot_transposed)
 
 
 def _loop_swiglu(x, gate, up, group_sizes, group_offset):
     edges = local_groups(group_sizes, group_offset, gate.shape[0])
     return map_rows(
         x,
-        gate.shape[2],
+        gate.shape[1],
         edges,
         lambda group: (take(gate, group), take(up, group)),
-        lambda rows, weights: swiglu(dot(rows, weights[0]), dot(rows, weights[1])),
+        lambda rows, weights: swiglu(dot_transposed(rows, weights[0]), dot_transposed(rows, weights[1])),
     )
 
 
 def _loop_vjp(x, weights, group_sizes, group_offset, dy):
     edges = local_groups(group_sizes, group_offset, weights.shape[0])
-    dx = map_rows(dy, weights.shape[1], edges, lambda group: take(weights, group).T, dot)
-    return dx, _outer_products(x, dy, edges, weights)
+    dx = map_rows(dy, weights.shape[2], edges, lambda group: take(weights, group), dot)
+    return dx, _outer_products(dy, x, edges, weights)
 
 
 def _outer_products(
-    x: Float[Array, "T K"], dy: Float[Array, "T N"], edges: Edges, weights: Float[Array, "E K N"]
-) -> Float[Array, "E K N"]:
-    """x^T dy over the rows of each group, summed in float32."""
+    dy: Float[Array, "T N"], x: Float[Array, "T K"], edges: Edges, weights: Float[Array, "E N K"]
+) -> Float[Array, "E N K"]:
+    """dyᵀ x over the rows of each group, summed in float32."""
 
     def group(index: Array, start: Array, end: Array, total: Array) -> Array:
         def block(first: Array, counts: Array, total: Array) -> Array:
-            left = jnp.where(counts[:, None], lax.dynamic_slice_in_dim(x, first, counts.shape[0]), 0)
-            right = jnp.where(counts[:, None], lax.dynamic_slice_in_dim(dy, first, counts.shape[0]), 0)
+            left = jnp.where(counts[:, None], lax.dynamic_slice_in_dim(dy, first, counts.shape[0]), 0)
+            right = jnp.where(counts[:, None], lax.dynamic_slice_in_dim(x, first, counts.shape[0]), 0)
             return total + dot(left.T, right)
 
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -123,7 +132,7 @@ def _ragged(x, weights, group_sizes, group_offset):
     # ragged_dot has no offset: bring the first local row to the top, and back afterwards.
     product = lax.ragged_dot(
         jnp.roll(x, -starts[0], axis=0),
-        weights,
+        jnp.swapaxes(weights, 1, 2),
         ends - starts,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),

@@ -13,11 +13,16 @@ def int4_grouped_matmul(
     x: ArrayLike, codes: ArrayLike, scales: ArrayLike, group_sizes: ArrayLike, group_offset: int = 0
 ) -> np.ndarray:
     """x [T, K], codes [E, K, N], scales [E, K//32, N], group_sizes [groups] -> float64 [T, N]."""
-    return dense.grouped_matmul(x, dequantize(codes, scales), group_sizes, group_offset)
+    return dense.grouped_matmul(x, _matrices((codes, scales)), group_sizes, group_offset)
 
 
 def int4_grouped_swiglu(
     x: ArrayLike, gate: Quantised, up: Quantised, group_sizes: ArrayLike, group_offset: int = 0
 ) -> np.ndarray:
     """silu(x gate) * (x up), float64 [T, N]."""
-    return dense.grouped_swiglu(x, dequantize(*gate), dequantize(*up), group_sizes, group_offset)
+    return dense.grouped_swiglu(x, _matrices(gate), _matrices(up), group_sizes, group_offset)
+
+
+def _matrices(weights: Quantised) -> np.ndarray:
+    """Dequantised, [E, N, K] as the dense op takes them."""
+    return dequantize(*weights).swapaxes(1, 2)

@@ -12,9 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.mla_attention.online import Running, attend, finish, nothing
 
-BLOCK = 256
-# Tokens of one sequence that a decode step gathers at a time.
-DECODE_TOKENS = 512
+BLOCK = 512
 
 
 def mla_prefill(
@@ -29,9 +27,10 @@ def mla_prefill(
     scale: float,
 ) -> tuple[Float[Array, "B S H Dv"], Float[Array, "B S H"]]:
     """See `api.mla_prefill`; returns the output in v's dtype and the float32 log-sum-exp."""
-    queries = tuple(_blocks(array, fill) for array, fill in ((q, 0), (q_positions, 0), (q_segments, -1)))
-    keys = tuple(_blocks(array, fill) for array, fill in ((k, 0), (v, 0), (kv_positions, 0), (kv_segments, -1)))
-    batch, tokens, heads, _ = q.shape
+    queries = (_blocks(_heads_first(q), 2), _blocks(q_positions, 1), _blocks(q_segments, 1, -1))
+    keys = tuple(_blocks(_heads_first(array), 2) for array in (k, v))
+    key_marks = (_blocks(kv_positions, 1), _blocks(kv_segments, 1, -1))
+    (batch, tokens, heads, _), width = q.shape, v.shape[-1]
 
     @jax.checkpoint
     def query_block(_: None, block: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
@@ -44,21 +43,20 @@ def mla_prefill(
 
             def see(running: Running) -> Running:
                 # A key that nobody here may see can hold anything: 0 * NaN is NaN.
-                used = jnp.any(visible, axis=1)[:, :, None, None]
+                used = jnp.any(visible, axis=1)[:, None, :, None]
                 scores = scale * jnp.einsum(
-                    "bshd,bthd->bhst",
+                    "bhsd,bhtd->bhst",
                     q,
                     jnp.where(used, k, 0),
                     precision=lax.Precision.HIGHEST,
                     preferred_element_type=jnp.float32,
                 )
                 scores = jnp.where(visible[:, None], scores, -jnp.inf)
-                return attend(running, scores, jnp.where(used, v, 0), "bhst,bthd->bhsd")
+                return attend(running, scores, jnp.where(used, v, 0), "bhst,bhtd->bhsd")
 
             return lax.cond(jnp.any(visible), see, lambda running: running, running), None
 
-        start = nothing((batch, heads, q.shape[1]), v.shape[-1])
-        running, _ = lax.scan(key_block, start, keys)
+        running, _ = lax.scan(key_block, nothing((batch, heads, q.shape[2]), width), (*keys, *key_marks))
         out, lse = finish(running)
         return None, (out.astype(v.dtype), lse)
 
@@ -79,21 +77,21 @@ def mla_decode(
     """See `api.mla_decode`; returns the output in q_latent's dtype and the float32 log-sum-exp."""
     (batch, heads, latent), page = q_latent.shape, cache.shape[2]
     q = jnp.concatenate([q_latent, q_rope.astype(q_latent.dtype)], axis=-1)
-    block = max(1, min(page_table.shape[1], DECODE_TOKENS // page))
-    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % block)))
 
-    def pages(i: Array, running: Running) -> Running:
-        chosen = lax.dynamic_slice_in_dim(table, i * block, block, axis=1)
-        within = (i * block + jnp.arange(block)[:, None]) * page + jnp.arange(page) < lengths[:, None, None]
-        tokens = jnp.where(within[:, :, None], cache.at[chosen].get(mode="clip"), 0).astype(q.dtype)
+    # A page at a time: both products then contract contiguous pages as they lie.
+    def attend_page(i: Array, running: Running) -> Running:
+        chosen = lax.dynamic_index_in_dim(page_table, i, axis=1, keepdims=False)
+        within = i * page + jnp.arange(page) < lengths[:, None]
+        # What lies past a length, or in a page that the table should not name, can hold anything: 0 * NaN is NaN.
+        tokens = jnp.where(within[:, None], cache.at[chosen].get(mode="clip"), 0).astype(q.dtype)
         scores = scale * jnp.einsum(
-            "bhc,bncp->bhnp", q, tokens, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+            "bhc,bcp->bhp", q, tokens, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
         )
-        scores = rearrange(jnp.where(within[:, None], scores, -jnp.inf), "b h n p -> b h (n p)")
-        return attend(running, scores, rearrange(tokens[:, :, :latent], "b n l p -> b l (n p)"), "bht,blt->bhl")
+        scores = jnp.where(within[:, None], scores, -jnp.inf)
+        return attend(running, scores, tokens[:, :latent], "bhp,blp->bhl")
 
-    blocks = -(-jnp.max(lengths, initial=0) // (block * page))
-    out, lse = finish(lax.fori_loop(0, blocks, pages, nothing((batch, heads), latent)))
+    pages = -(-jnp.max(lengths, initial=0) // page)
+    out, lse = finish(lax.fori_loop(0, pages, attend_page, nothing((batch, heads), latent)))
     return out.astype(q_latent.dtype), lse
 
 
@@ -113,12 +111,19 @@ def mla_write(
     return cache.at[chosen, :, positions % page].set(latents.astype(cache.dtype), mode="drop")
 
 
-def _blocks(array: Array, fill: int) -> Array:
-    """[B, S, ...] -> [blocks, B, block, ...], the last block filled up."""
-    size = min(BLOCK, max(1, array.shape[1]))
+def _heads_first(array: Float[Array, "B S H D"]) -> Float[Array, "B H S D"]:
+    # Once for all blocks: batched products want the heads outside.
+    return jnp.moveaxis(array, 2, 1)
+
+
+def _blocks(array: Array, axis: int, fill: int = 0) -> Array:
+    """Cuts `axis` in blocks, numbered by a new leading axis, the last block filled up."""
+    size = min(BLOCK, max(1, array.shape[axis]))
     padding = [(0, 0)] * array.ndim
-    padding[1] = (0, -array.shape[1] % size)
-    return rearrange(jnp.pad(array, padding, constant_values=fill), "b (n s) ... -> n b s ...", s=size)
+    padding[axis] = (0, -array.shape[axis] % size)
+    padded = jnp.pad(array, padding, constant_values=fill)
+    cut = padded.reshape(*array.shape[:axis], -1, size, *array.shape[axis + 1 :])
+    return jnp.moveaxis(cut, axis, 0)
 
 
 def _visible(

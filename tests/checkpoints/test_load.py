@@ -47,7 +47,7 @@ def expected(folder: Path) -> dict[tuple[Any, ...], np.ndarray]:
         expert = key.pop(key.index("experts") + 1)
         key[-1] = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(key[-1], key[-1])
         tree = {"weight_packed": "codes", "weight_scale": "scales"}.get(last, last)
-        value = codes(tensor) if tree == "codes" else tensor.T
+        value = {"codes": codes, "scales": np.transpose, "weight": np.asarray}[tree](tensor)
         values.setdefault((*key, tree), {})[expert] = value
     return {
         path: np.stack([value[e] for e in range(len(value))]) if isinstance(value, dict) else value

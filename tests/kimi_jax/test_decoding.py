@@ -46,8 +46,9 @@ def test_a_prompt_longer_than_a_piece_of_history(model):
     kimi = model("k2")
     tokens = np.random.RandomState(1).randint(0, 500, (1, 17 * PAGE + 50)).astype(np.int32)
     lengths = np.array([tokens.shape[1]])
-    one, _ = decoding.prefill(kimi, decoding.start(kimi, 1, 2400), tokens, lengths, chunk=4096)
-    many, _ = decoding.prefill(kimi, decoding.start(kimi, 1, 2400), tokens, lengths, chunk=1000)
+    runner = decoding.Runner(kimi)
+    one, _ = runner.prefill(runner.start(1, 2400), tokens, lengths, chunk=4096)
+    many, _ = runner.prefill(runner.start(1, 2400), tokens, lengths, chunk=1000)
     np.testing.assert_allclose(many, one, rtol=0, atol=5e-5)
 
 
@@ -96,20 +97,21 @@ def test_one_compilation_for_all_steps_and_all_sampling_values_of_a_call(model, 
 
 def test_the_state_holds_latents_and_never_heads(model):
     text = model("k2.5").config.text
-    state = decoding.start(model("k2.5"), 2, PAGE + 1)
+    state = decoding.Runner(model("k2.5")).start(2, PAGE + 1)
     assert state.capacity == 2 * PAGE
     assert [layer.pages.shape for layer in state.layers] == [(4, text.latent_dim, PAGE)] * text.num_hidden_layers
     linear = model("kimi-linear").config.text
-    kinds = [type(layer).__name__ for layer in decoding.start(model("kimi-linear"), 2, 10).layers]
+    kinds = [type(layer).__name__ for layer in decoding.Runner(model("kimi-linear")).start(2, 10).layers]
     assert kinds == ["MLACache" if kind == "mla" else "KDAState" for kind in linear.layer_kinds]
 
 
 def test_a_step_writes_its_state_in_place(model, prompts):
     kimi = model("k2.5")
-    state = decoding.start(kimi, 3, 40)
-    _, state = decoding.prefill(kimi, state, prompts, np.full(3, 20))
+    runner = decoding.Runner(kimi)
+    state = runner.start(3, 40)
+    _, state = runner.prefill(state, prompts, np.full(3, 20))
     before = state.layers[0].pages
-    _, state = decoding.step(kimi, state, jnp.array([1, 2, 3]))
+    _, state = runner.step(state, jnp.array([1, 2, 3]))
     assert before.is_deleted()
     assert state.lengths.tolist() == [21, 21, 21]
 
@@ -118,7 +120,7 @@ def test_prefill_makes_logits_of_the_last_position_only(model, prompts):
     # No array of the lowered prefill has both the prompt's and the vocabulary's width
     kimi = model("k2.5")
     tokens = jnp.asarray(np.resize(prompts, (1, 48)))
-    state = decoding.start(kimi, 1, 48)
+    state = decoding.Runner(kimi).start(1, 48)
     text = jax.jit(lambda s, t: kimi.extend(s, t, jnp.array([48]))).lower(state, tokens).as_text()
     assert f"48x{kimi.config.text.vocab_size}x" not in text and f"1x{kimi.config.text.vocab_size}x" in text
 

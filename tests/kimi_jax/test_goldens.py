@@ -48,11 +48,12 @@ def test_prefill_in_chunks_and_decoding_give_the_logits_of_one_pass(model, name,
     tokens = np.resize(golden["text_tokens"], (1, 200)) if "long_tokens" not in golden else golden["long_tokens"][None]
     whole = np.asarray(kimi(jnp.asarray(tokens)))[0]
     # When all but the last four tokens go in as a prompt, and those one at a time
-    state = decoding.start(kimi, 1, 200)
-    logits, state = decoding.prefill(kimi, state, tokens[:, :196], np.array([196]), chunk=chunk)
+    runner = decoding.Runner(kimi)
+    state = runner.start(1, 200)
+    logits, state = runner.prefill(state, tokens[:, :196], np.array([196]), chunk=chunk)
     steps = [np.asarray(logits)[0]]
     for i in range(196, 200):
-        logits, state = decoding.step(kimi, state, jnp.asarray(tokens[:, i]))
+        logits, state = runner.step(state, jnp.asarray(tokens[:, i]))
         steps.append(np.asarray(logits)[0])
     # Then the logits are the same
     np.testing.assert_allclose(np.stack(steps), whole[195:], rtol=0, atol=ATOL)
@@ -68,9 +69,10 @@ def test_kimi_linear_over_200_tokens(model):
 def test_kimi_linear_recurrent_over_200_tokens(model):
     # One token at a time from the start, every KDA layer runs its recurrent step
     kimi, golden = model("kimi-linear"), cases.golden("kimi-linear")
-    state, rows = decoding.start(kimi, 1, 200), []
+    runner = decoding.Runner(kimi)
+    state, rows = runner.start(1, 200), []
     for token in golden["long_tokens"]:
-        logits, state = decoding.step(kimi, state, jnp.asarray([token]))
+        logits, state = runner.step(state, jnp.asarray([token]))
         rows.append(np.asarray(logits)[0])
     np.testing.assert_allclose(np.stack(rows)[golden["long_positions"]], golden["long_logits"], rtol=0, atol=ATOL)
 

@@ -30,14 +30,19 @@ def cases(shapes):
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    return (rng.standard_normal(shape) / np.sqrt(shape[-2])).astype(np.float32)
+    return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+
+def int4(weights):
+    """Codes and scales of [E, N, K] in the kernels' layout."""
+    return quantize_int4(jnp.swapaxes(weights, 1, 2))
 
 
 def arguments(shape, dtype):
     rng = np.random.default_rng(3)
     sizes = np.array(shape.sizes, np.int32)
     x = rng.standard_normal((sizes.sum() + shape.spare, shape.K))
-    gate, up = (jnp.asarray(normal(rng, len(sizes), shape.K, shape.N), dtype) for _ in range(2))
+    gate, up = (jnp.asarray(normal(rng, len(sizes), shape.N, shape.K), dtype) for _ in range(2))
     return jnp.asarray(x, dtype), gate, up, sizes
 
 
@@ -55,7 +60,7 @@ def test_dense(shape, dtype, tolerance):
 @pytest.mark.parametrize("shape,dtype,tolerance", cases(KIMI + AWKWARD[3::2]))
 def test_int4(shape, dtype, tolerance):
     x, gate, up, sizes = arguments(shape, dtype)
-    gate, up = quantize_int4(gate), quantize_int4(up)
+    gate, up = int4(gate), int4(up)
     found = jax.jit(int4_grouped_matmul)(x, *gate, sizes)
     assert found.dtype == dtype
     assert relative_rmse(found, int4_reference.int4_grouped_matmul(x, *gate, sizes)) <= tolerance
@@ -66,7 +71,7 @@ def test_int4(shape, dtype, tolerance):
 ROOM = 140
 RANDOM = np.random.default_rng(4)
 ROWS = normal(RANDOM, ROOM, 32)
-MATRICES = normal(RANDOM, 6, 32, 8)
+MATRICES = normal(RANDOM, 6, 8, 32)
 GROUPED = jax.jit(grouped_matmul)
 GROUPED_AT = jax.jit(lambda x, weights, sizes, offset: grouped_matmul(x, weights, sizes, group_offset=offset))
 
@@ -87,11 +92,11 @@ def test_any_group_sizes(cuts):
 
 def test_int4_at_an_offset():
     sizes = np.array([3, 0, 5, 9, 2, 7], np.int32)
-    codes, scales = quantize_int4(MATRICES[:2])
+    codes, scales = int4(MATRICES[:2])
     found = int4_grouped_matmul(ROWS, codes, scales, sizes, group_offset=jnp.int32(2))
     expected = int4_reference.int4_grouped_matmul(ROWS, codes, scales, sizes, 2)
     assert relative_rmse(found, expected) <= 1e-6
-    gate, up = (codes, scales), quantize_int4(MATRICES[2:4])
+    gate, up = (codes, scales), int4(MATRICES[2:4])
     found = int4_grouped_swiglu(ROWS, gate, up, sizes, group_offset=2)
     assert relative_rmse(found, int4_reference.int4_grouped_swiglu(ROWS, gate, up, sizes, 2)) <= 1e-6
 
@@ -114,13 +119,13 @@ def test_dense_gradients(offset):
     weights, up = MATRICES[offset : offset + 4], MATRICES[::-1][offset : offset + 4]
     dy = jnp.asarray(normal(np.random.default_rng(5), ROOM, 8))
 
-    # Derived by hand: dx_t = W dy_t and dW = sum x_t dy_t^T over the group's rows.
+    # Derived by hand: dx_t = Wᵀ dy_t and dW = sum dy_t x_tᵀ over the group's rows.
     pull = jax.vjp(lambda x, weights: grouped_matmul(x, weights, sizes, group_offset=offset), ROWS, weights)[1]
     dx, dweights = pull(dy)
     assert relative_rmse(dx, reference.grouped_matmul(dy, weights.swapaxes(1, 2), sizes, offset)) <= 1e-6
     ends = np.cumsum(sizes)
     expected = [
-        ROWS[end - size : end].T.astype(np.float64) @ dy[end - size : end]
+        np.asarray(dy[end - size : end], np.float64).T @ ROWS[end - size : end]
         for end, size in zip(ends[offset : offset + 4], sizes[offset : offset + 4], strict=True)
     ]
     assert relative_rmse(dweights, np.stack(expected)) <= 1e-6
@@ -130,7 +135,7 @@ def test_dense_gradients(offset):
     held = ((group >= 0) & (group < 4))[:, None]
 
     def dense(x, gate, up):
-        gated, risen = (jnp.einsum("tk,tkn->tn", x, w[np.clip(group, 0, 3)]) for w in (gate, up))
+        gated, risen = (jnp.einsum("tk,tnk->tn", x, w[np.clip(group, 0, 3)]) for w in (gate, up))
         return jnp.where(held, jax.nn.silu(gated) * risen, 0)
 
     with jax.enable_x64(True):
@@ -143,24 +148,15 @@ def test_dense_gradients(offset):
 
 def test_int4_gradients_with_respect_to_x():
     sizes = np.array([30, 0, 7], np.int32)
-    gate, up = quantize_int4(MATRICES[:3]), quantize_int4(MATRICES[3:])
+    gate, up = int4(MATRICES[:3]), int4(MATRICES[3:])
     dy = jnp.asarray(normal(np.random.default_rng(6), ROOM, 8))
-    wide = [dequantize_int4(*weights, jnp.float32) for weights in (gate, up)]
+    wide = [jnp.swapaxes(dequantize_int4(*weights, jnp.float32), 1, 2) for weights in (gate, up)]
     for found, expected in (
         (lambda x: int4_grouped_matmul(x, *gate, sizes), lambda x: grouped_matmul(x, wide[0], sizes)),
         (lambda x: int4_grouped_swiglu(x, gate, up, sizes), lambda x: grouped_swiglu(x, *wide, sizes)),
     ):
         (mine,), (theirs,) = (jax.vjp(op, ROWS)[1](dy) for op in (found, expected))
         assert np.any(theirs) and relative_rmse(mine, theirs) <= 1e-6
-
-
-def test_a_matrix_without_rows_is_not_multiplied():
-    # The loops run over groups with rows: their bounds are data, not the number of groups.
-    loop = jax.jit(grouped_matmul).lower(ROWS[:8], MATRICES, np.zeros(6, np.int32)).compile()
-    flops = loop.cost_analysis()["flops"]
-    assert (
-        flops < 8 * 32 * 8 * 6
-    )  # one pass over the loop's body; every row with every matrix would be twice this bound
 
 
 def test_the_form_for_other_platforms_agrees():
@@ -179,7 +175,7 @@ def test_the_form_for_other_platforms_agrees():
 def test_bad_arguments_are_refused():
     sizes = np.array([3, 20, 0, 37, 9, 5], np.int32)
     for message, call in (
-        (r"weights has shape \(6, 32, 8\), expected \[E, K=16, N\]",
+        (r"weights has shape \(6, 8, 32\), expected \[E, N, K=16\]",
          lambda: grouped_matmul(ROWS[:, :16], MATRICES, sizes)),
         (r"weights is bfloat16, expected float32", lambda: grouped_matmul(ROWS, MATRICES.astype(jnp.bfloat16), sizes)),
         (r"up has shape", lambda: grouped_swiglu(ROWS, MATRICES, MATRICES[:5], sizes)),
@@ -190,9 +186,9 @@ def test_bad_arguments_are_refused():
          lambda: grouped_matmul(ROWS, MATRICES[:2], sizes)),
         (r"group_offset is 5, expected 0 to 4", lambda: grouped_matmul(ROWS, MATRICES[:2], sizes, group_offset=5)),
         (r"scales has shape \(6, 2, 8\), expected \[E=6, 1, N=8\]", lambda: int4_grouped_matmul(
-            ROWS, quantize_int4(MATRICES)[0], np.ones((6, 2, 8), np.float32), sizes)),
+            ROWS, int4(MATRICES)[0], np.ones((6, 2, 8), np.float32), sizes)),
         (r"up's codes have shape", lambda: int4_grouped_swiglu(
-            ROWS, quantize_int4(MATRICES), quantize_int4(MATRICES[:, :, :4]), sizes)),
+            ROWS, int4(MATRICES), int4(MATRICES[:, :4]), sizes)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             call()
