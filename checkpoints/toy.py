@@ -18,7 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from zlib import crc32
 
 import ml_dtypes
@@ -103,7 +103,7 @@ _PREPROCESSOR = {"media_proc_cfg": {
 # fmt: on
 
 
-def toy_config(like: Literal["k2.5", "k2", "kimi-linear"], **overrides: Any) -> dict[str, Any]:
+def toy_config(like: str, **overrides: Any) -> dict[str, Any]:
     """A published-format config.json (as a dict) of a small model.
 
     An override replaces the field of that name wherever it stands (text_config and vision_config included); what has

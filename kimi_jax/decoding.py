@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import ArrayLike
 
 from kimi_jax import state as states
 from kimi_jax.axes import Array, Int32, LastLogits
@@ -25,17 +26,17 @@ PREFILL_CHUNK = 2048
 
 def generate(
     model: Kimi,
-    tokens: np.ndarray | jax.Array,
-    *,
+    tokens: ArrayLike,
     max_new_tokens: int = 24,
     temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    lengths: np.ndarray | jax.Array | None = None,
+    lengths: ArrayLike | None = None,
     media: Media | None = None,
     stop_ids: Iterable[int] | None = None,
     seed: int = 0,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> np.ndarray:
     """Continues prompts: tokens int32 [b, t], right-padded, row i holding `lengths[i]` -> int32 [b, max_new_tokens].
@@ -58,19 +59,18 @@ def generate(
         seed=seed,
         prefill_chunk=prefill_chunk,
     )
-    out = np.full((len(tokens), max_new_tokens), model.config.text.pad_token_id, np.int32)
-    for i, column in enumerate(new):
-        out[:, i] = column
-    return out
+    columns = list(new)
+    pad = np.full_like(columns[0], model.config.text.pad_token_id)
+    return np.stack(columns + [pad] * (max_new_tokens - len(columns)), axis=1)
 
 
 def stream(
     model: Kimi,
-    tokens: np.ndarray | jax.Array,
+    tokens: ArrayLike,
     *,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-    lengths: np.ndarray | jax.Array | None = None,
+    lengths: ArrayLike | None = None,
     media: Media | None = None,
     stop_ids: Iterable[int] | None = None,
     seed: int = 0,
@@ -165,13 +165,17 @@ class Runner:
 
     def step(self, state: State, tokens: Int32[Array, "b"]) -> tuple[LastLogits, State]:
         """One more token for every row, [b]: float32 logits [b, vocab_size] after it, and the state."""
-        counts = np.ones(len(tokens), np.int32)
-        return _extend(self.program, self.arrays, state, tokens[:, None], counts, None, None)
+        return _step(self.program, self.arrays, state, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _extend(program, arrays, state, tokens, counts, index, media):
     return program.model(arrays).extend(state, tokens, counts, index, media)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _step(program, arrays, state, tokens):
+    return program.model(arrays).extend(state, tokens[:, None], jnp.ones_like(tokens))
 
 
 @functools.partial(jax.jit, static_argnums=6)
@@ -203,9 +207,7 @@ def _by_row(shape: tuple[int, ...], batch: int, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",) + (None,) * (len(shape) - 1), shape, mesh))
 
 
-def _checked_lengths(
-    model: Kimi, tokens: np.ndarray, lengths: np.ndarray | jax.Array | None, max_new_tokens: int
-) -> np.ndarray:
+def _checked_lengths(model: Kimi, tokens: np.ndarray, lengths: ArrayLike | None, max_new_tokens: int) -> np.ndarray:
     if tokens.ndim != 2 or not tokens.size:
         raise ValueError(f"tokens have shape {tokens.shape}, expected [batch, length] with at least one token")
     lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)

@@ -69,8 +69,8 @@ def _show_and_ask(console: Console, folder: Path, picture: Path, max_new_tokens:
     mesh = make_mesh(MESH)
     model = checkpoints.load(folder, mesh=mesh)
     held = bytes_per_device(model)
-    console.print(f"Loaded over a mesh of {dict(mesh.shape)} ({len(held)} devices), bytes on each:")
-    console.print("  " + ", ".join(f"{device} {size:,}" for device, size in held.items()))
+    console.print(f"Loaded over a mesh of {dict(mesh.shape)}. Bytes on each of its {len(held)} devices:")
+    console.print("  " + ", ".join(f"{device}: {size:,}" for device, size in held.items()), highlight=False)
 
     tokenizer = Tokenizer.from_folder(folder)
     image = {"type": "image_url", "image_url": {"url": str(picture)}}

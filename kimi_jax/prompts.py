@@ -11,6 +11,7 @@ from kimi_jax import media as media_files
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.splice import Media
 from kimi_jax.text import Tokenizer, chat
+from kimi_jax.text.folder_template import has_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,7 @@ def template_for(folder: str | Path, config: KimiConfig) -> str:
     """The chat template of the checkpoint in `folder`: K2.5's is built in; a text model's own, where it has one."""
     if config.model_type == "kimi_k25":
         return "k2.5"
-    own = any((Path(folder) / name).exists() for name in ("chat_template.jinja", "chat_template.json"))
-    return str(folder) if own else "k2"
+    return str(folder) if has_template(folder) else "k2"
 
 
 def prepare(

@@ -53,6 +53,13 @@ def _read(folder: Path) -> tuple[str, dict[str, str]]:
     return template, tokens
 
 
+def has_template(folder: str | Path) -> bool:
+    """Whether a chat template lies in `folder`."""
+    config_file = Path(folder) / "tokenizer_config.json"
+    config = read_config(config_file) if config_file.is_file() else {}
+    return (Path(folder) / "chat_template.jinja").is_file() or "chat_template" in config
+
+
 def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, **options: Any) -> str:
     # jinja2's own filter escapes HTML and sorts keys; transformers replaces it by this one
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **options)

@@ -85,7 +85,9 @@ def quantize_int4(
 
 @checks_arguments
 def dequantize_int4(
-    codes: Int4[Array, "*batch in out"], scales: Float[Array, "*batch groups out"], dtype: jnp.dtype = jnp.bfloat16
+    codes: Int4[Array, "*batch in out"],
+    scales: Float[Array, "*batch groups out"],
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Float[Array, "*batch in out"]:
     """bf16(code * scale) [..., in, out], held in `dtype`: the weights that the reference model multiplies with.
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.mla_attention.online import Running, attend, finish, nothing
 
-BLOCK = 512
+# A block's size in queries and in keys.
+QUERIES, KEYS = 256, 512
 
 
 def mla_prefill(
@@ -27,9 +28,13 @@ def mla_prefill(
     scale: float,
 ) -> tuple[Float[Array, "B S H Dv"], Float[Array, "B S H"]]:
     """See `api.mla_prefill`; returns the output in v's dtype and the float32 log-sum-exp."""
-    queries = (_blocks(_heads_first(q), 2), _blocks(q_positions, 1), _blocks(q_segments, 1, -1))
-    keys = tuple(_blocks(_heads_first(array), 2) for array in (k, v))
-    key_marks = (_blocks(kv_positions, 1), _blocks(kv_segments, 1, -1))
+    queries = (
+        _blocks(_heads_first(q), QUERIES, 2),
+        _blocks(q_positions, QUERIES, 1),
+        _blocks(q_segments, QUERIES, 1, -1),
+    )
+    keys = tuple(_blocks(_heads_first(array), KEYS, 2) for array in (k, v))
+    key_marks = (_blocks(kv_positions, KEYS, 1), _blocks(kv_segments, KEYS, 1, -1))
     (batch, tokens, heads, _), width = q.shape, v.shape[-1]
 
     @jax.checkpoint
@@ -116,9 +121,9 @@ def _heads_first(array: Float[Array, "B S H D"]) -> Float[Array, "B H S D"]:
     return jnp.moveaxis(array, 2, 1)
 
 
-def _blocks(array: Array, axis: int, fill: int = 0) -> Array:
+def _blocks(array: Array, block: int, axis: int, fill: int = 0) -> Array:
     """Cuts `axis` in blocks, numbered by a new leading axis, the last block filled up."""
-    size = min(BLOCK, max(1, array.shape[axis]))
+    size = min(block, max(1, array.shape[axis]))
     padding = [(0, 0)] * array.ndim
     padding[axis] = (0, -array.shape[axis] % size)
     padded = jnp.pad(array, padding, constant_values=fill)

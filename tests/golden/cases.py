@@ -53,7 +53,7 @@ PROMPT_IMAGES = (1, 2)
 def config(name: str) -> dict[str, Any]:
     """The published-format config.json of a case."""
     case = CASES[name]
-    return toy_config(case.like, **case.overrides)  # type: ignore[arg-type]
+    return toy_config(case.like, **case.overrides)
 
 
 def checkpoint(name: str, folder: Path) -> Path:
