@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 # Up to so many rows are taken one by one.
 FEW_ROWS = 16
 # Larger blocks multiply faster, smaller ones waste less on a group's last rows.
-BLOCK_SIZES = (128, 64, 32)
+BLOCK_SIZES = (128, 64, 16)
 
 Carry = TypeVar("Carry")
 Weights = TypeVar("Weights")
@@ -143,4 +143,4 @@ def swiglu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "
 
 
 def _block_sizes(num_rows: int) -> tuple[int, ...]:
-    return tuple(size for size in BLOCK_SIZES if size <= num_rows)
+    return tuple(size for size in BLOCK_SIZES if size <= num_rows) or (num_rows,)
