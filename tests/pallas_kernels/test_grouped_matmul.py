@@ -148,10 +148,12 @@ def test_dense_gradients(offset):
 
 @pytest.mark.parametrize("sizes", [(1, 0, 2), (5, 7, 4), (0, 20, 9)])
 def test_dense_gradients_of_few_rows(sizes):
-    x, weights, dy = ROWS[: sum(sizes)], MATRICES[:3], jnp.asarray(ROWS[: sum(sizes), :8])
-    dx, dweights = jax.vjp(lambda x, w: grouped_matmul(x, w, np.int32(sizes)), x, weights)[1](dy)
+    sizes = np.array(sizes, np.int32)
+    total, ends = sizes.sum(), np.cumsum(sizes)
+    x, weights, dy = ROWS[:total], MATRICES[:3], jnp.asarray(ROWS[:total, :8])
+    dx, dweights = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, weights)[1](dy)
     assert relative_rmse(dx, reference.grouped_matmul(dy, weights.swapaxes(1, 2), sizes)) <= 1e-6
-    rows = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     expected = np.stack([np.asarray(dy, np.float64)[i].T @ x[i] for i in rows])
     assert relative_rmse(dweights, expected) <= 1e-6
 
