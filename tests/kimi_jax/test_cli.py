@@ -1,0 +1,372 @@
+"""The `kimi-jax` command, in process: what it prints, where, its exit codes, and one clear line for every bad input."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import checkpoints
+import kimi_jax
+from checkpoints.toy import toy_config, write_toy
+from kimi_jax import prompts
+from kimi_jax.cli import main
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "vt_num_hidden_layers": 1, "vt_intermediate_size": 32, "max_position_embeddings": 128,
+}  # fmt: skip
+SECOND = "model-00002-of-000003.safetensors"
+EXPERT = "language_model.model.layers.1.mlp.experts.2.up_proj"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A K2.5 of two layers in the published layout."""
+    return write_toy(tmp_path_factory.mktemp("cli") / "k2.5", toy_config("k2.5", **SIZES))
+
+
+@pytest.fixture(scope="module")
+def kimi(published):
+    return kimi_jax.load(published, dtype=jnp.float32)
+
+
+@pytest.fixture
+def loads(kimi, monkeypatch):
+    """What `checkpoints.load` is asked for from here on; it gives the model that is there, and nothing is compiled
+    twice."""
+    asked = []
+
+    def load(path, mesh, dtype):
+        asked.append((path, mesh, dtype))
+        return kimi
+
+    monkeypatch.setattr(checkpoints, "load", load)
+    return asked
+
+
+@pytest.fixture
+def damaged(published, tmp_path):
+    """A copy to spoil."""
+    return Path(shutil.copytree(published, tmp_path / "damaged"))
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (56, 84, 3)).astype(np.uint8)).save(path)
+    return path
+
+
+def generate(folder, *arguments):
+    return main(["generate", str(folder), *map(str, arguments)])
+
+
+def answer(kimi, folder, messages, *, tools=None, thinking=True, **options):
+    """What the command should print: the text of `kimi_jax.generate`'s tokens, up to the stop."""
+    tokenizer = kimi_jax.Tokenizer.from_folder(folder)
+    prompt = prompts.prepare(folder, kimi.config, tokenizer, messages, tools=tools, thinking=thinking)
+    stops = kimi.config.stop_ids
+    new = kimi_jax.generate(kimi, prompt.tokens, media=prompt.media, stop_ids=stops, **options)[0].tolist()
+    end = next((i for i, token in enumerate(new) if token in stops), len(new))
+    return tokenizer.decode(new[:end]) + "\n", end + (end < len(new))
+
+
+def user(content):
+    return [{"role": "user", "content": content}]
+
+
+def refused(capsys, code):
+    """The one line that a refusal writes, and nothing on standard output but what a progress bar leaves."""
+    assert code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("kimi-jax: "), lines
+    return lines[0]
+
+
+# --- convert and inspect ----------------------------------------------------------------------------------------------
+
+
+def test_convert_inspect_and_generate_from_what_was_converted(published, kimi, tmp_path, capsys):
+    target = tmp_path / "new" / "orbax"
+    assert main(["convert", str(published), str(target)]) == 0
+    out, err = capsys.readouterr()
+    tensors = [n for file in published.glob("*.safetensors") for n in load_file(file) if not n.endswith("weight_shape")]
+    assert f"{target}: {len(tensors)} tensors in " in out and err == ""
+    assert "carried along: config.json, generation_config.json, preprocessor_config.json" in out
+    tables = []
+    for folder, kind in ((published, "safetensors"), (target, "orbax")):
+        assert main(["inspect", str(folder)]) == 0
+        table = capsys.readouterr().out
+        title = f"kimi_k25 ({kind}): 1 x mla + dense, 1 x mla + moe, 1 vision layers, 4 experts, 2 chosen"
+        assert title in " ".join(table.split())
+        tables.append([line for line in table.splitlines() if line.startswith("│")])
+    assert tables[0] == tables[1]
+    assert any("routed experts" in line and f"{3 * 4 * 64 * 32:,}" in line for line in tables[0])
+    # Then what was converted answers as the published folder does
+    assert generate(target, "--prompt", "Hello", "--max-new-tokens", 6, "--dtype", "float32") == 0
+    assert capsys.readouterr().out == answer(kimi, published, user("Hello"), max_new_tokens=6)[0]
+
+
+def test_inspect_a_preset(capsys):
+    assert main(["inspect", "--preset", "kimi-linear-48b"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "kimi_linear (configuration): 1 x kda + dense, 19 x kda + moe, 7 x mla + moe, 256 experts, 8 chosen" in out
+    assert "49,12" in out  # weights: 49.12e9
+    assert main(["inspect", "--preset", "kimi-k9"]) == 1
+    assert capsys.readouterr().err.startswith("kimi-jax: no preset 'kimi-k9'; there are kimi-k2, ")
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_generate_prints_the_answer_and_keeps_the_rest_for_stderr(published, kimi, loads, capsys):
+    options = ("--dtype", "float32", "--max-new-tokens", 6)
+    assert generate(published, "--prompt", "Hello", *options) == 0
+    out, err = capsys.readouterr()
+    expected, count = answer(kimi, published, user("Hello"), max_new_tokens=6)
+    assert out == expected and len(out) > 3
+    log = " ".join(err.split())
+    tokens = prompts.prepare(published, kimi.config, kimi_jax.Tokenizer.from_folder(published), user("Hello")).tokens
+    assert f"the prompt has {tokens.shape[1]} tokens" in log and f" {count} tokens; the first after " in log
+    assert log.startswith("loaded in ") and log.endswith("tokens per second")
+    assert loads == [(published, None, "float32")]
+    # Instant mode is another prompt
+    assert generate(published, "--prompt", "Hello", "--no-thinking", *options) == 0
+    assert capsys.readouterr().out == answer(kimi, published, user("Hello"), thinking=False, max_new_tokens=6)[0] != out
+
+
+def test_generate_with_sampling(published, kimi, loads, capsys):
+    flags = ("--temperature", 1.5, "--top-k", 50, "--top-p", 0.9, "--min-p", 0.01, "--seed", 7)
+    assert generate(published, "--prompt", "Hello", "--dtype", "float32", "--max-new-tokens", 6, *flags) == 0
+    sampling = {"temperature": 1.5, "top_k": 50, "top_p": 0.9, "min_p": 0.01}
+    expected = [answer(kimi, published, user("Hello"), max_new_tokens=6, seed=seed, **sampling)[0] for seed in (7, 8)]
+    assert capsys.readouterr().out == expected[0] != expected[1]
+
+
+def test_generate_stops_at_a_stop_id(published, kimi, monkeypatch, capsys):
+    # Given a model whose configuration names the third token of its usual answer as a stop
+    tokenizer = kimi_jax.Tokenizer.from_folder(published)
+    prompt = prompts.prepare(published, kimi.config, tokenizer, user("Hello")).tokens
+    new = kimi_jax.generate(kimi, prompt, max_new_tokens=6, stop_ids=kimi.config.stop_ids)[0].tolist()
+    assert new[2] not in new[:2]
+    model = nnx.clone(kimi)
+    model.config = dataclasses.replace(kimi.config, stop_ids=(new[2], *kimi.config.stop_ids[1:]))
+    monkeypatch.setattr(checkpoints, "load", lambda *args, **kwargs: model)
+    assert generate(published, "--prompt", "Hello", "--dtype", "float32", "--max-new-tokens", 6) == 0
+    out, err = capsys.readouterr()
+    assert out == tokenizer.decode(new[:2]) + "\n" and "3 tokens; the first" in err
+
+
+def test_generate_looks_at_an_image_and_reads_a_chat(published, kimi, loads, picture, tmp_path, capsys):
+    options = ("--dtype", "float32", "--max-new-tokens", 4)
+    assert generate(published, "--prompt", "Describe.", "--image", picture, *options) == 0
+    seen = capsys.readouterr().out
+    image, text = {"type": "image_url", "image_url": {"url": str(picture)}}, {"type": "text", "text": "Describe."}
+    messages = user([image, text])
+    assert seen == answer(kimi, published, messages, max_new_tokens=4)[0]
+    # The same conversation from a file, as a list and with tools beside it
+    chat = tmp_path / "chat.json"
+    chat.write_text(json.dumps(messages))
+    assert generate(published, "--chat", chat, *options) == 0
+    assert capsys.readouterr().out == seen
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    chat.write_text(json.dumps({"messages": messages, "tools": tools}))
+    assert generate(published, "--chat", chat, *options) == 0
+    assert capsys.readouterr().out == answer(kimi, published, messages, tools=tools, max_new_tokens=4)[0] != seen
+
+
+def test_mesh_and_dtype_go_to_load(published, loads, capsys):
+    for flags in ([], ["--mesh", "2x4", "--dtype", "bfloat16"]):
+        assert generate(published, "--prompt", "Hello", "--max-new-tokens", 1, *flags) == 0
+        assert len(capsys.readouterr().out) > 1
+    (plain, (_, mesh, dtype)) = loads
+    assert plain == (published, None, None)
+    assert (dict(mesh.shape), dtype) == ({"data": 2, "expert": 4}, "bfloat16")
+
+
+# --- help and usage ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect", "generate", "demo"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert f"example:\n  kimi-jax {command} " in out
+
+
+def test_the_commands_are_listed(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"\n    {command} " in out for command in ("convert", "inspect", "generate", "demo"))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["fly"],
+        ["convert", "only-one"],
+        ["inspect"],
+        ["inspect", "folder", "--preset", "kimi-k2"],
+        ["generate", "folder"],
+        ["generate", "folder", "--prompt", "a", "--chat", "b"],
+        ["generate", "folder", "--prompt", "a", "--dtype", "float8"],
+        ["generate", "folder", "--prompt", "a", "--top-k", "many"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: kimi-jax")
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def truncate(folder):
+    file = folder / SECOND
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def remove(folder):
+    (folder / SECOND).unlink()
+
+
+def name_an_absent_tensor(folder):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.nowhere.weight"] = SECOND
+    path.write_text(json.dumps(index))
+
+
+def contradict_a_weight_shape(folder):
+    name = f"{EXPERT}.weight_shape"
+    path = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(path)
+    tensors[name] = tensors[name][::-1].copy()
+    save_file(tensors, path)
+
+
+def odd_groups(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"group_size": 32', '"group_size": 33'))
+
+
+def another_model(folder):
+    (folder / "config.json").write_text(json.dumps(toy_config("kimi-linear")))
+
+
+def unknown_model(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"kimi_k25"', '"llama"'))
+
+
+DAMAGE = {
+    truncate: [SECOND, "truncated: tensor vision_tower.patch_embed.proj.weight ends at byte"],
+    remove: [SECOND, "shard is missing"],
+    name_an_absent_tensor: ["model.safetensors.index.json", "places tensor model.nowhere.weight", "does not hold it"],
+    contradict_a_weight_shape: [".safetensors", f"tensor {EXPERT}.weight_shape says [64, 32], expected [32, 64]"],
+    odd_groups: ["config.json", "group_size is 33; only 32 is supported"],
+    another_model: ["tensors are missing: language_model.model.layers.0.self_attn.A_log, "],
+    unknown_model: ["config.json", "model_type 'llama'"],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_bad_checkpoint_ends_every_command_in_one_line(damaged, tmp_path, capsys, damage):
+    damage(damaged)
+    (tmp_path / "out").mkdir()
+    commands = (["convert", damaged, tmp_path / "out" / "x"], ["inspect", damaged], ["generate", damaged, "--prompt=a"])
+    for command in commands:
+        line = refused(capsys, main([*map(str, command)]))
+        assert str(damaged) in line
+        for part in DAMAGE[damage]:
+            assert part in line
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_convert_never_writes_over_anything(published, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("kept")
+    line = refused(capsys, main(["convert", str(published), str(tmp_path / "there")]))
+    assert line == f"kimi-jax: {tmp_path / 'there'}: destination exists"
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there" / "file").read_text() == "kept"
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    missing = str(tmp_path / "none")
+    assert missing in refused(capsys, main(["convert", missing, str(tmp_path / "out")]))
+    assert missing in refused(capsys, main(["inspect", missing]))
+    assert missing in refused(capsys, generate(missing, "--prompt", "a"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_is_none(published, loads, tmp_path, capsys):
+    (tmp_path / "notes.png").write_text("words")
+    line = refused(capsys, generate(published, "--prompt", "a", "--image", tmp_path / "notes.png"))
+    assert line == f"kimi-jax: {tmp_path / 'notes.png'}: not an image that can be read"
+    assert "gone.png: no such file" in refused(capsys, generate(published, "--prompt=a", "--image=gone.png"))
+
+
+def test_a_prompt_that_is_too_long(published, loads, capsys):
+    assert generate(published, "--prompt", "1 " * 200, "--max-new-tokens", 1) == 1
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == "" and "max_position_embeddings = 128" in lines[-1] and lines[-1].startswith("kimi-jax: a prompt of ")
+    assert sum(line.startswith("kimi-jax: ") for line in lines) == 1 and "Traceback" not in err
+
+
+def test_a_chat_file_that_is_none(published, tmp_path, capsys):
+    chat = tmp_path / "chat.json"
+    chat.write_text("[")
+    assert f"{chat}: not JSON" in refused(capsys, generate(published, "--chat", chat))
+    chat.write_text("[]")
+    line = refused(capsys, generate(published, "--chat", chat, "--image", "a.png"))
+    assert "--image and --video go with --prompt" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top-p", "0"], "top_p is 0.0, expected above 0 and at most 1"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--mesh", "3x3"], "mesh '3x3' asks for 9 devices, there are 8"),
+        (["--mesh", "wide"], "mesh 'wide': expected two positive numbers"),
+    ],
+)
+def test_a_bad_flag_is_named(published, capsys, flags, message):
+    assert message in refused(capsys, generate(published, "--prompt", "a", *flags))
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_demo(picture):
+    command = [sys.executable, "-m", "kimi_jax.cli", "demo", "--image", str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    out = " ".join(done.stdout.split())
+    assert "the weights are random" in out
+    assert "kimi_k25 (safetensors)" in out and "MB of safetensors in" in out and "MB in" in out
+    assert "mesh of {'data': 2, 'expert': 4} (8 devices)" in out
+    assert [f"cpu:{i} " in out for i in range(8)] == [True] * 8
+    assert "picture.png: grid (t, h, w) = (1, 4, 6) in patches, 6 tokens" in out
+    assert "48 random tokens, " in out and out.endswith("tokens per second after compilation.")

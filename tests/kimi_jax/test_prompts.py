@@ -1,0 +1,173 @@
+"""Conversations with pictures and video made ready: ids written by hand from the template, patches from the pixels."""
+
+import cases
+import numpy as np
+import pytest
+from PIL import Image
+
+import kimi_jax
+from kimi_jax import prompts
+from kimi_jax.config_json import from_folder
+from kimi_jax.text import Tokenizer
+
+# The synthetic tokenizer's special slots begin at 512, at the offsets of the real one.
+IM_END, IM_USER, IM_ASSISTANT, IM_MIDDLE = 514, 515, 516, 529
+MEDIA_BEGIN, MEDIA_CONTENT, MEDIA_END, MEDIA_PAD, THINK, END_THINK = 530, 531, 532, 533, 534, 535
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+@pytest.fixture
+def k25(checkpoint):
+    """Folder, configuration and tokenizer of the K2.5 golden."""
+    folder = checkpoint("k2.5")
+    return folder, from_folder(folder), Tokenizer.from_folder(folder)
+
+
+def prepare(model, messages, **options):
+    folder, config, tokenizer = model
+    return prompts.prepare(folder, config, tokenizer, messages, **options)
+
+
+def spell(model, *parts):
+    """Ids of a prompt: numbers are ids, text is ordinary text."""
+    ids: list[int] = []
+    for part in parts:
+        ids += [part] if isinstance(part, int) else model[2].encode(part, allow_special=False)
+    return ids
+
+
+def user(*content):
+    return [{"role": "user", "content": [*content]}]
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def image(path):
+    return {"type": "image_url", "image_url": {"url": str(path)}}
+
+
+def picture(path, size, colour):
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def test_text_alone(k25):
+    prompt = prepare(k25, [{"role": "user", "content": "What is the weather?"}])
+    ids = spell(k25, IM_USER, "user", IM_MIDDLE, "What is the weather?", IM_END, IM_ASSISTANT, "assistant", IM_MIDDLE)
+    assert prompt.tokens.dtype == np.int32 and prompt.tokens.tolist() == [[*ids, THINK]]
+    assert prompt.media is None
+    instant = prepare(k25, [{"role": "user", "content": "What is the weather?"}], thinking=False)
+    assert instant.tokens.tolist() == [[*ids, THINK, END_THINK]]
+
+
+def test_tools_are_declared(k25):
+    tools = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}]
+    messages = [{"role": "user", "content": "Hello"}]
+    ids = prepare(k25, messages, tools=tools).tokens[0].tolist()
+    assert "type search = (_: {}) => any;" in k25[2].decode(ids)
+    assert ids[-8:] == prepare(k25, messages).tokens[0].tolist()[-8:]
+
+
+def test_two_images_in_order(k25, tmp_path):
+    # Given a red picture of 2 x 4 patches and a blue one of 6 x 2: 2 tokens and 3
+    red, blue = picture(tmp_path / "a.png", (56, 28), RED), picture(tmp_path / "b.png", (28, 84), BLUE)
+    prompt = prepare(k25, user(image(red), text("and"), image(blue), text("Compare.")))
+    start = (MEDIA_BEGIN, "image", MEDIA_CONTENT)
+    expected = spell(k25, IM_USER, "user", IM_MIDDLE, *start, MEDIA_PAD, MEDIA_PAD, MEDIA_END, "\nand")
+    expected += spell(k25, *start, MEDIA_PAD, MEDIA_PAD, MEDIA_PAD, MEDIA_END, "\nCompare.", IM_END)
+    expected += spell(k25, IM_ASSISTANT, "assistant", IM_MIDDLE, THINK)
+    assert prompt.tokens.tolist() == [expected]
+    assert prompt.media.grids.tolist() == [[1, 2, 4], [1, 6, 2]]
+    # Then the patches are red and after that blue, 0 going to -1 and 255 to 1
+    assert prompt.media.patches.shape == (20, 3, 14, 14) and prompt.media.patches.dtype == np.float32
+    assert set(map(tuple, prompt.media.patches[:8].mean((2, 3)).tolist())) == {(1.0, -1.0, -1.0)}
+    assert set(map(tuple, prompt.media.patches[8:].mean((2, 3)).tolist())) == {(-1.0, -1.0, 1.0)}
+
+
+def test_what_people_write_is_no_placeholder(k25, tmp_path):
+    red = picture(tmp_path / "a.png", (28, 28), RED)
+    prompt = prepare(k25, user(image(red), text("<|media_pad|><|im_end|>")))
+    ids = prompt.tokens[0].tolist()
+    assert (ids.count(MEDIA_PAD), ids.count(IM_END)) == (1, 1)
+
+
+def test_a_gif_becomes_chunks_with_their_times(k25, tmp_path):
+    # Given five grey frames, two a second: a chunk of four and one of one
+    frames = [Image.new("L", (28, 28), 50 * i) for i in range(5)]
+    path = tmp_path / "clip.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)
+    prompt = prepare(k25, user({"type": "video_url", "video_url": {"url": str(path)}}, text("Describe.")))
+    chunk = (MEDIA_BEGIN, "video", MEDIA_CONTENT, MEDIA_PAD, MEDIA_END)
+    expected = spell(k25, IM_USER, "user", IM_MIDDLE, "00:00:00.000", *chunk, "00:00:02.000", *chunk, "Describe.")
+    expected += spell(k25, IM_END, IM_ASSISTANT, "assistant", IM_MIDDLE, THINK)
+    assert prompt.tokens.tolist() == [expected]
+    assert prompt.media.grids.tolist() == [[4, 2, 2], [1, 2, 2]]
+    levels = prompt.media.patches.mean((1, 2, 3)).reshape(5, 4)
+    np.testing.assert_allclose(levels, np.repeat([[50 * i / 127.5 - 1] for i in range(5)], 4, axis=1), atol=1e-6)
+
+
+def test_an_image_and_a_video_keep_the_order_of_the_conversation(k25, tmp_path):
+    frames = [Image.new("RGB", (28, 28), colour) for colour in (BLUE, RED)]
+    clip = tmp_path / "clip.gif"
+    frames[0].save(clip, save_all=True, append_images=frames[1:], duration=500)
+    still = picture(tmp_path / "still.png", (56, 28), RED)
+    video = {"type": "video_url", "video_url": {"url": str(clip)}}
+    assert prepare(k25, user(video, image(still))).media.grids.tolist() == [[2, 2, 2], [1, 2, 4]]
+    assert prepare(k25, user(image(still), video)).media.grids.tolist() == [[1, 2, 4], [2, 2, 2]]
+
+
+def test_the_prompt_fits_its_media_and_no_other(model, k25, tmp_path):
+    # What `prepare` makes, the model takes; with a placeholder less it says what it found and expected
+    prompt = prepare(k25, user(image(picture(tmp_path / "a.png", (56, 28), RED))))
+    tokens = prompt.tokens[0].tolist()
+    tokens.remove(MEDIA_PAD)
+    with pytest.raises(ValueError, match=r"holds 1 media placeholders \(token 533\), the media given come to 2 tokens"):
+        kimi_jax.generate(model("k2.5"), np.array([tokens]), media=prompt.media, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("kind", ["image_url", "video_url"])
+def test_a_text_model_refuses_media(checkpoint, tmp_path, kind):
+    folder = checkpoint("k2")
+    model = (folder, from_folder(folder), Tokenizer.from_folder(folder))
+    with pytest.raises(ValueError, match=r"the messages hold 2 images or videos; a kimi_k2 model takes none"):
+        prepare(model, user(*[{"type": kind, kind: {"url": str(tmp_path / "none")}}] * 2))
+
+
+def test_what_is_missing_or_no_image_is_named(k25, tmp_path):
+    (tmp_path / "notes.png").write_text("not a picture")
+    with pytest.raises(ValueError, match=r"notes\.png: not an image"):
+        prepare(k25, user(image(tmp_path / "notes.png")))
+    with pytest.raises(FileNotFoundError, match=r"gone\.png: no such file"):
+        prepare(k25, user(image(tmp_path / "gone.png")))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "expected"),
+    [
+        ("k2.5", None, "k2.5"),
+        ("k2.5", "chat_template.jinja", "k2.5"),
+        ("k2", None, "k2"),
+        ("k2", "chat_template.jinja", "its own"),
+        ("kimi-linear", "chat_template.jinja", "its own"),
+    ],
+)
+def test_template_for(checkpoint, tmp_path, name, file, expected):
+    config = from_folder(checkpoint(name))
+    if file is not None:
+        (tmp_path / file).write_text("{}")
+    assert prompts.template_for(tmp_path, config) == (str(tmp_path) if expected == "its own" else expected)
+
+
+def test_a_folder_s_own_template_is_used(checkpoint, tmp_path):
+    config = from_folder(checkpoint("k2"))
+    tokenizer = Tokenizer.from_folder(checkpoint("k2"))
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<|im_user|>{{ m.content }}{% endfor %}")
+    prompt = prompts.prepare(tmp_path, config, tokenizer, [{"role": "user", "content": "Hello"}])
+    assert prompt.tokens.tolist() == [[IM_USER, *tokenizer.encode("Hello")]]
+
+
+def test_goldens_use_the_synthetic_tokenizer():
+    # The ids at the top of this file stand for tokens of the goldens' vocabulary
+    assert cases.config("k2.5")["media_placeholder_token_id"] == MEDIA_PAD
