@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +64,9 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike
         for leaf in batch:
             if leaf.path.endswith(PACKED):
                 scale = leaf.path.replace(PACKED, SCALE)
-                unpack = jax.jit(unpack_int4, out_shardings=(out(leaf.path), out(scale)))
-                values[leaf.path], values[scale] = unpack(arrays.pop(leaf.path), arrays.pop(scale))
+                values[leaf.path], values[scale] = _unpack(out(leaf.path), out(scale))(
+                    arrays.pop(leaf.path), arrays.pop(scale)
+                )
             elif not leaf.path.endswith(SCALE):  # which goes with its words
                 variable = variables[variable_path(leaf.path)]
                 # what a bf16 model has in float32 is float32 in any
@@ -81,7 +83,20 @@ def _dense(array: jax.Array, to: jax.ShapeDtypeStruct, out: Sharding) -> jax.Arr
     """A stored floating-point leaf as the model has it: `A_log` [h], and the dtype asked for."""
     if array.shape == to.shape and array.dtype == to.dtype:
         return array
-    return jax.jit(lambda array: array.reshape(to.shape).astype(to.dtype), out_shardings=out)(array)
+    return _reshaped(out)(array, to.shape, to.dtype)
+
+
+# One compiled function for all leaves that are alike.
+@functools.cache
+def _unpack(codes: Sharding, scales: Sharding) -> Any:
+    return jax.jit(unpack_int4, out_shardings=(codes, scales))
+
+
+@functools.cache
+def _reshaped(out: Sharding) -> Any:
+    return jax.jit(
+        lambda array, shape, dtype: array.reshape(shape).astype(dtype), static_argnums=(1, 2), out_shardings=out
+    )
 
 
 def _sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:

@@ -176,6 +176,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     prompt = prompts.prepare(
         arguments.path, model.config, tokenizer, messages, tools=tools, thinking=arguments.thinking
     )
+    decoding.checked_lengths(model.config, prompt.tokens, None, arguments.max_new_tokens)
     log = Console(stderr=True, highlight=False)
     log.print(f"loaded in {time.perf_counter() - began:.1f} s; the prompt has {prompt.tokens.shape[1]} tokens")
     text = StreamDecoder(tokenizer)

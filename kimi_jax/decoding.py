@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from kimi_jax import state as states
 from kimi_jax.axes import Array, Int32, LastLogits
+from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media, media_index
 from kimi_jax.sampling import Sampling, sample
@@ -78,7 +79,7 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """`generate`'s columns, int32 [b], as they come; ends when every row has stopped."""
     tokens = np.asarray(tokens, np.int32)
-    lengths = _checked_lengths(model, tokens, lengths, max_new_tokens)
+    lengths = checked_lengths(model.config, tokens, lengths, max_new_tokens)
     index = media_index(np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, -1), media, model.config)
     embeds = None if media is None else model.encode_media_padded(media)
     runner = Runner(model)
@@ -207,7 +208,10 @@ def _by_row(shape: tuple[int, ...], batch: int, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",) + (None,) * (len(shape) - 1), shape, mesh))
 
 
-def _checked_lengths(model: Kimi, tokens: np.ndarray, lengths: ArrayLike | None, max_new_tokens: int) -> np.ndarray:
+def checked_lengths(
+    config: KimiConfig, tokens: np.ndarray, lengths: ArrayLike | None, max_new_tokens: int
+) -> np.ndarray:
+    """`lengths` int32 [b], the whole width where None; raises what `generate` raises of tokens and lengths."""
     if tokens.ndim != 2 or not tokens.size:
         raise ValueError(f"tokens have shape {tokens.shape}, expected [batch, length] with at least one token")
     lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)
@@ -215,13 +219,13 @@ def _checked_lengths(model: Kimi, tokens: np.ndarray, lengths: ArrayLike | None,
         raise ValueError(
             f"lengths are {lengths.tolist()}, expected {len(tokens)} of them between 1 and {tokens.shape[1]}"
         )
-    room = model.config.text.max_position_embeddings
+    room = config.text.max_position_embeddings
     if max_new_tokens < 1 or lengths.max() + max_new_tokens > room:
         raise ValueError(
             f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones: expected at least 1 new token, "
             f"and at most max_position_embeddings = {room} in all"
         )
-    vocab = model.config.text.vocab_size
+    vocab = config.text.vocab_size
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise ValueError(f"token ids lie between {tokens.min()} and {tokens.max()}, expected 0 to {vocab - 1}")
     return lengths.astype(np.int32)

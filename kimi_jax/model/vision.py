@@ -131,6 +131,11 @@ class VisionTower(nnx.Module):
         return merged.astype(x.dtype)
 
 
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """x Φ(x). (A function of the module's, not a lambda of the object's: two equal models then share compiled code.)"""
+    return jax.nn.gelu(x, approximate=False)
+
+
 class Projector(nnx.Module):
     """proj.2(gelu(proj.0(concat(norm(cells))))), with the exact GELU."""
 
@@ -141,7 +146,7 @@ class Projector(nnx.Module):
         self.proj: nnx.List[Any] = nnx.List(
             [
                 Linear(init, width, width, ("mlp", None), bias=True),
-                lambda x: jax.nn.gelu(x, approximate=False),
+                exact_gelu,
                 Linear(init, config.text_hidden_size, width, ("embed", "mlp"), bias=True),
             ]
         )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.grouped_matmul.blocks import (
@@ -81,7 +82,7 @@ def _swiglu_backward(saved, dy):
 _grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def no_gradient(*integers: Array) -> tuple[np.ndarray, ...]:
+def no_gradient(*integers: ArrayLike) -> tuple[np.ndarray, ...]:
     """The cotangents that `custom_vjp` wants for integer arguments."""
     return tuple(np.zeros(jnp.shape(array), jax.dtypes.float0) for array in integers)
 
