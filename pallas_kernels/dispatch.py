@@ -1,33 +1,37 @@
 """Which implementation of an op runs: settled by the platform that a call is lowered for, not by the process's default
 backend.
 
-So a CPU host can compile for a TPU. `"mosaic_tpu"`, where an op has one, is Mosaic on TPU; `"xla"` is plain JAX and
-runs everywhere.
+So a CPU host can compile for a TPU. `"mosaic_tpu"`, where an op has one, is the Pallas kernel: Mosaic on TPU, and the
+same kernel interpreted elsewhere; `"xla"` is plain JAX and runs everywhere; None is Mosaic on TPU and XLA elsewhere.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 
 
-def choose(op: str, implementation: str | None, available: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The function to call for `implementation`; with None, Mosaic where the call is lowered for a TPU and XLA
-    elsewhere.
+def choose(
+    op: str, implementation: str | None, available: Mapping[str, Callable[..., Any]], unsupported: str | None = None
+) -> Callable[..., Any]:
+    """The function to call for `implementation`.
 
     The functions of one op take the same positional arrays and give the same outputs; options are bound beforehand.
+    A "mosaic_tpu" also takes the keyword `interpret`. `unsupported` says why the kernel cannot serve this call: None
+    then falls to XLA, and asking for the kernel raises.
 
     Raises:
-      ValueError: the op has no such implementation.
+      ValueError: the op has no such implementation, or the kernel cannot serve the call.
     """
-    if implementation is None:
-        if "mosaic_tpu" not in available:
-            return available["xla"]
-        return lambda *arrays: jax.lax.platform_dependent(
-            *arrays, tpu=available["mosaic_tpu"], default=available["xla"]
-        )
-    if implementation not in available:
+    if implementation not in (None, *available):
         raise ValueError(
             f"{op}: implementation {implementation!r} is not available, expected None or one of {sorted(available)}"
         )
-    return available[implementation]
+    if implementation == "xla" or "mosaic_tpu" not in available or (implementation is None and unsupported):
+        return available["xla"]
+    if unsupported:
+        raise ValueError(f"{op}: the mosaic_tpu kernel cannot serve this call: {unsupported}")
+    kernel = available["mosaic_tpu"]
+    elsewhere = available["xla"] if implementation is None else partial(kernel, interpret=True)
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, tpu=partial(kernel, interpret=False), default=elsewhere)

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels.checks import bind_shapes, check_dtype
+from pallas_kernels.chip import chip
 from pallas_kernels.dispatch import choose
 
-BOTH = {"xla": lambda x: x + 1, "mosaic_tpu": lambda x: x * jnp.pi}
+
+def kernel(x, interpret):
+    return x * (jnp.e if interpret else jnp.pi)
+
+
+BOTH = {"xla": lambda x: x + 1, "mosaic_tpu": kernel}
 
 
 def test_none_is_settled_by_the_platform_lowered_for():
@@ -20,11 +26,39 @@ def test_none_is_settled_by_the_platform_lowered_for():
     np.testing.assert_array_equal(run(jnp.ones(3)), 2.0)
 
 
-def test_an_explicit_implementation_runs_or_is_refused():
-    np.testing.assert_allclose(choose("op", "mosaic_tpu", BOTH)(1.0), np.pi)
+def test_the_kernel_asked_for_is_mosaic_on_tpu_and_interpreted_elsewhere():
+    run = jax.jit(lambda x: choose("op", "mosaic_tpu", BOTH)(x))
+    np.testing.assert_allclose(run(jnp.ones(3)), np.e, rtol=1e-6)
+    assert "3.14" in run.trace(jnp.ones(3)).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_a_call_that_the_kernel_cannot_serve_falls_to_xla_or_raises_when_asked_for():
+    assert choose("op", None, BOTH, unsupported="K is odd")(1.0) == 2.0
+    with pytest.raises(ValueError, match="op: the mosaic_tpu kernel cannot serve this call: K is odd"):
+        choose("op", "mosaic_tpu", BOTH, unsupported="K is odd")
+
+
+def test_an_implementation_that_is_not_there_is_refused():
     assert choose("op", "xla", {"xla": abs})(-2) == 2
-    with pytest.raises(ValueError, match=r"kda: implementation 'mosaic_tpu' is not available.*\['xla'\]"):
-        choose("kda", "mosaic_tpu", {"xla": abs})
+    for asked in ("mosaic_tpu", "triton"):
+        with pytest.raises(ValueError, match=rf"kda: implementation '{asked}' is not available.*\['xla'\]"):
+            choose("kda", asked, {"xla": abs})
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("TPU v5 lite", (False, 128)),
+        ("TPU v5", (False, 128)),
+        ("TPU v6 lite", (True, 256)),
+        ("TPU7x", (True, 256)),
+        ("cpu", (True, 256)),
+    ],
+)
+def test_the_chip_is_the_one_traced_for(kind, expected):
+    device = jax.sharding.AbstractDevice(kind, 1, "tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        assert chip()[:2] == expected
 
 
 def test_shapes_are_bound_across_arguments():

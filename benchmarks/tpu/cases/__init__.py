@@ -1,0 +1,1 @@
+"""The cases of each op, built from its `shapes`."""

@@ -1,0 +1,25 @@
+"""What a kernel needs to know of the TPU it is traced for."""
+
+from typing import NamedTuple
+
+from jax.experimental.pallas import tpu as pltpu
+
+
+class Chip(NamedTuple):
+    """`bf16_vpu`: vector arithmetic in bf16 (v6e on); `mxu`: columns of a matrix unit; `vmem`: vector memory, bytes."""
+
+    bf16_vpu: bool
+    mxu: int
+    vmem: int
+
+
+_V6E = Chip(bf16_vpu=True, mxu=256, vmem=128 * 2**20)
+
+
+def chip() -> Chip:
+    """The chip of the default device or of the abstract mesh in use; a v6e where neither is a TPU."""
+    try:
+        info = pltpu.get_tpu_info()
+    except ValueError:
+        return _V6E
+    return Chip(info.generation >= 6, info.mxu_column_size, info.vmem_capacity_bytes)
