@@ -5,12 +5,13 @@
 
 import functools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
 from kimi_jax import state as states
@@ -20,7 +21,7 @@ from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media, media_index
 from kimi_jax.sampling import Sampling, sample
 from kimi_jax.state import State
-from sharding.rules import spec
+from sharding import spec, using
 
 PREFILL_CHUNK = 2048
 
@@ -102,11 +103,14 @@ def stream(
 class _Program:
     """What of a model is not an array. One object per structure (see `_program`), so that `jit` compares identities."""
 
-    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef):
-        self.graph, self.tree = graph, tree
+    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: AbstractMesh | None):
+        self.graph, self.tree, self.mesh = graph, tree, mesh
 
-    def model(self, arrays: list[jax.Array]) -> Kimi:
-        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, arrays))
+    def extend(self, arrays: list[jax.Array], *arguments: Any) -> tuple[LastLogits, State]:
+        """`Kimi.extend` of the model with these arrays, on its mesh."""
+        model = nnx.merge(self.graph, jax.tree.unflatten(self.tree, arrays))
+        with using(self.mesh):
+            return model.extend(*arguments)
 
 
 _program = functools.lru_cache(maxsize=16)(_Program)
@@ -122,7 +126,7 @@ class Runner:
         graph, params = nnx.split(model)
         self.config, self.dtype = model.config, model.dtype
         self.arrays, tree = jax.tree.flatten(params)
-        self.program = _program(graph, tree)
+        self.program = _program(graph, tree, model.mesh)
         self.placement = model.model.embed_tokens.weight[...].sharding
 
     def start(self, batch: int, capacity: int) -> State:
@@ -171,12 +175,12 @@ class Runner:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _extend(program, arrays, state, tokens, counts, index, media):
-    return program.model(arrays).extend(state, tokens, counts, index, media)
+    return program.extend(arrays, state, tokens, counts, index, media)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _step(program, arrays, state, tokens):
-    return program.model(arrays).extend(state, tokens[:, None], jnp.ones_like(tokens))
+    return program.extend(arrays, state, tokens[:, None], jnp.ones_like(tokens))
 
 
 @functools.partial(jax.jit, static_argnums=6)
@@ -190,7 +194,7 @@ def _choose(logits, keys, i, done, stops, pad, sampling):
 @functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=2)
 def _advance(program, arrays, state, column, done, keys, i, stops, pad, sampling):
     counts = jnp.where(done, 0, 1).astype(jnp.int32)
-    logits, state = program.model(arrays).extend(state, column[:, None], counts)
+    logits, state = program.extend(arrays, state, column[:, None], counts)
     column, done = _choose(logits, keys, i, done, stops, pad, sampling)
     return column, done, state
 

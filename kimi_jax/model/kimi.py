@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from kimi_jax.axes import Hidden, Int32, LastLogits, Lengths, Logits, MediaTokens, Tokens
 from kimi_jax.config import KimiConfig
@@ -17,6 +18,7 @@ from kimi_jax.model.splice import Media, media_index, tokens_per_item
 from kimi_jax.model.vision import Projector, VisionTower
 from kimi_jax.model.vision_layout import Layout, layout
 from kimi_jax.state import State
+from sharding import mesh_of, using
 
 
 class Kimi(nnx.Module):
@@ -35,6 +37,11 @@ class Kimi(nnx.Module):
     def dtype(self) -> jnp.dtype:
         return self.model.embed_tokens.weight[...].dtype
 
+    @property
+    def mesh(self) -> AbstractMesh | None:
+        """The mesh that the weights lie on; None on a single device."""
+        return mesh_of(self.model.embed_tokens.weight[...])
+
     def __call__(self, tokens: Tokens, media: Media | None = None) -> Logits:
         """Logits at every position: tokens int32 [b, t], right-padded, -> float32 [b, t, vocab_size].
 
@@ -45,7 +52,8 @@ class Kimi(nnx.Module):
             return self.logits(self.hidden(tokens))
         index = media_index(np.asarray(tokens), media, self.config)
         embeds = None if media is None else self.encode_media_padded(media)
-        return _logits(self, jnp.asarray(tokens), None if index is None else jnp.asarray(index), embeds)
+        where = None if index is None else jnp.asarray(index)
+        return _logits(self, jnp.asarray(tokens), where, embeds, self.mesh)
 
     def encode_media(self, media: Media) -> MediaTokens:
         """Embeddings of the media's tokens, [tokens, hidden_size], items one after another."""
@@ -100,9 +108,12 @@ class Kimi(nnx.Module):
         return self.logits(last), after
 
 
-@nnx.jit
-def _logits(model: Kimi, tokens: jax.Array, index: jax.Array | None, media: jax.Array | None) -> jax.Array:
-    return model.logits(model.hidden(tokens, index, media))
+@nnx.jit(static_argnums=4)
+def _logits(
+    model: Kimi, tokens: jax.Array, index: jax.Array | None, media: jax.Array | None, mesh: AbstractMesh | None
+) -> jax.Array:
+    with using(mesh):
+        return model.logits(model.hidden(tokens, index, media))
 
 
 @nnx.jit

@@ -4,6 +4,8 @@ Tokens are sorted by expert and go through grouped matmuls (`pallas_kernels`), s
 nothing and no token meets an expert it did not choose.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,6 +20,12 @@ from pallas_kernels import (
     int4_grouped_swiglu,
     quantize_int4,
 )
+from sharding import over_experts
+
+# One projection of some experts: weight [e, out, in], or codes [e, in, out] and scales [e, in/32, out]
+ExpertWeight = jax.Array | tuple[jax.Array, jax.Array]
+# gate, up, down
+ExpertWeights = tuple[ExpertWeight, ExpertWeight, ExpertWeight]
 
 
 class MLP(nnx.Module):
@@ -77,27 +85,38 @@ class ExpertLinear(nnx.Module):
             self.codes = nnx.Variable(codes, axes=("expert", *axes[::-1]))
             self.scales = init.param(scales, ("expert", *axes[::-1]))
 
+    def arrays(self) -> ExpertWeight:
+        """`weight`, or (`codes`, `scales`)."""
+        return (self.codes[...], self.scales[...]) if hasattr(self, "codes") else self.weight[...]
+
 
 class Experts(nnx.Module):
     """The routed experts of a layer."""
 
     def __init__(self, init: Init, config: TextConfig):
         hidden, width = config.hidden_size, config.moe_intermediate_size
-        self.int4 = config.quantization is not None
         self.gate_proj = ExpertLinear(init, config, width, hidden, ("mlp", "embed"))
         self.up_proj = ExpertLinear(init, config, width, hidden, ("mlp", "embed"))
         self.down_proj = ExpertLinear(init, config, hidden, width, ("embed", "mlp"))
 
-    def __call__(self, x: Rows, group_sizes: Int32[jax.Array, "e"]) -> Rows:
-        """x [t, d], sorted by expert, `group_sizes[i]` rows to expert i -> [t, d]."""
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if self.int4:
-            h = int4_grouped_swiglu(
-                x, (gate.codes[...], gate.scales[...]), (up.codes[...], up.scales[...]), group_sizes
-            )
-            return int4_grouped_matmul(h, down.codes[...], down.scales[...], group_sizes)
-        h = grouped_swiglu(x, gate.weight[...], up.weight[...], group_sizes)
-        return grouped_matmul(h, down.weight[...], group_sizes)
+    def weights(self) -> ExpertWeights:
+        return self.gate_proj.arrays(), self.up_proj.arrays(), self.down_proj.arrays()
+
+
+def feed_forward(
+    x: Rows, experts: ExpertWeights, group_sizes: Int32[jax.Array, "e"], first: jax.Array | int = 0
+) -> Rows:
+    """x [t, d], sorted by expert, `group_sizes[i]` rows to expert i -> [t, d].
+
+    `experts` holds those from number `first` on; the rows of others are zero.
+    """
+    gate, up, down = experts
+    if isinstance(gate, tuple) and isinstance(up, tuple) and isinstance(down, tuple):
+        h = int4_grouped_swiglu(x, gate, up, group_sizes, group_offset=first)
+        return int4_grouped_matmul(h, *down, group_sizes, group_offset=first)
+    assert not isinstance(gate, tuple) and not isinstance(up, tuple) and not isinstance(down, tuple)
+    h = grouped_swiglu(x, gate, up, group_sizes, group_offset=first)
+    return grouped_matmul(h, down, group_sizes, group_offset=first)
 
 
 class MoE(nnx.Module):
@@ -118,11 +137,27 @@ class MoE(nnx.Module):
 
     def routed(self, x: Rows) -> Rows:
         """Each token's weighted sum over its experts, accumulated in float32."""
-        chosen, weights = self.gate(x)
-        flat = chosen.reshape(-1)
-        order = jnp.argsort(flat, stable=True)
-        group_sizes = jnp.bincount(flat, length=self.gate.config.n_routed_experts).astype(jnp.int32)
-        y = self.experts(x[order // chosen.shape[1]], group_sizes)
-        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-        y = y[back].reshape(*chosen.shape, -1)
-        return jnp.einsum("tjd,tj->td", y, weights, preferred_element_type=jnp.float32).astype(x.dtype)
+        graph, gate = nnx.split(self.gate)
+
+        def part(x: Rows, gate: Any, experts: ExpertWeights, first: jax.Array | int) -> jax.Array:
+            return weighted_sum(x, *nnx.merge(graph, gate)(x), experts, self.gate.config.n_routed_experts, first)
+
+        return over_experts(part, x, gate, self.experts.weights()).astype(x.dtype)
+
+
+def weighted_sum(
+    x: Rows,
+    chosen: Int32[jax.Array, "t j"],
+    weights: Float32[jax.Array, "t j"],
+    experts: ExpertWeights,
+    num_experts: int,
+    first: jax.Array | int,
+) -> Float32[jax.Array, "t d"]:
+    """The part of each token's sum that comes from `experts`, those from number `first` on of `num_experts`."""
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    group_sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
+    y = feed_forward(x[order // chosen.shape[1]], experts, group_sizes, first)
+    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    y = y[back].reshape(*chosen.shape, -1)
+    return jnp.einsum("tjd,tj->td", y, weights, preferred_element_type=jnp.float32)
