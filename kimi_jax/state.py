@@ -30,7 +30,10 @@ class KDAState(NamedTuple):
 
 
 class State(NamedTuple):
-    """`lengths`: tokens held per row. `page_table`: the pages of each row, in order, shared by all layers."""
+    """`lengths`: tokens held per row. `page_table`: the pages of each row, in order, shared by all layers.
+
+    On a mesh a row's pages lie with the row: the n-th part of the rows has the n-th part of the pages.
+    """
 
     lengths: Lengths
     page_table: PageTable

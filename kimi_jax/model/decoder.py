@@ -1,5 +1,8 @@
 """The language model's trunk: embedding, residual blocks of a token mixer and a feed-forward, final norm."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -11,6 +14,7 @@ from kimi_jax.model.moe import MLP, MoE
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init
 from kimi_jax.state import KDAState, MLACache, State
+from sharding import over_rows
 
 
 class Layer(nnx.Module):
@@ -30,16 +34,26 @@ class Layer(nnx.Module):
         state: MLACache | KDAState | None = None,
         page_table: PageTable | None = None,
     ) -> tuple[Hidden, MLACache | KDAState | None]:
-        h = self.input_layernorm(x)
-        after: MLACache | KDAState | None
-        if isinstance(self.self_attn, MLA):
-            assert not isinstance(state, KDAState)
-            mixed, after = self.self_attn(h, positions, state, page_table)
-        else:
-            assert not isinstance(state, MLACache)
-            mixed, after = self.self_attn(h, positions >= 0, state)
+        mixed, after = self.mix(self.input_layernorm(x), positions, state, page_table)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), after
+
+    def mix(
+        self, h: Hidden, positions: Positions, state: MLACache | KDAState | None, page_table: PageTable | None
+    ) -> tuple[Hidden, MLACache | KDAState | None]:
+        """The token mixer, each row where its part of the state lies."""
+        graph, weights = nnx.split(self.self_attn)
+
+        def part(weights: Any, rows: Any, shard: jax.Array | int) -> tuple[Hidden, Any]:
+            mixer = nnx.merge(graph, weights)
+            h, positions, state, page_table = rows
+            if isinstance(mixer, KDA):
+                return mixer(h, positions >= 0, state)
+            if state is not None:
+                page_table = page_table - shard * state.pages.shape[0]
+            return mixer(h, positions, state, page_table)
+
+        return over_rows(part, weights, (h, positions, state, page_table))
 
 
 class Embedding(nnx.Module):

@@ -4,6 +4,8 @@ Attribute names are those of the published tensors (without the `language_model.
 is a name in a checkpoint.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from kimi_jax.model.splice import Media, media_index, tokens_per_item
 from kimi_jax.model.vision import Projector, VisionTower
 from kimi_jax.model.vision_layout import Layout, layout
 from kimi_jax.state import State
-from sharding import mesh_of, using
+from sharding import everywhere, mesh_of, using
 
 
 class Kimi(nnx.Module):
@@ -67,7 +69,7 @@ class Kimi(nnx.Module):
         where = layout(media.grids, self.config.vision)
         padding = [(0, len(where.segment) - len(media.patches))] + [(0, 0)] * 3
         patches = np.pad(np.asarray(media.patches, np.float32), padding)
-        return _encode(self, jnp.asarray(patches, self.dtype), jax.tree.map(jnp.asarray, where))
+        return _encode(self, jnp.asarray(patches, self.dtype), jax.tree.map(jnp.asarray, where), self.mesh)
 
     def embed(self, tokens: Tokens, index: Int32[jax.Array, "b t"] | None, media: MediaTokens | None) -> Hidden:
         """Word embeddings, and `media[index]` where `index` is not -1."""
@@ -116,10 +118,17 @@ def _logits(
         return model.logits(model.hidden(tokens, index, media))
 
 
-@nnx.jit
-def _encode(model: Kimi, patches: jax.Array, where: Layout) -> jax.Array:
+@nnx.jit(static_argnums=3)
+def _encode(model: Kimi, patches: jax.Array, where: Layout, mesh: AbstractMesh | None) -> jax.Array:
     assert model.vision_tower is not None and model.mm_projector is not None
-    return model.mm_projector(model.vision_tower(patches, where))
+    graph, weights = nnx.split((model.vision_tower, model.mm_projector))
+
+    def encode(weights: Any, media: tuple[jax.Array, Layout]) -> jax.Array:
+        tower, projector = nnx.merge(graph, weights)
+        return projector(tower(*media))
+
+    with using(mesh):
+        return everywhere(encode, weights, (patches, where))
 
 
 def abstract(config: KimiConfig, dtype: jax.typing.DTypeLike | None = None) -> Kimi:
