@@ -72,7 +72,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", action="append", choices=sorted(CHIPS), help="repeatable; default all")
     parser.add_argument("--case", action="append", help="part of a case's name; repeatable; default all")
-    parser.add_argument("--loops", action="store_true", help="also every loop: depth, bundles, spills, units in use")
+    parser.add_argument("--loops", action="store_true", help="also every loop, and what XLA runs beside the kernel")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument(
         "--budget", type=Path, nargs="?", const=budget.budget_path(), help="hold the cases that this file lists to it"
@@ -90,7 +90,7 @@ def _print(case: Case, row: Row, loops: bool) -> None:
         f"  {case.unit}",
         flush=True,
     )
-    for line in row.glue:
+    for line in row.glue if loops else ():
         print(f"    beside the kernel: {line}")
     for loop in row.loops if loops else ():
         used = ", ".join(f"{unit} {share:.0%}" for unit, share in loop.use.items() if share > 0.02)

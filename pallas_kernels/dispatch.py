@@ -35,3 +35,20 @@ def choose(
     kernel = available["mosaic_tpu"]
     elsewhere = available["xla"] if implementation is None else partial(kernel, interpret=True)
     return lambda *arrays: jax.lax.platform_dependent(*arrays, tpu=partial(kernel, interpret=False), default=elsewhere)
+
+
+def with_gradient(run: Callable[..., Any], twin: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, with the gradient of `twin`, the same function in a form that JAX can differentiate."""
+
+    @jax.custom_vjp
+    def function(*arrays: Any) -> Any:
+        return run(*arrays)
+
+    def forward(*arrays: Any) -> tuple[Any, Any]:
+        return run(*arrays), arrays
+
+    def backward(arrays: Any, cotangents: Any) -> Any:
+        return jax.vjp(twin, *arrays)[1](cotangents)
+
+    function.defvjp(forward, backward)
+    return function

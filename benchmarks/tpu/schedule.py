@@ -39,7 +39,7 @@ def read_kernel(folder: Path, kernel: str) -> list[Loop]:
     rows = [[int(word) for word in line.split()] for line in lines[4:] if line.strip()]
 
     members: list[list[int]] = [[]]
-    depths, open_loops = [0], [0]
+    depths, open_loops, latest = [0], [0], {0: 0}
     for line in bundles.read_text().splitlines():
         if (match := _BUNDLE.match(line)) is None:
             continue
@@ -47,11 +47,13 @@ def read_kernel(folder: Path, kernel: str) -> list[Loop]:
         if line[match.end() - 1 :].startswith("{}"):  # an empty bundle is printed without its depth
             depth = len(open_loops) - 1
         del open_loops[depth + 1 :]
-        if depth == len(open_loops) or "LB" in labels:
+        if "LB" in labels:
             del open_loops[depth:]
-            open_loops.append(len(members))
+            latest[depth] = len(members)
             members.append([])
             depths.append(depth)
+        # Some bundles of a loop's end are printed one loop further out: what follows them goes on with the same loop.
+        open_loops += [latest[inner] for inner in range(len(open_loops), depth + 1)]
         members[open_loops[-1]].append(address)
     return [
         _loop(depth, [rows[i] for i in at if i < len(rows)], units, slots)

@@ -3,20 +3,28 @@
 "Groups" are the ragged batch's, one per expert; the 32 inputs that share a scale are always called by their number.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int4, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import choose, with_gradient
 from pallas_kernels.grouped_matmul.api import check_groups
-from pallas_kernels.int4_grouped_matmul import xla
+from pallas_kernels.int4_grouped_matmul import mosaic_tpu, xla
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE, check_codes
 
 Quantised = tuple[Int4[Array, "E K N"], Float[Array, "E K32 N"]]
 
-_MATMUL = {"xla": xla.int4_grouped_matmul}
-_SWIGLU = {"xla": xla.int4_grouped_swiglu}
+_MATMUL: dict[str, Callable[..., Array]] = {
+    "xla": xla.int4_grouped_matmul,
+    "mosaic_tpu": mosaic_tpu.int4_grouped_matmul,
+}
+_SWIGLU: dict[str, Callable[..., Array]] = {
+    "xla": xla.int4_grouped_swiglu,
+    "mosaic_tpu": mosaic_tpu.int4_grouped_swiglu,
+}
 
 
 @checks_arguments
@@ -37,7 +45,8 @@ def int4_grouped_matmul(
       scales: [E, K//32, N], bf16 as published.
       group_sizes: int32 [groups], rows of every group, those held elsewhere too; their sum is at most T.
       group_offset: the codes are those of groups [group_offset, group_offset + E); None says that all groups are here.
-      implementation: "xla", or None for the best that the platform has.
+      implementation: "mosaic_tpu" (x bf16 or float32, N a multiple of 128, K of 512 or at most 2048 and a multiple
+        of 64), "xla", or None for the best that the platform has.
 
     Returns:
       [T, N] in x's dtype. Rows of groups held elsewhere, and rows past the last group, are zero.
@@ -49,7 +58,9 @@ def int4_grouped_matmul(
     """
     op = "int4_grouped_matmul"
     offset = _check(op, x, (codes, scales), group_sizes, group_offset)
-    return choose(op, implementation, _MATMUL)(*map(jnp.asarray, (x, codes, scales, group_sizes, offset)))
+    x, codes, scales, group_sizes = map(jnp.asarray, (x, codes, scales, group_sizes))
+    run = choose(op, implementation, _MATMUL, mosaic_tpu.unsupported(x, codes))
+    return with_gradient(run, xla.int4_grouped_matmul)(x, codes, scales, group_sizes, offset)
 
 
 @checks_arguments
@@ -74,7 +85,8 @@ def int4_grouped_swiglu(
             f"{op}: up's codes have shape {jnp.shape(up[0])}, expected those of gate, {jnp.shape(gate[0])}"
         )
     arguments = jax.tree.map(jnp.asarray, (x, tuple(gate), tuple(up), group_sizes, offset))
-    return choose(op, implementation, _SWIGLU)(*arguments)
+    run = choose(op, implementation, _SWIGLU, mosaic_tpu.unsupported(arguments[0], arguments[1][0]))
+    return with_gradient(run, xla.int4_grouped_swiglu)(*arguments)
 
 
 @checks_arguments

@@ -1,14 +1,16 @@
 """Matrix product with INT4 weights in groups of 32."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int4
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments
-from pallas_kernels.dispatch import choose
-from pallas_kernels.int4_matmul import xla
+from pallas_kernels.dispatch import choose, with_gradient
+from pallas_kernels.int4_matmul import mosaic_tpu, xla
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE, check_codes
 
-_IMPLEMENTATIONS = {"xla": xla.int4_matmul}
+_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"xla": xla.int4_matmul, "mosaic_tpu": mosaic_tpu.int4_matmul}
 
 
 @checks_arguments
@@ -25,7 +27,8 @@ def int4_matmul(
       x: [M, K], floating point.
       codes: int4 [K, N], K a multiple of 32 (`unpack_int4` makes them of the published words).
       scales: [K//32, N], bf16 as published; one per 32 inputs and output.
-      implementation: "xla", or None for the best that the platform has.
+      implementation: "mosaic_tpu" (x bf16 or float32, N a multiple of 128, K of 512 or at most 2048 and a multiple
+        of 64), "xla", or None for the best that the platform has.
 
     Returns:
       [M, N] in x's dtype. Differentiable with respect to x only: scales and codes are constants.
@@ -37,4 +40,6 @@ def int4_matmul(
     check_dtype(op, "x", x, jnp.floating)
     bind_shapes(op, x=(x, "M K"), codes=(codes, "K N"), scales=(scales, f"{jnp.shape(x)[-1] // GROUP_SIZE} N"))
     check_codes(op, codes, scales)
-    return choose(op, implementation, _IMPLEMENTATIONS)(*map(jnp.asarray, (x, codes, scales)))
+    x, codes, scales = map(jnp.asarray, (x, codes, scales))
+    run = choose(op, implementation, _IMPLEMENTATIONS, mosaic_tpu.unsupported(x, codes))
+    return with_gradient(run, xla.int4_matmul)(x, codes, scales)

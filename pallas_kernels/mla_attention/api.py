@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
 from pallas_kernels.dispatch import choose
-from pallas_kernels.mla_attention import xla
+from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu, mosaic_write, xla
 
 
 @checks_arguments
@@ -38,7 +38,7 @@ def mla_prefill(
         seen by nobody.
       scale: multiplies the scores before the softmax.
       return_lse: also returns the natural log-sum-exp of the scores, by which parts over disjoint keys can be merged.
-      implementation: "xla", or None for the best that the platform has.
+      implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
 
     Returns:
       [B, S, H, Dv] in v's dtype (softmax and accumulation in float32), and with `return_lse` float32 [B, S, H].
@@ -67,8 +67,17 @@ def mla_prefill(
         check_dtype(op, name, array, jnp.integer)
     if q_segments is None or kv_segments is None:
         q_segments, kv_segments = jnp.zeros_like(q_positions), jnp.zeros_like(kv_positions)
-    run = choose(op, implementation, {"xla": partial(xla.mla_prefill, scale=scale)})
-    out, lse = run(*map(jnp.asarray, (q, k, v, q_positions, kv_positions, q_segments, kv_segments)))
+    operands = tuple(map(jnp.asarray, (q, k, v, q_positions, kv_positions, q_segments, kv_segments)))
+    run = choose(
+        op,
+        implementation,
+        {
+            "xla": partial(xla.mla_prefill, scale=scale),
+            "mosaic_tpu": partial(mosaic_prefill.mla_prefill, scale=scale),
+        },
+        mosaic_prefill.unsupported(*operands[:3]),
+    )
+    out, lse = run(*operands)
     return (out, lse) if return_lse else out
 
 
@@ -116,8 +125,17 @@ def mla_decode(
     for name, array in (("page_table", page_table), ("lengths", lengths)):
         check_dtype(op, name, array, jnp.integer)
     _check_pages(op, cache, page_table, known(lengths))
-    run = choose(op, implementation, {"xla": partial(xla.mla_decode, scale=scale)})
-    out, lse = run(*map(jnp.asarray, (q_latent, q_rope, cache, page_table, lengths)))
+    operands = tuple(map(jnp.asarray, (q_latent, q_rope, cache, page_table, lengths)))
+    run = choose(
+        op,
+        implementation,
+        {
+            "xla": partial(xla.mla_decode, scale=scale),
+            "mosaic_tpu": partial(mosaic_tpu.mla_decode, scale=scale),
+        },
+        mosaic_tpu.unsupported(*operands[:4]),
+    )
+    out, lse = run(*operands)
     return (out, lse) if return_lse else out
 
 
@@ -159,7 +177,14 @@ def mla_write(
         latents, positions = latents[:, None], positions[:, None]
     places = known(positions)
     _check_pages(op, cache, page_table, None if places is None else places.max(axis=1, initial=-1) + 1)
-    return xla.mla_write(*map(jnp.asarray, (cache, latents, page_table, positions)))
+    operands = tuple(map(jnp.asarray, (cache, latents, page_table, positions)))
+    run = choose(
+        op,
+        None,
+        {"xla": xla.mla_write, "mosaic_tpu": mosaic_write.mla_write},
+        mosaic_write.unsupported(*operands[:2]),
+    )
+    return run(*operands)
 
 
 @checks_arguments

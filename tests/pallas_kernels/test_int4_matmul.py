@@ -144,7 +144,7 @@ def test_bad_arguments_are_refused():
         (r"codes are int8, expected int4", lambda: int4_matmul(x, codes.astype(jnp.int8), scales)),
         (r"x is int32, expected floating", lambda: int4_matmul(x.astype(np.int32), codes, scales)),
         (r"multiple of 32", lambda: int4_matmul(x[:, :40], codes[:40], scales[:1])),
-        (r"not available", lambda: int4_matmul(x, codes, scales, implementation="mosaic_tpu")),
+        (r"cannot serve", lambda: int4_matmul(x, codes, scales, implementation="mosaic_tpu")),
         (r"quantize_int4: weights have shape \(40, 8\)", lambda: quantize_int4(np.ones((40, 8), np.float32))),
         (r"unpack_int4: words is float32", lambda: unpack_int4(x, scales)),
         (

@@ -150,7 +150,7 @@ def test_bad_arguments_are_refused():
         (r"k has shape \(1, 3, 2, 7\), expected \[B=1, T, H=2, D=8\]", lambda: prefill(q[..., :7], q)),
         (r"v is bfloat16, expected float32", lambda: prefill(q, jnp.asarray(q, jnp.bfloat16))),
         (r"go together", lambda: prefill(q, q, q_segments=positions)),
-        (r"not available", lambda: prefill(q, q, implementation="mosaic_tpu")),
+        (r"cannot serve", lambda: prefill(q, q, implementation="mosaic_tpu")),
         (r"cache has shape \(4, 12, 4\), expected \[pages, 11, page\]",
          lambda: decode(normal(3, 1, 2, 3), cache, table, np.int32([5]))),
         (r"a sequence has 9 tokens, expected at most 2 pages of 4",

@@ -1,0 +1,75 @@
+"""INT4 matmul and its grouped forms: K2's expert shapes, few and many rows; HBM bytes are those of codes and scales."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import int4_grouped_matmul, int4_grouped_swiglu, int4_matmul
+from pallas_kernels.int4_grouped_matmul import mosaic_tpu
+from tpu.case import Case
+
+GROUPS = 8
+
+
+def _arguments(K: int, N: int, rows: int, groups: int | None) -> tuple[Any, tuple[Any, Any]]:
+    lead = () if groups is None else (groups,)
+    weight = (
+        jax.ShapeDtypeStruct((*lead, K, N), jnp.int4),
+        jax.ShapeDtypeStruct((*lead, K // 32, N), jnp.bfloat16),
+    )
+    return jax.ShapeDtypeStruct((rows * (groups or 1), K), jnp.bfloat16), weight
+
+
+def _trips(K: int, N: int, rows: int, groups: int, matrices: int) -> tuple[int, ...]:
+    """The grid; the parts of a step whose group lies in one window; those of one that does not, and its windows.
+
+    Groups lie in one window here, or fill whole ones, so that all visits are of the one kind or of the other.
+    """
+    tile = mosaic_tpu.tiles(rows * groups, K, N, groups, jnp.bfloat16)
+    steps = N // tile.N * max(groups, -(-rows * groups // tile.block))
+    windows = min(rows, tile.block) // tile.rows
+    parts = steps * K // tile.K_part
+    loops = [0] * matrices
+    return (steps, parts, 0, *loops) if windows <= 1 else (steps, 0, parts, *[parts * windows for _ in loops])
+
+
+def _case(op: Callable[..., Any], name: str, K: int, N: int, rows: int, groups: int | None) -> Case:
+    of_a_group = 2 if op is int4_grouped_swiglu else 1
+    matrices = of_a_group * (groups or 1)
+
+    def build() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        run = functools.partial(op, implementation="mosaic_tpu")
+        x, weight = _arguments(K, N, rows, groups)
+        if groups is None:
+            return run, (x, *weight)
+        sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
+        return run, (x, weight, weight, sizes) if op is int4_grouped_swiglu else (x, *weight, sizes)
+
+    return Case(
+        name=name,
+        kernel="int4_grouped_swiglu" if op is int4_grouped_swiglu else "int4_grouped_matmul",
+        build=build,
+        trips=lambda: _trips(K, N, rows, groups or 1, of_a_group),
+        units=matrices * K * N * 0.5625 / 1024,
+        unit="KiB of weights",
+        hbm_bytes=matrices * K * N * 0.5625,
+        flops=2.0 * matrices * rows * K * N,
+    )
+
+
+SHAPES = ((7168, 2048), (2048, 7168))
+CASES = [
+    *[_case(int4_matmul, f"int4_matmul {K}x{N} M={M}", K, N, M, None) for K, N in SHAPES for M in (8, 16, 512)],
+    *[
+        _case(int4_grouped_matmul, f"int4_grouped_matmul {K}x{N} M={M} x {GROUPS}", K, N, M, GROUPS)
+        for K, N in SHAPES
+        for M in (8, 16, 512)
+    ],
+    *[
+        _case(int4_grouped_swiglu, f"int4_grouped_swiglu 7168x2048 M={M} x {GROUPS}", 7168, 2048, M, GROUPS)
+        for M in (8, 16)
+    ],
+]

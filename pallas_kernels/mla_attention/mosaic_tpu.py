@@ -1,0 +1,183 @@
+"""One query per sequence over its paged latents, as one TPU kernel; `mosaic_prefill` has the other.
+
+FlashDecoding over pages (arXiv 2205.14135; paged caches: arXiv 2309.06180), absorbed heads (arXiv 2405.04434).
+
+Layout: the cache stays [pages, width, page] in HBM. A block is `block_pages` pages side by side, [width, tokens] in
+VMEM, tokens along the lanes: scores = q [H, width] @ block, a plain product, and out = p [H, tokens] @ block[:latent]^T
+contracts the last axis of both, as the matrix unit can. Nothing is transposed, here or around the kernel.
+
+A grid step is a sequence, and within it a loop runs over its blocks. While one block is worked on, the next comes in,
+page by page, into the other half of the buffer; after a sequence's last block that is the first of the next sequence,
+so that short ones hide their reads too. Only pages that a sequence has are read. What lies past its length in the
+buffer (old tokens, or anything) is zeroed before use, for 0 * NaN is NaN.
+
+Blocks hold 1,024 tokens: the chain product, maximum, exponential, product then takes less time than the block's bytes
+on v5e and v6e, and no more than 1.25 of it at 64 heads on v5p (1.65 for short sequences on tpu7x). bf16 operands
+multiply as they are, weights rounded to bf16; float32 operands at HIGHEST. Softmax and sums are float32.
+
+Spills: with 64 heads the float32 scores of a block (as many vectors as there are registers) wait in memory between
+maximum and exponential, 60 to 310 stores and loads a block; an explicit buffer for them instead costs 7 % more bundles.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+BLOCK_TOKENS = 1024
+LANES = 128
+# Below every score, yet finite: the difference to a score of -inf is then no NaN.
+LOWEST = -1e37
+
+
+def block_pages(page: int, max_pages: int) -> int:
+    """Pages that are read and worked on at a time."""
+    return max(1, min(max_pages, BLOCK_TOKENS // page))
+
+
+def unsupported(q_latent: Array, q_rope: Array, cache: Array, page_table: Array) -> str | None:
+    """Why the decode kernel cannot serve these arguments; None where it can."""
+    if 0 in (*q_latent.shape, *page_table.shape, cache.shape[0]):
+        return "it is empty"
+    if (page := cache.shape[2]) % LANES:
+        return f"pages hold {page} tokens, expected a multiple of {LANES}"
+    if (latent := q_latent.shape[2]) % LANES or q_rope.shape[2] % 16:
+        return f"latents have {latent} + {q_rope.shape[2]} values, expected multiples of {LANES} and 16"
+    dtypes = (q_latent.dtype, q_rope.dtype, cache.dtype)
+    if len(set(dtypes)) > 1 or q_latent.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"operands are {', '.join(map(str, dtypes))}, expected all bfloat16 or all float32"
+    return None
+
+
+def mla_decode(
+    q_latent: Float[Array, "B H L"],
+    q_rope: Float[Array, "B H R"],
+    cache: Float[Array, "pages width page"],
+    page_table: Int[Array, "B max_pages"],
+    lengths: Int[Array, "B"],
+    *,
+    scale: float,
+    interpret: bool | pltpu.InterpretParams,
+) -> tuple[Float[Array, "B H L"], Float[Array, "B H"]]:
+    """See `api.mla_decode`; returns the output in q_latent's dtype and the float32 log-sum-exp."""
+    (batch, heads, latent), (_, width, page) = q_latent.shape, cache.shape
+    pages = block_pages(page, page_table.shape[1])
+
+    def row(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *shape), lambda b, *_: (b, 0, 0))
+
+    out, lse = pl.pallas_call(
+        partial(_decode_kernel, scale=scale, pages=pages),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch,),
+            in_specs=[row(heads, latent), row(heads, q_rope.shape[2]), pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=[row(heads, latent), row(1, heads)],
+            scratch_shapes=[
+                pltpu.VMEM((2, width, pages * page), cache.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.VMEM((heads, 1), jnp.float32),
+                pltpu.VMEM((heads, LANES), jnp.float32),
+                pltpu.VMEM((heads, latent), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q_latent.shape, q_latent.dtype),
+            jax.ShapeDtypeStruct((batch, 1, heads), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        interpret=interpret,
+        name="mla_decode",
+    )(page_table.reshape(-1), lengths, q_latent, q_rope, cache)
+    return out, lse[:, 0]
+
+
+def _decode_kernel(
+    table, lengths, q_latent, q_rope, cache, out, lse, buffer, arrived, side, top, total, acc, *, scale, pages
+):
+    sequence, page, batch = pl.program_id(0), cache.shape[2], lengths.shape[0]
+    max_pages = table.shape[0] // batch
+    length = lengths[sequence]
+    # An empty sequence has one block of no pages: the reads ahead then need not look for the next that is not empty.
+    blocks = jnp.maximum(pl.cdiv(length, pages * page), 1)
+
+    def each_page(sequence, block, half, act):
+        """Calls `act` with the copy of every page that the block has."""
+        row = jnp.minimum(sequence, batch - 1)
+        present = jnp.where(sequence < batch, pl.cdiv(lengths[row], page), 0) - block * pages
+        for i in range(pages):
+
+            @pl.when(i < present)
+            def _(i=i):
+                chosen = table[row * max_pages + block * pages + i]
+                place = buffer.at[half, :, pl.ds(i * page, page)]
+                act(pltpu.make_async_copy(cache.at[chosen], place, arrived.at[half]))
+
+    @pl.when(sequence == 0)
+    def _():
+        side[0] = 0
+        each_page(0, 0, 0, lambda copy: copy.start())
+
+    top[...] = jnp.full_like(top, LOWEST)
+    total[...] = jnp.zeros_like(total)
+    acc[...] = jnp.zeros_like(acc)
+
+    def attend_block(block, half):
+        last = block + 1 == blocks
+        each_page(sequence + last, jnp.where(last, 0, block + 1), 1 - half, lambda copy: copy.start())
+        each_page(sequence, block, half, lambda copy: copy.wait())
+        within = length - block * pages * page
+
+        def blank(i, _):
+            tokens = buffer.at[half, :, pl.ds(pl.multiple_of(i * page, LANES), page)]
+            known = i * page + lax.broadcasted_iota(jnp.int32, tokens.shape, 1) < within
+            tokens[...] = jnp.where(known, tokens[...].astype(jnp.float32), 0).astype(tokens.dtype)
+            return _
+
+        lax.fori_loop(jnp.minimum(within // page, pages), pages, blank, None)
+        _attend(q_latent[0], q_rope[0], buffer.at[half], within, top, total, acc, scale)
+        return 1 - half
+
+    side[0] = lax.fori_loop(0, blocks, attend_block, side[0])
+
+    @pl.when(length > 0)
+    def _():
+        weight = jnp.sum(total[...], axis=1, keepdims=True)
+        out[0] = (acc[...] / weight).astype(out.dtype)
+        column = math.log(2) * top[...] + jnp.log(weight)
+        # A column becomes a row: each head keeps its own lane of a square, and the square's rows are added up.
+        square = (column.shape[0],) * 2
+        own = lax.broadcasted_iota(jnp.int32, square, 0) == lax.broadcasted_iota(jnp.int32, square, 1)
+        lse[0] = jnp.sum(jnp.where(own, column, 0), axis=0, keepdims=True)
+
+    @pl.when(length == 0)
+    def _():
+        out[...] = jnp.zeros_like(out)
+        lse[...] = jnp.full_like(lse, -jnp.inf)
+
+
+def _attend(q_latent, q_rope, tokens, within, top, total, acc, scale):
+    """Adds the block `tokens` [width, tokens], of which the first `within` are seen; scores are in powers of two."""
+    latent = q_latent.shape[1]
+    scores = _dot(q_latent, tokens[:latent], 0) + _dot(q_rope, tokens[latent:], 0)
+    token = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    scores = jnp.where(token < within, scores * (scale / math.log(2)), -jnp.inf)
+    new_top = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
+    weights = jnp.exp2(scores - new_top)
+    keep = jnp.exp2(top[...] - new_top)
+    top[...] = new_top
+    # Lane by lane; summed over the lanes once per sequence.
+    total[...] = keep * total[...] + sum(weights[:, at : at + LANES] for at in range(0, weights.shape[1], LANES))
+    acc[...] = keep * acc[...] + _dot(weights.astype(q_latent.dtype), tokens[:latent], 1)
+
+
+def _dot(a: Float[Array, "m c"], b: Array, axis: int) -> Float[Array, "m n"]:
+    """a [m, c] times b, whose `axis` is contracted; float32 out of full float32 or of bf16 products."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,143 @@
+"""The Pallas kernels of the INT4 matmuls, interpreted: against float64, at ragged and empty groups; their precision."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+from kernel_numerics import relative_rmse
+
+from pallas_kernels import int4_grouped_matmul, int4_grouped_swiglu, int4_matmul, quantize_int4
+from pallas_kernels.int4_grouped_matmul import mosaic_tpu, reference
+from pallas_kernels.int4_matmul import reference as single
+
+K, N, EXPERTS = 512, 256, 4
+RNG = np.random.default_rng(3)
+TOLERANCES = [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-3)]
+GATE, UP = (quantize_int4(jnp.asarray(RNG.normal(size=(EXPERTS, K, N)), jnp.float32)) for _ in range(2))
+
+
+def rows(tokens, filled, dtype):
+    """x whose rows past `filled` are poison, and the same in float64 with zeros there."""
+    x = jnp.asarray(RNG.normal(size=(tokens, K)), dtype)
+    return x.at[filled:].set(jnp.nan), np.asarray(x.at[filled:].set(0), np.float64)
+
+
+def check(sizes, tokens, dtype, tolerance, first=0, held=EXPERTS):
+    x, exact = rows(tokens, sum(sizes), dtype)
+    sizes = jnp.asarray(sizes, jnp.int32)
+    gate, up = (tuple(array[:held] for array in pair) for pair in (GATE, UP))
+    options = {"group_offset": first, "implementation": "mosaic_tpu"}
+    found = int4_grouped_matmul(x, *gate, sizes, **options)
+    assert found.dtype == dtype
+    expected = reference.int4_grouped_matmul(exact, *gate, sizes, first)
+    assert relative_rmse(found, expected) <= tolerance
+    np.testing.assert_array_equal(np.asarray(found)[(expected == 0).all(1)], 0)
+    found = int4_grouped_swiglu(x, gate, up, sizes, **options)
+    assert relative_rmse(found, reference.int4_grouped_swiglu(exact, gate, up, sizes, first)) <= tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize(
+    ("tokens", "sizes"),
+    [
+        (40, [3, 0, 20, 17]),  # an empty group, windows shared by groups
+        (1, [0, 0, 1, 0]),  # one token
+        (33, [0, 0, 0, 9]),  # rows past the last group
+        (1100, [0, 513, 1, 580]),  # several blocks, a group in two of them
+        (1030, [0, 0, 0, 3]),  # blocks that no group has rows in
+    ],
+)
+def test_ragged_groups(tokens, sizes, dtype, tolerance):
+    check(sizes, tokens, dtype, tolerance)
+
+
+@pytest.mark.parametrize("first", [0, 2, 5])
+def test_groups_held_elsewhere_give_zeros(first):
+    check([4, 7, 0, 9, 2, 11, 3], 40, jnp.float32, 1e-5, first, held=2)
+
+
+@settings(max_examples=12, deadline=None)
+@given(sizes=st.lists(st.integers(0, 25), min_size=EXPERTS, max_size=EXPERTS).filter(any), beyond=st.integers(0, 3))
+def test_any_sizes(sizes, beyond):
+    check(sizes, sum(sizes) + beyond, jnp.float32, 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize(("tokens", "inputs"), [(1, 64), (8, 512), (130, 96 * 2), (7, 1024)])
+def test_one_matrix(tokens, inputs, dtype, tolerance):
+    x = jnp.asarray(RNG.normal(size=(tokens, inputs)), dtype)
+    codes, scales = quantize_int4(jnp.asarray(RNG.normal(size=(inputs, 128)), jnp.float32))
+    found = int4_matmul(x, codes, scales, implementation="mosaic_tpu")
+    assert found.dtype == dtype
+    assert relative_rmse(found, single.int4_matmul(x, codes, scales)) <= tolerance
+
+
+def test_the_gradient_is_that_of_the_reference():
+    x = jnp.asarray(RNG.normal(size=(24, K)), jnp.float32)
+    sizes, cotangent = jnp.asarray([5, 0, 12, 7], jnp.int32), jnp.asarray(RNG.normal(size=(24, N)), jnp.float32)
+    run = functools.partial(int4_grouped_matmul, group_sizes=sizes, implementation="mosaic_tpu")
+    (found,) = jax.vjp(lambda x: run(x, *GATE), x)[1](cotangent)
+    matrices = np.swapaxes(single.dequantize(*GATE), 1, 2)
+    expected = np.concatenate(
+        [cotangent[:5] @ matrices[0], cotangent[5:17] @ matrices[2], cotangent[17:] @ matrices[3]]
+    )
+    assert relative_rmse(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("op", ["int4_grouped_matmul", "int4_grouped_swiglu"])
+def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised(op):
+    x, exact = rows(40, 33, jnp.float32)
+    sizes = jnp.asarray([3, 0, 20, 10], jnp.int32)
+    weights = GATE if op == "int4_grouped_matmul" else (GATE, UP)
+    careful = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+    try:
+        found = getattr(mosaic_tpu, op)(x, *weights, sizes, jnp.int32(0), interpret=careful)
+        assert not interpret_pallas_call.races.races_found
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+    assert relative_rmse(found, getattr(reference, op)(exact, *weights, sizes)) <= 1e-5
+
+
+def dots(jaxpr):
+    """Every dot_general in a jaxpr and those within it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                yield from dots(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "DEFAULT")])
+def test_float32_is_multiplied_as_float32(dtype, precision):
+    x = jnp.zeros((40, K), dtype)
+    run = functools.partial(mosaic_tpu.int4_grouped_matmul, interpret=True)
+    found = list(dots(jax.make_jaxpr(run)(x, *GATE, jnp.full(EXPERTS, 10, jnp.int32), jnp.int32(0)).jaxpr))
+    assert found
+    for equation in found:
+        assert equation.invars[0].aval.dtype == equation.invars[1].aval.dtype == dtype
+        assert equation.params["precision"] == (getattr(jax.lax.Precision, precision),) * 2
+        assert equation.params["preferred_element_type"] == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("x", "outputs", "reason"),
+    [
+        (jnp.zeros((4, 64)), 96, "N is 96, expected a multiple of 128"),
+        (jnp.zeros((4, 2112)), 128, "K is 2112, expected a multiple of 512, or of 64 up to 2048"),
+        (jnp.zeros((4, 64), jnp.float16), 128, "x is float16, expected bfloat16 or float32"),
+        (jnp.zeros((0, 64)), 128, "x has no rows"),
+    ],
+)
+def test_what_the_kernel_cannot_serve_is_refused_when_asked_for(x, outputs, reason):
+    codes = jnp.zeros((x.shape[1], outputs), jnp.int4)
+    scales = jnp.ones((x.shape[1] // 32, outputs), jnp.bfloat16)
+    with pytest.raises(ValueError, match=f"int4_matmul: the mosaic_tpu kernel cannot serve this call: {reason}"):
+        int4_matmul(x, codes, scales, implementation="mosaic_tpu")
+    assert int4_matmul(x, codes, scales).shape == (x.shape[0], outputs)
