@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -176,5 +179,10 @@ def test_a_checkpoint_of_another_model(converted: dict[str, Path], tmp_path: Pat
 def test_a_damaged_orbax_checkpoint(converted: dict[str, Path], tmp_path: Path, part: str) -> None:
     folder = shutil.copytree(converted["k2"], tmp_path / "copy")
     (folder / "model.layers.1.mlp.experts.up_proj.weight" / part).unlink()
-    with pytest.raises(CheckpointError, match=r"copy: leaf model\.layers\.1\.mlp\.experts\.up_proj\.weight is damaged"):
-        load(folder)
+    # In a process of its own: Orbax leaves its other reads of a failed restore to the garbage collector, which would
+    # complain of them in whatever test runs then.
+    code = f"from checkpoints import load; load({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    message = r"CheckpointError: .*copy: leaf model\.layers\.1\.mlp\.experts\.up_proj\.weight is damaged or not there\n"
+    assert re.search(message, done.stderr), done.stderr
