@@ -1,7 +1,7 @@
 """Grouped matmul and SwiGLU with INT4 weights as one Pallas kernel for TPUs.
 
 Rows are cut in blocks; a *visit* is a pair of a block and a group with rows in it, and the grid is (N tiles, visits),
-the number of visits dynamic. A step takes all K rows of an N tile of the visit's group, as half bytes: about 2 MiB, so
+the number of visits dynamic. A step takes all K rows of an N tile of the visit's group, as half bytes: up to 4 MiB, so
 that the 280 or so bundles of a step's own cost little. Part after part is unpacked and scaled in vector memory, and the
 group's rows of the block are multiplied by it, a window at a time, into a float32 accumulator of the whole block: rows
 of other groups enter as zeros, so that nothing has to be merged and groups may begin anywhere. A block of x stays in

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import with_gradient
 from pallas_kernels.mla_attention import xla
 
 QUERIES, KEYS = 512, 512
@@ -54,22 +55,8 @@ def mla_prefill(
     interpret: bool | pltpu.InterpretParams,
 ) -> tuple[Float[Array, "B S H Dv"], Float[Array, "B S H"]]:
     """See `api.mla_prefill`; returns the output in v's dtype and the float32 log-sum-exp. Gradients are `xla`'s."""
-    marks = (q_positions, kv_positions, q_segments, kv_segments)
-
-    @jax.custom_vjp
-    def attend(q, k, v, marks):
-        return _forward(q, k, v, *marks, scale=scale, interpret=interpret)
-
-    def forward(q, k, v, marks):
-        return attend(q, k, v, marks), (q, k, v, marks)
-
-    def backward(saved, gradients):
-        q, k, v, marks = saved
-        _, pull = jax.vjp(lambda q, k, v: xla.mla_prefill(q, k, v, *marks, scale=scale), q, k, v)
-        return *pull(gradients), None
-
-    attend.defvjp(forward, backward)
-    return attend(q, k, v, marks)
+    run = with_gradient(partial(_forward, scale=scale, interpret=interpret), partial(xla.mla_prefill, scale=scale))
+    return run(q, k, v, q_positions, kv_positions, q_segments, kv_segments)
 
 
 def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, scale, interpret):

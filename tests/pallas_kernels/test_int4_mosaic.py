@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from kernel_numerics import relative_rmse
+from kernel_numerics import dots, relative_rmse
 
 from pallas_kernels import int4_grouped_matmul, int4_grouped_swiglu, int4_matmul, quantize_int4
 from pallas_kernels.int4_grouped_matmul import mosaic_tpu, reference
@@ -102,16 +102,6 @@ def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised(op):
     finally:
         pltpu.reset_tpu_interpret_mode_state()
     assert relative_rmse(found, getattr(reference, op)(exact, *weights, sizes)) <= 1e-5
-
-
-def dots(jaxpr):
-    """Every dot_general in a jaxpr and those within it."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
-            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
-                yield from dots(getattr(inner, "jaxpr", inner))
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "DEFAULT")])

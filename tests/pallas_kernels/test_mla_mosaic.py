@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import jaxprs_in_params
-from kernel_numerics import relative_rmse
+from kernel_numerics import dots, relative_rmse
 
 from pallas_kernels import merge_partials, mla_decode, mla_prefill
 from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu, mosaic_write, reference, xla
@@ -81,15 +80,6 @@ def test_decode_races_with_nothing_and_stays_in_bounds():
     out, _ = mosaic_tpu.mla_decode(*arguments, scale=SCALE, interpret=strict)
     assert relative_rmse(out, expected_decode(arguments)[0]) <= 1e-5
     assert not interpret_pallas_call.races.races_found
-
-
-def dots(jaxpr):
-    """Every dot_general in a jaxpr and those within it."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from dots(inner)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
