@@ -17,6 +17,8 @@ Spills: the compiler begins permutations of the next sequences early and parks t
 per head in 117 bundles that have slots for 350 loads.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -67,6 +69,8 @@ def kda_step(
     beta: Float[Array, "B H"],
     state: Float[Array, "B H Dk Dv"],
     *,
+    normalize_qk: bool = False,
+    scale: float = 1.0,
     interpret: bool | pltpu.InterpretParams,
 ) -> tuple[Float[Array, "B H Dv"], Float[Array, "B H Dk Dv"]]:
     """See `api.kda_step`; o comes in v's dtype."""
@@ -79,7 +83,7 @@ def kda_step(
     # The last block of sequences may be short: what it computes of rows that are not there goes nowhere.
     states = pl.BlockSpec((min(SEQUENCES, batch), block, keys, values), lambda b, h: (b, h, 0, 0))
     o, state = pl.pallas_call(
-        _step_kernel,
+        partial(_step_kernel, normalize_qk=normalize_qk, scale=scale),
         grid=(pl.cdiv(batch, SEQUENCES), heads // block),
         in_specs=[
             *(rows(width) for width in (keys, keys, values, keys)),
@@ -100,7 +104,7 @@ def kda_step(
     return o.reshape(v.shape), state
 
 
-def _step_kernel(q, k, v, g, beta, state, o, new, row):
+def _step_kernel(q, k, v, g, beta, state, o, new, row, *, normalize_qk, scale):
     sequences, heads, keys, values = state.shape
     lane = lax.broadcasted_iota(jnp.int32, beta.shape, 1) - pl.program_id(1) * heads
 
@@ -108,6 +112,9 @@ def _step_kernel(q, k, v, g, beta, state, o, new, row):
         of_keys = pl.ds(pl.multiple_of(h * keys, LANES), keys)
         of_values = pl.ds(pl.multiple_of(h * values, LANES), values)
         query, key = q[:, of_keys].astype(jnp.float32), k[:, of_keys].astype(jnp.float32)
+        if normalize_qk:
+            query, key = (tile * lax.rsqrt(jnp.sum(tile * tile, axis=1, keepdims=True) + 1e-6) for tile in (query, key))
+        query = scale * query
         columns = jnp.concatenate([jnp.exp(g[:, of_keys]), key, query]).T  # [keys, 3 * SEQUENCES]
         step = jnp.sum(jnp.where(lane == h, beta[...].astype(jnp.float32), 0), axis=1, keepdims=True)
         target = v[:, of_values].astype(jnp.float32)
