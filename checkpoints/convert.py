@@ -32,7 +32,8 @@ from kimi_jax import config_json
 
 MEMORY = 4 * 2**30
 WORKERS = 4
-RESERVED = 2**29  # of the memory, for the interpreter, its libraries and the names of 200,000 tensors
+LEAST_MEMORY = 2**30
+RESERVED = 3 * 2**28  # of the memory: the interpreter, JAX and the names of 200,000 tensors take 600 MB
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -72,8 +73,8 @@ def convert(
     CheckpointError naming file and tensor for values that cannot be, and whatever `Published.open`,
     `config_json.from_folder` and `names.contents` refuse; OSError where the disk is full. What was made by then stays.
     """
-    if memory < 2 * RESERVED:
-        raise ValueError(f"memory of {memory:,} bytes: expected {2 * RESERVED:,} or more")
+    if memory < LEAST_MEMORY:
+        raise ValueError(f"memory of {memory:,} bytes: expected {LEAST_MEMORY:,} or more")
     if workers < 1 or not 0 <= process_index < num_processes:
         raise ValueError(
             f"{workers} workers, process {process_index} of {num_processes}: expected 1 or more, from 0 on"

@@ -74,11 +74,9 @@ def plan(published: Published, contents: Contents) -> Plan:
 def _verbatim(published: Published, leaf: Leaf) -> Iterator[Job]:
     """A chunk of a stacked leaf is an expert's tensor, of another one rows of its only tensor."""
     cut = layout(leaf)
-    rows = cut.chunk[0] if cut.chunk else None
-    for number in range(cut.chunks):
-        read = Rows(leaf.names[number]) if leaf.stacked else Rows(leaf.pattern)
-        if not leaf.stacked and rows is not None and cut.chunks > 1:
-            read = Rows(leaf.pattern, number * rows, (number + 1) * rows)
+    rows = cut.chunk[0]
+    for number, name in enumerate(leaf.names if leaf.stacked else [leaf.pattern] * cut.chunks):
+        read = Rows(name) if leaf.stacked else Rows(name, number * rows, (number + 1) * rows)
         make = _finite(published, read, cut.chunk) if leaf.path.endswith(SCALE) else _reshaped(cut.chunk)
         # twice, since a cut along columns is copied
         yield Job((read,), (Chunk(leaf.path, number),), make, 2 * cut.chunk_bytes)
