@@ -20,7 +20,7 @@ import numpy as np
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_DTYPES = {
+DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,
     "F32": np.float32,
@@ -165,9 +165,9 @@ def _tensor(file: Path, name: str, entry: Any, data: int) -> Tensor:
         code, shape, (start, end) = entry["dtype"], tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: tensor {name} has a header without dtype, shape or data_offsets") from None
-    if code not in _DTYPES:
-        raise CheckpointError(f"{file}: tensor {name} has dtype {code!r}, expected one of {', '.join(_DTYPES)}")
-    tensor = Tensor(name, np.dtype(_DTYPES[code]), shape, file, data + start)
+    if code not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name} has dtype {code!r}, expected one of {', '.join(DTYPES)}")
+    tensor = Tensor(name, np.dtype(DTYPES[code]), shape, file, data + start)
     if start < 0 or min(shape, default=0) < 0 or end - start != tensor.nbytes:
         raise CheckpointError(
             f"{file}: tensor {name} of {code} {list(shape)} has bytes {start} to {end}, expected {tensor.nbytes} bytes"
