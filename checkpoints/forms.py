@@ -88,9 +88,7 @@ def _reshaped(shape: tuple[int, ...]) -> Callable[[np.ndarray], tuple[np.ndarray
     return lambda array: (array.reshape(shape),)
 
 
-def _finite(
-    published: Published, read: Rows, shape: tuple[int, ...]
-) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
+def _finite(published: Published, read: Rows, shape: tuple[int, ...]) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
     def make(scales: np.ndarray) -> tuple[np.ndarray, ...]:
         if not np.isfinite(scales.astype(np.float32)).all():
             row = read.start + int(np.argwhere(~np.isfinite(scales.astype(np.float32)))[0][0])

@@ -112,7 +112,9 @@ def layout(leaf: Leaf) -> Layout:
             chunk[0] //= 2
     part = list(chunk)
     axis = next((i for i, name in enumerate(leaf.axes) if name not in _UNSPLIT), 0)
-    while part and part[axis] * PARTS > leaf.shape[axis] and part[axis] % 2 == 0 and _nbytes(part, leaf) >= 2 * PART_BYTES:
+    while (
+        part and part[axis] * PARTS > leaf.shape[axis] and part[axis] % 2 == 0 and _nbytes(part, leaf) >= 2 * PART_BYTES
+    ):
         part[axis] //= 2
     return Layout(leaf.shape, leaf.dtype, tuple(chunk), tuple(part))
 

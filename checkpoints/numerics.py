@@ -6,8 +6,8 @@ first; read back as bf16(q * scale). FP8 is DeepSeek-V3's (arXiv 2412.19437, sec
 in float32, a block's numbers w / scale_inv rounded half to even; read back as bf16(w * scale_inv), the product in
 float32. The last blocks of a dimension that 128 does not divide are smaller.
 
-All of it is numpy on whole rows, a few passes each. Beside its arguments and results a call holds at most 20 bytes per
-weight, so callers that stream give it some rows at a time (128 of 7,168 columns: 18 MB).
+All of it is numpy on whole rows, a few passes each. Beside its arguments and results a call holds at most 16 bytes per
+weight, so callers that stream give it some rows at a time (128 of 7,168 columns: 15 MB).
 """
 
 import ml_dtypes
@@ -78,7 +78,7 @@ def dequantize_fp8(weight: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
     Raises ValueError if a weight or a scale is not finite.
     """
     values = np.take(_FP8_VALUES, weight.view(np.uint8))
-    _finite(values.max(initial=0))  # e4m3 has no infinity; a NaN wins every maximum
+    _finite(values.max(0))  # e4m3 has no infinity; a NaN wins every maximum
     values *= _per_weight(_finite(scale_inv), weight.shape)
     return values.astype(BF16)
 

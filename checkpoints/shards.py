@@ -40,7 +40,7 @@ class Entry:
 
 
 def planned(entries: Iterable[Entry], shard_bytes: int = SHARD_BYTES) -> list[list[Entry]]:
-    """`entries` in their order, cut into shards of at most `shard_bytes` of tensors, or of one tensor that is larger."""
+    """`entries` in their order, cut into shards of at most `shard_bytes`, or of one tensor that is larger."""
     shards: list[list[Entry]] = []
     room = 0
     for entry in entries:

@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from copy import deepcopy
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from checkpoints.quantization_config import int4
+from kimi_jax.config_json import preset_names
 
 TINY_VOCAB = 768
 # Kimi-K2.5's own list.
@@ -62,7 +62,7 @@ _LINEAR = {
     "model_max_length": 1048576, "tie_word_embeddings": False, "num_nextn_predict_layers": 0,
     "initializer_range": 0.02, "use_cache": True,
 }
-_PREPROCESSOR = {"media_proc_cfg": {
+PREPROCESSOR = {"media_proc_cfg": {
     "in_patch_limit": 16384, "patch_size": 14, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
     "merge_kernel_size": 2, "fixed_output_tokens": None, "patch_limit_on_one_side": 512,
     "in_patch_limit_each_frame": 4096, "in_patch_limit_video": None, "sample_fps": 2.0,
@@ -72,18 +72,24 @@ _PREPROCESSOR = {"media_proc_cfg": {
 
 
 def toy_config(like: str, **overrides: Any) -> dict[str, Any]:
-    """A published-format config.json (as a dict) of a small model.
+    """A published-format config.json (as a dict): of a small model of the families k2.5, k2 and kimi-linear, or of a
+    preset at its real widths (kimi-k2.5, kimi-k2, ...).
 
     An override replaces the field of that name wherever it stands (text_config and vision_config included); what has
     to agree follows it: the token ids sit in the last 256 of `vocab_size`, the vision tower's `text_hidden_size` is
     the text model's `hidden_size`, and `mm_hidden_size` the tower's. `quantization_config=None` gives bf16 experts.
 
-    Raises ValueError for an unknown family, KeyError for a field that its config does not have.
+    Raises ValueError for an unknown name, KeyError for a field that its config does not have.
     """
-    bases = {"k2.5": _K25, "k2": _K2, "kimi-linear": _LINEAR}
-    if like not in bases:
-        raise ValueError(f"toy_config: like={like!r}, expected one of {sorted(bases)}")
-    config: dict[str, Any] = deepcopy(bases[like])
+    small = {"k2.5": _K25, "k2": _K2, "kimi-linear": _LINEAR}
+    presets = resources.files("kimi_jax") / "presets"
+    if like in small:
+        config: dict[str, Any] = deepcopy(small[like])
+    elif like in preset_names():
+        config = json.loads((presets / like / "config.json").read_text())
+        config.pop("_comment", None)
+    else:
+        raise ValueError(f"toy_config: like={like!r}, expected one of {sorted([*small, *preset_names()])}")
     parts = [config, *(config[key] for key in ("text_config", "vision_config") if key in config)]
     for name, value in overrides.items():
         homes = [part for part in parts if name in part]
@@ -98,11 +104,44 @@ def toy_config(like: str, **overrides: Any) -> dict[str, Any]:
     im_end = first_special + 2
     # As released: K2 stops at [EOS], Kimi Linear at <|im_end|>, and K2.5's two levels each name one of them.
     ids = {"bos_token_id": first_special, "eos_token_id": first_special + 1, "pad_token_id": text["vocab_size"] - 1}
-    text.update(ids | ({"eos_token_id": im_end} if like == "kimi-linear" else {}))
-    if like == "k2.5":
+    text.update(ids | ({"eos_token_id": im_end} if text["model_type"] == "kimi_linear" else {}))
+    if config["model_type"] == "kimi_k25":
         config.update(ids | {"eos_token_id": im_end, "media_placeholder_token_id": first_special + 21})
         vision = config["vision_config"]
         vision.update(text_hidden_size=text["hidden_size"], mm_hidden_size=vision["vt_hidden_size"])
     return config
 
 
+def cut_config(
+    config: Mapping[str, Any],
+    *,
+    layers: int | None = None,
+    experts: int | None = None,
+    vision_layers: int | None = None,
+) -> dict[str, Any]:
+    """`config` with its first `layers`, `experts` of each and `vision_layers` only; None leaves all of them.
+
+    Raises ValueError for more than there are, and for what the model cannot do without.
+    """
+    cut = deepcopy(dict(config))
+    text, vision = cut.get("text_config", cut), cut.get("vision_config", {})
+    linear = text["model_type"] == "kimi_linear"
+    counts = (
+        (text, "num_hidden_layers", layers),
+        (text, "num_experts" if linear else "n_routed_experts", experts),
+        (vision, "vt_num_hidden_layers", vision_layers),
+    )
+    for part, name, count in counts:
+        if count is None:
+            continue
+        if not 1 <= count <= part.get(name, 0):
+            raise ValueError(f"{name} cannot be {count}: expected 1 to {part.get(name, 0)}, which the model has")
+        part[name] = count
+    if layers is not None and linear:
+        attention = text["linear_attn_config"]
+        for kind in ("kda_layers", "full_attn_layers"):
+            attention[kind] = [layer for layer in attention[kind] if layer <= layers]
+    chosen = "num_experts_per_token" if linear else "num_experts_per_tok"
+    if experts is not None:
+        text[chosen] = min(text[chosen], experts)
+    return cut
