@@ -72,15 +72,15 @@ def quantize_fp8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.take(_FP8_OF_BF16, cut).view(FP8), scale
 
 
-def dequantize_fp8(weight: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
-    """bf16 [out, in] = bf16(float32(w) * scale_inv) of e4m3 [out, in] and float32 [ceil(out / 128), ceil(in / 128)].
+def dequantize_fp8(weight: np.ndarray, scale_inv: np.ndarray, dtype: np.dtype = BF16) -> np.ndarray:
+    """[out, in] in `dtype` = float32(w) * scale_inv of e4m3 [out, in] and float32 [ceil(out / 128), ceil(in / 128)].
 
     Raises ValueError if a weight or a scale is not finite.
     """
     values = np.take(_FP8_VALUES, weight.view(np.uint8))
     _finite(values.max(0))  # e4m3 has no infinity; a NaN wins every maximum
     values *= _per_weight(_finite(scale_inv), weight.shape)
-    return values.astype(BF16)
+    return values.astype(dtype)
 
 
 def _per_weight(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -94,11 +94,9 @@ class Published:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tensor `name`, or its rows `start` to `stop` along the leading axis, in the stored dtype.
 
-        Raises KeyError for a name that is not there, `CheckpointError` for FP8 and for a file that ends early.
+        Raises KeyError for a name that is not there, `CheckpointError` for a file that ends early.
         """
         tensor = self.tensors[name]
-        if tensor.dtype == ml_dtypes.float8_e4m3fn:
-            raise CheckpointError(f"{tensor.file}: tensor {name} is FP8 (F8_E4M3), which cannot be read yet")
         shape, offset = tensor.shape, tensor.offset
         if (start, stop) != (0, None):
             rows = range(shape[0])[start:stop]

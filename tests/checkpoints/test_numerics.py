@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from number_oracle import bf16, codes_of, fp8_of, from_fp8, from_int4, int4_of
 
 from checkpoints.numerics import BF16, FP8, dequantize_fp8, dequantize_int4, quantize_fp8, quantize_int4
 
@@ -76,19 +77,6 @@ def test_every_bf16_scale_that_a_group_can_have_is_found_again():
     np.testing.assert_array_equal(rescaled, scale)
 
 
-def bf16(value: np.ndarray) -> np.ndarray:
-    """float64 -> the nearest bf16, ties to even, as float64; exact for what float32 holds."""
-    mantissa, exponent = np.frexp(value)
-    return np.ldexp(np.rint(mantissa * 256), np.maximum(exponent, -125) - 8)
-
-
-def e4m3(value: np.ndarray) -> np.ndarray:
-    """float64 -> the nearest e4m3 as float64: four significant bits, down to 2^-9."""
-    _, exponent = np.frexp(value)
-    step = np.ldexp(1.0, np.maximum(exponent, -5) - 4)
-    return np.rint(value / step) * step
-
-
 def weights(seed: int, shape: tuple[int, int]) -> np.ndarray:
     """bf16 of many magnitudes."""
     random = np.random.RandomState(seed)
@@ -100,16 +88,10 @@ def test_int4_is_the_float64_derivation(source):
     """Weights of float32 are rounded to bf16 first; the quotient, in float32, is what is rounded to a code."""
     weight = weights(1, (37, 192)).astype(source) * np.array(1.001, source)
     packed, scale = quantize_int4(weight)
-    w = weight.astype(BF16).astype(np.float64).reshape(37, 6, 32)
-    s = (np.abs(w).max(-1).astype(np.float32).astype(np.float64) / 7).astype(np.float32).astype(BF16).astype(np.float64)
-    q = np.clip(np.rint((w / s[..., None]).astype(np.float32)), -7, 7).astype(int).reshape(37, 192)
-    np.testing.assert_array_equal(scale.astype(np.float64), s)
-    for column in range(192):
-        np.testing.assert_array_equal(
-            (packed.view(np.uint32)[:, column // 8] >> (4 * (column % 8))) & 15, q[:, column] + 8
-        )
-    read = bf16(q.reshape(37, 6, 32) * s[..., None]).reshape(37, 192)
-    np.testing.assert_array_equal(dequantize_int4(packed, scale).astype(np.float64), read)
+    codes, scales = int4_of(weight)
+    np.testing.assert_array_equal(codes_of(packed), codes)
+    np.testing.assert_array_equal(scale.astype(np.float64), scales)
+    np.testing.assert_array_equal(dequantize_int4(packed, scale).astype(np.float64), from_int4(codes, scales))
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (300, 392), (1, 1), (129, 64), (576, 256)])
@@ -117,18 +99,13 @@ def test_fp8_is_the_float64_derivation_with_partial_last_blocks(shape):
     weight = weights(2, shape)
     weight[: min(128, shape[0]), 128:256] = 0
     found, scale = quantize_fp8(weight)
+    right, scales = fp8_of(weight)
     assert found.dtype == FP8 and scale.shape == (math.ceil(shape[0] / 128), math.ceil(shape[1] / 128))
-    read = dequantize_fp8(found, scale)
-    for i in range(scale.shape[0]):
-        for j in range(scale.shape[1]):
-            block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
-            w = weight[block].astype(np.float64)
-            s = (np.abs(w).max() / 448).astype(np.float32)
-            assert scale[i, j] == s
-            quotient = (w / np.float64(s)).astype(np.float32) if s else np.zeros_like(w)
-            np.testing.assert_array_equal(found[block].astype(np.float64), e4m3(quotient.astype(np.float64)))
-            product = (found[block].astype(np.float64) * np.float64(s)).astype(np.float32).astype(np.float64)
-            np.testing.assert_array_equal(read[block].astype(np.float64), bf16(product))
+    np.testing.assert_array_equal(found.astype(np.float64), right)
+    np.testing.assert_array_equal(scale.astype(np.float64), scales)
+    product = from_fp8(right, scales)
+    np.testing.assert_array_equal(dequantize_fp8(found, scale).astype(np.float64), bf16(product))
+    np.testing.assert_array_equal(dequantize_fp8(found, scale, np.dtype(np.float32)).astype(np.float64), product)
 
 
 def test_fp8_rounds_every_kind_of_number_as_the_library_does():
