@@ -1,8 +1,9 @@
 """Published safetensors <-> Orbax <-> a model in memory."""
 
-from checkpoints.convert import Report, convert, progress_bar
+from checkpoints.convert import Report, convert
 from checkpoints.inspect import Summary, summary, summary_of_config, table
 from checkpoints.orbax import load
+from checkpoints.progress import progress_bar, progress_events
 from checkpoints.safetensors import CheckpointError
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "convert",
     "load",
     "progress_bar",
+    "progress_events",
     "summary",
     "summary_of_config",
     "table",

@@ -86,13 +86,30 @@ class Layout:
             "codecs": codecs,
         }
 
+    @property
+    def verbatim(self) -> bool:
+        """Whether the file begins with the chunk's values in C order: it is not cut, or only along rows."""
+        cut = next((i for i, parts in enumerate(self.parts) if parts > 1), 0)
+        return math.prod(self.chunk[:cut]) == 1
+
     def encode(self, chunk: np.ndarray) -> list[np.ndarray]:
-        """The bytes of a chunk's file, in pieces; `chunk` is in C order and not copied where it is cut along rows."""
-        pieces = [np.ascontiguousarray(chunk[at]).reshape(-1).view(np.uint8) for at in self._cuts()]
+        """The bytes of a chunk's file, in pieces; `chunk`, in C order, is not copied where the layout is verbatim."""
+        parts = [chunk] if self.verbatim else [np.ascontiguousarray(chunk[cut]) for cut in self._cuts()]
+        pieces = [part.reshape(-1).view(np.uint8) for part in parts]
         if self.part == self.chunk:
             return pieces
-        ranges = [(i * self.part_bytes, self.part_bytes) for i in range(len(pieces))]
+        ranges = [(i * self.part_bytes, self.part_bytes) for i in range(math.prod(self.parts))]
         return [*pieces, np.array(ranges, "<u8").reshape(-1).view(np.uint8)]
+
+    def decode(self, data: np.ndarray) -> np.ndarray:
+        """The chunk whose file has the bytes `data`."""
+        values = data[: self.chunk_bytes].view(self.dtype)
+        if self.verbatim:
+            return values.reshape(self.chunk)
+        chunk = np.empty(self.chunk, self.dtype)
+        for cut, part in zip(self._cuts(), values.reshape(-1, *self.part), strict=True):
+            chunk[cut] = part
+        return chunk
 
     def _cuts(self) -> Iterator[tuple[slice, ...]]:
         sizes = [range(0, chunk, part) for chunk, part in zip(self.chunk, self.part, strict=True)]

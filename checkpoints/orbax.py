@@ -20,7 +20,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from checkpoints.convert import MANIFEST, nested
+from checkpoints.metadata import MANIFEST, nested
 from checkpoints.names import (
     PACKED,
     SCALE,

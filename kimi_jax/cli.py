@@ -4,7 +4,9 @@ Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2
 """
 
 import argparse
+import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -49,11 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "convert",
         _convert,
-        "Turn a published safetensors folder into an Orbax checkpoint, INT4 kept, one chunk per expert.",
-        "kimi-jax convert ~/models/Kimi-K2.5 ~/models/kimi-k2.5-orbax",
+        "Turn a published safetensors folder into an Orbax checkpoint, INT4 kept, one chunk per expert. The same "
+        "command goes on with a conversion that was stopped.",
+        "kimi-jax convert ~/models/Kimi-K2.5 ~/models/kimi-k2.5-orbax --memory 4GiB",
     )
-    sub.add_argument("src", type=Path, help="folder with config.json and *.safetensors")
-    sub.add_argument("dst", type=Path, help="folder to write; must not exist")
+    sub.add_argument("src", help="folder or URL (gs://, s3://, hf://) with config.json and *.safetensors")
+    sub.add_argument("dst", type=Path, help="folder to write")
+    _add_limits(sub)
+    sub.add_argument("--process-index", type=int, default=0, metavar="I", help="of several that share dst; from 0")
+    sub.add_argument("--num-processes", type=int, default=1, metavar="N", help="that split one conversion (default 1)")
 
     sub = command(
         "inspect",
@@ -81,6 +87,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--image", type=Path, help="a picture of yours (default: one that the demo draws)")
     return parser
+
+
+def _add_limits(sub: argparse.ArgumentParser) -> None:
+    """What every long work on files has."""
+    sub.add_argument("--memory", type=_nbytes, default="4GiB", metavar="SIZE", help="never exceeded (default 4GiB)")
+    sub.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read and write (default 4)")
+    sub.add_argument("--json", action="store_true", help="progress and result as JSON, an object a line")
+
+
+def _nbytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a size like 4GiB or 500MB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2])))
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
@@ -120,15 +140,33 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     import checkpoints
 
-    with checkpoints.progress_bar() as bar:
-        report = checkpoints.convert(arguments.src, arguments.dst, progress=bar)
-    print(
-        f"{report.destination}: {report.tensors:,} tensors in {report.leaves:,} leaves, "
-        f"{report.read_bytes:,} bytes read, {report.written_bytes:,} written; "
-        f"carried along: {', '.join(report.carried)}"
-    )
+    with _progress(arguments, "converting") as progress:
+        report = checkpoints.convert(
+            arguments.src,
+            arguments.dst,
+            memory=arguments.memory,
+            workers=arguments.workers,
+            process_index=arguments.process_index,
+            num_processes=arguments.num_processes,
+            progress=progress,
+        )
+    if arguments.json:
+        print(json.dumps({"event": "converted", **dataclasses.asdict(report)}, default=str))
+        return
+    state = "was there already" if not report.made_bytes else f"{report.made_bytes:,} bytes written"
+    if not report.whole:
+        state += f"; the share of process {arguments.process_index} is done, others are still missing"
+    elif report.made_bytes and report.found_bytes:
+        state += f", {report.found_bytes:,} found from before"
+    print(f"{report.destination}: {report.tensors:,} tensors in {report.leaves:,} leaves; {state}")
     if report.skipped:
         print(f"skipped {len(report.skipped)} tensors that the model does not use, like {report.skipped[0]}")
+
+
+def _progress(arguments: argparse.Namespace, what: str) -> Any:
+    import checkpoints
+
+    return checkpoints.progress_events(what) if arguments.json else checkpoints.progress_bar(what)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -63,6 +63,15 @@ def same_bytes(found: Any, expected: np.ndarray) -> bool:
     return found.dtype == expected.dtype and found.shape == expected.shape and found.tobytes() == expected.tobytes()
 
 
+def same_folders(one: Path, other: Path) -> bool:
+    """Whether two checkpoints have the same files with the same bytes."""
+    a, b = (
+        {file.relative_to(root): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+        for root in (one, other)
+    )
+    return a == b
+
+
 def leaves(tree: dict[str, Any]) -> Iterator[np.ndarray]:
     for value in tree.values():
         yield from leaves(value) if isinstance(value, dict) else (value,)

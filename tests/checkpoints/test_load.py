@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_model(converted: dict[str, Path], tmp_path: Pat
         load(folder)
 
 
-@pytest.mark.parametrize("part", ["zarr.json", "c/3/0/0"])
+@pytest.mark.parametrize("part", ["zarr.json", "c.3.0.0"])
 def test_a_damaged_orbax_checkpoint(converted: dict[str, Path], tmp_path: Path, part: str) -> None:
     folder = shutil.copytree(converted["k2"], tmp_path / "copy")
     (folder / "model.layers.1.mlp.experts.up_proj.weight" / part).unlink()
