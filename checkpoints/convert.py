@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from checkpoints import forms, journal, layout, metadata, pipeline
-from checkpoints.forms import Job, Plan, Rows
+from checkpoints.forms import Job, Plan, Rest, Rows
 from checkpoints.metadata import MANIFEST, fsync
 from checkpoints.names import Contents, contents
 from checkpoints.progress import Progress
+from checkpoints.quantization_config import Form
 from checkpoints.reading import Remote, identity
 from checkpoints.safetensors import CheckpointError, Published
 from kimi_jax import config_json
@@ -53,13 +54,17 @@ def convert(
     src: str | Path | Remote,
     dst: str | Path,
     *,
+    experts: Form | None = None,
+    dtype: Rest | None = None,
     memory: int = MEMORY,
     workers: int = WORKERS,
     process_index: int = 0,
     num_processes: int = 1,
     progress: Progress | None = None,
 ) -> Report:
-    """Writes the published checkpoint in `src`, a folder or URL, to a new folder `dst`, as stored: nothing is rounded.
+    """Writes the published checkpoint in `src`, a folder or URL, to a new folder `dst`: as stored, nothing rounded,
+    but for what `experts` (int4, fp8, bf16) and `dtype` (of the rest) ask for, and FP8, which becomes bf16 unless it is
+    asked for (`forms.plan`).
 
     The process's peak memory stays under `memory` bytes. Of several processes that share the destination's disk, each
     makes its share of the chunks, and the last to finish makes the checkpoint whole. A conversion that was stopped goes
@@ -77,7 +82,7 @@ def convert(
         raise ValueError(
             f"{workers} workers, process {process_index} of {num_processes}: expected 1 or more, from 0 on"
         )
-    conversion = _Conversion.of(Published.open(src), Path(dst).absolute())
+    conversion = _Conversion.of(Published.open(src), Path(dst).absolute(), experts, dtype)
     if conversion.is_there():
         return conversion.report(whole=True, found=conversion.nbytes(conversion.plan.jobs()), made=0)
     settings = conversion.source | {"files": conversion.files, "num_processes": num_processes}
@@ -110,9 +115,9 @@ class _Conversion:
     dst: Path
 
     @classmethod
-    def of(cls, published: Published, dst: Path) -> "_Conversion":
+    def of(cls, published: Published, dst: Path, experts: Form | None, dtype: Rest | None) -> "_Conversion":
         found = contents(config_json.from_folder(published.folder), published)
-        plan = forms.plan(published, found)
+        plan = forms.plan(published, found, experts, dtype)
         layouts = {leaf.path: layout.layout(leaf) for leaf in plan.leaves}
         files = {file.name: identity(file) for file in published.files}
         source = {
@@ -155,7 +160,7 @@ class _Conversion:
                 if difference := journal.differ(self.files[file.name], identity(file)):
                     raise CheckpointError(f"{file}: changed while it was converted: {difference}")
             metadata.write_array_metadata(self.layouts, self.partial)
-            metadata.carry(self.published, self.partial)
+            metadata.carry(self.published.folder, self.partial, self.plan.config)
             for path in (self.partial, *self.partial.glob("*"), *self.partial.glob("*/zarr.json")):
                 fsync(path)
             metadata.write_json(self.partial / MANIFEST, self.manifest(digests))

@@ -1,14 +1,9 @@
-"""Folders that appear whole or not at all, and what goes along with a checkpoint's arrays."""
+"""Folders that appear whole or not at all."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from checkpoints.safetensors import INDEX
-
-# Configuration, tokenizer, preprocessor, templates and the code that comes with them.
-_CARRIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "LICENSE*")
 
 
 @contextmanager
@@ -37,12 +32,3 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def _check_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: destination exists and is not empty")
-
-
-def carry(src: Path, dst: Path, *, but: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Copies what is no array from `src` to `dst`, all but the files named, and gives the names."""
-    found = {file.name for pattern in _CARRIED for file in src.glob(pattern) if file.is_file()}
-    names = sorted(found - {INDEX, *but})
-    for name in names:
-        shutil.copyfile(src / name, dst / name)
-    return tuple(names)

@@ -63,12 +63,12 @@ class Plan:
     """The `leaves` that a conversion stores, `form` (what else than the source decides them, as JSON, recorded so that
     a conversion is only resumed as it was begun), `jobs`, a fresh iterator over all jobs, alike at every call: in
     about the order of the source's bytes, each chunk made once; and `config`, from the source's config.json to the one
-    that describes the result."""
+    that describes the result, None where that is the same."""
 
     leaves: tuple[Leaf, ...]
     form: dict[str, str]
     jobs: Callable[[], Iterator[Job]]
-    config: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    config: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 def plan(published: Published, contents: Contents, experts: Form | None = None, dtype: Rest | None = None) -> Plan:

@@ -221,11 +221,14 @@ def _check_tensors(leaf: Leaf, tensors: Mapping[str, Tensor]) -> Leaf:
 def _check_weight_shapes(leaf: Leaf, published: Published) -> None:
     if not leaf.path.endswith(PACKED):
         return
-    for packed in leaf.names:
-        name = packed.removesuffix(PACKED) + SHAPE
+    names = [packed.removesuffix(PACKED) + SHAPE for packed in leaf.names]
+    first = published.tensors[names[0]]
+    for name in names:
         tensor = published.tensors[name]
         where = f"{tensor.file}: tensor {name}"
         if tensor.dtype.name not in ("int32", "int64") or tensor.shape != (2,):
             raise CheckpointError(f"{where} is {tensor.dtype} {list(tensor.shape)}, expected int32 or int64 [2]")
+        if tensor.dtype != first.dtype:
+            raise CheckpointError(f"{where} has dtype {tensor.dtype}, but {first.name} has {first.dtype}")
         if (value := tuple(published.read(name).tolist())) != leaf.weight_shape:
             raise CheckpointError(f"{where} says {list(value)}, expected {list(leaf.weight_shape)}")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
-from checkpoints.files import carry, new_folder
+from checkpoints.files import new_folder
+from checkpoints.metadata import carry
+from checkpoints.progress import Counter, Progress
 from checkpoints.safetensors import Published
 from checkpoints.shards import SHARD_BYTES, Entry, ShardWriter, planned
 from checkpoints.toy.configs import PREPROCESSOR, TINY_VOCAB
@@ -67,23 +68,21 @@ def make_toy(
     """
     found = list(weights(config))
     original = None if source is None else Published.open(source)
-    task = progress.add_task("writing", total=sum(weight.nbytes for weight in found)) if progress else None
+    count = Counter(sum(weight.nbytes for weight in found), progress)
     with new_folder(Path(folder)) as partial:
         with ShardWriter(partial, planned(_entries(found), shard_bytes)) as writer, ThreadPoolExecutor(WORKERS) as pool:
 
             def write(weight: Weight) -> None:
                 for name, row, block in drawn(weight, seed) if original is None else copied(weight, original):
                     writer.write(name, block, row)
-                    if progress and task is not None:
-                        progress.advance(task, block.nbytes)
+                    count(block.nbytes)
 
             for _ in pool.map(write, found):
                 pass
         if original is None:
             _write_rest(partial, config)
         else:
-            carry(original.folder, partial, but=("config.json",))
-            _write_json(partial / "config.json", config)
+            carry(original.folder, partial, lambda _: dict(config))
     return Path(folder)
 
 

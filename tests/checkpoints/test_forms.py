@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_oracle import BF16, FORMS, in_tree, read_all, same_bytes
+from flax import nnx
 from number_oracle import FP8, bf16, codes_of, fp8_of, from_fp8, from_int4, int4_of
 
-from checkpoints import layout
-from checkpoints.convert import nested
+from checkpoints import convert, layout, load
 from checkpoints.forms import Plan, plan
+from checkpoints.metadata import nested
 from checkpoints.names import contents
 from checkpoints.safetensors import CheckpointError, Published
 from checkpoints.toy import write_toy
 from kimi_jax import config_json
+from sharding import make_mesh
 
 LINEARS = ("proj.weight", "proj_with_mqa.weight", "w1.weight", "w2.weight", "w3.weight")
 
@@ -117,8 +119,7 @@ def test_what_keeps_its_form_is_copied(sources: dict[str, Path], source: str, as
     for name, tensor in read_all(folder).items():
         if not name.endswith("_shape"):
             assert same_bytes(in_tree(tree, name), tensor), name
-    config = json.loads((folder / "config.json").read_text())
-    assert plan.config(config) == config
+    assert plan.config is None
 
 
 def test_fp8_becomes_bf16_unless_asked(sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +133,7 @@ def test_fp8_becomes_bf16_unless_asked(sources: dict[str, Path], monkeypatch: py
     for name, (_, value) in values(tensors).items():
         right = tensors[name] if tensors[name].dtype == np.float32 else value.astype(BF16)
         assert same_bytes(in_tree(tree, name), right), name
+    assert plan.config is not None
     assert "quantization_config" not in plan.config(json.loads((sources["fp8"] / "config.json").read_text()))
 
 
@@ -146,6 +148,7 @@ def test_the_rest_in_float32(sources: dict[str, Path]) -> None:
 @pytest.mark.parametrize("experts", ["int4", "fp8", "bf16"])
 def test_config_describes_the_result(sources: dict[str, Path], source: str, experts: Any) -> None:
     plan, _ = planned(sources[source], experts=experts, dtype="float32")
+    assert plan.config is not None
     config = plan.config(json.loads((sources[source] / "config.json").read_text()))
     text = config.get("text_config", config)
     methods = {"int4": "compressed-tensors", "fp8": "fp8", "bf16": None}
@@ -197,6 +200,39 @@ def test_experts_that_do_not_divide_into_groups(tmp_path: Path) -> None:
     folder = write_toy(tmp_path / "toy", FORMS["bf16"] | {"moe_intermediate_size": 80})
     with pytest.raises(CheckpointError, match=r"experts\.\{\}\.down_proj\.weight has 80 inputs, which are no groups"):
         planned(folder, experts="int4")
+
+
+# --- converted and loaded ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [None, {}, {"experts": "fp8"}, {"experts": "fp8", "dtype": "float32"}])
+def test_fp8_is_loaded_as_bf16(sources: dict[str, Path], tmp_path: Path, asked: Any) -> None:
+    """From the published folder, and from every checkpoint that is made of it; on a mesh too."""
+    folder = sources["fp8"] if asked is None else convert(sources["fp8"], tmp_path / "out", **asked).destination
+    right = values(read_all(sources["fp8"]))
+    for mesh in (None, make_mesh("4x2")):
+        found = {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(load(folder, mesh)))}
+        for name, (single, rounded) in right.items():
+            keys = [int(key) if key.isdecimal() else key for key in name.split(".")]
+            wide = name.endswith("bias") or (bool(asked) and "dtype" in asked and "experts" not in keys)
+            value = single if wide else rounded
+            if "experts" in keys:
+                expert = keys.pop(keys.index("experts") + 1)
+                np.testing.assert_array_equal(np.asarray(found[tuple(keys)][expert], np.float64), value, err_msg=name)
+            elif name.endswith(LINEARS) or mesh is None:
+                np.testing.assert_array_equal(np.asarray(found[tuple(keys)], np.float64), value, err_msg=name)
+
+
+def test_a_model_quantised_here_is_loaded_as_int4(sources: dict[str, Path], tmp_path: Path) -> None:
+    model = load(convert(sources["bf16"], tmp_path / "int4", experts="int4").destination)
+    assert model.config.text.quantization is not None
+    found = {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+    for name, tensor in read_all(sources["bf16"]).items():
+        if ".experts." in name:
+            *path, expert, projection, _ = (int(key) if key.isdecimal() else key for key in name.split("."))
+            codes, scales = int4_of(tensor)
+            np.testing.assert_array_equal(np.asarray(found[*path, projection, "codes"][expert], np.float64), codes.T)
+            np.testing.assert_array_equal(np.asarray(found[*path, projection, "scales"][expert], np.float64), scales.T)
 
 
 def copy_of(folder: Path, to: Path) -> Path:
