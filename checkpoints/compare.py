@@ -3,16 +3,16 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from checkpoints import pipeline
+from checkpoints.converted import Converted
 from checkpoints.layout import CHUNK_BYTES
 from checkpoints.names import PACKED, SCALE, SCALE_INV, SHAPE
 from checkpoints.numerics import BLOCK, CODES_PER_WORD, F32
 from checkpoints.progress import Counter, Progress
-from checkpoints.safetensors import CheckpointError, Tensor
+from checkpoints.safetensors import CheckpointError, Published, Tensor
 from checkpoints.transform import transformed
 
 
@@ -27,17 +27,13 @@ class Finding:
     rms_error: float = 0.0
 
 
-class _Source(Protocol):
-    @property
-    def tensors(self) -> Mapping[str, Tensor]: ...
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
+Source = Published | Converted
 
 
 class Compare:
     """Tensors, or with a tolerance weights, of two sources."""
 
-    def __init__(self, left: _Source, right: _Source, tolerance: float | None, progress: Progress | None):
+    def __init__(self, left: Source, right: Source, tolerance: float | None, progress: Progress | None):
         self.sources, self.tolerance = (left, right), tolerance
         self.names = [_names(source.tensors, exact=tolerance is None) for source in (left, right)]
         self.all = list(dict.fromkeys([*self.names[0], *self.names[1]]))
@@ -133,7 +129,7 @@ def _shape(parts: Sequence[Tensor]) -> tuple[int, ...]:
     return (first.shape[0], first.shape[1] * CODES_PER_WORD) if first.name.endswith(PACKED) else first.shape
 
 
-def _values(source: _Source, parts: Sequence[Tensor], start: int, stop: int | None) -> np.ndarray:
+def _values(source: Source, parts: Sequence[Tensor], start: int, stop: int | None) -> np.ndarray:
     """Rows of a weight in float32."""
     arrays = [source.read(parts[0].name, start, stop)]
     if len(parts) == 2:
