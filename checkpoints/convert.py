@@ -28,6 +28,7 @@ from checkpoints.progress import Progress
 from checkpoints.quantization_config import Form
 from checkpoints.reading import Remote, identity
 from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.writing import aligned, write_file
 from kimi_jax import config_json
 
 MEMORY = 4 * 2**30
@@ -150,7 +151,7 @@ class _Conversion:
 
     def finish(self, log: journal.Journal) -> bool:
         """Makes the checkpoint whole if every process's chunks are there; says whether it is now."""
-        with journal.alone(self.partial):
+        with log.alone():
             if self.is_there():  # another process was faster
                 return True
             digests = log.of_all()
@@ -201,7 +202,7 @@ class _Work:
             lay = self.layouts[chunk.path]
             if array.shape != lay.chunk or array.dtype != lay.dtype:
                 raise TypeError(f"{chunk}: made {array.dtype} {array.shape}, expected {lay.dtype} {lay.chunk}")
-            _write(self.folder / chunk.path / lay.file(chunk.number), lay.encode(array))
+            write_file(self.folder / chunk.path / lay.file(chunk.number), lay.encode(array))
             self.log.record(chunk.path, chunk.number, journal.digest(array))
             with self.lock:
                 self.done += array.nbytes
@@ -209,9 +210,9 @@ class _Work:
 
     def _read(self, reads: Sequence[Rows]) -> list[np.ndarray]:
         """The arrays of a job, in memory that this thread's next job uses again: new pages cost as much as copying."""
-        sizes = [self._nbytes(rows) + 63 & ~63 for rows in reads]
+        sizes = [self._nbytes(rows) + 4095 & ~4095 for rows in reads]
         if getattr(self.thread, "buffer", np.empty(0)).nbytes < sum(sizes):
-            self.thread.buffer = np.empty(sum(sizes), np.uint8)
+            self.thread.buffer = aligned(sum(sizes))
         starts = np.cumsum([0, *sizes])
         return [
             self.published.read(rows.name, rows.start, rows.stop, self.thread.buffer[start:])
@@ -224,16 +225,3 @@ class _Work:
             return tensor.nbytes
         count = len(range(tensor.shape[0])[rows.start : rows.stop])
         return count * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-
-
-def _write(file: Path, pieces: Sequence[np.ndarray]) -> None:
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        offset = 0
-        for piece in pieces:
-            rest = piece.data
-            while rest:  # one call writes 2 GiB at most, and on a full disk what fits
-                count = os.pwrite(descriptor, rest, offset)
-                offset, rest = offset + count, rest[count:]
-    finally:
-        os.close(descriptor)

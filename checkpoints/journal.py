@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ class Journal:
                     self._unsynced.append((path, chunk))
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT)
         os.ftruncate(self._file, self._end)  # half a line, perhaps
+        self._all = os.open(self.path.with_name("lock"), os.O_RDWR | os.O_CREAT)
         self.sync()
 
     def record(self, path: str, chunk: int, sha256: str) -> None:
@@ -92,8 +94,18 @@ class Journal:
             done |= {(path, chunk): sha256 for path, chunk, sha256 in lines[:safe]}
         return {key: sha256 for key, sha256 in done.items() if self._is_there(*key, None)}
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process of the conversion at a time, even when another has moved the folder by then."""
+        fcntl.flock(self._all, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._all, fcntl.LOCK_UN)
+
     def close(self) -> None:
         os.close(self._file)
+        os.close(self._all)
 
     def _append(self, value: Any) -> None:
         line = json.dumps(value, separators=(",", ":")).encode() + b"\n"
@@ -152,8 +164,10 @@ def opened(partial: Path, settings: Mapping[str, Any], index: int, layouts: Mapp
 
 def _agree(partial: Path, settings: Mapping[str, Any]) -> None:
     path = partial / FOLDER / "settings.json"
-    new = path.with_name(f"settings-{socket.gethostname()}-{os.getpid()}.json")
-    new.write_text(json.dumps(settings, indent=1))
+    descriptor, name = tempfile.mkstemp(prefix="settings-", dir=partial / FOLDER)
+    new = Path(name)
+    with os.fdopen(descriptor, "w") as stream:
+        json.dump(settings, stream, indent=1)
     fsync(new)
     try:
         os.link(new, path)  # whole, or not at all, and by one process only
@@ -177,19 +191,12 @@ def differ(before: Any, now: Any, where: str = "") -> str:
 
 
 @contextmanager
-def alone(partial: Path) -> Iterator[None]:
-    """One process of the conversion at a time."""
-    with _locked(partial / FOLDER / "lock"):
-        yield
-
-
-@contextmanager
-def _locked(path: Path, message: str | None = None) -> Iterator[None]:
-    """Holds the lock at `path`; where another process does, waits, or raises FileExistsError with the `message`."""
+def _locked(path: Path, message: str) -> Iterator[None]:
+    """Holds the lock at `path`. Raises FileExistsError, which `message` opens, where another process does."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if message is None else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             who = os.read(descriptor, 1000).decode()
             raise FileExistsError(f"{message}: {who}") from None
