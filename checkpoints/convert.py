@@ -21,19 +21,17 @@ from typing import Any
 import numpy as np
 
 from checkpoints import forms, journal, layout, metadata, pipeline
-from checkpoints.forms import Job, Plan, Rows
+from checkpoints.forms import Job, Plan, Rest, Rows
 from checkpoints.metadata import MANIFEST, fsync
 from checkpoints.names import Contents, contents
+from checkpoints.pipeline import MEMORY, WORKERS
 from checkpoints.progress import Progress
+from checkpoints.quantization_config import Form
 from checkpoints.reading import Remote, identity
 from checkpoints.safetensors import CheckpointError, Published
 from checkpoints.writing import aligned, write_file
 from kimi_jax import config_json
 
-MEMORY = 4 * 2**30
-WORKERS = 4
-LEAST_MEMORY = 2**30
-RESERVED = 3 * 2**28  # of the memory: the interpreter, JAX and the names of 200,000 tensors take 600 MB
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -55,13 +53,17 @@ def convert(
     src: str | Path | Remote,
     dst: str | Path,
     *,
+    experts: Form | None = None,
+    dtype: Rest | None = None,
     memory: int = MEMORY,
     workers: int = WORKERS,
     process_index: int = 0,
     num_processes: int = 1,
     progress: Progress | None = None,
 ) -> Report:
-    """Writes the published checkpoint in `src`, a folder or URL, to a new folder `dst`, as stored: nothing is rounded.
+    """Writes the published checkpoint in `src`, a folder or URL, to a new folder `dst`: as stored, nothing rounded,
+    but for what `experts` (int4, fp8, bf16) and `dtype` (of the rest) ask for, and FP8, which becomes bf16 unless it is
+    asked for (`forms.plan`).
 
     The process's peak memory stays under `memory` bytes. Of several processes that share the destination's disk, each
     makes its share of the chunks, and the last to finish makes the checkpoint whole. A conversion that was stopped goes
@@ -73,13 +75,12 @@ def convert(
     CheckpointError naming file and tensor for values that cannot be, and whatever `Published.open`,
     `config_json.from_folder` and `names.contents` refuse; OSError where the disk is full. What was made by then stays.
     """
-    if memory < LEAST_MEMORY:
-        raise ValueError(f"memory of {memory:,} bytes: expected {LEAST_MEMORY:,} or more")
+    limit = pipeline.limit(memory)
     if workers < 1 or not 0 <= process_index < num_processes:
         raise ValueError(
             f"{workers} workers, process {process_index} of {num_processes}: expected 1 or more, from 0 on"
         )
-    conversion = _Conversion.of(Published.open(src), Path(dst).absolute())
+    conversion = _Conversion.of(Published.open(src), Path(dst).absolute(), experts, dtype)
     if conversion.is_there():
         return conversion.report(whole=True, found=conversion.nbytes(conversion.plan.jobs()), made=0)
     settings = conversion.source | {"files": conversion.files, "num_processes": num_processes}
@@ -88,7 +89,7 @@ def convert(
         todo = [job for job in share if not all((chunk.path, chunk.number) in log.done for chunk in job.makes)]
         work = _Work(conversion, log, progress, total=conversion.nbytes(share), todo=conversion.nbytes(todo))
         try:
-            pipeline.run(todo, work, lambda job: job.nbytes, workers=workers, limit=memory - RESERVED)
+            pipeline.run(todo, work, lambda job: job.nbytes, workers=workers, limit=limit)
             log.sync()
             whole = conversion.finish(log)
         except OSError as error:
@@ -112,9 +113,9 @@ class _Conversion:
     dst: Path
 
     @classmethod
-    def of(cls, published: Published, dst: Path) -> "_Conversion":
+    def of(cls, published: Published, dst: Path, experts: Form | None, dtype: Rest | None) -> "_Conversion":
         found = contents(config_json.from_folder(published.folder), published)
-        plan = forms.plan(published, found)
+        plan = forms.plan(published, found, experts, dtype)
         layouts = {leaf.path: layout.layout(leaf) for leaf in plan.leaves}
         files = {file.name: identity(file) for file in published.files}
         source = {
@@ -157,7 +158,7 @@ class _Conversion:
                 if difference := journal.differ(self.files[file.name], identity(file)):
                     raise CheckpointError(f"{file}: changed while it was converted: {difference}")
             metadata.write_array_metadata(self.layouts, self.partial)
-            metadata.carry(self.published, self.partial)
+            metadata.carry(self.published.folder, self.partial, self.plan.config)
             for path in (self.partial, *self.partial.glob("*"), *self.partial.glob("*/zarr.json")):
                 fsync(path)
             metadata.write_json(self.partial / MANIFEST, self.manifest(digests))

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from etils import epath
 
 from checkpoints.layout import Layout
 from checkpoints.names import PACKED, SHAPE, Leaf
+from checkpoints.reading import Place
 from checkpoints.safetensors import INDEX, Published
 
 MANIFEST = "kimi_manifest.json"
@@ -57,12 +58,19 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def carry(published: Published, folder: Path) -> tuple[str, ...]:
-    """Copies what a published folder has besides its tensors; gives the files' names."""
-    found = {file.name: file for pattern in _CARRIED for file in published.folder.glob(pattern) if file.is_file()}
-    found.pop(INDEX, None)
+def carry(
+    source: Place, folder: Path, config: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> tuple[str, ...]:
+    """Copies what the checkpoint in `source` has besides its tensors, config.json as `config` changes it; gives the
+    files' names."""
+    found = {file.name: file for pattern in _CARRIED for file in source.glob(pattern) if file.is_file()}
+    for name in (INDEX, MANIFEST):
+        found.pop(name, None)
     for name, file in found.items():
         (folder / name).write_bytes(file.read_bytes())
+    if config is not None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(config(json.loads(path.read_text())), indent=2) + "\n")
     return tuple(sorted(found))
 
 
@@ -81,8 +89,8 @@ def manifest(
     def entry(leaf: Leaf) -> dict[str, Any]:
         values = {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "published": leaf.pattern}
         if leaf.path.endswith(PACKED):
-            first = published.tensors[leaf.names[0].removesuffix(PACKED) + SHAPE]
-            values |= {SHAPE: list(leaf.weight_shape), f"{SHAPE}_dtype": first.dtype.name}
+            first = published.tensors.get(leaf.names[0].removesuffix(PACKED) + SHAPE)
+            values |= {SHAPE: list(leaf.weight_shape), f"{SHAPE}_dtype": first.dtype.name if first else "int32"}
         layout = layouts[leaf.path]
         return values | {
             "chunk": list(layout.chunk),

@@ -1,6 +1,7 @@
 """How far a long work is, for people (a bar) and for jobs (a JSON object a line)."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,19 @@ from rich.progress import Progress as Bar
 # Called with the bytes that are done, those of earlier attempts included, and those there are.
 Progress = Callable[[int, int], None]
 INTERVAL_S = 1.0
+
+
+class Counter:
+    """Adds up what several threads have done, and reports it."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.done, self.total, self.progress, self._lock = 0, total, progress, threading.Lock()
+
+    def __call__(self, nbytes: int) -> None:
+        with self._lock:
+            self.done += nbytes
+            if self.progress is not None:
+                self.progress(self.done, self.total)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from checkpoints.reading import Place, Remote, at, read_into, size
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_DTYPES = {
+DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,
     "F32": np.float32,
@@ -97,11 +97,9 @@ class Published:
         """Tensor `name`, or its rows `start` to `stop` along the leading axis, in the stored dtype.
 
         The result lies in `buffer` where one is given: bytes, as many as needed at the least, to be used again.
-        Raises KeyError for a name that is not there, `CheckpointError` for FP8 and for a file that ends early.
+        Raises KeyError for a name that is not there, `CheckpointError` for a file that ends early.
         """
         tensor = self.tensors[name]
-        if tensor.dtype == ml_dtypes.float8_e4m3fn:
-            raise CheckpointError(f"{tensor.file}: tensor {name} is FP8 (F8_E4M3), which cannot be read yet")
         shape, offset = tensor.shape, tensor.offset
         if (start, stop) != (0, None):
             rows = range(shape[0])[start:stop]
@@ -163,9 +161,9 @@ def _tensor(file: Place, name: str, entry: Any, data: int) -> Tensor:
         code, shape, (start, end) = entry["dtype"], tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: tensor {name} has a header without dtype, shape or data_offsets") from None
-    if code not in _DTYPES:
-        raise CheckpointError(f"{file}: tensor {name} has dtype {code!r}, expected one of {', '.join(_DTYPES)}")
-    tensor = Tensor(name, np.dtype(_DTYPES[code]), shape, file, data + start)
+    if code not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name} has dtype {code!r}, expected one of {', '.join(DTYPES)}")
+    tensor = Tensor(name, np.dtype(DTYPES[code]), shape, file, data + start)
     if start < 0 or min(shape, default=0) < 0 or end - start != tensor.nbytes:
         raise CheckpointError(
             f"{file}: tensor {name} of {code} {list(shape)} has bytes {start} to {end}, expected {tensor.nbytes} bytes"

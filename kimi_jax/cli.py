@@ -4,9 +4,7 @@ Exit codes: 0 done, 1 refused or failed (one line on standard error says why), 2
 """
 
 import argparse
-import dataclasses
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from kimi_jax import checkpoint_commands
 
 DESCRIPTION = "Moonshot's Kimi models in JAX: convert published checkpoints, look into them, generate."
 
@@ -48,29 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command(
-        "convert",
-        _convert,
-        "Turn a published safetensors folder into an Orbax checkpoint, INT4 kept, one chunk per expert. The same "
-        "command goes on with a conversion that was stopped.",
-        "kimi-jax convert ~/models/Kimi-K2.5 ~/models/kimi-k2.5-orbax --memory 4GiB",
-    )
-    sub.add_argument("src", help="folder or URL (gs://, s3://, hf://) with config.json and *.safetensors")
-    sub.add_argument("dst", type=Path, help="folder to write")
-    _add_limits(sub)
-    sub.add_argument("--process-index", type=int, default=0, metavar="I", help="of several that share dst; from 0")
-    sub.add_argument("--num-processes", type=int, default=1, metavar="N", help="that split one conversion (default 1)")
-
-    sub = command(
-        "inspect",
-        _inspect,
-        "Show what is in a checkpoint, published or converted, or in a preset: layers, dtypes, parameters, bytes.",
-        "kimi-jax inspect ~/models/Kimi-K2.5\n  kimi-jax inspect --preset kimi-k2.5",
-    )
-    which = sub.add_mutually_exclusive_group(required=True)
-    which.add_argument("path", type=Path, nargs="?", help="a checkpoint's folder")
-    which.add_argument("--preset", metavar="NAME", help="a published model's configuration, no weights needed")
-
+    checkpoint_commands.add(command)
     _add_generate(
         command(
             "generate",
@@ -87,20 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--image", type=Path, help="a picture of yours (default: one that the demo draws)")
     return parser
-
-
-def _add_limits(sub: argparse.ArgumentParser) -> None:
-    """What every long work on files has."""
-    sub.add_argument("--memory", type=_nbytes, default="4GiB", metavar="SIZE", help="never exceeded (default 4GiB)")
-    sub.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read and write (default 4)")
-    sub.add_argument("--json", action="store_true", help="progress and result as JSON, an object a line")
-
-
-def _nbytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a size like 4GiB or 500MB")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2])))
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
@@ -135,49 +99,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     sub.add_argument("--mesh", metavar="DxE", help="devices over data and experts, like 1x8 (default: one device)")
     sub.add_argument("--dtype", choices=["bfloat16", "float32"], help="of weights and activations (default: as stored)")
-
-
-def _convert(arguments: argparse.Namespace) -> None:
-    import checkpoints
-
-    with _progress(arguments, "converting") as progress:
-        report = checkpoints.convert(
-            arguments.src,
-            arguments.dst,
-            memory=arguments.memory,
-            workers=arguments.workers,
-            process_index=arguments.process_index,
-            num_processes=arguments.num_processes,
-            progress=progress,
-        )
-    if arguments.json:
-        print(json.dumps({"event": "converted", **dataclasses.asdict(report)}, default=str))
-        return
-    state = "was there already" if not report.made_bytes else f"{report.made_bytes:,} bytes written"
-    if not report.whole:
-        state += f"; the share of process {arguments.process_index} is done, others are still missing"
-    elif report.made_bytes and report.found_bytes:
-        state += f", {report.found_bytes:,} found from before"
-    print(f"{report.destination}: {report.tensors:,} tensors in {report.leaves:,} leaves; {state}")
-    if report.skipped:
-        print(f"skipped {len(report.skipped)} tensors that the model does not use, like {report.skipped[0]}")
-
-
-def _progress(arguments: argparse.Namespace, what: str) -> Any:
-    import checkpoints
-
-    return checkpoints.progress_events(what) if arguments.json else checkpoints.progress_bar(what)
-
-
-def _inspect(arguments: argparse.Namespace) -> None:
-    import checkpoints
-    from kimi_jax import config_json
-
-    if arguments.preset is not None:
-        summary = checkpoints.summary_of_config(config_json.preset(arguments.preset))
-    else:
-        summary = checkpoints.summary(arguments.path)
-    Console().print(checkpoints.table(summary))
+    sub.add_argument("--verify", action="store_true", help="hold a converted checkpoint against its checksums first")
 
 
 def _messages(arguments: argparse.Namespace) -> tuple[list[Any], list[Any] | None]:
@@ -210,7 +132,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_folder(arguments.path)
     mesh = None if arguments.mesh is None else make_mesh(arguments.mesh)
     began = time.perf_counter()
-    model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype)
+    model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
     prompt = prompts.prepare(
         arguments.path, model.config, tokenizer, messages, tools=tools, thinking=arguments.thinking
     )
