@@ -1,227 +1,224 @@
-"""A published folder -> an Orbax checkpoint, streaming: memory stays near one chunk, whatever the model's size.
+"""A published folder -> an Orbax checkpoint, chunk by chunk: memory stays near a few chunks, whatever the model's size.
 
-Arrays are zarr v3, uncompressed, one per stored leaf (`names`), written chunk by chunk through tensorstore in the order
-of the shards' bytes; a chunk is one expert, so that its file is a published tensor's bytes verbatim. Orbax then writes
-its tree metadata over them, and reads the result like any checkpoint of its own. Everything happens in a folder beside
-the destination, named `*.partial`, which takes the destination's name when all is there, the manifest last.
+`forms` says what is read for each chunk and how it is made, `layout` how it lies in its file, `pipeline` keeps several
+at work, `journal` remembers which are done. All happens in a folder beside the destination, named `*.partial`, which
+takes the destination's name when everything is there and safe on the disk, Orbax's metadata and our manifest last.
+Whatever stops a conversion leaves the partial folder, and the same command goes on from it.
 """
 
 import dataclasses
+import errno
+import hashlib
 import json
+import math
 import os
 import shutil
-from collections import deque
-from collections.abc import Sequence
-from importlib.metadata import version
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
-from etils import epath
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from checkpoints.names import PACKED, SHAPE, Contents, Leaf, contents
-from checkpoints.safetensors import INDEX, Published
+from checkpoints import forms, journal, layout, metadata, pipeline
+from checkpoints.forms import Job, Plan, Rest, Rows
+from checkpoints.metadata import MANIFEST, fsync
+from checkpoints.names import Contents, contents
+from checkpoints.pipeline import MEMORY, WORKERS
+from checkpoints.progress import Progress
+from checkpoints.quantization_config import Form
+from checkpoints.reading import Remote, identity
+from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.writing import aligned, write_file
 from kimi_jax import config_json
 
-MANIFEST = "kimi_manifest.json"
-CHUNK_BYTES = 32 * 2**20
-PENDING_BYTES = 2 * CHUNK_BYTES
-# Configuration, tokenizer, preprocessor, templates and the code that comes with them.
-_CARRIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "LICENSE*")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a conversion did. `read_bytes` are the safetensors files' sizes, `written_bytes` the destination's."""
+    """What a conversion did. `whole` is false where shares of other processes are missing. Of this process's share of
+    the arrays, `found_bytes` were there before and `made_bytes` are new."""
 
     destination: Path
+    whole: bool
     leaves: int
     tensors: int
     skipped: tuple[str, ...]
-    read_bytes: int
-    written_bytes: int
-    carried: tuple[str, ...]
+    found_bytes: int
+    made_bytes: int
 
 
-def progress_bar() -> Progress:
-    """A bar for `convert(..., progress=bar)`: bytes, rate and time left. A context manager."""
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns)
+def convert(
+    src: str | Path | Remote,
+    dst: str | Path,
+    *,
+    experts: Form | None = None,
+    dtype: Rest | None = None,
+    memory: int = MEMORY,
+    workers: int = WORKERS,
+    process_index: int = 0,
+    num_processes: int = 1,
+    progress: Progress | None = None,
+) -> Report:
+    """Writes the published checkpoint in `src`, a folder or URL, to a new folder `dst`: as stored, nothing rounded,
+    but for what `experts` (int4, fp8, bf16) and `dtype` (of the rest) ask for, and FP8, which becomes bf16 unless it is
+    asked for (`forms.plan`).
 
+    The process's peak memory stays under `memory` bytes. Of several processes that share the destination's disk, each
+    makes its share of the chunks, and the last to finish makes the checkpoint whole. A conversion that was stopped goes
+    on; a destination that has this very conversion is left as it is. Restore it with `checkpoints.load`, or without
+    any code of ours with `orbax.checkpoint.StandardCheckpointer`.
 
-def convert(src: str | Path, dst: str | Path, *, progress: Progress | None = None) -> Report:
-    """Writes the published checkpoint in folder `src` to a new folder `dst`, as stored: nothing is rounded.
-
-    Restore it with `checkpoints.load`, or without any code of ours with `orbax.checkpoint.StandardCheckpointer`.
-    Raises FileExistsError if `dst` is there, or a `dst.partial` that another conversion is writing or left; whatever
-    `Published.open`, `config_json.from_folder` and `names.contents` refuse. On any error nothing is left behind.
+    Raises ValueError for less memory than a GiB or a process that is none of `num_processes`; FileExistsError for a
+    destination or partial folder of something else, or one that the same process of the conversion is writing;
+    CheckpointError naming file and tensor for values that cannot be, and whatever `Published.open`,
+    `config_json.from_folder` and `names.contents` refuse; OSError where the disk is full. What was made by then stays.
     """
-    src, dst = Path(src), Path(dst).absolute()
-    if dst.exists():
-        raise FileExistsError(f"{dst}: destination exists")
-    published = Published.open(src)
-    found = contents(config_json.from_folder(src), published)
-    partial = dst.with_name(dst.name + ".partial")
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        partial.mkdir()
-    except FileExistsError:
-        raise FileExistsError(f"{partial}: another conversion is writing it or was killed; if so, remove it") from None
-    try:
-        _write_arrays(published, found.leaves, partial, progress)
-        _write_metadata(found.leaves, partial)
-        carried = _carry(src, partial)
-        (partial / MANIFEST).write_text(json.dumps(_manifest(published, found), indent=1) + "\n")
-        if dst.exists():  # renaming would replace an empty folder
-            raise FileExistsError(f"{dst}: destination exists")
-        partial.rename(dst)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    return Report(
-        destination=dst,
-        leaves=len(found.leaves),
-        tensors=sum(len(leaf.names) for leaf in found.leaves),
-        skipped=found.skipped,
-        read_bytes=sum(file.stat().st_size for file in published.files),
-        written_bytes=sum(file.stat().st_size for file in dst.rglob("*") if file.is_file()),
-        carried=carried,
-    )
+    limit = pipeline.limit(memory)
+    if workers < 1 or not 0 <= process_index < num_processes:
+        raise ValueError(
+            f"{workers} workers, process {process_index} of {num_processes}: expected 1 or more, from 0 on"
+        )
+    conversion = _Conversion.of(Published.open(src), Path(dst).absolute(), experts, dtype)
+    if conversion.is_there():
+        return conversion.report(whole=True, found=conversion.nbytes(conversion.plan.jobs()), made=0)
+    settings = conversion.source | {"files": conversion.files, "num_processes": num_processes}
+    with journal.opened(conversion.partial, settings, process_index, conversion.layouts) as log:
+        share = [job for i, job in enumerate(conversion.plan.jobs()) if i % num_processes == process_index]
+        todo = [job for job in share if not all((chunk.path, chunk.number) in log.done for chunk in job.makes)]
+        work = _Work(conversion, log, progress, total=conversion.nbytes(share), todo=conversion.nbytes(todo))
+        try:
+            pipeline.run(todo, work, lambda job: job.nbytes, workers=workers, limit=limit)
+            log.sync()
+            whole = conversion.finish(log)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            reason = os.strerror(error.errno)
+            raise OSError(f"{conversion.partial}: {reason}; the same command goes on when there is room") from error
+    return conversion.report(whole=whole, found=work.found, made=work.done - work.found)
 
 
-def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
-    """One expert, or the leading axis halved until a chunk has at most `CHUNK_BYTES`; it stays a divisor, so that no
-    chunk straddles the shards of a mesh."""
-    if leaf.stacked:
-        return (1, *leaf.shape[1:])
-    rows, row_bytes = leaf.shape[0], leaf.nbytes // max(leaf.shape[0], 1)
-    while rows * row_bytes > CHUNK_BYTES and rows % 2 == 0:
-        rows //= 2
-    return (rows, *leaf.shape[1:])
+@dataclasses.dataclass(frozen=True)
+class _Conversion:
+    """One conversion. `files` are the identities of the source's files, `source` is what the result depends on."""
+
+    published: Published
+    contents: Contents
+    plan: Plan
+    layouts: Mapping[str, layout.Layout]
+    files: Mapping[str, Any]
+    source: dict[str, Any]
+    dst: Path
+
+    @classmethod
+    def of(cls, published: Published, dst: Path, experts: Form | None, dtype: Rest | None) -> "_Conversion":
+        found = contents(config_json.from_folder(published.folder), published)
+        plan = forms.plan(published, found, experts, dtype)
+        layouts = {leaf.path: layout.layout(leaf) for leaf in plan.leaves}
+        files = {file.name: identity(file) for file in published.files}
+        source = {
+            "form": plan.form,
+            "layout": [layout.CHUNK_BYTES, layout.PARTS, layout.PART_BYTES],
+            "config": hashlib.sha256((published.folder / "config.json").read_bytes()).hexdigest(),
+            # a copy of a file is as good, whenever it was made
+            "files": {name: {**file, "changed": None} for name, file in files.items()},
+        }
+        return cls(published, found, plan, layouts, files, source, dst)
+
+    @property
+    def partial(self) -> Path:
+        return self.dst.with_name(self.dst.name + ".partial")
+
+    def nbytes(self, jobs: Any) -> int:
+        return sum(self.layouts[chunk.path].chunk_bytes for job in jobs for chunk in job.makes)
+
+    def is_there(self) -> bool:
+        """Whether the destination has this conversion. Raises FileExistsError where it has something else."""
+        if not self.dst.exists():
+            return False
+        if not (self.dst / MANIFEST).is_file():
+            raise FileExistsError(f"{self.dst}: destination exists, and is no checkpoint of ours")
+        before = json.loads((self.dst / MANIFEST).read_text())["source"]
+        if difference := journal.differ(before, self.source):
+            raise FileExistsError(f"{self.dst}: destination exists, of another conversion: {difference}")
+        shutil.rmtree(self.dst / journal.FOLDER, ignore_errors=True)
+        return True
+
+    def finish(self, log: journal.Journal) -> bool:
+        """Makes the checkpoint whole if every process's chunks are there; says whether it is now."""
+        with log.alone():
+            if self.is_there():  # another process was faster
+                return True
+            digests = log.of_all()
+            if any((path, i) not in digests for path, lay in self.layouts.items() for i in range(lay.chunks)):
+                return False
+            for file in self.published.files:
+                if difference := journal.differ(self.files[file.name], identity(file)):
+                    raise CheckpointError(f"{file}: changed while it was converted: {difference}")
+            metadata.write_array_metadata(self.layouts, self.partial)
+            metadata.carry(self.published.folder, self.partial, self.plan.config)
+            for path in (self.partial, *self.partial.glob("*"), *self.partial.glob("*/zarr.json")):
+                fsync(path)
+            metadata.write_json(self.partial / MANIFEST, self.manifest(digests))
+            self.partial.rename(self.dst)
+            fsync(self.dst.parent)
+        shutil.rmtree(self.dst / journal.FOLDER)
+        return True
+
+    def manifest(self, digests: Mapping[tuple[str, int], str]) -> dict[str, Any]:
+        config, skipped = self.contents.config, self.contents.skipped
+        return metadata.manifest(
+            self.published, config.model_type, self.source, skipped, self.plan.leaves, digests, self.layouts
+        )
+
+    def report(self, *, whole: bool, found: int, made: int) -> Report:
+        leaves = self.contents.leaves
+        tensors = sum(len(leaf.names) for leaf in leaves)
+        return Report(self.dst, whole, len(self.plan.leaves), tensors, self.contents.skipped, found, made)
 
 
-def _write_arrays(published: Published, leaves: Sequence[Leaf], folder: Path, progress: Progress | None) -> None:
-    places = {name: (leaf, i) for leaf in leaves for i, name in enumerate(leaf.names)}
-    arrays: dict[str, ts.TensorStore] = {}
-    with _Writer(progress, sum(leaf.nbytes for leaf in leaves)) as writer:
-        for name in (name for name in published.tensors if name in places):
-            leaf, expert = places[name]
-            if leaf.path not in arrays:
-                arrays[leaf.path] = _create(leaf, folder)
-            if leaf.stacked:
-                writer.write(arrays[leaf.path][expert], published.read(name))
-                continue
-            rows = chunk_shape(leaf)[0]
-            for start in range(0, leaf.shape[0], rows):
-                writer.write(arrays[leaf.path][start : start + rows], published.read(name, start, start + rows))
+class _Work:
+    """Makes the chunks of a job: reads, transforms, digests, writes, and only then records them. `done` and `found`
+    count bytes of chunks, all and those of earlier attempts."""
 
+    def __init__(
+        self, conversion: _Conversion, log: journal.Journal, progress: Progress | None, *, total: int, todo: int
+    ):
+        self.published, self.layouts, self.folder = conversion.published, conversion.layouts, conversion.partial
+        self.log, self.progress = log, progress or (lambda done, total: None)
+        self.total, self.done, self.found = total, total - todo, total - todo
+        self.thread, self.lock = threading.local(), threading.Lock()
+        for path in self.layouts:
+            (self.folder / path).mkdir(exist_ok=True)
+        self.progress(self.done, self.total)
 
-class _Writer:
-    """Writes blocks in the background, never holding more than `PENDING_BYTES` of them besides the newest."""
+    def __call__(self, job: Job) -> None:
+        for chunk, array in zip(job.makes, job.make(*self._read(job.reads)), strict=True):
+            lay = self.layouts[chunk.path]
+            if array.shape != lay.chunk or array.dtype != lay.dtype:
+                raise TypeError(f"{chunk}: made {array.dtype} {array.shape}, expected {lay.dtype} {lay.chunk}")
+            write_file(self.folder / chunk.path / lay.file(chunk.number), lay.encode(array))
+            self.log.record(chunk.path, chunk.number, journal.digest(array))
+            with self.lock:
+                self.done += array.nbytes
+                self.progress(self.done, self.total)
 
-    def __init__(self, progress: Progress | None, total: int):
-        self.pending: deque[tuple[ts.WriteFutures, int]] = deque()
-        self.pending_bytes = 0
-        self.progress = progress
-        self.task = progress.add_task("converting", total=total) if progress else None
+    def _read(self, reads: Sequence[Rows]) -> list[np.ndarray]:
+        """The arrays of a job, in memory that this thread's next job uses again: new pages cost as much as copying."""
+        sizes = [self._nbytes(rows) + 4095 & ~4095 for rows in reads]
+        if getattr(self.thread, "buffer", np.empty(0)).nbytes < sum(sizes):
+            self.thread.buffer = aligned(sum(sizes))
+        starts = np.cumsum([0, *sizes])
+        return [
+            self.published.read(rows.name, rows.start, rows.stop, self.thread.buffer[start:])
+            for rows, start in zip(reads, starts, strict=False)
+        ]
 
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
-        if error is None:
-            self._settle(0)
-        for write, _ in self.pending:  # nobody may still be writing into a folder that is about to be removed
-            write.exception()
-
-    def write(self, array: ts.TensorStore, block: np.ndarray) -> None:
-        self.pending.append((array.write(block, can_reference_source_data_indefinitely=True), block.nbytes))
-        self.pending_bytes += block.nbytes
-        self._settle(PENDING_BYTES)
-
-    def _settle(self, limit: int) -> None:
-        while self.pending and self.pending_bytes > limit:
-            write, nbytes = self.pending[0]
-            write.result()
-            self.pending.popleft()
-            self.pending_bytes -= nbytes
-            if self.progress and self.task is not None:
-                self.progress.advance(self.task, nbytes)
-
-
-def _create(leaf: Leaf, folder: Path) -> ts.TensorStore:
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder / leaf.path}{os.sep}"},
-        "metadata": {
-            "shape": leaf.shape,
-            "data_type": leaf.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape(leaf)}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-        },
-        "store_data_equal_to_fill_value": True,  # Orbax takes a chunk that is not there for a damaged checkpoint
-    }
-    return ts.open(spec, create=True).result()
-
-
-class _AlreadyWritten:
-    """A leaf whose array lies in its place."""
-
-
-class _AlreadyWrittenHandler(ocp.type_handlers.NumpyHandler):
-    """Has Orbax record such leaves as numpy arrays, which it restores without asking for a sharding."""
-
-    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
-        return []
-
-
-def _write_metadata(leaves: Sequence[Leaf], folder: Path) -> None:
-    """Orbax's own description of the tree: nested dictionaries along the dots of the paths."""
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (_AlreadyWritten, _AlreadyWrittenHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
-    tree = nested({leaf.path: _AlreadyWritten() for leaf in leaves})
-    handler.save(epath.Path(folder), args=ocp.args.PyTreeSave(tree))
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"a.b": x} -> {"a": {"b": x}}: the tree as Orbax holds it."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
-
-
-def _carry(src: Path, dst: Path) -> tuple[str, ...]:
-    names = sorted({file.name for pattern in _CARRIED for file in src.glob(pattern) if file.is_file()} - {INDEX})
-    for name in names:
-        shutil.copyfile(src / name, dst / name)
-    return tuple(names)
-
-
-def _manifest(published: Published, found: Contents) -> dict[str, Any]:
-    """What the arrays alone do not tell about the published files: names, files, and the dtype of each weight_shape."""
-
-    def entry(leaf: Leaf) -> dict[str, Any]:
-        values = {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "published": leaf.pattern}
-        if leaf.path.endswith(PACKED):
-            first = published.tensors[leaf.names[0].removesuffix(PACKED) + SHAPE]
-            values |= {SHAPE: list(leaf.weight_shape), f"{SHAPE}_dtype": first.dtype.name}
-        return values
-
-    return {
-        "kimi_jax": version("kimi-jax"),
-        "model_type": found.config.model_type,
-        "files": {file.name: file.stat().st_size for file in published.files},
-        "skipped": list(found.skipped),
-        "leaves": {leaf.path: entry(leaf) for leaf in found.leaves},
-    }
+    def _nbytes(self, rows: Rows) -> int:
+        tensor = self.published.tensors[rows.name]
+        if (rows.start, rows.stop) == (0, None):
+            return tensor.nbytes
+        count = len(range(tensor.shape[0])[rows.start : rows.stop])
+        return count * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize

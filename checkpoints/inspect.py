@@ -8,7 +8,8 @@ from typing import Literal
 
 from rich.table import Table
 
-from checkpoints.names import CODES_PER_WORD, PACKED, SCALE, Leaf, stored
+from checkpoints.names import PACKED, SCALE, SCALE_INV, Leaf, stored
+from checkpoints.numerics import CODES_PER_WORD
 from checkpoints.orbax import OrbaxSource, open_checkpoint
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import abstract
@@ -129,6 +130,6 @@ def _part(name: str, leaves: list[Leaf]) -> Part:
 
 
 def _parameters(leaf: Leaf) -> int:
-    if leaf.path.endswith(SCALE):
+    if leaf.path.endswith((SCALE, SCALE_INV)):
         return 0
     return leaf.nbytes // leaf.dtype.itemsize * (CODES_PER_WORD if leaf.path.endswith(PACKED) else 1)

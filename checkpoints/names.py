@@ -2,26 +2,27 @@
 
 A *stored leaf* is what an Orbax checkpoint of ours holds: published words, shapes and orientation, with a layer's
 experts stacked on a leading axis. Its path is the tree's own, except that INT4 experts keep their published endings
-(`weight_packed`, `weight_scale`), since the tree's `codes` and `scales` are in the kernels' layout. What leaves a model
-has is read off the abstract model, so that there is one truth.
+(`weight_packed`, `weight_scale`), since the tree's `codes` and `scales` are in the kernels' layout, and that an FP8
+`weight` has its `weight_scale_inv` beside it. What leaves a model has is read off the abstract model, so that there is
+one truth.
 """
 
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from checkpoints.numerics import BLOCK, CODES_PER_WORD, F32, FP8
 from checkpoints.safetensors import CheckpointError, Published, Tensor
 from kimi_jax.config import KimiConfig, QuantizationConfig
 from kimi_jax.model.kimi import Kimi, abstract
 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
-CODES_PER_WORD = 8
+SCALE_INV = "weight_scale_inv"
 _STORED_ENDINGS = {"codes": PACKED, "scales": SCALE}
 _TEXT = ("model.", "lm_head.")
 _PREFIX = "language_model."
@@ -87,6 +88,20 @@ def stored(model: Kimi) -> list[Leaf]:
     return [_leaf(model.config, tuple(map(str, path)), variable) for path, variable in flat]
 
 
+def with_fp8(leaves: Iterable[Leaf], is_fp8: Callable[[Leaf], bool]) -> list[Leaf]:
+    """`leaves`, those that are FP8 in e4m3 and followed by their scales: one for each block of 128 x 128."""
+    result = []
+    for leaf in leaves:
+        if not (leaf.path.endswith(".weight") and len(leaf.shape) > 1 and is_fp8(leaf)):
+            result.append(leaf)
+            continue
+        *outer, out, in_ = leaf.shape
+        blocks = (*outer, -(-out // BLOCK), -(-in_ // BLOCK))
+        scale = Leaf(f"{leaf.path}_scale_inv", blocks, F32, f"{leaf.pattern}_scale_inv", (*leaf.axes[:-2], None, None))
+        result += [dataclasses.replace(leaf, dtype=FP8), scale]
+    return result
+
+
 def variable_path(path: str) -> tuple[str | int, ...]:
     """A stored leaf's path -> the path of its variable in the model's state."""
     stem, ending = path.rsplit(".", 1)
@@ -132,6 +147,7 @@ def contents(config: KimiConfig, published: Published) -> Contents:
     model = abstract_of_form(config, tensors)
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensors) else ""
     leaves = [_with_prefix(leaf, prefix) for leaf in stored(model)]
+    leaves = with_fp8(leaves, lambda leaf: f"{leaf.names[0]}_scale_inv" in tensors)
     _check_names(published, leaves, tensors)
     leaves = [_check_tensors(leaf, tensors) for leaf in leaves]
     for leaf in leaves:
@@ -158,10 +174,11 @@ def as_stored(leaf: Leaf, shape: tuple[int, ...], dtype: np.dtype, where: str) -
         expected, axes = shape, (None, None, *leaf.axes, None)
     if shape != expected:
         raise CheckpointError(f"{where} has shape {list(shape)}, expected {list(expected)}")
-    kinds = (leaf.dtype.name,) if leaf.path.endswith((PACKED, SCALE)) else _FLOATS
+    as_is = leaf.path.endswith((PACKED, SCALE, SCALE_INV)) or leaf.dtype == FP8
+    kinds = (leaf.dtype.name,) if as_is else _FLOATS
     if dtype.name not in kinds:
-        fp8 = "; FP8 checkpoints cannot be read yet" if dtype == ml_dtypes.float8_e4m3fn else ""
-        raise CheckpointError(f"{where} has dtype {dtype.name}, expected {' or '.join(kinds)}{fp8}")
+        scales = f" (no {SCALE_INV} lies beside it)" if dtype == FP8 else ""
+        raise CheckpointError(f"{where} has dtype {dtype.name}, expected {' or '.join(kinds)}{scales}")
     return dataclasses.replace(leaf, shape=shape, dtype=dtype, axes=axes)
 
 
@@ -185,9 +202,7 @@ def _check_names(published: Published, leaves: list[Leaf], tensors: Mapping[str,
     ):
         if names:
             first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            # an FP8 checkpoint is all extra scales; say the useful thing
-            fp8 = " (FP8 checkpoints cannot be read yet)" if any(n.endswith("weight_scale_inv") for n in names) else ""
-            raise CheckpointError(f"{published.folder}: {len(names)} tensors {kind}: {first}{fp8}")
+            raise CheckpointError(f"{published.folder}: {len(names)} tensors {kind}: {first}")
 
 
 def _check_tensors(leaf: Leaf, tensors: Mapping[str, Tensor]) -> Leaf:
@@ -206,11 +221,14 @@ def _check_tensors(leaf: Leaf, tensors: Mapping[str, Tensor]) -> Leaf:
 def _check_weight_shapes(leaf: Leaf, published: Published) -> None:
     if not leaf.path.endswith(PACKED):
         return
-    for packed in leaf.names:
-        name = packed.removesuffix(PACKED) + SHAPE
+    names = [packed.removesuffix(PACKED) + SHAPE for packed in leaf.names]
+    first = published.tensors[names[0]]
+    for name in names:
         tensor = published.tensors[name]
         where = f"{tensor.file}: tensor {name}"
         if tensor.dtype.name not in ("int32", "int64") or tensor.shape != (2,):
             raise CheckpointError(f"{where} is {tensor.dtype} {list(tensor.shape)}, expected int32 or int64 [2]")
+        if tensor.dtype != first.dtype:
+            raise CheckpointError(f"{where} has dtype {tensor.dtype}, but {first.name} has {first.dtype}")
         if (value := tuple(published.read(name).tolist())) != leaf.weight_shape:
             raise CheckpointError(f"{where} says {list(value)}, expected {list(leaf.weight_shape)}")

@@ -1,7 +1,7 @@
 """Fills a `Kimi` from a checkpoint, sharded: an Orbax checkpoint of ours, or a published folder directly.
 
 Each process reads only the bytes of its own shards, a bounded batch of leaves at a time, and what is stored becomes
-what the model computes with on the device: INT4 words the kernels' codes, dense experts [in, out].
+what the model computes with on the device: INT4 words the kernels' codes, FP8 blocks bf16.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from checkpoints.convert import MANIFEST, nested
+from checkpoints.metadata import MANIFEST, nested
 from checkpoints.names import (
     PACKED,
     SCALE,
+    SCALE_INV,
     Contents,
     Leaf,
     abstract_of_form,
@@ -31,8 +32,11 @@ from checkpoints.names import (
     contents,
     stored,
     variable_path,
+    with_fp8,
 )
+from checkpoints.numerics import BLOCK, FP8
 from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.verify import check
 from kimi_jax import config_json
 from kimi_jax.model.kimi import Kimi
 from pallas_kernels import unpack_int4
@@ -41,16 +45,21 @@ from sharding import spec
 BATCH_BYTES = 2**28  # held besides the model; one projection of a layer's experts may be more, and then goes alone
 
 
-def load(path: str | Path, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike | None = None) -> Kimi:
+def load(
+    path: str | Path, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike | None = None, *, verify: bool = False
+) -> Kimi:
     """The model in folder `path`: an Orbax checkpoint of ours, or a published folder of safetensors.
 
     Its arrays lie on `mesh` as `sharding.rules` says, on the default device where there is none. `dtype` casts the
-    parameters, None keeps them as stored; INT4 scales stay bf16 and the router's bias, `A_log` and `dt_bias` are
-    float32 in any case.
+    parameters, None keeps them as stored, FP8 as bf16, since the model does not compute in FP8. INT4 scales stay bf16,
+    and the router's bias, `A_log` and `dt_bias` are float32 in any case. With `verify`, every chunk of a converted
+    checkpoint is first held against its checksum, each process its share of them.
     Raises FileNotFoundError where `path` holds no checkpoint, ConfigError or CheckpointError (both ValueErrors) where
     it is damaged or of another model than its config.json says, ValueError where `mesh` does not divide the experts.
     """
     source = open_checkpoint(path)
+    if verify:
+        check(path, process_index=jax.process_index(), num_processes=jax.process_count())
     graphdef, state = nnx.split(source.contents.model)
     variables = dict(nnx.to_flat_state(state))
 
@@ -67,7 +76,10 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike
                 values[leaf.path], values[scale] = _unpack(out(leaf.path), out(scale))(
                     arrays.pop(leaf.path), arrays.pop(scale)
                 )
-            elif not leaf.path.endswith(SCALE):  # which goes with its words
+            elif leaf.dtype == FP8:  # the model does not compute in it
+                weight, scale_inv = arrays.pop(leaf.path), arrays.pop(f"{leaf.path}_scale_inv")
+                values[leaf.path] = _from_fp8(out(leaf.path))(weight, scale_inv, dtype or jnp.bfloat16)
+            elif not leaf.path.endswith((SCALE, SCALE_INV)):  # which go with their words or e4m3
                 variable = variables[variable_path(leaf.path)]
                 # what a bf16 model has in float32 is float32 in any
                 to_dtype = variable.dtype if variable.dtype == jnp.float32 else dtype or leaf.dtype
@@ -90,6 +102,17 @@ def _dense(array: jax.Array, to: jax.ShapeDtypeStruct, out: Sharding) -> jax.Arr
 @functools.cache
 def _unpack(codes: Sharding, scales: Sharding) -> Any:
     return jax.jit(unpack_int4, out_shardings=(codes, scales))
+
+
+@functools.cache
+def _from_fp8(out: Sharding) -> Any:
+    def dequantized(weight: jax.Array, scale_inv: jax.Array, dtype: Any) -> jax.Array:
+        """As `numerics.dequantize_fp8`, of [out, in] or [e, out, in]."""
+        rows = jnp.repeat(scale_inv, BLOCK, axis=-2)[..., : weight.shape[-2], :]
+        scale = jnp.repeat(rows, BLOCK, axis=-1)[..., : weight.shape[-1]]
+        return (weight.astype(jnp.float32) * scale).astype(dtype)
+
+    return jax.jit(dequantized, static_argnums=2, out_shardings=out)
 
 
 @functools.cache
@@ -193,7 +216,8 @@ def open_checkpoint(path: str | Path) -> PublishedSource | OrbaxSource:
     manifest = json.loads((path / MANIFEST).read_text())
     entries = manifest["leaves"]
     model = abstract_of_form(config_json.from_folder(path), entries)
-    expected = {leaf.path: leaf for leaf in stored(model)}
+    leaves_of_form = with_fp8(stored(model), lambda leaf: f"{leaf.path}_scale_inv" in entries)
+    expected = {leaf.path: leaf for leaf in leaves_of_form}
     if wrong := sorted(expected.keys() ^ entries.keys()):
         raise CheckpointError(f"{path}: {len(wrong)} leaves are missing or not of this model: {', '.join(wrong[:3])}")
     leaves = []

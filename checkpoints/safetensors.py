@@ -17,10 +17,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from checkpoints.reading import Place, Remote, at, read_into, size
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_DTYPES = {
+DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,
     "F32": np.float32,
@@ -47,7 +49,7 @@ class Tensor:
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    file: Path
+    file: Place
     offset: int
 
     @property
@@ -59,18 +61,18 @@ class Tensor:
 class Published:
     """A folder of safetensors, indexed or a single file. `tensors` is in the order of the files and their bytes."""
 
-    folder: Path
+    folder: Place
     tensors: Mapping[str, Tensor]
-    files: tuple[Path, ...]
+    files: tuple[Place, ...]
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Published":
-        """Reads every header in `folder` and holds it against the index, where there is one.
+    def open(cls, folder: str | Path | Remote) -> "Published":
+        """Reads every header in `folder`, a path or URL, and holds it against the index, where there is one.
 
         Raises FileNotFoundError if there are no safetensors, `CheckpointError` naming file and tensor for a shard that
         is missing, truncated or damaged, a tensor that comes twice, and an index that says other than the shards.
         """
-        folder = Path(folder)
+        folder = at(folder)
         if (folder / INDEX).is_file():
             weight_map = _weight_map(folder / INDEX)
             files = tuple(folder / file for file in sorted(set(weight_map.values())))
@@ -91,36 +93,26 @@ class Published:
             _check_index(folder / INDEX, weight_map, tensors)
         return cls(folder, tensors, files)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def read(self, name: str, start: int = 0, stop: int | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
         """Tensor `name`, or its rows `start` to `stop` along the leading axis, in the stored dtype.
 
-        Raises KeyError for a name that is not there, `CheckpointError` for FP8 and for a file that ends early.
+        The result lies in `buffer` where one is given: bytes, as many as needed at the least, to be used again.
+        Raises KeyError for a name that is not there, `CheckpointError` for a file that ends early.
         """
         tensor = self.tensors[name]
-        if tensor.dtype == ml_dtypes.float8_e4m3fn:
-            raise CheckpointError(f"{tensor.file}: tensor {name} is FP8 (F8_E4M3), which cannot be read yet")
         shape, offset = tensor.shape, tensor.offset
         if (start, stop) != (0, None):
             rows = range(shape[0])[start:stop]
             offset += start * math.prod(shape[1:]) * tensor.dtype.itemsize
             shape = (len(rows), *shape[1:])
-        array = np.empty(shape, tensor.dtype)
-        _read_into(tensor, memoryview(array.reshape(-1).view(np.uint8).data), offset)
-        return array
+        nbytes = math.prod(shape) * tensor.dtype.itemsize
+        flat = np.empty(nbytes, np.uint8) if buffer is None else buffer[:nbytes]
+        if (count := read_into(tensor.file, offset, flat.data)) < nbytes:
+            raise CheckpointError(f"{tensor.file}: ends inside tensor {tensor.name}, at byte {offset + count}")
+        return flat.view(tensor.dtype).reshape(shape)
 
 
-def _read_into(tensor: Tensor, into: memoryview, offset: int) -> None:
-    done = 0
-    with tensor.file.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while done < len(into):  # one call reads 2 GiB at most
-            count = file.readinto(into[done:])
-            if not count:
-                raise CheckpointError(f"{tensor.file}: ends inside tensor {tensor.name}, at byte {offset + done}")
-            done += count
-
-
-def _weight_map(path: Path) -> dict[str, str]:
+def _weight_map(path: Place) -> dict[str, str]:
     weight_map = _json(path, path.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing or empty")
@@ -130,7 +122,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+def _check_index(index: Place, weight_map: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     for name, file in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{index}: places tensor {name} in {file}, which does not hold it")
@@ -141,33 +133,37 @@ def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[st
             raise CheckpointError(f"{tensor.file}: tensor {name} is not named by {index.name}")
 
 
-def _header(file: Path) -> list[Tensor]:
+def _header(file: Place) -> list[Tensor]:
     """The tensors of one file, in the order of their bytes."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise CheckpointError(f"{file}: truncated: {size} bytes cannot hold a header of {length}")
-        header = _json(file, stream.read(length))
+    end = size(file)
+    length = int.from_bytes(_bytes(file, 0, 8), "little")
+    if end < 8 or length > min(end - 8, _HEADER_LIMIT):
+        raise CheckpointError(f"{file}: truncated: {end} bytes cannot hold a header of {length}")
+    header = _json(file, _bytes(file, 8, length))
     header.pop("__metadata__", None)
     tensors = sorted((_tensor(file, name, entry, 8 + length) for name, entry in header.items()), key=lambda t: t.offset)
     for tensor in tensors:
-        if (end := tensor.offset + tensor.nbytes) > size:
-            raise CheckpointError(f"{file}: truncated: tensor {tensor.name} ends at byte {end}, the file at {size}")
+        if (last := tensor.offset + tensor.nbytes) > end:
+            raise CheckpointError(f"{file}: truncated: tensor {tensor.name} ends at byte {last}, the file at {end}")
     for before, after in itertools.pairwise(tensors):
         if before.offset + before.nbytes > after.offset:
             raise CheckpointError(f"{file}: tensors {before.name} and {after.name} overlap")
     return tensors
 
 
-def _tensor(file: Path, name: str, entry: Any, data: int) -> Tensor:
+def _bytes(file: Place, offset: int, length: int) -> bytes:
+    into = bytearray(length)
+    return bytes(into[: read_into(file, offset, memoryview(into))])
+
+
+def _tensor(file: Place, name: str, entry: Any, data: int) -> Tensor:
     try:
         code, shape, (start, end) = entry["dtype"], tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: tensor {name} has a header without dtype, shape or data_offsets") from None
-    if code not in _DTYPES:
-        raise CheckpointError(f"{file}: tensor {name} has dtype {code!r}, expected one of {', '.join(_DTYPES)}")
-    tensor = Tensor(name, np.dtype(_DTYPES[code]), shape, file, data + start)
+    if code not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name} has dtype {code!r}, expected one of {', '.join(DTYPES)}")
+    tensor = Tensor(name, np.dtype(DTYPES[code]), shape, file, data + start)
     if start < 0 or min(shape, default=0) < 0 or end - start != tensor.nbytes:
         raise CheckpointError(
             f"{file}: tensor {name} of {code} {list(shape)} has bytes {start} to {end}, expected {tensor.nbytes} bytes"
@@ -175,7 +171,7 @@ def _tensor(file: Path, name: str, entry: Any, data: int) -> Tensor:
     return tensor
 
 
-def _json(file: Path, text: bytes) -> dict[str, Any]:
+def _json(file: Place, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):

@@ -13,6 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
+from kimi_jax import checkpoint_commands
+
 DESCRIPTION = "Moonshot's Kimi models in JAX: convert published checkpoints, look into them, generate."
 
 
@@ -46,25 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command(
-        "convert",
-        _convert,
-        "Turn a published safetensors folder into an Orbax checkpoint, INT4 kept, one chunk per expert.",
-        "kimi-jax convert ~/models/Kimi-K2.5 ~/models/kimi-k2.5-orbax",
-    )
-    sub.add_argument("src", type=Path, help="folder with config.json and *.safetensors")
-    sub.add_argument("dst", type=Path, help="folder to write; must not exist")
-
-    sub = command(
-        "inspect",
-        _inspect,
-        "Show what is in a checkpoint, published or converted, or in a preset: layers, dtypes, parameters, bytes.",
-        "kimi-jax inspect ~/models/Kimi-K2.5\n  kimi-jax inspect --preset kimi-k2.5",
-    )
-    which = sub.add_mutually_exclusive_group(required=True)
-    which.add_argument("path", type=Path, nargs="?", help="a checkpoint's folder")
-    which.add_argument("--preset", metavar="NAME", help="a published model's configuration, no weights needed")
-
+    checkpoint_commands.add(command)
     _add_generate(
         command(
             "generate",
@@ -115,31 +99,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     sub.add_argument("--mesh", metavar="DxE", help="devices over data and experts, like 1x8 (default: one device)")
     sub.add_argument("--dtype", choices=["bfloat16", "float32"], help="of weights and activations (default: as stored)")
-
-
-def _convert(arguments: argparse.Namespace) -> None:
-    import checkpoints
-
-    with checkpoints.progress_bar() as bar:
-        report = checkpoints.convert(arguments.src, arguments.dst, progress=bar)
-    print(
-        f"{report.destination}: {report.tensors:,} tensors in {report.leaves:,} leaves, "
-        f"{report.read_bytes:,} bytes read, {report.written_bytes:,} written; "
-        f"carried along: {', '.join(report.carried)}"
-    )
-    if report.skipped:
-        print(f"skipped {len(report.skipped)} tensors that the model does not use, like {report.skipped[0]}")
-
-
-def _inspect(arguments: argparse.Namespace) -> None:
-    import checkpoints
-    from kimi_jax import config_json
-
-    if arguments.preset is not None:
-        summary = checkpoints.summary_of_config(config_json.preset(arguments.preset))
-    else:
-        summary = checkpoints.summary(arguments.path)
-    Console().print(checkpoints.table(summary))
+    sub.add_argument("--verify", action="store_true", help="hold a converted checkpoint against its checksums first")
 
 
 def _messages(arguments: argparse.Namespace) -> tuple[list[Any], list[Any] | None]:
@@ -172,7 +132,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_folder(arguments.path)
     mesh = None if arguments.mesh is None else make_mesh(arguments.mesh)
     began = time.perf_counter()
-    model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype)
+    model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
     prompt = prompts.prepare(
         arguments.path, model.config, tokenizer, messages, tools=tools, thinking=arguments.thinking
     )

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from kimi_jax.config import (
     KimiConfig,
@@ -38,13 +38,20 @@ class ConfigError(ValueError):
     """A config.json that this package cannot honour; the message names the file and the field."""
 
 
-def from_folder(folder: str | Path) -> KimiConfig:
+@runtime_checkable
+class Folder(Protocol):
+    """A Path, or what has files like one (a folder behind a URL)."""
+
+    def __truediv__(self, name: str) -> Any: ...
+
+
+def from_folder(folder: str | Folder) -> KimiConfig:
     """The configuration of the checkpoint in `folder` (`config.json`, and `generation_config.json` where there is one).
 
     Raises `ConfigError` naming the file and the field for anything missing, unknown or inconsistent.
     """
-    path = Path(folder) / "config.json"
-    generation = Path(folder) / "generation_config.json"
+    folder = Path(folder) if isinstance(folder, str) else folder
+    path, generation = folder / "config.json", folder / "generation_config.json"
     return from_dict(_read(path), _read(generation) if generation.exists() else {}, where=str(path))
 
 
@@ -335,7 +342,7 @@ def _ids(value: Any, where: str) -> tuple[int, ...]:
     return values
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Any) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:

@@ -56,13 +56,17 @@ def run(console: Console, *, picture: Path | None = None, max_new_tokens: int = 
         source = write_toy(folder / "published", toy_config("k2.5", hidden_size=512, num_hidden_layers=4))
         console.print("A toy in K2.5's published layout (safetensors, INT4 experts, vision tower):")
         console.print(checkpoints.table(checkpoints.summary(source)))
-        with checkpoints.progress_bar() as bar:
-            report = checkpoints.convert(source, folder / "orbax", progress=bar)
+        with checkpoints.progress_bar("converting") as progress:
+            report = checkpoints.convert(source, folder / "orbax", progress=progress)
         console.print(
-            f"Converted to Orbax: {report.read_bytes / 1e6:.2f} MB of safetensors in {report.tensors} tensors -> "
-            f"{report.written_bytes / 1e6:.2f} MB in {report.leaves} leaves.\n"
+            f"Converted to Orbax: {_size(source) / 1e6:.2f} MB in {report.tensors} tensors -> "
+            f"{_size(report.destination) / 1e6:.2f} MB in {report.leaves} leaves.\n"
         )
         _show_and_ask(console, report.destination, picture, max_new_tokens)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _show_and_ask(console: Console, folder: Path, picture: Path, max_new_tokens: int) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors import deserialize
 
+from checkpoints import quantization_config
 from checkpoints.toy import toy_config
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -21,10 +22,27 @@ CONFIGS = {
     "kimi-linear": toy_config("kimi-linear", num_hidden_layers=3, linear_attn_config=LINEAR, num_experts=8, **SMALL),
 }
 
+# One form of weights each; widths that the blocks of FP8 do not divide, in the last block and in the only one.
+ODD = {"num_hidden_layers": 2, "n_routed_experts": 6, "hidden_size": 192, "moe_intermediate_size": 160}
+FORMS = {
+    "int4": toy_config("k2.5", vt_num_hidden_layers=1, **ODD),
+    "fp8": toy_config("k2", quantization_config=quantization_config.fp8(), **ODD),
+    "bf16": toy_config("k2", quantization_config=None, **ODD),
+}
+
+
+# The library's own reader of arrays does not know e4m3.
+_DTYPES = {"BF16": BF16, "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F16": np.dtype(np.float16)}
+_DTYPES |= {"F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:
     """Every tensor of a published folder, by the safetensors library."""
-    return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
+    return {
+        name: np.frombuffer(bytearray(found["data"]), _DTYPES[found["dtype"]]).reshape(found["shape"])
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, found in deserialize(file.read_bytes())
+    }
 
 
 def in_tree(tree: dict[str, Any], name: str) -> np.ndarray:
@@ -43,6 +61,15 @@ def in_tree(tree: dict[str, Any], name: str) -> np.ndarray:
 def same_bytes(found: Any, expected: np.ndarray) -> bool:
     found = np.asarray(found)
     return found.dtype == expected.dtype and found.shape == expected.shape and found.tobytes() == expected.tobytes()
+
+
+def same_folders(one: Path, other: Path) -> bool:
+    """Whether two checkpoints have the same files with the same bytes."""
+    a, b = (
+        {file.relative_to(root): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+        for root in (one, other)
+    )
+    return a == b
 
 
 def leaves(tree: dict[str, Any]) -> Iterator[np.ndarray]:

@@ -171,11 +171,11 @@ def test_a_checkpoint_of_another_model(converted: dict[str, Path], tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"copy: \d+ leaves are missing or not of this model: model\.layers\.0"):
         load(folder)
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1024}))
-    with pytest.raises(CheckpointError, match=r"leaf lm_head\.weight has shape \[768, 128\], expected \[1024, 128\]"):
+    with pytest.raises(CheckpointError, match=r"leaf \S+\.weight has shape \[768, 128\], expected \[1024, 128\]"):
         load(folder)
 
 
-@pytest.mark.parametrize("part", ["zarr.json", "c/3/0/0"])
+@pytest.mark.parametrize("part", ["zarr.json", "c.3.0.0"])
 def test_a_damaged_orbax_checkpoint(converted: dict[str, Path], tmp_path: Path, part: str) -> None:
     folder = shutil.copytree(converted["k2"], tmp_path / "copy")
     (folder / "model.layers.1.mlp.experts.up_proj.weight" / part).unlink()

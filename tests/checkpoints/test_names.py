@@ -140,14 +140,46 @@ def test_only_the_first_names_are_listed(spoiled: Any) -> None:
         of(spoiled("k2.5", change))
 
 
-def test_fp8_checkpoints_are_refused_as_such(spoiled: Any) -> None:
-    projection = "model.layers.0.self_attn.o_proj.weight"
+PROJECTION = "model.layers.0.self_attn.o_proj.weight"
 
-    def change(tensors: dict[str, Any]) -> None:
-        tensors[projection] = tensors[projection].astype(ml_dtypes.float8_e4m3fn)
 
-    with pytest.raises(CheckpointError, match=rf"{projection} has dtype float8_e4m3fn.*FP8 checkpoints cannot be read"):
+def _to_fp8(tensors: dict[str, Any]) -> None:
+    tensors[PROJECTION] = tensors[PROJECTION].astype(ml_dtypes.float8_e4m3fn)
+
+
+def _scales(shape: tuple[int, ...], dtype: Any, change: Any = _to_fp8) -> Any:
+    def spoil(tensors: dict[str, Any]) -> None:
+        change(tensors)
+        tensors[f"{PROJECTION}_scale_inv"] = np.ones(shape, dtype)
+
+    return spoil
+
+
+def test_fp8_goes_by_the_scales_that_are_there(spoiled: Any) -> None:
+    leaves = {leaf.path: leaf for leaf in of(spoiled("k2", _scales((1, 2), np.float32))).leaves}
+    weight, scales = leaves[PROJECTION], leaves[f"{PROJECTION}_scale_inv"]
+    assert weight.dtype == ml_dtypes.float8_e4m3fn and weight.shape == (128, 192)
+    assert scales.shape == (1, 2) and scales.names == (f"{PROJECTION}_scale_inv",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_to_fp8, rf"{PROJECTION} has dtype float8_e4m3fn, .*no weight_scale_inv lies beside it"),
+        (_scales((1, 2), np.float32, lambda tensors: None), f"{PROJECTION} has dtype bfloat16, expected float8_e4m3fn"),
+        (_scales((1, 1), np.float32), rf"{PROJECTION}_scale_inv has shape \[1, 1\], expected \[1, 2\]"),
+        (_scales((1, 2), np.float16), rf"{PROJECTION}_scale_inv has dtype float16, expected float32"),
+    ],
+)
+def test_fp8_that_does_not_fit_its_scales(spoiled: Any, change: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         of(spoiled("k2", change))
+
+
+def test_weight_shapes_are_of_one_dtype(spoiled: Any) -> None:
+    name = "language_model.model.layers.1.mlp.experts.5.up_proj.weight_shape"
+    with pytest.raises(CheckpointError, match=rf"{name} has dtype int64, but \S+\.0\.up_proj\S+ has int32"):
+        of(spoiled("k2.5", _set(name, np.array([64, 128], np.int64))))
 
 
 def test_rotary_buffers_are_ignored(spoiled: Any, published: dict[str, Path]) -> None:

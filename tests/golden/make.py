@@ -36,7 +36,8 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.kimi_k25 import modeling_kimi_k25
 from transformers.models.kimi_linear import modeling_kimi_linear
 
-from checkpoints.toy import dequantize, published_tensors
+from checkpoints.numerics import dequantize_int4
+from checkpoints.toy import published_tensors
 
 Logits = Callable[..., np.ndarray]
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -86,7 +87,7 @@ def dequantized(name: str) -> dict[str, torch.Tensor]:
         if key.endswith(".weight_packed"):
             stem = key.removesuffix("_packed")
             scale, shape = published[f"{stem}_scale"], published[f"{stem}_shape"]
-            weight = to_torch(dequantize(array, scale))
+            weight = to_torch(dequantize_int4(array, scale))
             codes = unpack_from_int32(torch.from_numpy(array), 4, torch.Size(shape.tolist())).float()
             theirs = codes.unflatten(1, (-1, 32)) * to_torch(scale).float()[..., None]
             assert torch.equal(theirs.flatten(1).bfloat16(), weight), stem

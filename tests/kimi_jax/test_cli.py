@@ -102,7 +102,10 @@ def test_convert_inspect_and_generate_from_what_was_converted(published, kimi, t
     out, err = capsys.readouterr()
     tensors = [n for file in published.glob("*.safetensors") for n in load_file(file) if not n.endswith("weight_shape")]
     assert f"{target}: {len(tensors)} tensors in " in out and err == ""
-    assert "carried along: config.json, generation_config.json, preprocessor_config.json" in out
+    assert main(["convert", str(published), str(target), "--json"]) == 0  # once more: it is there
+    event = json.loads(capsys.readouterr().out)
+    assert (event["event"], event["whole"], event["made_bytes"]) == ("converted", True, 0)
+    assert event["tensors"] == len(tensors) and event["found_bytes"] > 0
     tables = []
     for folder, kind in ((published, "safetensors"), (target, "orbax")):
         assert main(["inspect", str(folder)]) == 0
@@ -305,7 +308,7 @@ def test_convert_never_writes_over_anything(published, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("kept")
     line = refused(capsys, main(["convert", str(published), str(tmp_path / "there")]))
-    assert line == f"kimi-jax: {tmp_path / 'there'}: destination exists"
+    assert line == f"kimi-jax: {tmp_path / 'there'}: destination exists, and is no checkpoint of ours"
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert (tmp_path / "there" / "file").read_text() == "kept"
 

@@ -1,0 +1,162 @@
+"""Two checkpoints, tensor by tensor: exactly, or by value whatever their forms; some rows of each at a time."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from checkpoints import pipeline
+from checkpoints.converted import Converted
+from checkpoints.layout import CHUNK_BYTES
+from checkpoints.names import PACKED, SCALE, SCALE_INV, SHAPE
+from checkpoints.numerics import BLOCK, CODES_PER_WORD, F32
+from checkpoints.progress import Counter, Progress
+from checkpoints.safetensors import CheckpointError, Published, Tensor
+from checkpoints.transform import transformed
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one tensor, or with a tolerance of one weight in whatever form. `problem` is empty where it is
+    the same. The errors, of values, are relative: to the largest of B, and as root mean squares; 0 for equal bytes."""
+
+    name: str
+    problem: str = ""
+    max_error: float = 0.0
+    rms_error: float = 0.0
+
+
+Source = Published | Converted
+
+
+class Compare:
+    """Tensors, or with a tolerance weights, of two sources."""
+
+    def __init__(self, left: Source, right: Source, tolerance: float | None, progress: Progress | None):
+        self.sources, self.tolerance = (left, right), tolerance
+        self.names = [_names(source.tensors, exact=tolerance is None) for source in (left, right)]
+        self.all = list(dict.fromkeys([*self.names[0], *self.names[1]]))
+        self.count = Counter(sum(self._nbytes(name) for name in self.all), progress)
+
+    def run(self, workers: int, limit: int) -> list[Finding]:
+        found: dict[str, Finding] = {}
+
+        def work(name: str) -> None:
+            found[name] = self._finding(name)
+            self.count(self._nbytes(name))
+
+        pipeline.run(self.all, work, self._held, workers=workers, limit=limit)
+        return [found[name] for name in self.all]
+
+    def _nbytes(self, name: str) -> int:
+        return sum(self.sources[0].tensors[part].nbytes for part in self.names[0].get(name, ()))
+
+    def _held(self, name: str) -> int:
+        """Memory for a block of each side: files and chunks, and with a tolerance its values and their differences."""
+        sides = [[s.tensors[part] for part in n.get(name, ())] for s, n in zip(self.sources, self.names, strict=True)]
+        if not all(sides):
+            return 0
+        rows = _rows(*sides)
+        row_bytes = sum(part.nbytes // max(part.shape[0], 1) if part.shape else 8 for side in sides for part in side)
+        read = 4 * rows * row_bytes
+        return read if self.tolerance is None else read + 40 * rows * math.prod(_shape(sides[0])[1:])
+
+    def _finding(self, name: str) -> Finding:
+        for names, side in zip(self.names, "AB", strict=True):
+            if name not in names:
+                return Finding(name, f"is not in {side}")
+        left, right = ([s.tensors[part] for part in n[name]] for s, n in zip(self.sources, self.names, strict=True))
+        try:
+            if self.tolerance is None:
+                return self._exact(left[0], right[0])
+            return self._close(name, left, right, self.tolerance)
+        except CheckpointError as error:
+            return Finding(name, str(error))
+
+    def _exact(self, left: Tensor, right: Tensor) -> Finding:
+        if (left.dtype, left.shape) != (right.dtype, right.shape):
+            found = [f"{t.dtype} {list(t.shape)}" for t in (left, right)]
+            return Finding(left.name, f"is {found[0]} in A, {found[1]} in B")
+        different = 0
+        for start, stop in _blocks([left], [right]):
+            a, b = (source.read(left.name, start, stop) for source in self.sources)
+            a, b = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b))
+            if not np.array_equal(a, b):
+                item = left.dtype.itemsize
+                different += int((a ^ b).reshape(-1, item).any(-1).sum())
+        if different:
+            return Finding(left.name, f"differs in {different:,} of {left.nbytes // left.dtype.itemsize:,} elements")
+        return Finding(left.name)
+
+    def _close(self, name: str, left: Sequence[Tensor], right: Sequence[Tensor], tolerance: float) -> Finding:
+        shapes = [_shape(side) for side in (left, right)]
+        if [s for s in shapes[0] if s != 1] != [s for s in shapes[1] if s != 1]:
+            return Finding(name, f"has shape {list(shapes[0])} in A, {list(shapes[1])} in B")
+        largest = worst = squares = errors = 0.0
+        for start, stop in [(0, None)] if shapes[0] != shapes[1] else _blocks(left, right):  # A_log: [h], [1, 1, h, 1]
+            sides = zip(self.sources, (left, right), strict=True)
+            a, b = (_values(source, side, start, stop).reshape(-1) for source, side in sides)
+            largest = np.maximum(largest, np.abs(b).max(initial=0))
+            squares += float(np.square(b, dtype=np.float64).sum())
+            a -= b
+            worst = np.maximum(worst, np.abs(a).max(initial=0))
+            errors += float(np.square(a, dtype=np.float64).sum())
+        if not np.isfinite(worst):
+            return Finding(name, "holds NaN or infinity")
+        relative, rms = (float(x / y) if y > 0 else float(x > 0) for x, y in ((worst, largest), (errors, squares)))
+        problem = "" if worst <= tolerance * largest else f"is off by {relative:.3g} of its largest"
+        return Finding(name, problem, relative, rms**0.5)
+
+
+def _names(tensors: Mapping[str, Tensor], *, exact: bool) -> dict[str, tuple[str, ...]]:
+    """Weights by name, and the tensors that hold each; every tensor alone where they are compared exactly."""
+    if exact:
+        return {name: (name,) for name in tensors}
+    result: dict[str, tuple[str, ...]] = {}
+    for name in tensors:
+        if name.endswith(PACKED):
+            stem = name.removesuffix(PACKED)
+            result[f"{stem}weight"] = (name, stem + SCALE)
+        elif not name.endswith((SCALE, SCALE_INV, SHAPE)):
+            scales = f"{name}_scale_inv"
+            result[name] = (name, scales) if scales in tensors else (name,)
+    return result
+
+
+def _shape(parts: Sequence[Tensor]) -> tuple[int, ...]:
+    first = parts[0]
+    return (first.shape[0], first.shape[1] * CODES_PER_WORD) if first.name.endswith(PACKED) else first.shape
+
+
+def _values(source: Source, parts: Sequence[Tensor], start: int, stop: int | None) -> np.ndarray:
+    """Rows of a weight in float32."""
+    arrays = [source.read(parts[0].name, start, stop)]
+    if len(parts) == 2:
+        per_block = parts[1].name.endswith(SCALE_INV)
+        rows = (start // BLOCK, stop and -(-stop // BLOCK)) if per_block else (start, stop)
+        arrays.append(source.read(parts[1].name, *rows))
+    try:
+        (values,) = transformed(arrays, [F32], skip=start % BLOCK)
+    except ValueError as error:
+        raise CheckpointError(f"{parts[0].file}: tensor {parts[0].name} {error}") from None
+    return values
+
+
+def _rows(*sides: Sequence[Tensor]) -> int:
+    """How many rows to read at a time: those of a chunk of ours, where the larger side is one."""
+    tensor = max((side[0] for side in sides), key=lambda tensor: tensor.nbytes)
+    rows = tensor.shape[0] if tensor.shape else 1
+    row_bytes = tensor.nbytes // max(rows, 1)
+    while rows * row_bytes > CHUNK_BYTES and rows % 2 == 0:
+        rows //= 2
+    return rows
+
+
+def _blocks(*sides: Sequence[Tensor]) -> Iterator[tuple[int, int | None]]:
+    shape, step = sides[0][0].shape, _rows(*sides)
+    if not shape or step == shape[0]:
+        yield 0, None
+        return
+    for start in range(0, shape[0], step):
+        yield start, start + step

@@ -1,0 +1,207 @@
+"""What of a conversion is finished, so that the same command goes on from there, whatever stopped it and when.
+
+In the folder `.conversion` of the partial checkpoint: `settings.json`, with which the conversion was begun;
+`journal-I.jsonl` of process I, a line for every chunk that is written; `lock-I`, held while process I runs.
+
+A line follows the chunk that it speaks of, which is enough when a process is killed. When the power fails, a line may
+be on the disk and its chunk not. Chunks are therefore synced some hundred MB at a time, and a mark follows that says
+how many lines are safe; those after the last mark are held against their chunks' bytes before they are believed.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints.layout import Layout
+from checkpoints.metadata import fsync
+
+FOLDER = ".conversion"
+SYNC_BYTES = 256 * 2**20
+
+
+def digest(chunk: np.ndarray) -> str:
+    """SHA-256 of a chunk's values in C order: where it is one published tensor, of that tensor's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+class Journal:
+    """What process `index` has finished of the conversion in folder `partial`. `done` has the digest of each chunk by
+    leaf and number. Methods may be called by several threads."""
+
+    def __init__(self, partial: Path, index: int, layouts: Mapping[str, Layout]):
+        self.partial, self.layouts = partial, layouts
+        self.path = partial / FOLDER / f"journal-{index}.jsonl"
+        self._lock, self._syncing = threading.Lock(), threading.Lock()
+        self._unsynced: list[tuple[str, int]] = []
+        self._unsynced_bytes = 0
+        lines, safe, self._end = _read(self.path)
+        self._lines = len(lines)
+        self.done: dict[tuple[str, int], str] = {}
+        for number, (path, chunk, sha256) in enumerate(lines):
+            if self._is_there(path, chunk, None if number < safe else sha256):
+                self.done[path, chunk] = sha256
+                if number >= safe:
+                    self._unsynced.append((path, chunk))
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT)
+        os.ftruncate(self._file, self._end)  # half a line, perhaps
+        self._all = os.open(self.path.with_name("lock"), os.O_RDWR | os.O_CREAT)
+        self.sync()
+
+    def record(self, path: str, chunk: int, sha256: str) -> None:
+        """Chunk number `chunk` of the leaf at `path` is written."""
+        nbytes = self.layouts[path].chunk_bytes
+        with self._lock:
+            self._append([path, chunk, sha256])
+            self._lines += 1
+            self.done[path, chunk] = sha256
+            self._unsynced.append((path, chunk))
+            self._unsynced_bytes += nbytes
+            enough = self._unsynced_bytes >= SYNC_BYTES
+            if enough:
+                self._unsynced_bytes = 0
+        if enough:
+            self.sync()
+
+    def sync(self) -> None:
+        """Returns when all that was recorded before is safe from a loss of power."""
+        with self._syncing:
+            with self._lock:
+                chunks, self._unsynced, lines = self._unsynced, [], self._lines
+            for path, chunk in chunks:
+                fsync(self.partial / path / self.layouts[path].file(chunk))
+            for folder in {path for path, _ in chunks}:
+                fsync(self.partial / folder)
+            with self._lock:
+                self._append({"synced": lines})
+            os.fsync(self._file)
+
+    def of_all(self) -> dict[tuple[str, int], str]:
+        """What is finished and safe of the whole conversion, by all its processes."""
+        done: dict[tuple[str, int], str] = {}
+        for path in sorted(self.path.parent.glob("journal-*.jsonl")):
+            lines, safe, _ = _read(path)
+            done |= {(path, chunk): sha256 for path, chunk, sha256 in lines[:safe]}
+        return {key: sha256 for key, sha256 in done.items() if self._is_there(*key, None)}
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process of the conversion at a time, even when another has moved the folder by then."""
+        fcntl.flock(self._all, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._all, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        os.close(self._file)
+        os.close(self._all)
+
+    def _append(self, value: Any) -> None:
+        line = json.dumps(value, separators=(",", ":")).encode() + b"\n"
+        if (written := os.pwrite(self._file, line, self._end)) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._end += written
+
+    def _is_there(self, path: str, chunk: int, sha256: str | None) -> bool:
+        layout = self.layouts.get(path)
+        if layout is None or chunk >= layout.chunks:
+            return False
+        file = self.partial / path / layout.file(chunk)
+        if not file.is_file() or file.stat().st_size != layout.file_bytes:
+            return False
+        return sha256 is None or digest(layout.decode(np.fromfile(file, np.uint8))) == sha256
+
+
+def _read(path: Path) -> tuple[list[tuple[str, int, str]], int, int]:
+    """The whole lines of a journal, how many of them are safe, and the byte where they end."""
+    lines: list[tuple[str, int, str]] = []
+    safe = end = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            value = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            value = None
+        if value is None:
+            break
+        if isinstance(value, dict):
+            safe = value["synced"]
+        else:
+            lines.append(tuple(value))
+        end += len(line)
+    return lines, safe, end
+
+
+@contextmanager
+def opened(partial: Path, settings: Mapping[str, Any], index: int, layouts: Mapping[str, Layout]) -> Iterator[Journal]:
+    """The journal of process `index` of the conversion in `partial`, begun with `settings` now or before.
+
+    Raises FileExistsError where `partial` is of something else, was begun with other settings or from files that have
+    changed since, or where the same process of the conversion is running already.
+    """
+    folder = partial / FOLDER
+    if partial.exists() and not folder.exists() and any(partial.iterdir()):
+        raise FileExistsError(f"{partial}: is in the way, and no conversion; move it elsewhere")
+    folder.mkdir(parents=True, exist_ok=True)
+    _agree(partial, settings)
+    with _locked(folder / f"lock-{index}", f"{partial}: process {index} of this conversion is running"):
+        journal = Journal(partial, index, layouts)
+        try:
+            yield journal
+        finally:
+            journal.close()
+
+
+def _agree(partial: Path, settings: Mapping[str, Any]) -> None:
+    path = partial / FOLDER / "settings.json"
+    descriptor, name = tempfile.mkstemp(prefix="settings-", dir=partial / FOLDER)
+    new = Path(name)
+    with os.fdopen(descriptor, "w") as stream:
+        json.dump(settings, stream, indent=1)
+    fsync(new)
+    try:
+        os.link(new, path)  # whole, or not at all, and by one process only
+    except FileExistsError:
+        if difference := differ(json.loads(path.read_text()), json.loads(new.read_text())):
+            raise FileExistsError(
+                f"{partial}: was begun otherwise: {difference}; go on as it was begun, or remove it"
+            ) from None
+    finally:
+        new.unlink()
+
+
+def differ(before: Any, now: Any, where: str = "") -> str:
+    """The first place where two JSON values differ, in words; empty where they do not."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            if found := differ(before.get(key), now.get(key), f"{where} {key}".strip()):
+                return found
+        return ""
+    return "" if before == now else f"{where} was {before}, is {now}"
+
+
+@contextmanager
+def _locked(path: Path, message: str) -> Iterator[None]:
+    """Holds the lock at `path`. Raises FileExistsError, which `message` opens, where another process does."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            who = os.read(descriptor, 1000).decode()
+            raise FileExistsError(f"{message}: {who}") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock

@@ -1,0 +1,140 @@
+"""How a stored leaf lies in files: which chunks, and in which order the bytes of one. Everyone asks `layout`.
+
+An array is zarr v3, uncompressed. A chunk, one file, is one expert, or rows of another leaf. Inside a file the chunk is
+cut once more, along the dimension that tensor parallelism splits (zarr's `sharding_indexed` codec), so that the part of
+any device is whole byte ranges, for Orbax as for us, without more files. A cut along rows leaves the published bytes as
+they were. https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from checkpoints.names import Leaf
+
+CHUNK_BYTES = 32 * 2**20
+PARTS = 16  # the finest tensor parallelism that reads its own bytes only
+PART_BYTES = 64 * 2**10  # smaller reads cost more than they save
+_UNSPLIT = (None, "embed", "expert")  # logical axes that tensor parallelism leaves whole
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A leaf's `shape` and `dtype`, its `chunk` (one file each) and the `part` (one byte range each) that cut it. Both
+    divide the shape."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+    part: tuple[int, ...]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The number of chunks along each dimension."""
+        return tuple(size // chunk for size, chunk in zip(self.shape, self.chunk, strict=True))
+
+    @property
+    def chunks(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def chunk_bytes(self) -> int:
+        return math.prod(self.chunk) * self.dtype.itemsize
+
+    @property
+    def part_bytes(self) -> int:
+        return math.prod(self.part) * self.dtype.itemsize
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The number of parts along each dimension of a chunk."""
+        return tuple(chunk // part for chunk, part in zip(self.chunk, self.part, strict=True))
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of a chunk's file: its bytes and, where it is cut, the offset and size of each part."""
+        return self.chunk_bytes + (16 * math.prod(self.parts) if self.part != self.chunk else 0)
+
+    def index(self, number: int) -> tuple[int, ...]:
+        """The place in the grid of chunk `number`, which counts in C order."""
+        return tuple(int(i) for i in np.unravel_index(number, self.grid)) if self.grid else ()
+
+    def file(self, number: int) -> str:
+        """The name of the file of chunk `number`, in the leaf's folder."""
+        return ".".join(("c", *map(str, self.index(number))))
+
+    def where(self, number: int) -> tuple[slice, ...]:
+        """The part of the array that chunk `number` is."""
+        index = self.index(number)
+        return tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, self.chunk, strict=True))
+
+    def metadata(self) -> dict[str, Any]:
+        """zarr.json, less what has only one value."""
+        codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        if self.part != self.chunk:
+            inner = {"chunk_shape": self.part, "codecs": codecs, "index_codecs": codecs, "index_location": "end"}
+            codecs = [{"name": "sharding_indexed", "configuration": inner}]
+        return {
+            "shape": self.shape,
+            "data_type": self.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.chunk}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "codecs": codecs,
+        }
+
+    @property
+    def verbatim(self) -> bool:
+        """Whether the file begins with the chunk's values in C order: it is not cut, or only along rows."""
+        cut = next((i for i, parts in enumerate(self.parts) if parts > 1), 0)
+        return math.prod(self.chunk[:cut]) == 1
+
+    def encode(self, chunk: np.ndarray) -> list[np.ndarray]:
+        """The bytes of a chunk's file, in pieces; `chunk`, in C order, is not copied where the layout is verbatim."""
+        parts = [chunk] if self.verbatim else [np.ascontiguousarray(chunk[cut]) for cut in self._cuts()]
+        pieces = [part.reshape(-1).view(np.uint8) for part in parts]
+        if self.part == self.chunk:
+            return pieces
+        ranges = [(i * self.part_bytes, self.part_bytes) for i in range(math.prod(self.parts))]
+        return [*pieces, np.array(ranges, "<u8").reshape(-1).view(np.uint8)]
+
+    def decode(self, data: np.ndarray) -> np.ndarray:
+        """The chunk whose file has the bytes `data`."""
+        values = data[: self.chunk_bytes].view(self.dtype)
+        if self.verbatim:
+            return values.reshape(self.chunk)
+        chunk = np.empty(self.chunk, self.dtype)
+        for cut, part in zip(self._cuts(), values.reshape(-1, *self.part), strict=True):
+            chunk[cut] = part
+        return chunk
+
+    def _cuts(self) -> Iterator[tuple[slice, ...]]:
+        sizes = [range(0, chunk, part) for chunk, part in zip(self.chunk, self.part, strict=True)]
+        for start in itertools.product(*sizes):
+            yield tuple(slice(s, s + part) for s, part in zip(start, self.part, strict=True))
+
+
+def layout(leaf: Leaf) -> Layout:
+    """One expert a chunk, or the leading axis halved until a chunk has at most `CHUNK_BYTES`; parts by the dimension
+    that tensor parallelism may split, halved until there are `PARTS` of them. All stay divisors of the shape, so that
+    none straddles the shards of a mesh."""
+    chunk = list(leaf.shape)
+    if leaf.stacked:
+        chunk[0] = 1
+    else:
+        while _nbytes(chunk, leaf) > CHUNK_BYTES and chunk[0] % 2 == 0:
+            chunk[0] //= 2
+    part = list(chunk)
+    axis = next((i for i, name in enumerate(leaf.axes) if name not in _UNSPLIT), 0)
+    while (
+        part and part[axis] * PARTS > leaf.shape[axis] and part[axis] % 2 == 0 and _nbytes(part, leaf) >= 2 * PART_BYTES
+    ):
+        part[axis] //= 2
+    return Layout(leaf.shape, leaf.dtype, tuple(chunk), tuple(part))
+
+
+def _nbytes(shape: list[int], leaf: Leaf) -> int:
+    return math.prod(shape) * leaf.dtype.itemsize

@@ -1,0 +1,72 @@
+"""How far a long work is, for people (a bar) and for jobs (a JSON object a line)."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
+
+# Called with the bytes that are done, those of earlier attempts included, and those there are.
+Progress = Callable[[int, int], None]
+INTERVAL_S = 1.0
+
+
+class Counter:
+    """Adds up what several threads have done, and reports it."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.done, self.total, self.progress, self._lock = 0, total, progress, threading.Lock()
+
+    def __call__(self, nbytes: int) -> None:
+        with self._lock:
+            self.done += nbytes
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Progress]:
+    """A bar with bytes, rate and time left, on standard error where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(TextColumn("{task.description}"), *columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: list[Any] = []
+
+        def progress(done: int, total: int) -> None:
+            if not tasks:
+                tasks.append(bar.add_task(what, total=total, completed=done))
+            bar.update(tasks[0], completed=done)
+
+        yield progress
+
+
+@contextmanager
+def progress_events(what: str) -> Iterator[Progress]:
+    """Lines {"event": `what`, "done_bytes", "total_bytes", "bytes_per_second", "seconds_left"} on standard output: the
+    first report, the last, and one a second between. The rate is since the first, null there."""
+    began, first, last = 0.0, -1, 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal began, first, last
+        now = time.monotonic()
+        if first < 0:
+            began, first = now, done
+        elif done < total and now - last < INTERVAL_S:
+            return
+        last = now
+        rate = (done - first) / (now - began) if now > began else 0.0
+        event = {
+            "event": what,
+            "done_bytes": done,
+            "total_bytes": total,
+            "bytes_per_second": round(rate) or None,
+            "seconds_left": round((total - done) / rate, 1) if rate else None,
+        }
+        print(json.dumps(event), flush=True)
+
+    yield progress

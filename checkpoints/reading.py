@@ -1,0 +1,105 @@
+"""Folders on disk or behind a URL, and byte ranges of their files.
+
+Ranges come by pread straight into the caller's array: mapped pages would count as resident memory. URLs (`gs://`,
+`s3://`, `hf://`) go through fsspec, where the library of their kind is installed (gcsfs, s3fs, huggingface_hub).
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file or folder behind a URL, with the few methods of a Path that reading a checkpoint takes."""
+
+    system: fsspec.AbstractFileSystem
+    protocol: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.protocol}://{self.path}"
+
+    def __truediv__(self, name: str) -> "Remote":
+        return Remote(self.system, self.protocol, f"{self.path.rstrip('/')}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+    def exists(self) -> bool:
+        return self.system.exists(self.path)
+
+    def is_file(self) -> bool:
+        return self.system.isfile(self.path)
+
+    def is_dir(self) -> bool:
+        return self.system.isdir(self.path)
+
+    def read_bytes(self) -> bytes:
+        return self.system.cat_file(self.path)
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def glob(self, pattern: str) -> Iterator["Remote"]:
+        for path in self.system.glob(f"{self.path.rstrip('/')}/{pattern}"):
+            yield Remote(self.system, self.protocol, path)
+
+
+Place = Path | Remote
+
+
+def at(path: "str | os.PathLike[str] | Remote") -> Place:
+    """The file or folder that `path` names; a local one is made absolute.
+
+    Raises OSError naming the library to install where fsspec lacks it for this kind of URL.
+    """
+    if isinstance(path, Remote):
+        return path
+    text = os.fspath(path)
+    if "://" not in text:
+        return Path(text).absolute()
+    protocol = text.split("://", 1)[0]
+    try:
+        system, inner = fsspec.core.url_to_fs(text)
+    except (ImportError, ValueError) as error:  # no library for it, or no such protocol
+        raise OSError(f"{text}: cannot be read here: {error}") from None
+    return Remote(system, protocol, inner)
+
+
+def size(file: Place) -> int:
+    return file.system.size(file.path) if isinstance(file, Remote) else file.stat().st_size
+
+
+def read_into(file: Place, offset: int, into: memoryview) -> int:
+    """Fills `into` with the bytes of `file` from `offset` on; gives their number, less where the file ends early."""
+    if isinstance(file, Remote):
+        data = file.system.cat_file(file.path, start=offset, end=offset + len(into))
+        into[: len(data)] = data
+        return len(data)
+    done = 0
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        # one call reads 2 GiB at most
+        while done < len(into) and (count := os.preadv(descriptor, [into[done:]], offset + done)):
+            done += count
+    finally:
+        os.close(descriptor)
+    return done
+
+
+def identity(file: Place) -> dict[str, Any]:
+    """What tells a safetensors file from another without reading it: size, time of its last change (for a URL the name
+    that its server gives to this version), digest of its header."""
+    length = bytearray(8)
+    read_into(file, 0, memoryview(length))
+    header = bytearray(int.from_bytes(length, "little"))
+    read_into(file, 8, memoryview(header))
+    changed = str(file.system.ukey(file.path)) if isinstance(file, Remote) else str(file.stat().st_mtime_ns)
+    return {"size": size(file), "changed": changed, "header": hashlib.sha256(header).hexdigest()}

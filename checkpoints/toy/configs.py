@@ -1,0 +1,147 @@
+"""Configurations of toys: small ones of every family, and the published ones cut down."""
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from importlib import resources
+from typing import Any
+
+from checkpoints.quantization_config import int4
+from kimi_jax.config_json import preset_names
+
+TINY_VOCAB = 768
+# Kimi-K2.5's own list.
+_IGNORE = ("lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*")
+
+# fmt: off
+_YARN = {
+    "type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+}
+_K2 = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2", "dtype": "bfloat16",
+    "vocab_size": TINY_VOCAB, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": 96, "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 24, "attention_bias": False, "attention_dropout": 0.0,
+    "moe_intermediate_size": 256, "n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1, "moe_layer_freq": 1, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.827, "aux_loss_alpha": 0.001,
+    "seq_aux": True, "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 131072,
+    "rope_theta": 50000.0, "rope_scaling": _YARN, "tie_word_embeddings": False, "num_nextn_predict_layers": 0,
+    "initializer_range": 0.02, "use_cache": True, "quantization_config": None,
+}
+_K25 = {
+    "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "dtype": "bfloat16",
+    "ignore_index": -100, "use_unified_vision_chunk": True, "tie_word_embeddings": False,
+    "video_placeholder": "<|kimi_k25_video_placeholder|>",
+    "text_config": _K2 | {
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 262144, "quantization_config": int4(_IGNORE),
+        "rope_scaling": _YARN | {"factor": 64.0, "beta_fast": 32.0},
+    },
+    "vision_config": {
+        "patch_size": 14, "vt_hidden_size": 96, "vt_intermediate_size": 160, "vt_num_attention_heads": 4,
+        "vt_num_hidden_layers": 2, "init_pos_emb_height": 8, "init_pos_emb_width": 8, "init_pos_emb_time": 4,
+        "pos_emb_type": "divided_fixed", "merge_kernel_size": [2, 2], "merge_type": "sd2_tpool",
+        "video_attn_type": "spatial_temporal", "mm_projector_type": "patchmerger", "mm_hidden_size": 96,
+        "projector_hidden_act": "gelu", "projector_ln_eps": 1e-5, "text_hidden_size": 256,
+    },
+}
+_LINEAR = {
+    "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear", "dtype": "bfloat16",
+    "vocab_size": TINY_VOCAB, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "q_lora_rank": None, "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 24, "mla_use_nope": True,
+    "linear_attn_config": {
+        "full_attn_layers": [4, 6], "kda_layers": [1, 2, 3, 5], "head_dim": 32, "num_heads": 8,
+        "short_conv_kernel_size": 4,
+    },
+    "moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_token": 4, "num_shared_experts": 1,
+    "num_expert_group": 1, "topk_group": 1, "use_grouped_topk": True, "moe_layer_freq": 1, "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid", "first_k_dense_replace": 1, "routed_scaling_factor": 2.446,
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None,
+    "model_max_length": 1048576, "tie_word_embeddings": False, "num_nextn_predict_layers": 0,
+    "initializer_range": 0.02, "use_cache": True,
+}
+PREPROCESSOR = {"media_proc_cfg": {
+    "in_patch_limit": 16384, "patch_size": 14, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    "merge_kernel_size": 2, "fixed_output_tokens": None, "patch_limit_on_one_side": 512,
+    "in_patch_limit_each_frame": 4096, "in_patch_limit_video": None, "sample_fps": 2.0,
+    "max_num_frames_each_video": None, "temporal_merge_kernel_size": 4, "timestamp_mode": "hh:mm:ss.fff",
+}}
+# fmt: on
+
+
+def toy_config(like: str, **overrides: Any) -> dict[str, Any]:
+    """A published-format config.json (as a dict): of a small model of the families k2.5, k2 and kimi-linear, or of a
+    preset at its real widths (kimi-k2.5, kimi-k2, ...).
+
+    An override replaces the field of that name wherever it stands (text_config and vision_config included); what has
+    to agree follows it: the token ids sit in the last 256 of `vocab_size`, the vision tower's `text_hidden_size` is
+    the text model's `hidden_size`, and `mm_hidden_size` the tower's. `quantization_config=None` gives bf16 experts.
+
+    Raises ValueError for an unknown name, KeyError for a field that its config does not have.
+    """
+    small = {"k2.5": _K25, "k2": _K2, "kimi-linear": _LINEAR}
+    presets = resources.files("kimi_jax") / "presets"
+    if like in small:
+        config: dict[str, Any] = deepcopy(small[like])
+    elif like in preset_names():
+        config = json.loads((presets / like / "config.json").read_text())
+        config.pop("_comment", None)
+    else:
+        raise ValueError(f"toy_config: like={like!r}, expected one of {sorted([*small, *preset_names()])}")
+    parts = [config, *(config[key] for key in ("text_config", "vision_config") if key in config)]
+    for name, value in overrides.items():
+        homes = [part for part in parts if name in part]
+        if not homes:
+            raise KeyError(f"toy_config: a {like} config has no field {name!r}")
+        for part in homes:
+            part[name] = deepcopy(value)
+    text = config.get("text_config", config)
+    if text.get("quantization_config", ...) is None:
+        del text["quantization_config"]
+    first_special = text["vocab_size"] - 256
+    im_end = first_special + 2
+    # As released: K2 stops at [EOS], Kimi Linear at <|im_end|>, and K2.5's two levels each name one of them.
+    ids = {"bos_token_id": first_special, "eos_token_id": first_special + 1, "pad_token_id": text["vocab_size"] - 1}
+    text.update(ids | ({"eos_token_id": im_end} if text["model_type"] == "kimi_linear" else {}))
+    if config["model_type"] == "kimi_k25":
+        config.update(ids | {"eos_token_id": im_end, "media_placeholder_token_id": first_special + 21})
+        vision = config["vision_config"]
+        vision.update(text_hidden_size=text["hidden_size"], mm_hidden_size=vision["vt_hidden_size"])
+    return config
+
+
+def cut_config(
+    config: Mapping[str, Any],
+    *,
+    layers: int | None = None,
+    experts: int | None = None,
+    vision_layers: int | None = None,
+) -> dict[str, Any]:
+    """`config` with its first `layers`, `experts` of each and `vision_layers` only; None leaves all of them.
+
+    Raises ValueError for more than there are, and for what the model cannot do without.
+    """
+    cut = deepcopy(dict(config))
+    text, vision = cut.get("text_config", cut), cut.get("vision_config", {})
+    linear = text["model_type"] == "kimi_linear"
+    counts = (
+        (text, "num_hidden_layers", layers),
+        (text, "num_experts" if linear else "n_routed_experts", experts),
+        (vision, "vt_num_hidden_layers", vision_layers),
+    )
+    for part, name, count in counts:
+        if count is None:
+            continue
+        if not 1 <= count <= part.get(name, 0):
+            raise ValueError(f"{name} cannot be {count}: expected 1 to {part.get(name, 0)}, which the model has")
+        part[name] = count
+    if layers is not None and linear:
+        attention = text["linear_attn_config"]
+        for kind in ("kda_layers", "full_attn_layers"):
+            attention[kind] = [layer for layer in attention[kind] if layer <= layers]
+    chosen = "num_experts_per_token" if linear else "num_experts_per_tok"
+    if experts is not None:
+        text[chosen] = min(text[chosen], experts)
+    return cut

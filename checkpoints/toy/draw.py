@@ -1,0 +1,100 @@
+"""Weights of real size, drawn or copied in blocks of rows: bounded memory, and the speed of the disk.
+
+Random bits come from SFC64, whose stream NumPy promises to keep. 16 of them choose one of 65,536 quantiles of the
+normal distribution. INT4 codes are drawn as they are stored: four bits choose one of 16 quantiles, the first code of
+every group is 7, and scale = bf16(amax / 7) of a bf16 amax, so that quantising the weights again gives the same words.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import cache
+from statistics import NormalDist
+from zlib import crc32
+
+import numpy as np
+
+from checkpoints.numerics import BF16, BLOCK, CODES_PER_WORD, GROUP_SIZE, quantize_fp8
+from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.toy.weights import Weight
+
+BLOCK_WEIGHTS = 2**21  # drawn at a time: some 50 MB
+# name, first row, rows
+Block = tuple[str, int, np.ndarray]
+
+
+@cache
+def _quantiles(count: int) -> np.ndarray:
+    normal = NormalDist()
+    return np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)], np.float32)
+
+
+@cache
+def _words() -> tuple[np.ndarray, float]:
+    """16 random bits -> four stored codes, and the standard deviation of their quotients by 7."""
+    codes = np.rint(7 * _quantiles(16) / _quantiles(16)[-1]).astype(np.int64)
+    four = np.arange(2**16)[:, None] >> (4 * np.arange(4)) & 15
+    return ((codes[four] + 8) << (4 * np.arange(4))).sum(1).astype(np.uint16), float((codes / 7).std())
+
+
+def drawn(weight: Weight, seed: int) -> Iterator[Block]:
+    """The tensors of a random `weight`, in blocks of rows. Its own generator is seeded by (seed, crc32(name))."""
+    bits = np.random.SFC64([seed, crc32(weight.name.encode())])
+    first, *rest = weight.entries
+    if weight.name.endswith((".A_log", ".dt_bias")):
+        yield first.name, 0, weight.float64(seed).astype(weight.dtype)
+        return
+    for start, stop in _blocks(weight.shape):
+        if weight.form == "int4":
+            for entry, rows in zip((first, rest[0]), _int4(weight, bits, stop - start), strict=True):
+                yield entry.name, start, rows
+            continue
+        size = (stop - start) * math.prod(weight.shape[1:])
+        values = np.take(_quantiles(2**16), _random(bits, size)).reshape(stop - start, *weight.shape[1:])
+        values *= weight.std[start:stop].astype(np.float32) if isinstance(weight.std, np.ndarray) else weight.std
+        values += weight.mean
+        if weight.form == "bf16":
+            yield first.name, start, values.astype(weight.dtype)
+        else:
+            e4m3, scale = quantize_fp8(values)
+            yield first.name, start, e4m3
+            yield rest[0].name, start // BLOCK, scale
+    if weight.form == "int4":
+        yield rest[1].name, 0, np.array(weight.shape, np.int32)
+
+
+def copied(weight: Weight, source: Published) -> Iterator[Block]:
+    """The tensors of `weight` as `source` has them, cut to its shape; raises CheckpointError where it has no such."""
+    for entry in weight.entries:
+        tensor = source.tensors.get(entry.name)
+        rows = tensor and (*entry.shape[:1], *tensor.shape[1:]) == entry.shape and tensor.shape >= entry.shape
+        if tensor is None or not rows or tensor.dtype != entry.dtype:
+            found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise CheckpointError(
+                f"{source.folder}: tensor {entry.name}: expected {entry.dtype} {list(entry.shape)} or more rows, "
+                f"found {found}"
+            )
+        for start, stop in _blocks(entry.shape):
+            yield entry.name, start, source.read(entry.name, start, stop)
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Rows in blocks that are whole in FP8."""
+    rows = max(BLOCK_WEIGHTS // math.prod(shape[1:]) // BLOCK, 1) * BLOCK
+    for start in range(0, shape[0], rows):
+        yield start, min(start + rows, shape[0])
+
+
+def _random(bits: np.random.SFC64, size: int) -> np.ndarray:
+    """`size` times 16 bits."""
+    return bits.random_raw(-(-size // 4)).view(np.uint16)[:size]
+
+
+def _int4(weight: Weight, bits: np.random.SFC64, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    codes, deviation = _words()
+    columns = weight.shape[1]
+    quarters = np.take(codes, _random(bits, rows * columns // 4)).reshape(rows, -1, GROUP_SIZE // 4)
+    quarters[:, :, 0] |= 15
+    spread = 0.75 + 0.5 / 2**16 * _random(bits, rows * columns // GROUP_SIZE)
+    amax = (spread * (weight.std / deviation)).astype(np.float32).astype(BF16)
+    scale = (amax.astype(np.float32) / np.float32(7)).astype(BF16)
+    return quarters.view(np.int32).reshape(rows, columns // CODES_PER_WORD), scale.reshape(rows, -1)

@@ -1,0 +1,221 @@
+"""Every weight of a model of some configuration, under its published name, and how a random one is drawn.
+
+Names, shapes and dtypes are those of the released safetensors, written down here a second time and not taken from the
+model's tree: toys are what the reading side is tested with.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from checkpoints.numerics import BF16, BLOCK, CODES_PER_WORD, F32, FP8, GROUP_SIZE, quantize_fp8, quantize_int4
+from checkpoints.quantization_config import Form, form_of
+from checkpoints.shards import Entry
+
+_BEFORE_NORM = 0.1
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight before it is put in its stored form: `std` (by row, if an array) times a normal, around `mean`.
+
+    A_log and dt_bias are instead drawn as at the start of training (arXiv 2510.26692).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    std: float | np.ndarray
+    mean: float = 0.0
+    dtype: np.dtype = BF16
+    form: Form = "bf16"  # which stands for `dtype`
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The published tensors that hold it."""
+        if self.form == "bf16":
+            return (Entry(self.name, self.dtype, self.shape),)
+        out, in_ = self.shape
+        if self.form == "fp8":
+            blocks = (-(-out // BLOCK), -(-in_ // BLOCK))
+            return Entry(self.name, FP8, self.shape), Entry(f"{self.name}_scale_inv", F32, blocks)
+        return (
+            Entry(f"{self.name}_packed", np.dtype(np.int32), (out, in_ // CODES_PER_WORD)),
+            Entry(f"{self.name}_scale", BF16, (out, in_ // GROUP_SIZE)),
+            Entry(f"{self.name}_shape", np.dtype(np.int32), (2,)),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+    def float64(self, seed: int) -> np.ndarray:
+        # RandomState, not Generator: NumPy promises that its stream never changes.
+        random = np.random.RandomState([seed, crc32(self.name.encode())])
+        if self.name.endswith(".A_log"):
+            return np.log(random.uniform(1.0, 16.0, self.shape))
+        if self.name.endswith(".dt_bias"):
+            dt = np.exp(random.uniform(math.log(0.001), math.log(0.1), self.shape))
+            return dt + np.log(-np.expm1(-dt))  # inverse softplus
+        return self.mean + self.std * random.standard_normal(self.shape)
+
+    def published(self, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Its tensors, (name, array), drawn whole."""
+        value = self.float64(seed).astype(np.float32)
+        arrays = {
+            "bf16": lambda: (value.astype(self.dtype),),
+            "fp8": lambda: quantize_fp8(value),
+            "int4": lambda: (*quantize_int4(value), np.array(self.shape, np.int32)),
+        }[self.form]()
+        yield from zip((entry.name for entry in self.entries), arrays, strict=True)
+
+
+def _linear(name: str, out: int, fan_in: int) -> Weight:
+    return Weight(f"{name}.weight", (out, fan_in), fan_in**-0.5)
+
+
+def _norm(name: str, size: int) -> Weight:
+    return Weight(f"{name}.weight", (size,), 0.1, mean=1.0)
+
+
+def _bias(name: str, size: int) -> Weight:
+    return Weight(f"{name}.bias", (size,), 0.1)
+
+
+def _glu(prefix: str, hidden: int, inner: int, names: tuple[str, str, str]) -> Iterator[Weight]:
+    gate, up, down = names
+    yield _linear(f"{prefix}.{gate}", inner, hidden)
+    yield _linear(f"{prefix}.{up}", inner, hidden)
+    yield _linear(f"{prefix}.{down}", hidden, inner)
+
+
+def _mla(prefix: str, c: dict[str, Any]) -> Iterator[Weight]:
+    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    nope, rope, v, kv_rank = (c[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"))
+    if c["q_lora_rank"] is None:
+        yield _linear(f"{prefix}.q_proj", heads * (nope + rope), hidden)
+    else:
+        yield Weight(f"{prefix}.q_a_proj.weight", (c["q_lora_rank"], hidden), _BEFORE_NORM * hidden**-0.5)
+        yield _norm(f"{prefix}.q_a_layernorm", c["q_lora_rank"])
+        yield _linear(f"{prefix}.q_b_proj", heads * (nope + rope), c["q_lora_rank"])
+    # The shared key has no norm.
+    std = np.repeat([_BEFORE_NORM, 1.0], [kv_rank, rope])[:, None] * hidden**-0.5
+    yield Weight(f"{prefix}.kv_a_proj_with_mqa.weight", (kv_rank + rope, hidden), std)
+    yield _norm(f"{prefix}.kv_a_layernorm", kv_rank)
+    yield _linear(f"{prefix}.kv_b_proj", heads * (nope + v), kv_rank)
+    yield _linear(f"{prefix}.o_proj", hidden, heads * v)
+
+
+def _kda(prefix: str, c: dict[str, Any]) -> Iterator[Weight]:
+    hidden, linear = c["hidden_size"], c["linear_attn_config"]
+    heads, dim, taps = linear["num_heads"], linear["head_dim"], linear["short_conv_kernel_size"]
+    for name in "qkv":
+        yield _linear(f"{prefix}.{name}_proj", heads * dim, hidden)
+        yield Weight(f"{prefix}.{name}_conv1d.weight", (heads * dim, 1, taps), taps**-0.5)
+    yield Weight(f"{prefix}.A_log", (1, 1, heads, 1), 1.0, dtype=F32)
+    yield Weight(f"{prefix}.dt_bias", (heads * dim,), 1.0, dtype=F32)
+    for gate in "fg":
+        yield _linear(f"{prefix}.{gate}_a_proj", dim, hidden)
+        yield _linear(f"{prefix}.{gate}_b_proj", heads * dim, dim)
+    yield _linear(f"{prefix}.b_proj", heads, hidden)
+    yield _norm(f"{prefix}.o_norm", dim)
+    yield _linear(f"{prefix}.o_proj", hidden, heads * dim)
+
+
+def _moe(prefix: str, c: dict[str, Any]) -> Iterator[Weight]:
+    linear = c["model_type"] == "kimi_linear"
+    experts, shared = (
+        (c["num_experts"], c["num_shared_experts"]) if linear else (c["n_routed_experts"], c["n_shared_experts"])
+    )
+    hidden, inner = c["hidden_size"], c["moe_intermediate_size"]
+    yield _linear(f"{prefix}.gate", experts, hidden)
+    # Large enough to change which experts are chosen, small enough not to choose them all by itself.
+    yield Weight(f"{prefix}.gate.e_score_correction_bias", (experts,), 0.1, dtype=BF16 if linear else F32)
+    names = ("w1", "w3", "w2") if linear else ("gate_proj", "up_proj", "down_proj")
+    for expert in range(experts):
+        yield from _glu(f"{prefix}.experts.{expert}", hidden, inner, names)
+    yield from _glu(f"{prefix}.shared_experts", hidden, inner * shared, ("gate_proj", "up_proj", "down_proj"))
+
+
+def _text(prefix: str, c: dict[str, Any]) -> Iterator[Weight]:
+    hidden, vocab = c["hidden_size"], c["vocab_size"]
+    linear = c["model_type"] == "kimi_linear"
+    moe = "block_sparse_moe" if linear else "mlp"
+    yield Weight(f"{prefix}model.embed_tokens.weight", (vocab, hidden), 0.3)
+    for index in range(c["num_hidden_layers"]):
+        layer = f"{prefix}model.layers.{index}"
+        yield _norm(f"{layer}.input_layernorm", hidden)
+        kda = linear and index + 1 in c["linear_attn_config"]["kda_layers"]  # the list counts from 1
+        yield from (_kda if kda else _mla)(f"{layer}.self_attn", c)
+        yield _norm(f"{layer}.post_attention_layernorm", hidden)
+        if index < c["first_k_dense_replace"] or index % c["moe_layer_freq"]:
+            yield from _glu(f"{layer}.mlp", hidden, c["intermediate_size"], ("gate_proj", "up_proj", "down_proj"))
+        else:
+            yield from _moe(f"{layer}.{moe}", c)
+    yield _norm(f"{prefix}model.norm", hidden)
+    yield _linear(f"{prefix}lm_head", vocab, hidden)
+
+
+def _vision(c: dict[str, Any]) -> Iterator[Weight]:
+    hidden, inner, patch = c["vt_hidden_size"], c["vt_intermediate_size"], c["patch_size"]
+    tower, merged = "vision_tower", c["mm_hidden_size"] * math.prod(c["merge_kernel_size"])
+    yield Weight(f"{tower}.patch_embed.proj.weight", (hidden, 3, patch, patch), (3 * patch * patch) ** -0.5)
+    yield _bias(f"{tower}.patch_embed.proj", hidden)
+    table = (c["init_pos_emb_height"], c["init_pos_emb_width"], hidden)
+    yield Weight(f"{tower}.patch_embed.pos_emb.weight", table, 0.5)
+
+    def with_bias(name: str, out: int, fan_in: int) -> Iterator[Weight]:
+        yield _linear(name, out, fan_in)
+        yield _bias(name, out)
+
+    def layer_norm(name: str, size: int) -> Iterator[Weight]:
+        yield _norm(name, size)
+        yield _bias(name, size)
+
+    for index in range(c["vt_num_hidden_layers"]):
+        block = f"{tower}.encoder.blocks.{index}"
+        yield from layer_norm(f"{block}.norm0", hidden)
+        yield from with_bias(f"{block}.wqkv", 3 * hidden, hidden)
+        yield from with_bias(f"{block}.wo", hidden, hidden)
+        yield from layer_norm(f"{block}.norm1", hidden)
+        yield from with_bias(f"{block}.mlp.fc0", inner, hidden)
+        yield from with_bias(f"{block}.mlp.fc1", hidden, inner)
+    yield from layer_norm(f"{tower}.encoder.final_layernorm", hidden)
+    yield from layer_norm("mm_projector.pre_norm", c["mm_hidden_size"])
+    yield from with_bias("mm_projector.proj.0", merged, merged)
+    yield from with_bias("mm_projector.proj.2", c["text_hidden_size"], merged)
+
+
+# What each form is for: routed experts; every Linear of the text model but the router and the head.
+_STORED = {
+    "int4": re.compile(r"\.experts\.\d+\."),
+    "fp8": re.compile(r"\.(self_attn|mlp|block_sparse_moe)\..*(proj|proj_with_mqa|w[123])\.weight$"),
+}
+
+
+def weights(config: Mapping[str, Any]) -> Iterator[Weight]:
+    """Every weight of `config`, in file order; refuses a model that it does not know."""
+    kind, text = config["model_type"], config.get("text_config", config)
+    known = ("deepseek_v3", "kimi_k2", "kimi_k25", "kimi_linear")
+    if kind not in known:
+        raise ValueError(f"config.json: model_type is {kind!r}, expected one of {known}")
+    form = form_of(config)
+    for weight in _text("language_model." if kind == "kimi_k25" else "", text):
+        stored = form != "bf16" and _STORED[form].search(weight.name)
+        yield replace(weight, form=form) if stored else weight
+    if kind == "kimi_k25":
+        yield from _vision(config["vision_config"])
+
+
+def published_tensors(config: Mapping[str, Any], seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
+    """Each (name, array) of the checkpoint of `config` and `seed`, in file order and one weight at a time.
+
+    Arrays are bf16, float32 (K2's router bias, `A_log`, `dt_bias`), int32 (`weight_packed`, `weight_shape`), or e4m3
+    with float32 scales.
+    """
+    for weight in weights(config):
+        yield from weight.published(seed)

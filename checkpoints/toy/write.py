@@ -1,0 +1,107 @@
+"""Toys as published folders."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints.files import new_folder
+from checkpoints.metadata import carry
+from checkpoints.progress import Counter, Progress
+from checkpoints.safetensors import Published
+from checkpoints.shards import SHARD_BYTES, Entry, ShardWriter, planned
+from checkpoints.toy.configs import PREPROCESSOR, TINY_VOCAB
+from checkpoints.toy.draw import copied, drawn
+from checkpoints.toy.weights import Weight, weights
+from kimi_jax.text.tiny import write_tiny_tokenizer
+
+WORKERS = 2
+
+
+def write_toy(folder: str | Path, config: Mapping[str, Any], *, seed: int = 0, shards: int = 3) -> Path:
+    """Write the random checkpoint of `config` and `seed` to `folder` and return the folder.
+
+    Leaves config.json, generation_config.json, safetensors shards of about equal size with their index, for kimi_k25
+    preprocessor_config.json, and for a vocabulary of 768 the synthetic tokenizer. Weights are drawn whole, with all
+    their bits, and always the same; for large models there is `make_toy`.
+
+    Raises FileExistsError if `folder` holds anything, ValueError if there are fewer tensors than shards.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder}: is not empty, and a toy checkpoint is only written to a new or empty folder")
+    found = list(weights(config))
+    if not 1 <= shards <= len(found):
+        raise ValueError(f"write_toy: shards={shards}, expected 1 to {len(found)}, the number of weights")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    ends = np.cumsum([weight.nbytes for weight in found])
+    cuts = [0, *np.searchsorted(ends, ends[-1] * np.arange(1, shards) / shards), len(found)]
+    # Each shard has a tensor at the least, however large its neighbour's.
+    for i in range(1, shards):
+        cuts[i] = min(max(cuts[i], cuts[i - 1] + 1), len(found) - shards + i)
+    with ShardWriter(folder, [list(_entries(found[start:stop])) for start, stop in pairwise(cuts)]) as writer:
+        for weight in found:
+            for name, array in weight.published(seed):
+                writer.write(name, array)
+    _write_rest(folder, config)
+    return folder
+
+
+def make_toy(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    source: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Path:
+    """As `write_toy` for models of any size, in bounded memory (some 150 MB): weights are drawn by rows, from fewer
+    bits (`draw`), or copied from the published folder `source`, whose first layers, experts and rows they then are.
+
+    Raises besides FileNotFoundError and CheckpointError where `source` does not hold what `config` asks for.
+    """
+    found = list(weights(config))
+    original = None if source is None else Published.open(source)
+    count = Counter(sum(weight.nbytes for weight in found), progress)
+    with new_folder(Path(folder)) as partial:
+        with ShardWriter(partial, planned(_entries(found), shard_bytes)) as writer, ThreadPoolExecutor(WORKERS) as pool:
+
+            def write(weight: Weight) -> None:
+                for name, row, block in drawn(weight, seed) if original is None else copied(weight, original):
+                    writer.write(name, block, row)
+                    count(block.nbytes)
+
+            for _ in pool.map(write, found):
+                pass
+        if original is None:
+            _write_rest(partial, config)
+        else:
+            carry(original.folder, partial, lambda _: dict(config))
+    return Path(folder)
+
+
+def _entries(found: Sequence[Weight]) -> Iterator[Entry]:
+    for weight in found:
+        yield from weight.entries
+
+
+def _write_rest(folder: Path, config: Mapping[str, Any]) -> None:
+    _write_json(folder / "config.json", config)
+    text = config.get("text_config", config)
+    im_end = text["vocab_size"] - 254
+    longest = text["model_max_length" if text["model_type"] == "kimi_linear" else "max_position_embeddings"]
+    _write_json(folder / "generation_config.json", {"eos_token_id": im_end, "max_length": longest})
+    if config["model_type"] == "kimi_k25":
+        _write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+    if text["vocab_size"] == TINY_VOCAB:
+        write_tiny_tokenizer(folder)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,178 @@
+"""Two checkpoints against each other, and one against its checksums: every difference is found and named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoint_oracle import FORMS, read_all
+
+from checkpoints import compare, convert, layout, load, verify
+from checkpoints.safetensors import CheckpointError
+from checkpoints.toy import write_toy
+
+UP = "language_model.model.layers.1.mlp.experts.3.up_proj.weight_packed"
+FAMILIES = ["k2.5", "k2", "kimi-linear"]
+
+
+def problems(*args: Any, **kwargs: Any) -> dict[str, str]:
+    return {finding.name: finding.problem for finding in verify(*args, **kwargs).problems}
+
+
+@pytest.mark.parametrize("like", FAMILIES)
+def test_what_was_converted_is_the_same(published: dict[str, Path], converted: dict[str, Path], like: str) -> None:
+    tensors = read_all(published[like])
+    for a, b in ((published, converted), (converted, published), (converted, converted)):
+        verdict = verify(a[like], b[like])
+        assert {finding.name for finding in verdict.findings} == tensors.keys() and not verdict.problems
+    assert not verify(converted[like]).problems
+    weights = verify(converted[like], published[like], tolerance=0.0).findings
+    assert len(weights) == sum(not name.endswith(("weight_scale", "weight_shape")) for name in tensors)
+
+
+def test_progress_counts_every_byte(published: dict[str, Path], converted: dict[str, Path]) -> None:
+    seen: list[tuple[int, int]] = []
+    total = sum(tensor.nbytes for tensor in read_all(published["k2.5"]).values())
+    verify(published["k2.5"], converted["k2.5"], progress=lambda *counts: seen.append(counts))
+    assert seen[-1] == (total, total)
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.0])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.experts.5.down_proj.weight"])
+@pytest.mark.parametrize("small", [False, True])
+def test_one_element_that_differs(
+    published: dict[str, Path], spoiled: Any, name: str, small: bool, tolerance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anywhere in a tensor, read whole or in blocks."""
+    if small:
+        monkeypatch.setattr(compare, "CHUNK_BYTES", 2_000)
+
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[name][-1, -1] += tensors[name].dtype.type(0.25)
+
+    found = problems(published["k2"], spoiled("k2", change), tolerance=tolerance)
+    assert found.keys() == {name}
+    elements = read_all(published["k2"])[name].size
+    assert found[name].startswith(f"differs in 1 of {elements:,} elements" if tolerance is None else "is off by 0.")
+
+
+def test_names_dtypes_and_shapes(published: dict[str, Path], spoiled: Any) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        del tensors["lm_head.weight"]
+        tensors["model.extra"] = np.zeros(3, np.float32)
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
+        tensors["model.layers.0.input_layernorm.weight"] = np.zeros(5, np.float32)
+
+    other = spoiled("k2", change)
+    assert problems(published["k2"], other) == {
+        "lm_head.weight": "is not in B",
+        "model.extra": "is not in A",
+        "model.norm.weight": "is bfloat16 [128] in A, float32 [128] in B",
+        "model.layers.0.input_layernorm.weight": "is bfloat16 [128] in A, float32 [5] in B",
+    }
+    # by value a wider dtype is the same
+    assert problems(published["k2"], other, tolerance=0.0).keys() == {
+        "lm_head.weight", "model.extra", "model.layers.0.input_layernorm.weight"
+    }  # fmt: skip
+
+
+def test_forms_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INT4 and FP8 against what they were made of: half a step of 7, half a step of e4m3, of a weight's largest; and
+    blocks that cut FP8's scales."""
+    source = write_toy(tmp_path / "bf16", FORMS["bf16"])
+    fp8 = convert(source, tmp_path / "fp8", experts="fp8").destination
+    int4 = convert(source, tmp_path / "int4", experts="int4").destination
+    monkeypatch.setattr(compare, "CHUNK_BYTES", 40_000)
+    assert not problems(fp8, source, tolerance=1 / 16 / 1.75 + 0.005)
+    assert problems(fp8, source, tolerance=0.01)
+    assert not problems(int4, source, tolerance=1 / 14 + 0.005)
+    found = verify(int4, source, tolerance=0.01)
+    assert {finding.name for finding in found.problems} == {name for name in read_all(source) if ".experts." in name}
+    for finding in found.problems:
+        assert 0.05 < finding.max_error < 0.08 and 0.08 < finding.rms_error < 0.13
+    # what two conversions read as the same, is the same to the last bit
+    back = convert(write_toy(tmp_path / "int4-in", FORMS["int4"]), tmp_path / "back", experts="bf16").destination
+    assert not problems(tmp_path / "int4-in", back, tolerance=0.0)
+
+
+def test_nan_is_never_the_same(published: dict[str, Path], spoiled: Any) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors["model.norm.weight"][3] = np.nan
+
+    assert problems(published["k2"], spoiled("k2", change), tolerance=0.5) == {
+        "model.norm.weight": "holds NaN or infinity"
+    }
+
+
+def test_a_log_of_either_shape(published: dict[str, Path], spoiled: Any) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors |= {name: t.reshape(-1) for name, t in tensors.items() if name.endswith("A_log")}
+
+    other = spoiled("kimi-linear", change)
+    assert not problems(published["kimi-linear"], other, tolerance=0.0)
+    assert set(problems(published["kimi-linear"], other)) == {f"model.layers.{i}.self_attn.A_log" for i in (0, 1)}
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_flip, f"tensor {UP} is not what was converted: its checksum differs"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), f"bytes, expected .* it holds tensor {UP}"),
+        (lambda file: file.write_bytes(file.read_bytes() + b"x"), f"bytes, expected .* it holds tensor {UP}"),
+        (lambda file: file.unlink(), f"is not there; it holds tensor {UP}"),
+    ],
+)
+def test_damage_to_a_converted_checkpoint(
+    converted: dict[str, Path], tmp_path: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    """Named by verify, and by load before anything is loaded."""
+    folder = shutil.copytree(converted["k2.5"], tmp_path / "copy")
+    (file,) = (folder / "model.layers.1.mlp.experts.up_proj.weight_packed").glob("c.3*")
+    damage(file)
+    found = problems(folder)
+    assert found.keys() == {UP}
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(folder, verify=True)
+    assert found[UP] == str(error.value) and str(file) in found[UP]
+
+
+def test_load_verifies_what_is_whole(converted: dict[str, Path]) -> None:
+    assert load(converted["k2"], verify=True).config.text.n_routed_experts == 8
+
+
+def test_several_chunks_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)
+    source = write_toy(tmp_path / "toy", FORMS["bf16"])
+    folder = convert(source, tmp_path / "orbax").destination
+    for size in (7_000, 100_000):
+        monkeypatch.setattr(compare, "CHUNK_BYTES", size)
+        assert not problems(source, folder)
+    file = sorted((folder / "lm_head.weight").glob("c.*"))[3]
+    _flip(file)
+    assert problems(folder).keys() == problems(source, folder).keys() == {"lm_head.weight"}
+
+
+def test_what_cannot_be_asked(published: dict[str, Path], converted: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no kimi_manifest"):
+        verify(published["k2"])
+    with pytest.raises(FileNotFoundError, match="holds neither"):
+        verify(converted["k2"], tmp_path)
+    with pytest.raises(ValueError, match=r"tolerance 0\.1: expected a number from 0, and two checkpoints"):
+        verify(converted["k2"], tolerance=0.1)
+    with pytest.raises(ValueError, match="tolerance nan"):
+        verify(converted["k2"], published["k2"], tolerance=float("nan"))
+    folder = shutil.copytree(converted["k2"], tmp_path / "copy")
+    manifest = json.loads((folder / "kimi_manifest.json").read_text())
+    manifest["leaves"]["lm_head.weight"]["sha256"] = []
+    (folder / "kimi_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"kimi_manifest\.json: is damaged: .*lm_head.weight has 0 checksums"):
+        verify(folder)
