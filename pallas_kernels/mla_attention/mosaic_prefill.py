@@ -1,19 +1,21 @@
 """Attention of many queries to many keys as one TPU kernel: flash attention (arXiv 2205.14135, arXiv 2307.08691).
 
-A grid step is a block of queries and one of keys of one head, keys innermost; maximum, sum and output stay in VMEM
-until a query block has met every key block. Heads come first, so that a head's tokens are rows, and values have their
-tokens along the lanes: the mask over keys is then a row for scores and for values alike. Positions and segments of the
-queries come as two columns, those of the keys as two rows.
+Layout: everything stays as projections give it, [tokens, heads * width], and is cut along lanes in groups of heads that
+are whole vectors wide. A head that begins in the middle of one (every other head of width 192) is read with what lies
+beside it, which meets zeros in the query.
 
-Two blocks of which no query can see a key are skipped: the smallest and largest position and segment of each block are
-in scalar memory. Keys that no query of a block sees are zeroed in it, for they may hold anything and 0 * NaN is NaN.
+A grid step is a group of heads and a block of queries. Within it a loop runs over the blocks of keys from the first to
+the last that any of the queries sees; the next one comes in while one is worked on, after the last the first of the
+next step. What a block sees follows from the smallest and largest position and segment of each block, in scalar memory:
+where all queries see all keys nothing is masked, else smaller parts of the block are taken, and left out where no query
+sees a key. Keys that no query of a block sees are zeroed in it, for they may hold anything and 0 * NaN is NaN.
 
-Spills: a block's float32 scores, 256 vectors, wait in memory between maximum, exponential and product (some 2,400
-stores and loads in 2,160 bundles on v6e).
+The outermost grid axis halves the heads for chips whose two cores share a kernel.
 """
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +26,36 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import with_gradient
 from pallas_kernels.mla_attention import xla
+from pallas_kernels.mla_attention.mosaic_prefill_block import LANES, Work, attend, begin, finish, show, work_shapes
 
-QUERIES, KEYS = 512, 512
-LANES = 128
-# Below every score, yet finite: the difference to a score of -inf is then no NaN.
-LOWEST = -1e37
+LARGEST = 2**31 - 1
+
+
+class Blocks(NamedTuple):
+    """Heads of a group, its queries and keys at a time, and the keys at a time where some are hidden."""
+
+    heads: int
+    queries: int
+    keys: int
+    part: int
+
+
+def blocks(q: Array, k: Array) -> Blocks:
+    """What is worked on at a time: less in float32, whose products are six times as long."""
+    most = Blocks(4, 512, 1024, 512) if q.dtype == jnp.bfloat16 else Blocks(2, 256, 512, 256)
+    queries, keys = (max(LANES, 1 << (array.shape[1] - 1).bit_length()) for array in (q, k))
+    keys = min(most.keys, keys)
+    return Blocks(math.gcd(q.shape[2], most.heads), min(most.queries, queries), keys, min(most.part, keys))
 
 
 def unsupported(q: Array, k: Array, v: Array) -> str | None:
     """Why the prefill kernel cannot serve these arguments; None where it can."""
     if 0 in (*q.shape, *k.shape, *v.shape):
         return "it is empty"
-    if q.shape[3] % 64 or v.shape[3] % 64:
-        return f"heads have {q.shape[3]} and {v.shape[3]} values, expected multiples of 64"
+    if q.shape[3] % 64 or v.shape[3] % LANES:
+        return f"heads have {q.shape[3]} and {v.shape[3]} values, expected multiples of 64 and {LANES}"
+    if q.shape[2] % 2 and q.shape[2] > 1 and q.shape[3] % LANES:
+        return f"there are {q.shape[2]} heads of {q.shape[3]}, expected an even number or one"
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"operands are {q.dtype}, expected bfloat16 or float32"
     return None
@@ -61,111 +80,208 @@ def mla_prefill(
 
 def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, scale, interpret):
     (batch, length, heads, width), values = q.shape, v.shape[3]
-    queries, keys = (min(most, -(-size // LANES) * LANES) for most, size in ((QUERIES, length), (KEYS, k.shape[1])))
-    q_rows, k_rows = _padded(jnp.moveaxis(q, 2, 1), queries, 2), _padded(jnp.moveaxis(k, 2, 1), keys, 2)
-    v_columns = _padded(jnp.transpose(v, (0, 2, 3, 1)), keys, 3)
-    q_marks = _padded(jnp.stack([q_positions, q_segments], axis=2), queries, 1, -1)
-    kv_marks = _padded(jnp.stack([kv_positions, kv_segments], axis=1), keys, 2, -1)
-    q_blocks, kv_blocks = q_marks.shape[1] // queries, kv_marks.shape[2] // keys
+    size = blocks(q, k)
+    groups = heads // size.heads
+    cores = 2 if groups % 2 == 0 else 1
+    q_marks, kv_marks = (
+        [_padded(marks[:, None], block, 2, -1) for marks in pair]
+        for block, pair in ((size.queries, (q_positions, q_segments)), (size.keys, (kv_positions, kv_segments)))
+    )
+    q_blocks, tokens = q_marks[0].shape[2] // size.queries, kv_marks[0].shape[2]
 
-    def block(shape, *axes):
-        """A block of `shape` whose place along each axis is that of the named grid axis, or 0."""
-        return pl.BlockSpec(shape, lambda *at: tuple(0 if axis is None else at[axis] for axis in axes))
+    def column(core, group):
+        return core * (groups // cores) + group
+
+    def rows(lanes: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, size.queries, lanes), lambda core, b, group, i, *_: (b, i, column(core, group)))
 
     out, lse = pl.pallas_call(
-        partial(_prefill_kernel, scale=scale),
+        partial(_prefill_kernel, scale=scale, size=size, width=width),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(batch, heads, q_blocks, kv_blocks),
+            num_scalar_prefetch=8,
+            grid=(cores, batch, groups // cores, q_blocks),
             in_specs=[
-                block((1, queries, 2), 0, 2, None),
-                block((1, 2, keys), 0, None, 3),
-                block((1, 1, queries, width), 0, 1, 2, None),
-                block((1, 1, keys, width), 0, 1, 3, None),
-                block((1, 1, values, keys), 0, 1, None, 3),
+                *[pl.BlockSpec((1, 1, size.queries), lambda core, b, group, i, *_: (b, 0, i))] * 2,
+                *[pl.BlockSpec((1, 1, tokens), lambda core, b, group, i, *_: (b, 0, 0))] * 2,
+                rows(size.heads * width),
+                *[pl.BlockSpec(memory_space=pl.ANY)] * 2,
             ],
-            out_specs=[block((1, 1, queries, values), 0, 1, 2, None), block((1, 1, queries, 1), 0, 1, 2, None)],
+            out_specs=[
+                rows(size.heads * values),
+                pl.BlockSpec(
+                    (1, 1, size.heads, size.queries), lambda core, b, group, i, *_: (b, column(core, group), 0, i)
+                ),
+            ],
             scratch_shapes=[
-                pltpu.VMEM((queries, 1), jnp.float32),
-                pltpu.VMEM((queries, LANES), jnp.float32),
-                pltpu.VMEM((queries, values), jnp.float32),
+                pltpu.VMEM((2, size.keys, size.heads * width), k.dtype),
+                pltpu.VMEM((2, size.keys, size.heads * values), v.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SMEM((3,), jnp.int32),
+                *work_shapes(*size, width, values, q.dtype),
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((*q_rows.shape[:3], values), v.dtype),
-            jax.ShapeDtypeStruct((*q_rows.shape[:3], 1), jnp.float32),
+            jax.ShapeDtypeStruct((batch, length, heads * values), v.dtype),
+            jax.ShapeDtypeStruct((batch, groups, size.heads, q_blocks * size.queries), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
+            dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=48 * 2**20
         ),
         interpret=interpret,
         name="mla_prefill",
     )(
-        _extremes(q_marks.reshape(batch, q_blocks, queries, 2), 2),
-        _extremes(kv_marks.reshape(batch, 2, kv_blocks, keys).transpose(0, 2, 3, 1), 2),
-        q_marks,
-        kv_marks,
-        q_rows,
-        k_rows,
-        v_columns,
+        *_ends(*q_marks, size.queries, -LARGEST),
+        *_ends(*kv_marks, size.part, LARGEST),
+        *q_marks,
+        *kv_marks,
+        q.reshape(batch, length, -1),
+        # Rows lie in memory by tiles, so that filling up the last is all there is to it.
+        _padded(k.reshape(batch, -1, heads * width), LANES, 1),
+        _padded(v.reshape(batch, -1, heads * values), LANES, 1),
     )
-    return jnp.moveaxis(out, 1, 2)[:, :length], jnp.moveaxis(lse[..., 0], 1, 2)[:, :length]
-
-
-def _prefill_kernel(q_ends, kv_ends, q_marks, kv_marks, q, k, v, out, lse, top, total, acc, *, scale):
-    batch, keys, blocks = pl.program_id(0), pl.program_id(3), pl.num_programs(3)
-    # Where each block's four numbers begin: first and last position, first and last segment.
-    mine = 4 * (batch * pl.num_programs(2) + pl.program_id(2))
-    theirs = 4 * (batch * blocks + keys)
-
-    @pl.when(keys == 0)
-    def _():
-        top[...] = jnp.full_like(top, LOWEST)
-        total[...] = jnp.zeros_like(total)
-        acc[...] = jnp.zeros_like(acc)
-
-    earlier = kv_ends[theirs] <= q_ends[mine + 1]
-    overlap = (kv_ends[theirs + 2] <= q_ends[mine + 3]) & (q_ends[mine + 2] <= kv_ends[theirs + 3])
-
-    @pl.when(earlier & overlap & (q_ends[mine + 3] >= 0) & (kv_ends[theirs + 3] >= 0))
-    def _():
-        positions, segments = q_marks[0, :, 0:1], q_marks[0, :, 1:2]
-        visible = (kv_marks[0, 0:1] <= positions) & (kv_marks[0, 1:2] == segments) & (segments >= 0)
-        used = jnp.max(visible.astype(jnp.float32), axis=0, keepdims=True) > 0
-        scores = jnp.where(visible, _dot_last(q[0, 0], k[0, 0]) * (scale / math.log(2)), -jnp.inf)
-        new_top = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
-        weights, keep = jnp.exp2(scores - new_top), jnp.exp2(top[...] - new_top)
-        top[...] = new_top
-        # Lane by lane; summed over the lanes once per query block.
-        total[...] = keep * total[...] + sum(weights[:, at : at + LANES] for at in range(0, weights.shape[1], LANES))
-        known = jnp.where(used, v[0, 0].astype(jnp.float32), 0).astype(v.dtype)
-        acc[...] = keep * acc[...] + _dot_last(weights.astype(v.dtype), known)
-
-    @pl.when(keys == blocks - 1)
-    def _():
-        weight = jnp.sum(total[...], axis=1, keepdims=True)
-        seen = weight > 0
-        weight = jnp.where(seen, weight, 1)
-        out[0, 0] = (acc[...] / weight).astype(out.dtype)
-        lse[0, 0] = jnp.where(seen, math.log(2) * top[...] + jnp.log(weight), -jnp.inf)
-
-
-def _dot_last(a: Float[Array, "m c"], b: Float[Array, "n c"]) -> Float[Array, "m n"]:
-    """a [m, c] times b [n, c]^T; float32 out of full float32 or of bf16 products."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    lse = jnp.moveaxis(lse.reshape(batch, heads, -1), 1, 2)
+    return out.reshape(batch, length, heads, values), lse[:, :length]
 
 
 def _padded(array: Array, block: int, axis: int, fill: int = 0) -> Array:
+    if not (short := -array.shape[axis] % block):
+        return array
     padding = [(0, 0)] * array.ndim
-    padding[axis] = (0, -array.shape[axis] % block)
+    padding[axis] = (0, short)
     return jnp.pad(array, padding, constant_values=fill)
 
 
-def _extremes(marks: Int[Array, "B blocks size 2"], axis: int) -> Int[Array, "ends"]:
-    """Per block the smallest and largest position, then segment, of tokens that are no padding; flat."""
-    real = marks[..., 1:] >= 0
-    limits = jnp.iinfo(marks.dtype)
-    smallest = jnp.min(jnp.where(real, marks, limits.max), axis=axis)
-    largest = jnp.max(jnp.where(real, marks, limits.min), axis=axis)
-    return jnp.stack([smallest, largest], axis=-1).reshape(-1)
+def _ends(
+    positions: Int[Array, "B 1 tokens"], segments: Int[Array, "B 1 tokens"], size: int, padding: int
+) -> list[Int[Array, "blocks"]]:
+    """Per block of `size` tokens the smallest and largest position, then segment. A token of padding counts as one at
+    the position `padding`, and in no segment."""
+    real = segments >= 0
+    positions, first = jnp.where(real, positions, padding), jnp.where(real, segments, LARGEST)
+    ends = (positions, jnp.min), (positions, jnp.max), (first, jnp.min), (segments, jnp.max)
+    return [reduce(array.reshape(-1, size), axis=1) for array, reduce in ends]
+
+
+class Seen(NamedTuple):
+    """First and last position, first and last segment of every block of queries and of every part of keys, in scalar
+    memory."""
+
+    q: tuple[jax.Ref, ...]
+    kv: tuple[jax.Ref, ...]
+
+    def some(self, block, part):
+        """Whether a query of the block may see a key of the part."""
+        _, q_last, *q_segments = (end[block] for end in self.q)
+        first, _, *segments = (end[part] for end in self.kv)
+        return (first <= q_last) & (segments[0] <= q_segments[1]) & (q_segments[0] <= segments[1])
+
+    def all(self, block, part):
+        """Whether all queries of the block see all keys of the part."""
+        q_first, _, *q_segments = (end[block] for end in self.q)
+        _, last, *segments = (end[part] for end in self.kv)
+        one = (q_segments[0] == q_segments[1]) & (segments[0] == segments[1]) & (segments[0] == q_segments[0])
+        return (last <= q_first) & one
+
+
+def _prefill_kernel(*refs, scale, size, width):
+    """`state` holds the half of the buffers k and v that the step's first block comes to, that block, and the one
+    after its last."""
+    seen = Seen(refs[:4], refs[4:8])
+    q_positions, q_segments, kv_positions, kv_segments, q, k_hbm, v_hbm, out, lse, k, v, arrived, state = refs[8:21]
+    work = Work(*refs[21:])
+    core, batch, group, mine = (pl.program_id(i) for i in range(4))
+    _, batches, groups, q_blocks = (pl.num_programs(i) for i in range(4))
+    tokens, parts = k_hbm.shape[1], size.keys // size.part
+    kv_blocks = pl.cdiv(tokens, size.keys)
+
+    def span(row):
+        """The first block that a block of queries sees and the one after its last; at least one, so that every step
+        has a block that comes in during the one before."""
+
+        def widen(part, ends):
+            some, block = seen.some(row, row // q_blocks * kv_blocks * parts + part), part // parts
+            first = jnp.where(some & (ends[1] == 0), block, ends[0])
+            return first, jnp.where(some, block + 1, ends[1])
+
+        first, end = lax.fori_loop(0, kv_blocks * parts, widen, (0, 0))
+        return first, jnp.maximum(end, 1)
+
+    def fetch(batch, group, block, half, act):
+        """Calls `act` with the copies of a block's keys and values; the last block may be short."""
+
+        def copy(rows):
+            for source, target in ((k_hbm, k), (v_hbm, v)):
+                lanes = target.shape[2]
+                first = (core * groups + group) * lanes
+                place = source.at[
+                    batch,
+                    pl.ds(pl.multiple_of(block * size.keys, LANES), rows),
+                    pl.ds(first if lanes % LANES else pl.multiple_of(first, LANES), lanes),
+                ]
+                act(pltpu.make_async_copy(place, target.at[half, pl.ds(0, rows)], arrived.at[half]))
+
+        if kv_blocks > 1:
+            pl.when(block < kv_blocks - 1)(lambda: copy(size.keys))
+        pl.when(block == kv_blocks - 1)(lambda: copy(tokens - (kv_blocks - 1) * size.keys))
+
+    @pl.when((batch == 0) & (group == 0) & (mine == 0))
+    def _():
+        state[0] = 0
+        state[1], state[2] = span(0)
+        fetch(0, 0, state[1], 0, lambda copy: copy.start())
+
+    begin(work, q.at[0], width)
+    row, first, end = batch * q_blocks + mine, state[1], state[2]
+
+    def attend_block(block, half):
+        last = block + 1 == end
+
+        @pl.when(~last)
+        def _():
+            fetch(batch, group, block + 1, 1 - half, lambda copy: copy.start())
+
+        @pl.when(last)
+        def _():
+            wraps = mine + 1 == q_blocks
+            row_ends = wraps & (group + 1 == groups)
+            next_group = jnp.where(wraps, jnp.where(row_ends, 0, group + 1), group)
+            next_batch = batch + row_ends
+
+            @pl.when(next_batch < batches)
+            def _():
+                state[1], state[2] = span(next_batch * q_blocks + jnp.where(wraps, 0, mine + 1))
+                fetch(next_batch, next_group, state[1], 1 - half, lambda copy: copy.start())
+
+        fetch(batch, group, block, half, lambda copy: copy.wait())
+        part = (batch * kv_blocks + block) * parts
+        whole = seen.all(row, part)
+        for i in range(1, parts):
+            whole &= seen.all(row, part + i)
+
+        # A loop of one turn or none instead of a branch: a schedule then shows how much of it is whole blocks.
+        lax.fori_loop(
+            0,
+            whole.astype(jnp.int32),
+            lambda *_: attend(work, k.at[half], v.at[half], width, scale, hidden=False),
+            None,
+        )
+
+        def attend_part(i, _):
+            @pl.when(seen.some(row, part + i))
+            def _():
+                at = pl.multiple_of(i * size.part, LANES)
+                keys, rows = pl.ds(pl.multiple_of(block * size.keys + at, LANES), size.part), pl.ds(at, size.part)
+                show(
+                    work,
+                    (q_positions.at[0], q_segments.at[0]),
+                    (kv_positions.at[0, :, keys], kv_segments.at[0, :, keys]),
+                )
+                attend(work, k.at[half, rows], v.at[half, rows], width, scale, hidden=True)
+
+            return _
+
+        lax.fori_loop(0, jnp.where(whole, 0, parts), attend_part, None)
+        return 1 - half
+
+    state[0] = lax.fori_loop(first, end, attend_block, state[0])
+    finish(work, out.at[0], lse.at[0, 0])

@@ -1,15 +1,16 @@
-"""Latent attention at Kimi's widths: decode for all 64 heads and for the 8 that eight devices leave."""
+"""Latent attention at Kimi's widths: decode and prefill for all 64 heads and for the 8 that eight devices leave."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mla_decode
-from pallas_kernels.mla_attention import mosaic_tpu
+from pallas_kernels import mla_decode, mla_prefill, mla_write
+from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu, mosaic_write
 from tpu.case import Case
 
 LATENT, ROPE, PAGE = 512, 64, 128
+NOPE, VALUES = 128, 128
 SCALE = 192**-0.5
 
 
@@ -28,9 +29,8 @@ def _decode(heads: int, batch: int, tokens: int) -> Case:
             int32((batch,)),
         )
 
-    length = f"{tokens // 1024}k"
     return Case(
-        name=f"mla_decode H={heads} {batch} sequences of {length}",
+        name=f"mla_decode H={heads} {batch} sequences of {_thousands(tokens)}",
         kernel="mla_decode",
         build=build,
         # Sequences (and the steps that fill and drain the pipeline), their blocks, and pages to blank: all are full.
@@ -42,8 +42,106 @@ def _decode(heads: int, batch: int, tokens: int) -> Case:
     )
 
 
+def _prefill(heads: int, queries: int, keys: int) -> Case:
+    """The last `queries` of `keys` tokens of one sequence, from and to the layout of projections."""
+    width, values = NOPE + ROPE, VALUES
+    bf16 = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+
+    def run(q, k, v, q_positions, kv_positions):
+        out = mla_prefill(
+            q.reshape(1, queries, heads, width),
+            k.reshape(1, keys, heads, width),
+            v.reshape(1, keys, heads, values),
+            q_positions=q_positions,
+            kv_positions=kv_positions,
+            scale=SCALE,
+            implementation="mosaic_tpu",
+        )
+        return out.reshape(1, queries, heads * values)
+
+    def build():
+        return run, (
+            bf16((1, queries, heads * width)),
+            bf16((1, keys, heads * width)),
+            bf16((1, keys, heads * values)),
+            int32((1, queries)),
+            int32((1, keys)),
+        )
+
+    def trips() -> tuple[int, ...]:
+        size = mosaic_prefill.blocks(bf16((1, queries, heads, width)), bf16((1, keys, heads, width)))
+        groups, q_blocks = heads // size.heads, -(-queries // size.queries)
+        blocks, parts, wholes, masked = -(-keys // size.keys), size.keys // size.part, 0, 0
+        for first in range(keys - queries, keys, size.queries):
+            whole = (first + 1) // size.keys
+            wholes += whole
+            masked += min(-(-(first + size.queries) // size.part), blocks * parts) - whole * parts
+        masked_blocks = sum(
+            -(-(first + size.queries) // size.keys) - (first + 1) // size.keys
+            for first in range(keys - queries, keys, size.queries)
+        )
+        return (
+            # Steps (and those that fill and drain the pipeline); the span of the first; blocks of a step.
+            groups * q_blocks + 2,
+            blocks * parts,
+            groups * (wholes + masked_blocks),
+            # Within: the span of the next step; whole blocks; parts of others, and the rows of their masks.
+            groups * q_blocks * blocks * parts,
+            groups * wholes,
+            groups * masked,
+            groups * masked * size.part // mosaic_prefill.LANES,
+        )
+
+    pairs = queries * (keys - queries) + queries * (queries + 1) / 2
+    return Case(
+        name=f"mla_prefill H={heads} {_thousands(queries)} of {_thousands(keys)}",
+        kernel="mla_prefill",
+        build=build,
+        trips=trips,
+        units=heads * pairs / 2**20,
+        unit="1,024 x 1,024 scores that count",
+        hbm_bytes=2.0 * heads * (queries + keys) * (width + values),
+        flops=2.0 * heads * pairs * (width + values),
+    )
+
+
+def _write(batch: int, rows: int, tokens: int) -> Case:
+    """`rows` consecutive tokens of each of `batch` sequences, whose pages `tokens` would fill."""
+    max_pages = -(-tokens // PAGE)
+    width = LATENT + ROPE
+    pages = batch * (-(-rows // PAGE))  # that are read and written back
+
+    def build():
+        bf16 = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+        int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        shape = (batch, rows)
+        return mla_write, (
+            bf16((batch * max_pages, width, PAGE)),
+            bf16((*shape, width)),
+            int32((batch, max_pages)),
+            int32(shape),
+        )
+
+    return Case(
+        name=f"mla_write {batch} sequences, {rows} rows",
+        kernel="mla_write",
+        build=build,
+        trips=lambda: mosaic_write_trips(batch, rows),
+        units=batch * rows,
+        unit="rows",
+        hbm_bytes=2.0 * (2 * pages * width * PAGE + batch * rows * width),
+        flops=0.0,
+        donate=(0,),
+    )
+
+
+def _thousands(tokens: int) -> str:
+    return f"{tokens // 1024}k"
+
+
 CASES = [
     _decode(heads, batch, tokens)
     for heads in (64, 8)
     for batch, tokens in ((64, 1024), (64, 8192), (64, 32768), (8, 262144))
-]
+] + [_prefill(heads, queries, keys) for heads in (64, 8) for queries, keys in ((4096, 4096), (2048, 32768))]

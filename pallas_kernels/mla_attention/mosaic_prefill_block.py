@@ -1,0 +1,156 @@
+"""The prefill kernel's work on one block of keys that lies in VMEM: scores, softmax and weighted values of every head.
+
+Scores are [keys, queries]: maximum and sum then run over rows, and the matrix unit is filled both ways, for it holds
+the query still while keys stream by, then the weights while v^T does (128 rows; p v would leave half of a 256-wide unit
+empty). Rows of ones under v^T sum the weights in the same product, rounded as the values meet them.
+
+The heads and strips of queries follow each other so that the scores of one are multiplied while the softmax of the one
+before is worked out, through two buffers.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+LANES, STRIP, ONES = 128, 256, 16
+# Below every score, yet finite: the difference to a score of -inf is then no NaN.
+LOWEST = -1e37
+
+
+class Work(NamedTuple):
+    """References to a group's queries and to what has been attended to so far; all but q and v_rows float32."""
+
+    q: jax.Ref  # [heads, queries, lanes], each head with its neighbours' lanes zero
+    v_rows: jax.Ref  # [heads, values + ONES, keys], the values of the block as rows, ones below
+    shown: jax.Ref  # [keys, queries], 1 where the query sees the key, of a block with hidden ones
+    used: jax.Ref  # [keys, LANES], 1 where any of them does
+    scores: jax.Ref  # [2, keys, strip], in powers of two
+    keep: jax.Ref  # [2, 1, strip], what the earlier sums are worth under the new maximum
+    top: jax.Ref  # [heads, 1, queries], largest score
+    acc: jax.Ref  # [heads, values + ONES, queries], sums of weights times values, and of weights
+
+
+def work_shapes(heads: int, queries: int, keys: int, part: int, width: int, values: int, dtype: jnp.dtype) -> Work:
+    """The scratch memory of a `Work`."""
+    strip = min(STRIP, queries)
+    spread = max(lanes.stop - lanes.start for lanes, _ in (_place(head, heads, width) for head in range(heads)))
+    return Work(
+        q=pltpu.VMEM((heads, queries, spread), dtype),
+        v_rows=pltpu.VMEM((heads, values + ONES, keys), dtype),
+        shown=pltpu.VMEM((part, queries), jnp.float32),
+        used=pltpu.VMEM((part, LANES), jnp.float32),
+        scores=pltpu.VMEM((2, keys, strip), jnp.float32),
+        keep=pltpu.VMEM((2, 1, strip), jnp.float32),
+        top=pltpu.VMEM((heads, 1, queries), jnp.float32),
+        acc=pltpu.VMEM((heads, values + ONES, queries), jnp.float32),
+    )
+
+
+def begin(work: Work, q: jax.Ref, width: int) -> None:
+    """Nothing attended to by the queries q [queries, heads * width]."""
+    heads, values = work.q.shape[0], work.acc.shape[1] - ONES
+    for head in range(heads):
+        lanes, first = _place(head, heads, width)
+        for at in range(lanes.start, lanes.stop, LANES):
+            to = min(at + LANES, lanes.stop)
+            mine = q[:, at:to]
+            if at < lanes.start + first or to > lanes.start + first + width:
+                # As words of 32 bits: bf16 has no masks on older chips.
+                words = pltpu.bitcast(mine, jnp.int32)
+                lane = at - lanes.start + lax.broadcasted_iota(jnp.int32, words.shape, 1)
+                words = jnp.where((lane >= first) & (lane < first + width), words, 0)
+                mine = pltpu.bitcast(words, q.dtype)
+            work.q[head, :, at - lanes.start : to - lanes.start] = mine
+    work.v_rows[:, values:] = jnp.ones((heads, ONES, work.v_rows.shape[2]), work.v_rows.dtype)
+    work.top[...] = jnp.full_like(work.top, LOWEST)
+    work.acc[...] = jnp.zeros_like(work.acc)
+
+
+Marks = tuple[jax.Ref, jax.Ref]
+
+
+def show(work: Work, q_marks: Marks, k_marks: Marks) -> None:
+    """Works out which keys the queries see, from references to positions and segments of each."""
+
+    def some_keys(i, _):
+        keys = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
+        position, segment = (jnp.broadcast_to(mark[:, keys], (LANES, LANES)).T for mark in k_marks)
+        segment = jnp.where(segment < 0, -2, segment)  # which no query then has
+        used = jnp.zeros((LANES, LANES), jnp.float32)
+        for at in range(0, work.shown.shape[1], LANES):
+            queries = slice(at, at + LANES)
+            q_position, q_segment = (mark[:, queries] for mark in q_marks)
+            seen = (position <= q_position) & (segment == jnp.maximum(q_segment, -1))
+            work.shown[keys, queries] = seen.astype(jnp.float32)
+            used = jnp.maximum(used, seen.astype(jnp.float32))
+        work.used[keys] = jnp.broadcast_to(jnp.max(used, axis=1, keepdims=True), used.shape)
+        return _
+
+    lax.fori_loop(0, work.shown.shape[0] // LANES, some_keys, None)
+
+
+def attend(work: Work, k: jax.Ref, v: jax.Ref, width: int, scale: float, hidden: bool) -> None:
+    """Adds the keys k [keys, heads * width] and values v [keys, heads * values]; some are `hidden`, as `show` says."""
+    (heads, queries, _), keys, strip = work.q.shape, k.shape[0], work.scores.shape[2]
+    values = v.shape[1] // heads
+    units = [(head, slice(at, at + strip)) for at in range(0, queries, strip) for head in range(heads)]
+
+    def score(turn: int) -> None:
+        head, columns = units[turn]
+        lanes, _ = _place(head, heads, width)
+        scores = _dot(k[:, lanes], work.q[head, columns, : lanes.stop - lanes.start], 1) * (scale / math.log(2))
+        if hidden:
+            scores = jnp.where(work.shown[:, columns] > 0, scores, -jnp.inf)
+        work.scores[turn % 2, :keys] = scores
+        top = work.top[head, :, columns]
+        new_top = jnp.maximum(top, jnp.max(scores, axis=0, keepdims=True))
+        work.keep[turn % 2] = jnp.exp2(top - new_top)
+        work.top[head, :, columns] = new_top
+
+    def weigh(turn: int) -> None:
+        head, columns = units[turn]
+        if columns.start == 0:
+            own = v[:, head * values : (head + 1) * values]
+            if hidden:
+                seen = jnp.tile(work.used[...], (1, values // LANES)) > 0
+                own = jnp.where(seen, own.astype(jnp.float32), 0).astype(own.dtype)
+            work.v_rows[head, :values, :keys] = own.T
+        weights = jnp.exp2(work.scores[turn % 2, :keys] - work.top[head, :, columns])
+        added = _dot(work.v_rows[head, :, :keys], weights.astype(v.dtype), 0)
+        work.acc[head, :, columns] = work.keep[turn % 2] * work.acc[head, :, columns] + added
+
+    score(0)
+    for turn in range(1, len(units)):
+        score(turn)
+        weigh(turn - 1)
+    weigh(len(units) - 1)
+
+
+def finish(work: Work, out: jax.Ref, lse: jax.Ref) -> None:
+    """The attention [queries, heads * values], and the log-sum-exp [heads, queries]."""
+    heads, values = work.q.shape[0], work.acc.shape[1] - ONES
+    for head in range(heads):
+        weight = work.acc[head, values : values + 1]
+        seen = weight > 0
+        weight = jnp.where(seen, weight, 1)
+        out[:, head * values : (head + 1) * values] = (work.acc[head, :values] / weight).T.astype(out.dtype)
+        lse[head : head + 1] = jnp.where(seen, math.log(2) * work.top[head] + jnp.log(weight), -jnp.inf)
+
+
+def _place(head: int, heads: int, width: int) -> tuple[slice, int]:
+    """The whole vectors of lanes that a head lies in, and where in them it begins."""
+    start = head * width // LANES * LANES
+    stop = min(-(-(head + 1) * width // LANES) * LANES, heads * width)
+    return slice(start, stop), head * width - start
+
+
+def _dot(a: Float[Array, "m c"], b: Array, axis: int) -> Float[Array, "m n"]:
+    """a [m, c] times b, whose `axis` is contracted; float32 out of full float32 or of bf16 products."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
