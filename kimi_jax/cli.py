@@ -114,6 +114,15 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     sub.add_argument("--mesh", metavar="DxE", help="devices over data and experts, like 1x8 (default: one device)")
+    sub.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes that run this command together; needs --mesh. A TPU pod, GKE or Slurm says "
+        "who they are, elsewhere the next three flags do",
+    )
+    sub.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    sub.add_argument("--num-processes", type=int, metavar="N", help="of all hosts together")
+    sub.add_argument("--process-id", type=int, metavar="I", help="0 to N-1; process 0 prints")
     sub.add_argument("--dtype", choices=["bfloat16", "float32"], help="of weights and activations (default: as stored)")
 
 
@@ -161,12 +170,28 @@ def _messages(arguments: argparse.Namespace) -> tuple[list[Any], list[Any] | Non
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    who = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if not arguments.distributed:
+        if who != (None, None, None):
+            raise ValueError("--coordinator, --num-processes and --process-id go with --distributed")
+        return _answer(arguments, aloud=True)
+    if arguments.mesh is None:
+        raise ValueError("--distributed needs --mesh: the devices of all processes, and what they split")
+    from kimi_jax import processes
+
+    with processes.joined(*who) as aloud:
+        _answer(arguments, aloud)
+
+
+def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
+    """Generates; prints only where `aloud`."""
     import checkpoints
     from kimi_jax import decoding, prompts
     from kimi_jax.sampling import Sampling
     from kimi_jax.text import StreamDecoder, Tokenizer
     from sharding import make_mesh
 
+    log = Console(stderr=True, highlight=False, quiet=not aloud)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
     messages, tools = _messages(arguments)
     tokenizer = Tokenizer.from_folder(arguments.path)
@@ -177,7 +202,6 @@ def _generate(arguments: argparse.Namespace) -> None:
         arguments.path, model.config, tokenizer, messages, tools=tools, thinking=arguments.thinking
     )
     decoding.checked_lengths(model.config, prompt.tokens, None, arguments.max_new_tokens)
-    log = Console(stderr=True, highlight=False)
     log.print(f"loaded in {time.perf_counter() - began:.1f} s; the prompt has {prompt.tokens.shape[1]} tokens")
     text = StreamDecoder(tokenizer)
     times = [time.perf_counter()]
@@ -191,9 +215,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     ):
         times.append(time.perf_counter())
-        if int(column[0]) not in model.config.stop_ids:
+        if aloud and int(column[0]) not in model.config.stop_ids:
             print(text.push(column.tolist()), end="", flush=True)
-    print(text.finish())
+    if aloud:
+        print(text.finish())
     rate = f", then {(len(times) - 3) / (times[-1] - times[2]):.1f} tokens per second" if len(times) > 3 else ""
     log.print(f"{len(times) - 1} tokens; the first after {times[1] - times[0]:.1f} s, compilation included{rate}")
 
