@@ -13,8 +13,9 @@ from checkpoints.toy import toy_config, write_toy
 from kimi_jax.cli import main
 
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1, "first_k_dense_replace": 0,
-    "n_routed_experts": 8, "num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1,
+    "first_k_dense_replace": 0, "n_routed_experts": 8, "num_experts_per_tok": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
 }  # fmt: skip
 OPTIONS = ["--prompt", "Hello", "--max-new-tokens", "8", "--dtype", "float32", "--mesh", "1x8"]
 
@@ -73,7 +74,7 @@ def test_one_that_fails_ends_all_with_its_reason(folder, tmp_path):
     for code, out, err in (first, second):
         assert (code, out) == (1, "")
         assert re.findall("^kimi-jax: .*", err, re.M) == [
-            f"kimi-jax: process 1 of 2: {tmp_path}/nowhere: no such folder"
+            f"kimi-jax: process 1 of 2: {tmp_path}/nowhere/tiktoken.model: no such file; a Kimi tokenizer needs it"
         ]
 
 
