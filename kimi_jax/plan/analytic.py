@@ -126,7 +126,7 @@ def hbm_bytes(job: Job) -> float:
 def _read(kind: str, path: str, nbytes: int, job: Job) -> float:
     if kind == "vision" or "embed_tokens" in path:
         return 0.0  # a row of the table per token
-    return nbytes * touched(job) if kind == "experts" else nbytes
+    return nbytes * touched(job) if kind == "experts" else float(nbytes)
 
 
 def per_layer(job: Job) -> PerLayer:
@@ -177,7 +177,7 @@ def _kda_flops(job: Job) -> float:
 def step(job: Job, sent: list[Collective]) -> Step:
     """The step's lower bounds, with the messages that it sends."""
     chip, read, products = job.topology.chip, hbm_bytes(job), flops(job)
-    over_links = sum(collective.sent for collective in sent)
+    over_links = sum((collective.sent for collective in sent), 0.0)
     return Step(
         hbm_bytes=read,
         flops=products,
@@ -238,9 +238,9 @@ def largest_context(job: Job, temporaries: int | None = None) -> int:
 
 
 def _fits(job: Job, measured: Job, temporaries: int | None) -> bool:
-    """With the temporaries that the compiler had for another size, in the estimate's proportion."""
+    """`temporaries` are those that the compiler had for the `measured` job: what more there are is estimated."""
     if temporaries is not None:
-        temporaries = int(temporaries * max(1.0, _temporaries(job) / _temporaries(measured)))
+        temporaries += max(0, _temporaries(job) - _temporaries(measured))
     return memory(job, temporaries).headroom >= 0
 
 

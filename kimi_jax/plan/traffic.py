@@ -31,7 +31,7 @@ class Collective:
         """Bytes that a device has to send for all of them, at least."""
         share = (self.group - 1) / self.group
         each = {"all-reduce": 2 * share, "all-gather": self.group - 1, "collective-permute": 1}.get(self.kind, share)
-        return self.count * self.nbytes * each
+        return float(self.count * self.nbytes * each)
 
 
 def collectives(program: Program, mesh: dict[str, int]) -> list[Collective]:
@@ -65,6 +65,11 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
         shape, dims = _numbers(iota[1]), _numbers(iota[2])
         order = np.arange(np.prod(dims)).reshape(dims)
         return (order.transpose(_numbers(iota[3])) if iota[3] else order).reshape(shape)
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        last = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
+        order = np.arange(devices).reshape(list(sizes.values()))
+        return np.moveaxis(order, last, range(-len(last), 0)).reshape(-1, int(np.prod([order.shape[i] for i in last])))
     if re.search(r"replica_groups=\{\}", attributes):
         return np.arange(devices)[None]
     raise ValueError(f"replica groups of an unknown form: {attributes[:200]}")
