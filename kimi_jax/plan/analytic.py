@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from kimi_jax.plan.job import Job, layer_cache, weights
+from kimi_jax.plan.job import Job, Weight, layer_cache, weights
 from kimi_jax.plan.traffic import Collective
 from kimi_jax.state import PAGE
 
@@ -75,8 +75,8 @@ def memory(job: Job, temporaries: int | None = None) -> Memory:
     Raises ValueError where the mesh divides the job's batch, heads or widths unevenly.
     """
     of_kind = dict.fromkeys(("experts", "attention", "embeddings", "other weights", "vision"), 0)
-    for weight in weights(job.config):
-        of_kind[weight.kind] += weight.local_bytes(job.sizes)
+    for weight, count in weights(job.config):
+        of_kind[weight.kind] += count * weight.local_bytes(job.sizes)
     return Memory(
         available=job.topology.chip.memory,
         experts=of_kind["experts"],
@@ -119,39 +119,41 @@ def hbm_bytes(job: Job) -> float:
     """Weights once, of the experts the share that is chosen; latents once; KDA states once there and once back."""
     each = layer_cache(job.config, job.batch, job.context, job.sizes)
     kinds = job.config.text.layer_kinds
-    read = sum(_read(weight.kind, weight.path, weight.local_bytes(job.sizes), job) for weight in weights(job.config))
-    return read + each.mla * kinds.count("mla") + 2 * each.kda * kinds.count("kda")
+    return _weights_read(job, weights(job.config)) + each.mla * kinds.count("mla") + 2 * each.kda * kinds.count("kda")
 
 
-def _read(kind: str, path: str, nbytes: int, job: Job) -> float:
-    if kind == "vision" or "embed_tokens" in path:
-        return 0.0  # a row of the table per token
-    return nbytes * touched(job) if kind == "experts" else float(nbytes)
+def _weights_read(job: Job, held: tuple[tuple[Weight, int], ...]) -> float:
+    total = 0.0
+    for weight, count in held:
+        if weight.kind != "vision" and "embed_tokens" not in weight.path:  # a row of that table per token
+            share = touched(job) if weight.kind == "experts" else 1.0
+            total += count * weight.local_bytes(job.sizes) * share
+    return total
 
 
 def per_layer(job: Job) -> PerLayer:
     """Of the last layer, a mixture in every published model."""
     text = job.config.text
-    last = [weight for weight in weights(job.config) if weight.layer == text.num_hidden_layers - 1]
+    last = weights(job.config, text.num_hidden_layers - 1)
     each = layer_cache(job.config, job.batch, job.context, job.sizes)
     kept, moved = (each.mla, each.mla) if text.layer_kinds[-1] == "mla" else (each.kda, 2 * each.kda)
-    resident = sum(weight.local_bytes(job.sizes) for weight in last)
-    read = sum(_read(weight.kind, weight.path, weight.local_bytes(job.sizes), job) for weight in last)
-    return PerLayer(resident + kept, read + moved)
+    resident = sum(count * weight.local_bytes(job.sizes) for weight, count in last)
+    return PerLayer(resident + kept, _weights_read(job, last) + moved)
 
 
 def flops(job: Job) -> float:
     """Products of weights with the tokens that a device treats, and attention's own."""
     text, mesh = job.config.text, job.mesh
     mine, total = job.tokens / mesh["data"], 0.0
-    for weight in weights(job.config):
+    for weight, count in weights(job.config):
+        products = 2 * count * weight.local(job.sizes)
         if weight.kind == "experts":  # each expert's tokens, were they spread evenly
-            total += 2 * weight.local(job.sizes) * job.tokens * text.num_experts_per_tok / text.n_routed_experts
+            total += products * job.tokens * text.num_experts_per_tok / text.n_routed_experts
         elif "lm_head" in weight.path:
-            total += 2 * weight.local(job.sizes) * job.batch / mesh["data"]
+            total += products * job.batch / mesh["data"]
         elif weight.kind in ("attention", "other weights"):
             everybodys = ".shared_experts." in weight.path or ".mlp.gate." in weight.path
-            total += 2 * weight.local(job.sizes) * (job.tokens if everybodys else mine)
+            total += products * (job.tokens if everybodys else mine)
     kinds = text.layer_kinds
     return total + kinds.count("mla") * _mla_flops(job) + kinds.count("kda") * _kda_flops(job)
 

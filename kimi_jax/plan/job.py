@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections import Counter
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -66,14 +67,13 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A parameter, of the text layer with this number (None outside of layers), with `bits` an element."""
+    """A parameter; `path` leaves out the numbers of layers, `bits` are an element's."""
 
     kind: str
     path: str
     axes: tuple[str | None, ...]
     shape: Sizes
     bits: int
-    layer: int | None
 
     def local(self, sizes: Sizes) -> int:
         """Elements on each device of a mesh. Raises what `sharding.spec` raises where it does not divide the shape."""
@@ -89,22 +89,26 @@ def _local(axes: tuple[str | None, ...], shape: Sizes, sizes: Sizes) -> int:
     return int(math.prod(NamedSharding(mesh, spec(axes, shape, mesh)).shard_shape(shape)))
 
 
-@functools.lru_cache(maxsize=8)
-def weights(config: KimiConfig) -> tuple[Weight, ...]:
-    """Every parameter of the model."""
+@functools.cache
+def weights(config: KimiConfig, layer: int | None = None) -> tuple[tuple[Weight, int], ...]:
+    """The parameters of the model, or of one text layer: those that are alike once, and how many they are."""
+    wanted = (weight for number, weight in _parameters(config) if layer is None or number == layer)
+    return tuple(Counter(wanted).items())
+
+
+@functools.cache
+def _parameters(config: KimiConfig) -> tuple[tuple[int | None, Weight], ...]:
+    """All of them, each with its text layer's number."""
     _, params = nnx.split(abstract(config))
-    return tuple(_weight(path, variable) for path, variable in nnx.to_flat_state(params) if _axes(variable) is not None)
-
-
-def _weight(path: tuple[Any, ...], variable: nnx.Variable) -> Weight:
-    name = ".".join(map(str, path))
-    kind = next(kind for mark, kind in _KINDS if mark in name)
-    layer = int(path[2]) if path[:2] == ("model", "layers") else None
-    return Weight(kind, name, _axes(variable), variable.shape, bits(variable.dtype), layer)
-
-
-def _axes(variable: nnx.Variable) -> Any:
-    return variable.get_metadata().get("axes")
+    found = []
+    for path, variable in nnx.to_flat_state(params):
+        if (axes := variable.get_metadata().get("axes")) is None:
+            continue
+        name = ".".join(part for part in path if isinstance(part, str))
+        kind = next(kind for mark, kind in _KINDS if mark in name)
+        layer = path[2] if path[:2] == ("model", "layers") else None
+        found.append((layer, Weight(kind, name, axes, variable.shape, bits(variable.dtype))))
+    return tuple(found)
 
 
 def bits(dtype: Any) -> int:
@@ -123,11 +127,19 @@ class Cache(NamedTuple):
 def layer_cache(config: KimiConfig, batch: int, context: int, sizes: Sizes) -> Cache:
     """Raises what `state.empty` and `sharding.spec` raise where the mesh does not divide the batch or the heads."""
     mesh = AbstractMesh(sizes, AXES)
-    state = jax.eval_shape(lambda: states.empty(config, batch, context, jnp.dtype(config.text.dtype), mesh))
+    state = _state(config, batch, context, mesh.shape["data"], mesh.shape["sequence"])
 
     def size(array: jax.ShapeDtypeStruct, lies: PartitionSpec) -> int:
-        return int(math.prod(NamedSharding(mesh, lies).shard_shape(array.shape))) * array.dtype.itemsize
+        return math.prod(NamedSharding(mesh, lies).shard_shape(array.shape)) * array.dtype.itemsize
 
     sized = jax.tree.map(size, state.layers, states.specs(state, mesh).layers)
-    of_kind = {kind: sum(layer) for kind, layer in zip(config.text.layer_kinds, sized, strict=True)}
-    return Cache(of_kind.get("mla", 0), of_kind.get("kda", 0))
+    of_kind = {type(kept): sum(kept) for kept in sized}
+    return Cache(of_kind.get(states.MLACache, 0), of_kind.get(states.KDAState, 0))
+
+
+@functools.cache
+def _state(config: KimiConfig, batch: int, context: int, data: int, sequence: int) -> states.State:
+    """One layer of each kind: the others are alike. Its shapes depend on these two axes alone."""
+    mesh = AbstractMesh((data, 1, 1, sequence), AXES)
+    state = jax.eval_shape(lambda: states.empty(config, batch, context, jnp.dtype(config.text.dtype), mesh))
+    return state._replace(layers=tuple({type(layer): layer for layer in state.layers}.values()))

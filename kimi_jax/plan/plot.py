@@ -50,8 +50,8 @@ def save(plans: Sequence[Plan], path: Path) -> None:
     image.save(path, "PNG")
 
 
-def _stack(pen: ImageDraw.ImageDraw, plan: Plan, left: float, y: float, scale: float) -> None:
-    x = left
+def _stack(pen: ImageDraw.ImageDraw, plan: Plan, left: int, y: int, scale: float) -> None:
+    x = float(left)
     for title, field in MEMORY:
         width = getattr(plan.memory, field) * scale
         pen.rectangle((x, y + 8, x + width, y + 34), COLOURS[title])
@@ -68,7 +68,7 @@ def _legend(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.I
 
 
 def _axis(
-    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, left: float, y: float, most: int
+    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, left: int, y: int, most: int
 ) -> None:
     step = next(step for step in (2, 4, 8, 16, 32) if most / GIB / step <= 8)
     pen.line((left, y, left + MEMORY_WIDTH, y), FAINT)
