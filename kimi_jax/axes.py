@@ -22,6 +22,8 @@ PageTable = Int32[Array, "b row_pages"]
 Lengths = Int32[Array, "b"]
 Valid = Bool[Array, "b t"]
 Hidden = Float[Array, "b t d"]
+# The residual stream: on a mesh of other rows and tokens than those that a device's mixers see (`sharding.Residual`).
+Stream = Float[Array, "rows tokens d"]
 Rows = Float[Array, "t d"]
 Queries = Float[Array, "b t h k"]
 Values = Float[Array, "b t h v"]

@@ -122,7 +122,11 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
         "--min-p", type=float, default=0.0, metavar="P", help="at least P times the best one's probability"
     )
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
-    sub.add_argument("--mesh", metavar="DxE", help="devices over data and experts, like 1x8 (default: one device)")
+    sub.add_argument(
+        "--mesh",
+        metavar="DxExTxS",
+        help="devices over data, experts, tensors and sequence, like 1x1x8x1 (default: one device)",
+    )
     sub.add_argument(
         "--distributed",
         action="store_true",

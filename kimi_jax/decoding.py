@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding
 from numpy.typing import ArrayLike
 
 from kimi_jax import state as states
@@ -22,7 +22,7 @@ from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media, media_index
 from kimi_jax.sampling import Sampling, sample
 from kimi_jax.state import State
-from sharding import spec, using
+from sharding import using
 
 PREFILL_CHUNK = 2048
 
@@ -85,20 +85,24 @@ def stream(
     index = media_index(np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, -1), media, model.config)
     embeds = None if media is None else model.encode_media_padded(media)
     runner = Runner(model)
+    # rows of one token make the batch divide by the mesh's data axis
+    rows, more = len(tokens), -len(tokens) % runner.data
+    tokens, lengths = np.pad(tokens, [(0, more), (0, 0)]), np.pad(lengths, (0, more), constant_values=1)
+    index = None if index is None else np.pad(index, [(0, more), (0, 0)], constant_values=-1)
     state = runner.start(len(tokens), int(lengths.max()) + max_new_tokens)
     logits, state = runner.prefill(state, tokens, lengths, index, embeds, chunk=prefill_chunk)
-    keys = jax.random.split(jax.random.key(seed), len(tokens))
+    keys = jax.random.split(jax.random.key(seed), rows)[np.minimum(np.arange(rows + more), rows - 1)]
     stops = jnp.asarray(sorted(stop_ids or ()), jnp.int32)
     pad = model.config.text.pad_token_id
-    column, done = _choose(logits, keys, 0, jnp.zeros(len(tokens), bool), stops, pad, sampling)
-    yield _on_host(column)
+    column, done = _choose(logits, keys, 0, jnp.arange(rows + more) >= rows, stops, pad, sampling)
+    yield _on_host(column)[:rows]
     for i in range(1, max_new_tokens):
         if stop_ids is not None and bool(done.all()):
             return
         column, done, state = _advance(
             runner.program, runner.arrays, state, column, done, keys, i, stops, pad, sampling
         )
-        yield _on_host(column)
+        yield _on_host(column)[:rows]
 
 
 class _Program:
@@ -128,17 +132,30 @@ class Runner:
         self.config, self.dtype = model.config, model.dtype
         self.arrays, tree = jax.tree.flatten(params)
         self.program = _program(graph, tree, model.mesh)
-        self.placement = model.model.embed_tokens.weight[...].sharding
+        self.placement = model.model.embed_tokens.weight.get_value().sharding
+        self.mesh = self.placement.mesh if isinstance(self.placement, NamedSharding) else None
+
+    @property
+    def data(self) -> int:
+        """What a batch must divide by."""
+        return 1 if self.mesh is None else self.mesh.shape["data"]
 
     def start(self, batch: int, capacity: int) -> State:
-        """An empty state for `batch` rows of up to `capacity` tokens, laid out on the model's own devices."""
-        make = functools.partial(states.empty, self.config, batch, capacity, self.dtype)
-        if not isinstance(self.placement, NamedSharding):
-            return jax.jit(make, out_shardings=self.placement)()
-        mesh = self.placement.mesh
-        assert isinstance(mesh, Mesh)
-        layout = jax.tree.map(lambda x: _by_row(x.shape, batch, mesh), jax.eval_shape(make))
-        return jax.jit(make, out_shardings=layout)()
+        """An empty state for `batch` rows of up to `capacity` tokens, laid out on the model's own devices.
+
+        Raises ValueError for a batch that does not divide by the mesh's `data` axis.
+        """
+        make = functools.partial(states.empty, self.config, batch, capacity, self.dtype, self.mesh)
+        return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, self.state_shapes(batch, capacity)))()
+
+    def state_shapes(self, batch: int, capacity: int) -> State:
+        """`start`'s shapes, dtypes and shardings."""
+        mesh = self.mesh
+        shapes = jax.eval_shape(functools.partial(states.empty, self.config, batch, capacity, self.dtype, mesh))
+        lies = jax.tree.map(lambda _: self.placement, shapes)
+        if mesh is not None:
+            lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), states.specs(shapes, mesh))
+        return jax.tree.map(lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), shapes, lies)
 
     def prefill(
         self,
@@ -211,13 +228,6 @@ def _bucket(tokens: int) -> int:
     """The next of four lengths per octave, in multiples of 16, so that few prompt lengths are ever compiled."""
     step = max(16, 1 << max(0, (tokens - 1).bit_length() - 3))
     return -(-tokens // step) * step
-
-
-def _by_row(shape: tuple[int, ...], batch: int, mesh: Mesh) -> NamedSharding:
-    """Rows of the batch (and with them their pages) over the mesh's data axis, where they divide by it."""
-    if not shape or batch % mesh.shape["data"]:
-        return NamedSharding(mesh, PartitionSpec())
-    return NamedSharding(mesh, spec(("batch",) + (None,) * (len(shape) - 1), shape, mesh))
 
 
 def checked_lengths(

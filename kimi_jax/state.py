@@ -5,13 +5,15 @@ qk_rope_head_dim` values a token, never expanded heads. A KDA layer keeps its fl
 the last `short_conv_kernel_size - 1` tokens. Everything is a pytree, donated to each step.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from kimi_jax.axes import Array, Float, Float32, Lengths, PageTable
 from kimi_jax.config import KimiConfig
+from sharding import specs_of
 
 PAGE = 128
 
@@ -32,7 +34,8 @@ class KDAState(NamedTuple):
 class State(NamedTuple):
     """`lengths`: tokens held per row. `page_table`: the pages of each row, in order, shared by all layers.
 
-    On a mesh a row's pages lie with the row: the n-th part of the rows has the n-th part of the pages.
+    On a mesh a row's pages lie where the row does, in turn over the devices of the `sequence` axis (`sharding.pages`);
+    a device's part of the table numbers the pages of its own part.
     """
 
     lengths: Lengths
@@ -45,10 +48,24 @@ class State(NamedTuple):
         return self.page_table.shape[1] * PAGE
 
 
-def empty(config: KimiConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike) -> State:
-    """A state of `batch` rows that can hold `capacity` tokens each (rounded up to whole pages), latents in `dtype`."""
+def empty(
+    config: KimiConfig,
+    batch: int,
+    capacity: int,
+    dtype: jax.typing.DTypeLike,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> State:
+    """A state of `batch` rows that can hold `capacity` tokens each (rounded up to whole pages), latents in `dtype`.
+
+    Raises ValueError where the batch does not divide by the mesh's `data` axis.
+    """
     text = config.text
-    row_pages = -(-capacity // PAGE)
+    data, sequence = (1, 1) if mesh is None else (mesh.shape["data"], mesh.shape["sequence"])
+    if batch % data:
+        raise ValueError(f"a batch of {batch} rows cannot be sharded over a data axis of {data}")
+    row_pages = -(-capacity // (PAGE * sequence)) * sequence
+
+    part = jnp.arange(batch // data * row_pages // sequence, dtype=jnp.int32)
 
     def layer(kind: str) -> MLACache | KDAState:
         if kind == "mla":
@@ -62,6 +79,16 @@ def empty(config: KimiConfig, batch: int, capacity: int, dtype: jax.typing.DType
 
     return State(
         lengths=jnp.zeros(batch, jnp.int32),
-        page_table=jnp.arange(batch * row_pages, dtype=jnp.int32).reshape(batch, row_pages),
+        page_table=jnp.tile(part.reshape(batch // data, -1), (data, sequence)),
         layers=tuple(layer(kind) for kind in text.layer_kinds),
     )
+
+
+def specs(state: State, mesh: Mesh | AbstractMesh | None = None) -> Any:
+    """The PartitionSpec of every array of a state, on the mesh in use where none is given."""
+
+    mla: Any = MLACache(("pages", None, None))  # type: ignore[arg-type]
+    kda: Any = KDAState(("batch", None, "kda_heads"), ("batch", "kda_heads", None, None))  # type: ignore[arg-type]
+    layers = tuple(mla if isinstance(kept, MLACache) else kda for kept in state.layers)
+    axes = State(("batch",), ("batch", "row_pages"), layers)  # type: ignore[arg-type]
+    return specs_of(state, axes, mesh)

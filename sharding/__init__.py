@@ -1,8 +1,37 @@
-"""Meshes, how logical axes lie on them, and experts and rows split over them."""
+"""Meshes, how logical axes lie on them, and what devices send each other: all that a model's code calls is here."""
 
-from sharding.experts import over_experts
-from sharding.mesh import AXES, make_mesh, mesh_of, using
-from sharding.rows import everywhere, over_rows
-from sharding.rules import RULES, spec
+from sharding.collectives import gathered, over_mesh, part_of, parts
+from sharding.experts import first_expert
+from sharding.mesh import AXES, default_shape, make_mesh, mesh_of, mesh_sizes, using
+from sharding.pages import from_all, held, longest, merged, own_positions, page_numbers
+from sharding.residual import ALONE, Residual
+from sharding.rules import DECODE, EVERYWHERE, PREFILL, TRAIN, Rules, spec, specs_of
 
-__all__ = ["AXES", "RULES", "everywhere", "make_mesh", "mesh_of", "over_experts", "over_rows", "spec", "using"]
+__all__ = [
+    "ALONE",
+    "AXES",
+    "DECODE",
+    "EVERYWHERE",
+    "PREFILL",
+    "TRAIN",
+    "Residual",
+    "Rules",
+    "default_shape",
+    "first_expert",
+    "from_all",
+    "gathered",
+    "held",
+    "longest",
+    "make_mesh",
+    "merged",
+    "mesh_of",
+    "mesh_sizes",
+    "over_mesh",
+    "own_positions",
+    "page_numbers",
+    "part_of",
+    "parts",
+    "spec",
+    "specs_of",
+    "using",
+]

@@ -1,29 +1,61 @@
-"""Device meshes. Two axes: `data` splits the batch, `expert` splits the routed experts."""
+"""Device meshes: four axes, of which any may be 1.
 
+data      the batch's rows, with their cache; experts
+expert    experts, dense feed-forward layers and the vocabulary; attention is the same on all its devices
+tensor    heads as well
+sequence  heads as well, a prompt's tokens and the tokens of the cache: long contexts
+"""
+
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-AXES = ("data", "expert")
+AXES = ("data", "expert", "tensor", "sequence")
 
 
-def make_mesh(shape: str | tuple[int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `devices` (default: all), `shape` = (data, expert) as a pair or as text: "2x4".
+def make_mesh(shape: str | Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `devices` (default: all), in an order that follows their torus where they have one.
 
-    Raises ValueError where the shape is not two positive numbers or does not multiply to the number of devices.
+    `shape` is sizes in the order of `AXES`, at least two of them and 1 for the rest, as numbers or as text ("2x4",
+    "1x2x4x1"), or names with sizes ("data=4,tensor=2").
+    Raises ValueError where the shape is no such thing or does not multiply to the number of devices.
     """
+    sizes = mesh_sizes(shape)
+    devices = jax.devices() if devices is None else devices
+    if math.prod(sizes) != len(devices):
+        raise ValueError(f"mesh {shape!r} asks for {math.prod(sizes)} devices, there are {len(devices)}")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(shape: str | Sequence[int]) -> tuple[int, ...]:
+    """The sizes that a shape names, as `make_mesh` takes it: one for each of `AXES`."""
     try:
-        sizes = tuple(int(n) for n in (shape.split("x") if isinstance(shape, str) else shape))
+        if isinstance(shape, str) and "=" in shape:
+            pairs = [part.split("=") for part in shape.split(",")]
+            named = {name.strip(): int(size) for name, size in pairs}
+            sizes = tuple(named.pop(axis, 1) for axis in AXES) if len(named) == len(pairs) else ()
+            sizes = () if named else sizes
+        else:
+            sizes = tuple(int(size) for size in (shape.split("x") if isinstance(shape, str) else shape))
     except ValueError:
         sizes = ()
-    if len(sizes) != len(AXES) or min(sizes) < 1:
-        raise ValueError(f"mesh {shape!r}: expected two positive numbers for the axes {' x '.join(AXES)}, like 2x4")
-    devices = jax.devices() if devices is None else devices
-    if sizes[0] * sizes[1] != len(devices):
-        raise ValueError(f"mesh {shape!r} asks for {sizes[0] * sizes[1]} devices, there are {len(devices)}")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if not 2 <= len(sizes) <= len(AXES) or min(sizes) < 1:
+        raise ValueError(
+            f"mesh {shape!r}: expected two to four positive numbers for the axes {' x '.join(AXES)}, like 2x4 or "
+            "1x2x4x1, or names with sizes, like data=4,tensor=2"
+        )
+    return sizes + (1,) * (len(AXES) - len(sizes))
+
+
+def default_shape(devices: int, heads: int, batch: int = 1) -> tuple[int, int, int, int]:
+    """A mesh shape for `devices`: heads over up to eight of them, the batch over as many as it divides by of the rest,
+    and what then is left to the experts alone."""
+    tensor = math.gcd(devices, heads, 8)
+    data = math.gcd(devices // tensor, batch)
+    return data, devices // tensor // data, tensor, 1
 
 
 def mesh_of(array: jax.Array) -> AbstractMesh | None:
@@ -32,5 +64,5 @@ def mesh_of(array: jax.Array) -> AbstractMesh | None:
 
 
 def using(mesh: AbstractMesh | None) -> AbstractContextManager[object]:
-    """While tracing in this context, `shard_map` and `over_experts` split over `mesh`."""
+    """While tracing in this context, `over_mesh` splits over `mesh`."""
     return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh)

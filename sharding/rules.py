@@ -1,23 +1,77 @@
-"""Logical axes of weights and activations -> mesh axes: one small table."""
+"""Logical axes of weights and activations -> mesh axes: one small table per purpose.
 
-from jax.sharding import Mesh, PartitionSpec
+Weights lie the same in all of them, for what prefills also decodes. A logical axis that a table does not name is not
+split; one that lists several mesh axes is split over all of them, the first outermost.
+"""
 
-# A logical axis that is not named here is not sharded.
-RULES = {"expert": "expert", "batch": "data"}
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+EVERYWHERE = PartitionSpec()
+Rules = Mapping[str, tuple[str, ...]]
+
+WEIGHTS: Rules = {
+    # Experts lie over all devices. Of the axes that their number does not divide by, the width of each takes the rest.
+    "expert": ("data", "expert", "tensor", "sequence"),
+    "expert_mlp": ("data", "expert", "tensor", "sequence"),
+    "shared_mlp": ("data", "expert", "tensor", "sequence"),
+    "mlp": ("expert", "tensor", "sequence"),
+    "vocab": ("expert", "tensor", "sequence"),
+    "heads": ("tensor", "sequence"),
+    # The columns of the low-rank projections, gathered before their norm; kept whole where they do not divide.
+    "latent": ("tensor", "sequence"),
+    # Not over `sequence`: a prompt's tokens are, and the state passes from one device to the next.
+    "kda_heads": ("tensor",),
+}
+DECODE: Rules = {**WEIGHTS, "batch": ("data",), "pages": ("data", "sequence"), "row_pages": ("sequence",)}
+PREFILL: Rules = {**DECODE, "tokens": ("sequence",)}
+TRAIN: Rules = {**WEIGHTS, "batch": ("data",), "tokens": ("sequence",)}
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules = DECODE
+) -> PartitionSpec:
     """How an array of `shape` with logical `axes` lies on `mesh`.
 
-    Raises ValueError where two dimensions want the same mesh axis, or one does not divide by it.
+    Raises ValueError where two dimensions want the same mesh axis, or one does not divide by its axes.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{len(axes)} logical axes {axes} for an array of shape {shape}")
-    names = [RULES.get(axis) if axis is not None else None for axis in axes]
-    used = [name for name in names if name is not None]
+    names: list[tuple[str, ...]] = []
+    left: list[str] = []
+    for axis, size in zip(axes, shape, strict=True):
+        wanted = [name for name in rules.get(axis or "", ()) if mesh.shape.get(name, 1) > 1]
+        if axis == "expert_mlp" and "expert" in axes:
+            wanted = left
+        taken, rest = divided(wanted, size, mesh)
+        if axis == "expert" and "expert_mlp" in axes:
+            left = rest
+        elif rest and axis == "latent":
+            taken = []
+        elif rest:
+            sizes = " x ".join(f"{name!r} of {mesh.shape[name]}" for name in wanted)
+            raise ValueError(f"axis {axis!r} of {size} does not divide by mesh axis {sizes}")
+        names.append(tuple(taken))
+    used = [name for group in names for name in group]
     if len(set(used)) < len(used):
         raise ValueError(f"logical axes {axes} of shape {shape} use a mesh axis twice: {names}")
-    for axis, size, name in zip(axes, shape, names, strict=True):
-        if name is not None and size % mesh.shape[name]:
-            raise ValueError(f"axis {axis!r} of {size} does not divide by mesh axis {name!r} of {mesh.shape[name]}")
-    return PartitionSpec(*names)
+    return PartitionSpec(*(group if len(group) > 1 else group[0] if group else None for group in names))
+
+
+def specs_of(arrays: Any, axes: Any, mesh: Mesh | AbstractMesh | None = None) -> Any:
+    """`spec` of every array of a tree, by a tree with its logical axes; on the mesh in use where none is given."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return jax.tree.map(lambda array, names: spec(names, array.shape, mesh), arrays, axes)
+
+
+def divided(wanted: list[str], size: int, mesh: Mesh | AbstractMesh) -> tuple[list[str], list[str]]:
+    """Those of the wanted mesh axes by which `size` divides, taken in order, and the others."""
+    taken: list[str] = []
+    for name in wanted:
+        if size % (prod(mesh.shape[other] for other in taken) * mesh.shape[name]) == 0:
+            taken.append(name)
+    return taken, [name for name in wanted if name not in taken]

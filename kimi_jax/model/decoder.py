@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kimi_jax.axes import Hidden, PageTable, Positions, Tokens
+from kimi_jax.axes import Hidden, PageTable, Positions, Stream, Tokens
 from kimi_jax.config import TextConfig
 from kimi_jax.model.kda import KDA
 from kimi_jax.model.mla import MLA
@@ -14,7 +13,7 @@ from kimi_jax.model.moe import MLP, MoE
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init
 from kimi_jax.state import KDAState, MLACache, State
-from sharding import over_rows
+from sharding import ALONE, Residual, part_of
 
 
 class Layer(nnx.Module):
@@ -29,41 +28,37 @@ class Layer(nnx.Module):
 
     def __call__(
         self,
-        x: Hidden,
+        x: Stream,
         positions: Positions,
         state: MLACache | KDAState | None = None,
         page_table: PageTable | None = None,
-    ) -> tuple[Hidden, MLACache | KDAState | None]:
-        mixed, after = self.mix(self.input_layernorm(x), positions, state, page_table)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), after
+        residual: Residual = ALONE,
+    ) -> tuple[Stream, MLACache | KDAState | None]:
+        h = residual.mine(self.input_layernorm(x))
+        mixed, after = self.mix(h, positions, state, page_table)
+        x = x + residual.summed(mixed, "heads" if isinstance(self.self_attn, MLA) else "kda_heads", x.dtype)
+        h = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoE):
+            return x + self.mlp(h, residual), after
+        return x + residual.summed(self.mlp(residual.mine(h)), "mlp", x.dtype), after
 
-    def mix(
-        self, h: Hidden, positions: Positions, state: MLACache | KDAState | None, page_table: PageTable | None
-    ) -> tuple[Hidden, MLACache | KDAState | None]:
-        """The token mixer, each row where its part of the state lies."""
-        graph, weights = nnx.split(self.self_attn)
-
-        def part(weights: Any, rows: Any, shard: jax.Array | int) -> tuple[Hidden, Any]:
-            mixer = nnx.merge(graph, weights)
-            h, positions, state, page_table = rows
-            if isinstance(mixer, KDA):
-                return mixer(h, positions >= 0, state)
-            if state is not None:
-                page_table = page_table - shard * state.pages.shape[0]
-            return mixer(h, positions, state, page_table)
-
-        return over_rows(part, weights, (h, positions, state, page_table))
+    def mix(self, h: Hidden, positions: Positions, state: Any, page_table: PageTable | None) -> tuple[Hidden, Any]:
+        if isinstance(self.self_attn, KDA):
+            return self.self_attn(h, positions >= 0, state)
+        return self.self_attn(h, positions, state, page_table)
 
 
 class Embedding(nnx.Module):
-    """`weight` [words, d]."""
+    """`weight` [words, d]; where the words are split, a token's vector comes from the device that has it."""
 
     def __init__(self, init: Init, config: TextConfig):
         self.weight = init.normal((config.vocab_size, config.hidden_size), ("vocab", "embed"))
 
     def __call__(self, tokens: Tokens) -> Hidden:
-        return self.weight[...][tokens]
+        words = self.weight.shape[0]
+        local = tokens - words * part_of("vocab")
+        x = self.weight[...][jnp.clip(local, 0, words - 1)]
+        return jnp.where(((local >= 0) & (local < words))[:, :, None], x, 0)
 
 
 class Decoder(nnx.Module):
@@ -74,15 +69,18 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([Layer(init, config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(init, config.hidden_size, config.rms_norm_eps, "embed")
 
-    def __call__(self, x: Hidden, positions: Positions, state: State | None = None) -> tuple[Hidden, State | None]:
-        """x [b, t, d] at `positions` (-1 is padding, after a row's tokens) -> the same shape, and the new state."""
+    def __call__(
+        self, x: Stream, positions: Positions, state: State | None = None, residual: Residual = ALONE
+    ) -> tuple[Stream, State | None]:
+        """The stream x [b, t, d], its rows' `positions` (-1 is padding, after a row's tokens) -> the same shape, and
+        the new state."""
         if state is None:
             for layer in self.layers:
-                x, _ = layer(x, positions)
+                x, _ = layer(x, positions, residual=residual)
             return self.norm(x), None
         carried = []
         for layer, before in zip(self.layers, state.layers, strict=True):
-            x, after = layer(x, positions, before, state.page_table)
+            x, after = layer(x, positions, before, state.page_table, residual)
             assert after is not None
             carried.append(after)
         lengths = state.lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)

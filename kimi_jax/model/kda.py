@@ -27,7 +27,7 @@ class ShortConv(nnx.Module):
     """Taps of a causal depthwise convolution, [channels, 1, taps] as published; the last meets the current token."""
 
     def __init__(self, init: Init, channels: int, taps: int):
-        self.weight = init.normal((channels, 1, taps), ("heads", None, None))
+        self.weight = init.normal((channels, 1, taps), ("kda_heads", None, None))
 
 
 class KDA(nnx.Module):
@@ -38,21 +38,21 @@ class KDA(nnx.Module):
         assert linear is not None
         self.heads, self.head_dim = linear.num_heads, linear.head_dim
         width, hidden, taps = linear.num_heads * linear.head_dim, config.hidden_size, linear.short_conv_kernel_size
-        self.q_proj = Linear(init, width, hidden, ("heads", "embed"))
-        self.k_proj = Linear(init, width, hidden, ("heads", "embed"))
-        self.v_proj = Linear(init, width, hidden, ("heads", "embed"))
+        self.q_proj = Linear(init, width, hidden, ("kda_heads", "embed"))
+        self.k_proj = Linear(init, width, hidden, ("kda_heads", "embed"))
+        self.v_proj = Linear(init, width, hidden, ("kda_heads", "embed"))
         self.q_conv1d = ShortConv(init, width, taps)
         self.k_conv1d = ShortConv(init, width, taps)
         self.v_conv1d = ShortConv(init, width, taps)
-        self.A_log = init.param(self.initial_decay(init), ("heads",))
-        self.dt_bias = init.param(self.initial_dt_bias(init), ("heads",))
+        self.A_log = init.param(self.initial_decay(init), ("kda_heads",))
+        self.dt_bias = init.param(self.initial_dt_bias(init), ("kda_heads",))
         self.f_a_proj = Linear(init, linear.head_dim, hidden, (None, "embed"))
-        self.f_b_proj = Linear(init, width, linear.head_dim, ("heads", None))
-        self.b_proj = Linear(init, linear.num_heads, hidden, ("heads", "embed"))
+        self.f_b_proj = Linear(init, width, linear.head_dim, ("kda_heads", None))
+        self.b_proj = Linear(init, linear.num_heads, hidden, ("kda_heads", "embed"))
         self.g_a_proj = Linear(init, linear.head_dim, hidden, (None, "embed"))
-        self.g_b_proj = Linear(init, width, linear.head_dim, ("heads", None))
+        self.g_b_proj = Linear(init, width, linear.head_dim, ("kda_heads", None))
         self.o_norm = RMSNorm(init, linear.head_dim, config.rms_norm_eps)
-        self.o_proj = Linear(init, hidden, width, ("embed", "heads"))
+        self.o_proj = Linear(init, hidden, width, ("embed", "kda_heads"))
 
     def initial_decay(self, init: Init) -> jax.Array:
         """A_log: log U(1, 16) per head, as the paper's recipe has it."""
@@ -64,11 +64,14 @@ class KDA(nnx.Module):
         dt = jnp.exp(jax.random.uniform(init.next_key(), (self.heads * self.head_dim,), jnp.float32, *span))
         return dt + jnp.log(-jnp.expm1(-dt))
 
-    def __call__(self, x: Hidden, valid: Valid, state: KDAState | None = None) -> tuple[Hidden, KDAState | None]:
-        """x [b, t, d] -> the same shape, and the state after the `valid` tokens (which come first in each row)."""
+    def __call__(
+        self, x: Hidden, valid: Valid, state: KDAState | None = None
+    ) -> tuple[Float32[jax.Array, "b t d"], KDAState | None]:
+        """x [b, t, d] -> what the heads held here add to the stream, and the state after the `valid` tokens (which come
+        first in each row)."""
         raw = jnp.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         mixed, tail = self.convolve(raw, valid, state)
-        q, k, v = rearrange(mixed, "b t (qkv h k) -> qkv b t h k", qkv=3, h=self.heads)
+        q, k, v = rearrange(mixed, "b t (qkv h k) -> qkv b t h k", qkv=3, k=self.head_dim)
         g, beta = self.gates(x, valid)
         scale = self.head_dim**-0.5
         if state is not None and x.shape[1] == 1:
@@ -95,13 +98,13 @@ class KDA(nnx.Module):
     def gates(self, x: Hidden, valid: Valid) -> tuple[Float32[jax.Array, "b t h k"], Float32[jax.Array, "b t h"]]:
         """Log-decay g <= 0 per key channel and step size beta in (0, 1) per head; padding neither decays nor writes."""
         f = self.f_b_proj(self.f_a_proj(x), dtype=jnp.float32) + self.dt_bias[...].astype(jnp.float32)
-        f = rearrange(f, "b t (h k) -> b t h k", h=self.heads)
+        f = rearrange(f, "b t (h k) -> b t h k", k=self.head_dim)
         g = -jnp.exp(self.A_log[...].astype(jnp.float32))[:, None] * jax.nn.softplus(f)
         beta = jax.nn.sigmoid(self.b_proj(x, dtype=jnp.float32))
         return jnp.where(valid[:, :, None, None], g, 0.0), jnp.where(valid[:, :, None], beta, 0.0)
 
-    def gated_output(self, o: jax.Array, x: Hidden) -> Hidden:
+    def gated_output(self, o: jax.Array, x: Hidden) -> Float32[jax.Array, "b t d"]:
         """o_proj(RMSNorm(o) * sigmoid(z)): the gate comes after the norm."""
-        z = rearrange(self.g_b_proj(self.g_a_proj(x)), "b t (h v) -> b t h v", h=self.heads)
+        z = rearrange(self.g_b_proj(self.g_a_proj(x)), "b t (h v) -> b t h v", v=self.head_dim)
         y = self.o_norm(o.astype(x.dtype)).astype(jnp.float32) * jax.nn.sigmoid(z.astype(jnp.float32))
-        return self.o_proj(rearrange(y.astype(x.dtype), "b t h v -> b t (h v)"))
+        return self.o_proj(rearrange(y.astype(x.dtype), "b t h v -> b t (h v)"), dtype=jnp.float32)

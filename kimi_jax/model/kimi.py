@@ -4,23 +4,25 @@ Attribute names are those of the published tensors (without the `language_model.
 is a name in a checkpoint.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from kimi_jax.axes import Hidden, Int32, LastLogits, Lengths, Logits, MediaTokens, Tokens
+from kimi_jax import state as states
+from kimi_jax.axes import Int32, LastLogits, Lengths, Logits, MediaTokens, Stream, Tokens
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.decoder import Decoder
-from kimi_jax.model.param import Init, Linear
+from kimi_jax.model.param import Init, Linear, weight_specs
 from kimi_jax.model.splice import Media, media_index, tokens_per_item
 from kimi_jax.model.vision import Projector, VisionTower
 from kimi_jax.model.vision_layout import Layout, layout
 from kimi_jax.state import State
-from sharding import everywhere, mesh_of, using
+from sharding import EVERYWHERE, Residual, mesh_of, over_mesh, part_of, using
 
 
 class Kimi(nnx.Module):
@@ -37,12 +39,12 @@ class Kimi(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self.model.embed_tokens.weight[...].dtype
+        return self.model.embed_tokens.weight.dtype
 
     @property
     def mesh(self) -> AbstractMesh | None:
         """The mesh that the weights lie on; None on a single device."""
-        return mesh_of(self.model.embed_tokens.weight[...])
+        return mesh_of(self.model.embed_tokens.weight.get_value())
 
     def __call__(self, tokens: Tokens, media: Media | None = None) -> Logits:
         """Logits at every position: tokens int32 [b, t], right-padded, -> float32 [b, t, vocab_size].
@@ -51,7 +53,7 @@ class Kimi(nnx.Module):
         Raises ValueError where they do not match. Under an outer `jit` pass no media.
         """
         if media is None and isinstance(tokens, jax.core.Tracer):
-            return self.logits(self.hidden(tokens))
+            return self.forward(tokens)
         index = media_index(np.asarray(tokens), media, self.config)
         embeds = None if media is None else self.encode_media_padded(media)
         where = None if index is None else jnp.asarray(index)
@@ -71,23 +73,43 @@ class Kimi(nnx.Module):
         patches = np.pad(np.asarray(media.patches, np.float32), padding)
         return _encode(self, jnp.asarray(patches, self.dtype), jax.tree.map(jnp.asarray, where), self.mesh)
 
-    def embed(self, tokens: Tokens, index: Int32[jax.Array, "b t"] | None, media: MediaTokens | None) -> Hidden:
-        """Word embeddings, and `media[index]` where `index` is not -1."""
+    def embed(
+        self, tokens: Tokens, index: Int32[jax.Array, "b t"] | None, media: MediaTokens | None, residual: Residual
+    ) -> Stream:
+        """Word embeddings, and `media[index]` where `index` is not -1, as the residual stream lies."""
         x = self.model.embed_tokens(tokens)
-        if index is None or media is None:
-            return x
-        return jnp.where((index >= 0)[:, :, None], media[jnp.maximum(index, 0)].astype(x.dtype), x)
-
-    def hidden(
-        self, tokens: Tokens, index: Int32[jax.Array, "b t"] | None = None, media: MediaTokens | None = None
-    ) -> Hidden:
-        """The last hidden vectors of whole prompts, with nothing carried."""
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        return self.model(self.embed(tokens, index, media), positions)[0]
+        if index is not None and media is not None:
+            here = jnp.where(part_of("vocab") == 0, media[jnp.maximum(index, 0)].astype(x.dtype), 0)
+            x = jnp.where((index >= 0)[:, :, None], here, x)
+        return residual.summed(x, "vocab", x.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Hidden vectors [..., d] -> float32 [..., vocab_size]."""
+        """Hidden vectors [..., d] -> float32 [..., words], of the words held here."""
         return self.lm_head(x, dtype=jnp.float32)
+
+    def forward(
+        self, tokens: Tokens, index: Int32[jax.Array, "b t"] | None = None, media: MediaTokens | None = None
+    ) -> Logits:
+        """Logits of whole prompts at every position, with nothing carried; over the mesh in use."""
+        residual = Residual.of(*tokens.shape)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+
+        def part(model: Kimi, tokens: Any, positions: Any, index: Any, media: Any) -> jax.Array:
+            x, _ = model.model(model.embed(tokens, index, media, residual), positions, residual=residual)
+            return model.logits(residual.mine(x))
+
+        rows = residual.rows()
+        in_specs = (rows, rows, rows, EVERYWHERE)
+        return self.on_mesh(part, (tokens, positions, index, media), in_specs, residual.rows(None, "vocab"))
+
+    def on_mesh(self, compute: Callable[..., Any], arguments: tuple[Any, ...], in_specs: Any, out_specs: Any) -> Any:
+        """compute(model, *arguments) on every device of the mesh in use, with its part of the weights."""
+        graph, params = nnx.split(self)
+
+        def part(params: Any, *arguments: Any) -> Any:
+            return compute(nnx.merge(graph, params), *arguments)
+
+        return over_mesh(part, (weight_specs(params), *in_specs), out_specs)(params, *arguments)
 
     def extend(
         self,
@@ -102,12 +124,18 @@ class Kimi(nnx.Module):
         Returns the logits after each row's last token, float32 [b, vocab_size] (meaningless where `counts` is 0), and
         the state. A row must have room: `state.lengths + counts <= state.capacity`.
         """
-        offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        positions = jnp.where(offsets < counts[:, None], state.lengths[:, None] + offsets, -1)
-        x, after = self.model(self.embed(tokens, index, media), positions, state)
-        assert after is not None
-        last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-        return self.logits(last), after
+        residual = Residual.of(*tokens.shape)
+
+        def part(model: Kimi, state: State, tokens: Any, counts: Any, index: Any, media: Any) -> tuple[Any, State]:
+            offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            positions = jnp.where(offsets < counts[:, None], state.lengths[:, None] + offsets, -1)
+            x, after = model.model(model.embed(tokens, index, media, residual), positions, state, residual)
+            assert after is not None
+            return model.logits(residual.at(x, jnp.maximum(counts - 1, 0))), after
+
+        rows, lies = residual.rows(), states.specs(state)
+        in_specs = (lies, rows, rows, rows, EVERYWHERE)
+        return self.on_mesh(part, (state, tokens, counts, index, media), in_specs, (residual.rows("vocab"), lies))
 
 
 @nnx.jit(static_argnums=4)
@@ -115,7 +143,7 @@ def _logits(
     model: Kimi, tokens: jax.Array, index: jax.Array | None, media: jax.Array | None, mesh: AbstractMesh | None
 ) -> jax.Array:
     with using(mesh):
-        return model.logits(model.hidden(tokens, index, media))
+        return model.forward(tokens, index, media)
 
 
 @nnx.jit(static_argnums=3)
@@ -128,9 +156,19 @@ def _encode(model: Kimi, patches: jax.Array, where: Layout, mesh: AbstractMesh |
         return projector(tower(*media))
 
     with using(mesh):
-        return everywhere(encode, weights, (patches, where))
+        return over_mesh(encode, (EVERYWHERE, EVERYWHERE), EVERYWHERE)(weights, (patches, where))
 
 
-def abstract(config: KimiConfig, dtype: jax.typing.DTypeLike | None = None) -> Kimi:
-    """The model's tree with shapes and dtypes for values: nothing is allocated, whatever the size."""
-    return nnx.eval_shape(lambda: Kimi(config, dtype=dtype, rngs=nnx.Rngs(0)))
+def abstract(config: KimiConfig, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None) -> Kimi:
+    """The model's tree with shapes and dtypes for values, on `mesh` where one is given: nothing is allocated, whatever
+    the size."""
+    model = nnx.eval_shape(lambda: Kimi(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    if mesh is None:
+        return model
+    graph, params = nnx.split(model)
+    with using(mesh.abstract_mesh):
+        lies = weight_specs(params)
+    laid = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), params, lies
+    )
+    return nnx.merge(graph, laid)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from kimi_jax.axes import (
     Float,
+    Float32,
     Hidden,
     Int32,
     Latents,
@@ -28,6 +29,7 @@ from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, Linear
 from kimi_jax.state import PAGE, MLACache
 from pallas_kernels import merge_partials, mla_decode, mla_prefill, mla_write
+from sharding import from_all, gathered, held, longest, merged, own_positions, page_numbers, parts
 
 # Pages of history that a prefill expands into keys and values at a time.
 HISTORY_PAGES = 16
@@ -42,13 +44,13 @@ class MLA(nnx.Module):
         if config.q_lora_rank is None:
             self.q_proj = Linear(init, heads * config.qk_head_dim, hidden, ("heads", "embed"))
         else:
-            self.q_a_proj = Linear(init, config.q_lora_rank, hidden, ("q_lora", "embed"))
-            self.q_a_layernorm = RMSNorm(init, config.q_lora_rank, config.mla_inner_norm_eps, "q_lora")
-            self.q_b_proj = Linear(init, heads * config.qk_head_dim, config.q_lora_rank, ("heads", "q_lora"))
-        self.kv_a_proj_with_mqa = Linear(init, config.latent_dim, hidden, ("kv_lora", "embed"))
-        self.kv_a_layernorm = RMSNorm(init, config.kv_lora_rank, config.mla_inner_norm_eps, "kv_lora")
+            self.q_a_proj = Linear(init, config.q_lora_rank, hidden, ("latent", "embed"))
+            self.q_a_layernorm = RMSNorm(init, config.q_lora_rank, config.mla_inner_norm_eps)
+            self.q_b_proj = Linear(init, heads * config.qk_head_dim, config.q_lora_rank, ("heads", None))
+        self.kv_a_proj_with_mqa = Linear(init, config.latent_dim, hidden, ("latent", "embed"))
+        self.kv_a_layernorm = RMSNorm(init, config.kv_lora_rank, config.mla_inner_norm_eps)
         kv_width = config.qk_nope_head_dim + config.v_head_dim
-        self.kv_b_proj = Linear(init, heads * kv_width, config.kv_lora_rank, ("heads", "kv_lora"))
+        self.kv_b_proj = Linear(init, heads * kv_width, config.kv_lora_rank, ("heads", None))
         self.o_proj = Linear(init, hidden, heads * config.v_head_dim, ("embed", "heads"))
 
     def __call__(
@@ -57,44 +59,49 @@ class MLA(nnx.Module):
         positions: Positions,
         cache: MLACache | None = None,
         page_table: PageTable | None = None,
-    ) -> tuple[Hidden, MLACache | None]:
-        """x [b, t, d] at `positions` (-1 is padding, which nothing attends to) -> the same shape, and the cache with
-        these tokens in it. One token attends in the absorbed form, more in the expanded one."""
-        q, latents = self.queries(x, positions), self.latents(x, positions)
+    ) -> tuple[Float32[jax.Array, "b t d"], MLACache | None]:
+        """x [b, t, d] at `positions` (-1 is padding, which nothing attends to) -> what the heads held here add to the
+        stream, and the cache with these tokens in it. One token attends in the absorbed form, more in the expanded
+        one."""
+        q, latents = self.project(x, positions)
         if cache is None or page_table is None:
             out, _ = self.expanded(q, latents, positions, positions)
             return self.output(out), None
-        cache = MLACache(mla_write(cache.pages, latents, page_table, positions))
+        cache = MLACache(mla_write(cache.pages, latents, page_table, own_positions(positions, PAGE)))
         if x.shape[1] == 1:
             out = self.absorbed(q[:, 0], cache, page_table, positions[:, 0] + 1)[:, None]
         else:
             out = self.with_history(q, latents, positions, cache, page_table)
         return self.output(out), cache
 
-    def queries(self, x: Hidden, positions: Positions) -> Queries:
-        """[nope | rotated] of every head."""
-        flat = (
-            self.q_proj(x) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+    def project(self, x: Hidden, positions: Positions) -> tuple[Queries, Latents]:
+        """[nope | rotated] of every head held here, and [normed latent | rotated k_pe], what the cache keeps."""
+        config = self.config
+        if config.q_lora_rank is None:
+            (kv,) = gathered([self.kv_a_proj_with_mqa(x)], [config.latent_dim], "latent")
+            flat = self.q_proj(x)
+        else:
+            low = [self.q_a_proj(x), self.kv_a_proj_with_mqa(x)]
+            q_a, kv = gathered(low, [config.q_lora_rank, config.latent_dim], "latent")
+            flat = self.q_b_proj(self.q_a_layernorm(q_a))
+        q = rearrange(flat, "b t (h k) -> b t h k", k=config.qk_head_dim)
+        nope, q_pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
+        c, k_pe = jnp.split(kv, [config.kv_lora_rank], axis=-1)
+        k_pe = rope.apply(k_pe[:, :, None], positions, config)[:, :, 0]
+        return (
+            jnp.concatenate([nope, rope.apply(q_pe, positions, config)], axis=-1),
+            jnp.concatenate([self.kv_a_layernorm(c), k_pe], axis=-1),
         )
-        q = rearrange(flat, "b t (h k) -> b t h k", h=self.config.num_attention_heads)
-        nope, pe = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
-        return jnp.concatenate([nope, rope.apply(pe, positions, self.config)], axis=-1)
 
-    def latents(self, x: Hidden, positions: Positions) -> Latents:
-        """[normed latent | rotated k_pe], what the cache keeps."""
-        c, pe = jnp.split(self.kv_a_proj_with_mqa(x), [self.config.kv_lora_rank], axis=-1)
-        pe = rope.apply(pe[:, :, None], positions, self.config)[:, :, 0]
-        return jnp.concatenate([self.kv_a_layernorm(c), pe], axis=-1)
-
-    def output(self, heads: Values) -> Hidden:
-        return self.o_proj(rearrange(heads, "b t h v -> b t (h v)"))
+    def output(self, heads: Values) -> Float32[jax.Array, "b t d"]:
+        return self.o_proj(rearrange(heads, "b t h v -> b t (h v)"), dtype=jnp.float32)
 
     def expanded(
         self, q: Queries, latents: Latents, q_positions: Positions, kv_positions: Int32[jax.Array, "b s"]
     ) -> tuple[Values, LogSumExp]:
         """Attention over keys and values made from `latents`, with the log-sum-exp of the scores [b, t, h]."""
         c, pe = jnp.split(latents, [self.config.kv_lora_rank], axis=-1)
-        kv = rearrange(self.kv_b_proj(c), "b s (h kv) -> b s h kv", h=self.config.num_attention_heads)
+        kv = rearrange(self.kv_b_proj(c), "b s (h kv) -> b s h kv", h=q.shape[2])
         k, v = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
         k = jnp.concatenate([k, jnp.broadcast_to(pe[:, :, None], (*k.shape[:-1], pe.shape[-1]))], axis=-1)
         out, lse = mla_prefill(
@@ -114,20 +121,21 @@ class MLA(nnx.Module):
         self, q: Queries, latents: Latents, positions: Positions, cache: MLACache, page_table: PageTable
     ) -> Values:
         """Attention over these tokens and over the cached ones before them, a few pages at a time."""
-        start = positions[:, 0]
-        span = min(HISTORY_PAGES, page_table.shape[1])
+        start, devices = positions[:, 0], parts("row_pages")
+        span = min(-(-HISTORY_PAGES // devices), page_table.shape[1])  # of each device's pages
 
         def piece(i: jax.Array, merged: tuple[Values, LogSumExp]) -> tuple[Values, LogSumExp]:
             # the last piece may begin early, so as to stay inside the table; what an earlier one covered is masked
             first = jnp.minimum(i * span, page_table.shape[1] - span)
             pages = cache.pages[jax.lax.dynamic_slice_in_dim(page_table, first, span, axis=1)]
-            at = first * PAGE + jnp.arange(span * PAGE)
-            seen = (at >= i * span * PAGE) & (at < start[:, None])
-            history = rearrange(pages, "b n c page -> b (n page) c").astype(q.dtype)
+            history = from_all(rearrange(pages, "b n c page -> b (n page) c").astype(q.dtype))
+            number = page_numbers(first, span).reshape(-1, 1)
+            at = (number * PAGE + jnp.arange(PAGE)).reshape(-1)
+            seen = (at >= i * span * devices * PAGE) & (at < start[:, None])
             part = self.expanded(q, history, positions, jnp.where(seen, at, -1))
             return merge_partials(merged, part)
 
-        pieces = -(-jnp.max(start, initial=0) // (span * PAGE))
+        pieces = -(-longest(start) // (span * devices * PAGE))
         own = self.expanded(q, latents, positions, positions)
         return jax.lax.fori_loop(0, pieces, piece, own)[0]
 
@@ -135,10 +143,12 @@ class MLA(nnx.Module):
         self, q: Float[jax.Array, "b h k"], cache: MLACache, page_table: PageTable, lengths: Lengths
     ) -> Float[jax.Array, "b h v"]:
         """One query per row over the first `lengths` cached tokens."""
-        kv_b = rearrange(self.kv_b_proj.weight[...], "(h kv) c -> h kv c", h=self.config.num_attention_heads)
+        kv_b = rearrange(self.kv_b_proj.weight[...], "(h kv) c -> h kv c", h=q.shape[1])
         w_uk, w_uv = jnp.split(kv_b, [self.config.qk_nope_head_dim], axis=1)
         nope, pe = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
         q_latent = jnp.einsum("bhn,hnc->bhc", nope, w_uk, preferred_element_type=jnp.float32).astype(q.dtype)
-        scale = rope.softmax_scale(self.config)
-        o = mla_decode(q_latent, pe, cache.pages, page_table, lengths, scale=scale)
+        q_latent, pe = jnp.split(from_all(jnp.concatenate([q_latent, pe], -1)), [q_latent.shape[-1]], axis=-1)
+        scale, own = rope.softmax_scale(self.config), held(lengths, PAGE)
+        o, lse = mla_decode(q_latent, pe, cache.pages, page_table, own, scale=scale, return_lse=True)
+        o = merged(o, lse)
         return jnp.einsum("bhc,hvc->bhv", o, w_uv, preferred_element_type=jnp.float32).astype(q.dtype)

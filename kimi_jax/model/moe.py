@@ -4,8 +4,6 @@ Tokens are sorted by expert and go through grouped matmuls (`pallas_kernels`), s
 nothing and no token meets an expert it did not choose.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,7 +18,7 @@ from pallas_kernels import (
     int4_grouped_swiglu,
     quantize_int4,
 )
-from sharding import over_experts
+from sharding import ALONE, Residual, first_expert
 
 # One projection of some experts: weight [e, out, in], or codes [e, in, out] and scales [e, in/32, out]
 ExpertWeight = jax.Array | tuple[jax.Array, jax.Array]
@@ -29,15 +27,15 @@ ExpertWeights = tuple[ExpertWeight, ExpertWeight, ExpertWeight]
 
 
 class MLP(nnx.Module):
-    """down(silu(gate x) * up x)."""
+    """down(silu(gate x) * up x); where the width is split, this part of the sum."""
 
-    def __init__(self, init: Init, hidden: int, width: int):
-        self.gate_proj = Linear(init, width, hidden, ("mlp", "embed"))
-        self.up_proj = Linear(init, width, hidden, ("mlp", "embed"))
-        self.down_proj = Linear(init, hidden, width, ("embed", "mlp"))
+    def __init__(self, init: Init, hidden: int, width: int, axis: str = "mlp"):
+        self.gate_proj = Linear(init, width, hidden, (axis, "embed"))
+        self.up_proj = Linear(init, width, hidden, (axis, "embed"))
+        self.down_proj = Linear(init, hidden, width, ("embed", axis))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: jax.Array) -> Float32[jax.Array, "..."]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), dtype=jnp.float32)
 
 
 class Router(nnx.Module):
@@ -95,9 +93,9 @@ class Experts(nnx.Module):
 
     def __init__(self, init: Init, config: TextConfig):
         hidden, width = config.hidden_size, config.moe_intermediate_size
-        self.gate_proj = ExpertLinear(init, config, width, hidden, ("mlp", "embed"))
-        self.up_proj = ExpertLinear(init, config, width, hidden, ("mlp", "embed"))
-        self.down_proj = ExpertLinear(init, config, hidden, width, ("embed", "mlp"))
+        self.gate_proj = ExpertLinear(init, config, width, hidden, ("expert_mlp", "embed"))
+        self.up_proj = ExpertLinear(init, config, width, hidden, ("expert_mlp", "embed"))
+        self.down_proj = ExpertLinear(init, config, hidden, width, ("embed", "expert_mlp"))
 
     def weights(self) -> ExpertWeights:
         return self.gate_proj.arrays(), self.up_proj.arrays(), self.down_proj.arrays()
@@ -126,23 +124,20 @@ class MoE(nnx.Module):
         self.gate = Router(init, config)
         self.experts = Experts(init, config)
         width = config.moe_intermediate_size * config.n_shared_experts
-        self.shared_experts = MLP(init, config.hidden_size, width) if width else None
+        self.shared_experts = MLP(init, config.hidden_size, width, "shared_mlp") if width else None
 
-    def __call__(self, x: Hidden) -> Hidden:
-        rows = x.reshape(-1, x.shape[-1])
-        y = self.routed(rows)
+    def __call__(self, x: Hidden, residual: Residual = ALONE) -> Hidden:
+        tokens = residual.everyone(x)
+        y = self.routed(tokens)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(rows)
-        return y.reshape(x.shape)
+            y = y + self.shared_experts(tokens)
+        return residual.back(y, x)
 
-    def routed(self, x: Rows) -> Rows:
-        """Each token's weighted sum over its experts, accumulated in float32."""
-        graph, gate = nnx.split(self.gate)
-
-        def part(x: Rows, gate: Any, experts: ExpertWeights, first: jax.Array | int) -> jax.Array:
-            return weighted_sum(x, *nnx.merge(graph, gate)(x), experts, self.gate.config.n_routed_experts, first)
-
-        return over_experts(part, x, gate, self.experts.weights()).astype(x.dtype)
+    def routed(self, x: Rows) -> Float32[jax.Array, "t d"]:
+        """The part of each token's weighted sum over its experts that comes from those held here."""
+        experts, count = self.experts.weights(), self.gate.config.n_routed_experts
+        first = first_expert(jax.tree.leaves(experts)[0].shape[0], count)
+        return weighted_sum(x, *self.gate(x), experts, count, first)
 
 
 def weighted_sum(

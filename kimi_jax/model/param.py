@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from sharding import specs_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,15 @@ class Init:
         if len(axes) != value.ndim:
             raise ValueError(f"{len(axes)} axes {axes} for a parameter of shape {value.shape}")
         return nnx.Param(value, axes=axes)
+
+
+def weight_specs(params: Any) -> Any:
+    """The PartitionSpec of every parameter, on the mesh in use."""
+
+    def of(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(specs_of(variable.get_value(), variable.get_metadata()["axes"]))
+
+    return jax.tree.map(of, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 # Traced once per shape: a 61-layer model asks for the same few a thousand times.

@@ -61,8 +61,8 @@ class VisionMLP(nnx.Module):
     """fc1(gelu_tanh(fc0 x))."""
 
     def __init__(self, init: Init, width: int, hidden: int):
-        self.fc0 = Linear(init, hidden, width, ("mlp", None), bias=True)
-        self.fc1 = Linear(init, width, hidden, (None, "mlp"), bias=True)
+        self.fc0 = Linear(init, hidden, width, (None, None), bias=True)
+        self.fc1 = Linear(init, width, hidden, (None, None), bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc1(jax.nn.gelu(self.fc0(x), approximate=True))
@@ -75,8 +75,8 @@ class Block(nnx.Module):
         width = config.vt_hidden_size
         self.heads = config.vt_num_attention_heads
         self.norm0 = LayerNorm(init, width, BLOCK_NORM_EPS)
-        self.wqkv = Linear(init, 3 * width, width, ("heads", None), bias=True)
-        self.wo = Linear(init, width, width, (None, "heads"), bias=True)
+        self.wqkv = Linear(init, 3 * width, width, (None, None), bias=True)
+        self.wo = Linear(init, width, width, (None, None), bias=True)
         self.norm1 = LayerNorm(init, width, BLOCK_NORM_EPS)
         self.mlp = VisionMLP(init, width, config.vt_intermediate_size)
 
@@ -145,9 +145,9 @@ class Projector(nnx.Module):
         self.pre_norm = LayerNorm(init, config.mm_hidden_size, config.projector_ln_eps)
         self.proj: nnx.List[Any] = nnx.List(
             [
-                Linear(init, width, width, ("mlp", None), bias=True),
+                Linear(init, width, width, (None, None), bias=True),
                 exact_gelu,
-                Linear(init, config.text_hidden_size, width, ("embed", "mlp"), bias=True),
+                Linear(init, config.text_hidden_size, width, ("embed", None), bias=True),
             ]
         )
 

@@ -76,7 +76,7 @@ def mla_decode(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch,),
-            in_specs=[row(heads, latent), row(heads, q_rope.shape[2]), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[row(heads, latent), row(heads, q_rope.shape[2]), pl.BlockSpec(memory_space=pltpu.HBM)],
             out_specs=[row(heads, latent), row(1, heads)],
             scratch_shapes=[
                 pltpu.VMEM((2, width, pages * page), cache.dtype),

@@ -47,8 +47,8 @@ def mla_write(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(rows.shape[0],),
-            in_specs=[pl.BlockSpec((1, 1, width), lambda i, *_: (i, 0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            in_specs=[pl.BlockSpec((1, 1, width), lambda i, *_: (i, 0, 0)), pl.BlockSpec(memory_space=pltpu.HBM)],
+            out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
             scratch_shapes=[
                 pltpu.VMEM((width, page), cache.dtype),
                 pltpu.SMEM((1,), jnp.int32),

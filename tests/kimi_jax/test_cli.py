@@ -191,7 +191,7 @@ def test_mesh_and_dtype_go_to_load(published, loads, capsys):
         assert len(capsys.readouterr().out) > 1
     (plain, (_, mesh, dtype)) = loads
     assert plain == (published, None, None)
-    assert (dict(mesh.shape), dtype) == ({"data": 2, "expert": 4}, "bfloat16")
+    assert (mesh.devices.shape, dtype) == ((2, 4, 1, 1), "bfloat16")
 
 
 # --- help and usage ---------------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_a_chat_file_that_is_none(published, tmp_path, capsys):
         (["--top-p", "0"], "top_p is 0.0, expected above 0 and at most 1"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--mesh", "3x3"], "mesh '3x3' asks for 9 devices, there are 8"),
-        (["--mesh", "wide"], "mesh 'wide': expected two positive numbers"),
+        (["--mesh", "wide"], "mesh 'wide': expected two to four positive numbers"),
     ],
 )
 def test_a_bad_flag_is_named(published, capsys, flags, message):
@@ -363,7 +363,7 @@ def test_demo(picture):
     out = " ".join(done.stdout.split())
     assert "the weights are random" in out
     assert "kimi_k25 (safetensors)" in out and "MB of safetensors in" in out and "MB in" in out
-    assert "mesh of {'data': 2, 'expert': 4}. Bytes on each of its 8 devices:" in out
+    assert "mesh of {'data': 2, 'expert': 4, 'tensor': 1, 'sequence': 1}. Bytes on each of its 8 devices:" in out
     assert [f"cpu:{i}: " in out for i in range(8)] == [True] * 8
     assert "picture.png: grid (t, h, w) = (1, 4, 6) in patches, 6 tokens" in out
     assert "48 random tokens, " in out and out.endswith("tokens per second after compilation.")

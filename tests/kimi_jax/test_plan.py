@@ -227,7 +227,7 @@ def test_every_slice_that_is_known(capsys, tmp_path):
     ("arguments", "reason"),
     [
         (["--topology", "v5p:3x3x3"], "topology 'v5p:3x3x3' is none of v5e:{2x2,2x4,4x4,4x8,8x8,8x16,16x16}; v5p:{2x"),
-        (["--topology", "v6e:8x8", "--mesh", "data=4,expert=8"], "mesh data=4,expert=8 asks for 32 devices, v6e:8x8 has"),
+        (["--topology", "v6e:8x8", "--mesh", "data=4,expert=8"], "mesh data=4,expert=8 asks for 32 devices, v6e:8x8"),
         (["--topology", "v6e:8x8", "--mesh", "data=64", "--batch", "3"], "a batch of 3 rows cannot be sharded over"),
         (["--topology", "v6e:8x8", "--mesh", "rows=64"], "expected two to four positive numbers for the axes data"),
         (["--topology", "v6e:8x8", "--batch", "0"], "a batch of 0 rows of 8192 tokens: expected at least one row"),

@@ -10,14 +10,12 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kimi_jax import config_json, decoding
-from kimi_jax import state as states
 from kimi_jax.model.kimi import abstract
-from sharding import make_mesh, spec
+from sharding import make_mesh
 
 BATCH, CAPACITY = 8, 512
 
@@ -35,21 +33,13 @@ def main() -> None:
         vocab_size=2048,
     )
     config = dataclasses.replace(published, text=text, vision=None)
-    mesh = make_mesh("2x4", topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
+    mesh = make_mesh("2x1x4", topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
 
-    graph, params = nnx.split(abstract(config))
-    laid = [
-        (path, variable.replace(_struct(variable, NamedSharding(mesh, spec(axes, variable.shape, mesh)))))
-        for path, variable in nnx.to_flat_state(params)
-        if (axes := variable.get_metadata()["axes"])
-    ]
-    arrays, tree = jax.tree.flatten(nnx.from_flat_state(laid))
-    empty = jax.eval_shape(lambda: states.empty(config, BATCH, CAPACITY, jnp.bfloat16))
-    state = jax.tree.map(lambda array: _struct(array, decoding._by_row(array.shape, BATCH, mesh)), empty)
+    runner = decoding.Runner(abstract(config, mesh=mesh))
+    state = runner.state_shapes(BATCH, CAPACITY)
     tokens = jax.ShapeDtypeStruct((BATCH,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
-
-    program = decoding._program(graph, tree, mesh.abstract_mesh)
-    compiled = decoding._step.trace(program, arrays, state, tokens).lower(lowering_platforms=("tpu",)).compile()
+    step = decoding._step.trace(runner.program, runner.arrays, state, tokens)
+    compiled = step.lower(lowering_platforms=("tpu",)).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     print(
@@ -59,14 +49,10 @@ def main() -> None:
                 "collectives": Counter(re.findall(rf" ({names})(?:-start)?\(", hlo)),
                 "temporaries": memory.temp_size_in_bytes,
                 "in place": memory.alias_size_in_bytes,
-                "state": sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(empty)),
+                "state": sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state)),
             }
         )
     )
-
-
-def _struct(array: jax.Array, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 if __name__ == "__main__":

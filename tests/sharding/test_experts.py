@@ -9,82 +9,88 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kimi_jax import config_json
+from checkpoints.toy import toy_config
+from kimi_jax.config_json import from_dict
 from kimi_jax.model.moe import MoE
-from kimi_jax.model.param import Init
-from sharding import make_mesh, mesh_of, over_experts, using
+from kimi_jax.model.param import Init, weight_specs
+from sharding import Residual, make_mesh, over_mesh, using
 
-EXPERTS, HIDDEN = 8, 6
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-RNG = np.random.default_rng(0)
-MATRICES = RNG.normal(size=(EXPERTS, HIDDEN, HIDDEN)).astype(np.float32)
-
-
-def dense(rows, scale, experts, first):
-    """Every held expert for every token; what a token did not choose counts nothing. A row is [x, chosen, weights]."""
-    x, chosen, weights = jnp.split(scale * rows, [HIDDEN, HIDDEN + 2], axis=1)
-    numbers = first + jnp.arange(experts.shape[0])
-    share = jnp.sum(jnp.where(chosen[:, :, None] == numbers, weights[:, :, None], 0), axis=1)
-    return jnp.einsum("te,td,edf->tf", share, x, experts, precision=jax.lax.Precision.HIGHEST)
-
-
-@pytest.mark.parametrize("shape", ["1x8", "2x4", "8x1", "1x1"])
-@pytest.mark.parametrize(
-    ("tokens", "choice"),
-    [(8, "spread"), (8, "all to one"), (1, "spread"), (7, "spread"), (13, "none to the first half")],
-)
-def test_each_token_gets_the_sum_over_its_experts(shape, tokens, choice):
-    # Given tokens with two experts each
-    x = RNG.normal(size=(tokens, HIDDEN)).astype(np.float32)
-    chosen = RNG.integers(4 if "first half" in choice else 0, EXPERTS, size=(tokens, 2)).astype(np.int32)
-    chosen = np.full_like(chosen, 3) if choice == "all to one" else chosen
-    weights = RNG.uniform(0.1, 1, size=(tokens, 2)).astype(np.float32)
-    expected = np.einsum("tj,td,tjdf->tf", *(a.astype(np.float64) for a in (weights, x, MATRICES[chosen])))
-
-    # When the experts lie on a mesh
-    size = int(np.prod([int(n) for n in shape.split("x")]))
-    mesh = make_mesh(shape, devices=jax.devices()[:size])
-
-    @jax.jit
-    def split(*arrays):
-        with using(mesh.abstract_mesh):
-            return over_experts(dense, *arrays)
-
-    with jax.set_mesh(mesh):
-        found = split(np.concatenate([x, chosen, weights], axis=1), jnp.ones(()), MATRICES)
-
-    # Then the sums are the same, and nothing was dropped
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_without_a_mesh_nothing_is_split():
-    calls = []
-    over_experts(lambda *a: calls.append(a[-1]) or a[0], jnp.ones((3, 2)), None, jnp.asarray(MATRICES))
-    assert calls == [0]
-    assert mesh_of(jnp.ones(3)) is None
-
-
-def test_a_layer_moves_activations_and_no_weights():
-    # Given a mixture with INT4 experts of more bytes than its activations
-    config = config_json.preset("kimi-k2.5").text
-    config = dataclasses.replace(
-        config, hidden_size=64, moe_intermediate_size=32, n_routed_experts=16, num_experts_per_tok=4
+HIDDEN, WIDTH, EXPERTS, CHOSEN = 64, 32, 8, 2
+TEXT = from_dict(
+    toy_config(
+        "k2.5", hidden_size=HIDDEN, moe_intermediate_size=WIDTH, n_routed_experts=EXPERTS, num_experts_per_tok=CHOSEN
     )
-    layer = MoE(Init(jax.random.key(0), jnp.dtype(jnp.float32)), config)
-    mesh = make_mesh("2x4")
-    graph, state = nnx.split(layer)
+).text
+# The bias that sends tokens where a test wants them
+BIAS = {
+    "spread": np.zeros(EXPERTS),
+    "all to one": 10 * (np.arange(EXPERTS) == 3),
+    "none to the first half": 10 * (np.arange(EXPERTS) >= 4),
+}
+
+
+def layer(choice="spread", int4=False):
+    config = dataclasses.replace(
+        TEXT,
+        quantization=TEXT.quantization if int4 else None,
+        num_experts_per_tok=1 if choice == "all to one" else CHOSEN,
+    )
+    moe = MoE(Init(jax.random.key(0), jnp.dtype(jnp.float32), std=0.2), config)
+    moe.gate.e_score_correction_bias[...] = jnp.asarray(BIAS[choice], jnp.float32)
+    return moe
+
+
+def on_mesh(moe, x, shape):
+    """moe(x) with the experts on a mesh and x as the residual stream of such a call lies."""
+    graph, params = nnx.split(moe)
+    mesh = make_mesh(shape)
 
     @jax.jit
-    def run(state, x):
+    def run(params, x):
         with using(mesh.abstract_mesh):
-            return nnx.merge(graph, state)(x)
+            residual = Residual.of(*x.shape[:2])
 
-    # When it is compiled with the experts split
-    by_expert, by_row, everywhere = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("expert", "data", None))
-    state = jax.tree.map(lambda a: jax.device_put(a, by_expert if a.ndim == 3 else everywhere), state)
-    text = run.lower(state, jax.device_put(jnp.ones((4, 1, 64)), by_row)).compile().as_text()
+            def part(params, x):
+                return residual.mine(nnx.merge(graph, params)(residual.my_tokens(x), residual))
 
-    # Then its one collective is the sum of the results
-    collectives = [line for line in text.splitlines() if any(f" {name}(" in line for name in COLLECTIVES)]
-    assert len(collectives) == 1, collectives
-    assert " all-reduce(" in collectives[0] and "f32[2,64]" in collectives[0]
+            # the stream of a decode step has all rows everywhere
+            lies = PartitionSpec() if residual.whole else residual.rows()
+            return over_mesh(part, (weight_specs(params), lies), residual.rows())(params, x)
+
+    return run(*jax.device_put((params, x), NamedSharding(mesh, PartitionSpec())))
+
+
+@pytest.mark.parametrize("shape", ["1x8", "2x2x2", "2x1x2x2"])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "choice"),
+    [
+        (8, 1, "spread"),
+        (1, 1, "spread"),
+        (7, 1, "none to the first half"),
+        (6, 8, "spread"),
+        (2, 8, "all to one"),
+        (1, 13, "none to the first half"),
+    ],
+)
+def test_each_token_gets_the_sum_over_its_experts(shape, rows, tokens, choice):
+    moe = layer(choice)
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((rows, tokens, HIDDEN)), jnp.float32)
+    expected = np.asarray(moe(x))
+    np.testing.assert_allclose(on_mesh(moe, x, shape), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_experts_and_their_width_split_together():
+    # Given four INT4 experts on eight devices, which share each, two or four of them
+    config = dataclasses.replace(TEXT, n_routed_experts=4, moe_intermediate_size=128)
+    moe = MoE(Init(jax.random.key(0), jnp.dtype(jnp.float32), std=0.2), config)
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((4, 8, HIDDEN)), jnp.float32)
+    expected = np.asarray(moe(x))
+    for shape in ("2x4", "1x1x4x2"):
+        mesh = make_mesh(shape)
+        with using(mesh.abstract_mesh):
+            specs = weight_specs(nnx.split(moe)[1])
+        down = specs["experts"]["down_proj"]
+        # Then codes and scales are cut at the same inputs, between groups of 32
+        assert down["codes"].get_value() == down["scales"].get_value()
+        assert down["codes"].get_value()[1] is not None
+        np.testing.assert_allclose(on_mesh(moe, x, shape), expected, rtol=0, atol=1e-5 * np.abs(expected).max())

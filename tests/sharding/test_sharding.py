@@ -3,70 +3,134 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from sharding import make_mesh, spec
+from sharding import AXES, DECODE, PREFILL, TRAIN, default_shape, make_mesh, spec
 
 
-@pytest.mark.parametrize("shape", ["2x4", (2, 4)])
-def test_a_mesh_has_data_rows_and_expert_columns(shape):
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ("2x4", (2, 4, 1, 1)),
+        ((2, 4), (2, 4, 1, 1)),
+        ("1x2x4", (1, 2, 4, 1)),
+        ("1x2x2x2", (1, 2, 2, 2)),
+        ("sequence=2, data=4", (4, 1, 1, 2)),
+        ("tensor=8", (1, 1, 8, 1)),
+    ],
+)
+def test_a_mesh_has_the_four_axes(shape, sizes):
     mesh = make_mesh(shape)
-    assert dict(mesh.shape) == {"data": 2, "expert": 4}
-    assert mesh.axis_names == ("data", "expert")
-    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert dict(mesh.shape) == dict(zip(("data", "expert", "tensor", "sequence"), sizes, strict=True))
+    assert mesh.axis_types == (AxisType.Auto,) * 4
     assert {device.id for device in mesh.devices.flat} == {device.id for device in jax.devices()}
 
 
 def test_a_mesh_of_chosen_devices():
     devices = jax.devices()[3:5]
-    mesh = make_mesh("1x2", devices=devices)
-    assert mesh.devices.tolist() == [devices]
+    assert make_mesh("1x2", devices=devices).devices.flatten().tolist() == devices
 
 
-@pytest.mark.parametrize("shape", ["", "8", "2x", "axb", "2x2x2", "0x8", "-1x-8", "2,4", (0, 8)])
+@pytest.mark.parametrize(
+    "shape",
+    ["", "8", "2x", "axb", "2x2x2x1x1", "0x8", "-1x-8", "2,4", (0, 8), "data=", "data=2,data=4", "expert=2,row=4"],
+)
 def test_what_is_no_shape_is_refused(shape):
-    with pytest.raises(
-        ValueError, match=r"expected two positive numbers for the axes data x expert, like 2x4$"
-    ) as error:
+    with pytest.raises(ValueError, match="expected two to four positive numbers for the axes data x expert") as error:
         make_mesh(shape)
     assert repr(shape) in str(error.value)
 
 
-@pytest.mark.parametrize(("shape", "asked"), [("2x2", 4), ("4x4", 16), ((1, 1), 1)])
+@pytest.mark.parametrize(("shape", "asked"), [("2x2", 4), ("4x4", 16), ((1, 1), 1), ("tensor=2,data=2", 4)])
 def test_a_mesh_takes_all_devices_or_none(shape, asked):
     with pytest.raises(ValueError, match=f"asks for {asked} devices, there are 8"):
         make_mesh(shape)
 
 
-def test_experts_and_batch_are_sharded_and_nothing_else():
-    mesh = make_mesh("2x4")
-    assert spec(("expert", "mlp", "embed"), (16, 6, 10), mesh) == PartitionSpec("expert", None, None)
-    assert spec(("batch", None), (4, 3), mesh) == PartitionSpec("data", None)
-    assert spec(("batch", "expert"), (4, 8), mesh) == PartitionSpec("data", "expert")
-    for axis in ("embed", "mlp", "heads", "vocab", "kv_lora", "q_lora", "expert_scores", None):
-        assert spec((axis,), (7,), mesh) == PartitionSpec(None)
-    assert spec((), (), mesh) == PartitionSpec()
+@pytest.mark.parametrize(
+    ("devices", "heads", "batch", "shape"),
+    [
+        (1, 64, 1, (1, 1, 1, 1)),
+        (8, 64, 1, (1, 1, 8, 1)),
+        (8, 6, 3, (1, 4, 2, 1)),
+        (64, 64, 64, (8, 1, 8, 1)),
+        (64, 64, 1, (1, 8, 8, 1)),
+        (128, 64, 24, (8, 2, 8, 1)),
+    ],
+)
+def test_the_default_uses_all_devices_and_divides(devices, heads, batch, shape):
+    assert default_shape(devices, heads, batch) == shape
+    assert np.prod(shape) == devices and heads % shape[2] == 0 and batch % shape[0] == 0
+
+
+def mesh_of_sizes(*sizes):
+    return AbstractMesh(sizes, AXES)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "sizes", "expected"),
+    [
+        # Every expert whole, over all devices
+        (("expert", "expert_mlp", "embed"), (384, 2048, 7168), (8, 1, 8, 1), (("data", "tensor"), None, None)),
+        (("expert", "expert_mlp", "embed"), (256, 1024, 2304), (1, 1, 1, 8), ("sequence", None, None)),
+        # 384 = 16 x 24: the other 16 devices divide the width of each; 128 of 2048 are four groups of 32 inputs
+        (("expert", "expert_mlp", "embed"), (384, 2048, 7168), (16, 1, 16, 1), ("data", "tensor", None)),
+        (("expert", "expert_mlp", "embed"), (384, 64, 7168), (16, 1, 16, 1), ("data", "tensor", None)),
+        (("heads", None), (12288, 1536), (2, 2, 4, 2), (("tensor", "sequence"), None)),
+        (("kda_heads", "embed"), (4096, 2304), (2, 2, 2, 4), ("tensor", None)),
+        (("vocab", "embed"), (163840, 7168), (8, 2, 4, 2), (("expert", "tensor", "sequence"), None)),
+        (("latent", "embed"), (576, 7168), (1, 1, 8, 8), (("tensor", "sequence"), None)),
+        (("latent", "embed"), (576, 7168), (1, 1, 128, 1), (None, None)),
+        (("pages", None, None), (64, 576, 128), (8, 1, 2, 4), (("data", "sequence"), None, None)),
+        (("batch", "row_pages"), (64, 64), (8, 1, 2, 4), ("data", "sequence")),
+        (("expert_scores", "embed"), (384, 7168), (8, 1, 8, 1), (None, None)),
+        ((), (), (2, 2, 2, 1), ()),
+    ],
+)
+def test_where_an_array_lies(axes, shape, sizes, expected):
+    assert spec(axes, shape, mesh_of_sizes(*sizes)) == PartitionSpec(*expected)
+
+
+def test_weights_lie_the_same_for_all_purposes():
+    names = ("expert", "expert_mlp", "shared_mlp", "mlp", "vocab", "heads", "latent", "kda_heads")
+    for name in names:
+        assert DECODE[name] == PREFILL[name] == TRAIN[name]
+    assert PREFILL["tokens"] == TRAIN["tokens"] == ("sequence",) and "tokens" not in DECODE
 
 
 def test_each_device_holds_its_share():
     mesh = make_mesh("2x4")
     values = np.arange(8 * 3).reshape(8, 3)
-    array = jax.device_put(values, NamedSharding(mesh, spec(("expert", "mlp"), values.shape, mesh)))
+    array = jax.device_put(values, NamedSharding(mesh, spec(("expert", "embed"), values.shape, mesh)))
     for shard in array.addressable_shards:
-        column = int(np.argwhere(mesh.devices == shard.device)[0, 1])
-        np.testing.assert_array_equal(shard.data, values[2 * column : 2 * column + 2])
+        row, column = (int(n[0]) for n in np.nonzero(mesh.devices == shard.device)[:2])
+        np.testing.assert_array_equal(shard.data, values[4 * row + column][None])
 
 
 def test_a_mesh_axis_serves_one_dimension():
-    with pytest.raises(ValueError, match=r"\('expert', 'expert'\) of shape \(4, 4\) use a mesh axis twice"):
-        spec(("expert", "expert"), (4, 4), make_mesh("2x4"))
+    with pytest.raises(ValueError, match=r"\('heads', 'mlp'\) of shape \(8, 8\) use a mesh axis twice"):
+        spec(("heads", "mlp"), (8, 8), make_mesh("1x2x4"))
 
 
-def test_a_dimension_must_divide():
-    with pytest.raises(ValueError, match=r"axis 'expert' of 6 does not divide by mesh axis 'expert' of 4"):
-        spec(("expert", "mlp"), (6, 4), make_mesh("2x4"))
-    with pytest.raises(ValueError, match=r"axis 'batch' of 3 does not divide by mesh axis 'data' of 2"):
-        spec(("batch",), (3,), make_mesh("2x4"))
+@pytest.mark.parametrize(
+    ("axes", "shape", "sizes", "message"),
+    [
+        (("heads", None), (6, 4), (1, 2, 4, 1), "axis 'heads' of 6 does not divide by mesh axis 'tensor' of 4"),
+        (("batch",), (3,), (2, 4, 1, 1), "axis 'batch' of 3 does not divide by mesh axis 'data' of 2"),
+        (
+            ("vocab", None),
+            (10, 1),
+            (1, 2, 2, 2),
+            "'vocab' of 10 .* 'expert' of 2 x 'tensor' of 2 x 'sequence' of 2",
+        ),
+        # What the experts leave, their width must take; scales have one row for 32 inputs, and no group is split
+        (("expert", "expert_mlp", None), (6, 6, 1), (1, 4, 1, 1), "axis 'expert_mlp' of 6 .* mesh axis 'expert' of 4"),
+        (("expert", "expert_mlp", None), (6, 2, 1), (1, 4, 1, 1), "axis 'expert_mlp' of 2 .* mesh axis 'expert' of 4"),
+    ],
+)
+def test_a_dimension_must_divide(axes, shape, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        spec(axes, shape, mesh_of_sizes(*sizes))
 
 
 def test_every_dimension_has_a_logical_axis():

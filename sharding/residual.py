@@ -1,0 +1,101 @@
+"""Where the residual stream lies, and how a block's partial results get back to it.
+
+*Whole*, for a decode step: every device has all rows, so that tokens need not travel to experts; a device's token
+mixers treat their rows. *Split*, for prefill: a device has its rows' tokens, or where a prompt is split over
+`sequence`, its part of them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Float32, Int32
+
+from sharding.collectives import index, over, size, split, total
+from sharding.mesh import AXES
+from sharding.rules import PREFILL
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """`batch`: the mesh axes over which rows are split; `tokens`: those over which the stream's tokens are; `whole`:
+    the stream has all rows everywhere, and only what mixers see is split."""
+
+    batch: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    whole: bool = False
+
+    @classmethod
+    def of(cls, rows: int, tokens: int) -> "Residual":
+        """For a call with this many rows and tokens a row on the mesh in use. What does not divide is not split."""
+        shape = dict.fromkeys(AXES, 1) | dict(jax.sharding.get_abstract_mesh().shape)
+        batch = ("data",) if shape["data"] > 1 and rows % shape["data"] == 0 else ()
+        split = ("sequence",) if shape["sequence"] > 1 and tokens % shape["sequence"] == 0 else ()
+        return cls(batch, split, whole=tokens == 1)
+
+    def mine(self, x: Array) -> Array:
+        """Of the stream [rows, t, ...], this device's rows with all their tokens."""
+        if self.whole and self.batch:
+            rows = x.shape[0] // size(self.batch)
+            return lax.dynamic_slice_in_dim(x, index(self.batch) * rows, rows)
+        return lax.all_gather(x, self.tokens, axis=1, tiled=True) if self.tokens else x
+
+    def rows(self, *axes: str | None) -> PartitionSpec:
+        """How an array lies whose first axis are the batch's rows, and its last ones logical `axes`."""
+        mesh = jax.sharding.get_abstract_mesh()
+        rest = [tuple(name for name in PREFILL.get(axis or "", ()) if mesh.shape.get(name, 1) > 1) for axis in axes]
+        return PartitionSpec(*(names or None for names in (self.batch, *rest)))
+
+    def at(self, x: Float[Array, "rows t d"], number: Int32[Array, "b"]) -> Float[Array, "b d"]:
+        """Of each of this device's rows, the token with this number."""
+        x = self.mine(x) if self.whole else x
+        here = number - index(self.tokens) * x.shape[1]
+        found = jnp.take_along_axis(x, jnp.clip(here, 0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+        return total(jnp.where(((here >= 0) & (here < x.shape[1]))[:, None], found, 0), self.tokens)
+
+    def my_tokens(self, x: Array) -> Array:
+        """Of this device's rows [b, t, ...], the tokens that the stream has here."""
+        if not self.tokens:
+            return x
+        count = x.shape[1] // size(self.tokens)
+        return lax.dynamic_slice_in_dim(x, index(self.tokens) * count, count, axis=1)
+
+    def summed(self, y: Float[Array, "b t d"], axis: str, dtype: jnp.dtype) -> Float[Array, "rows tokens d"]:
+        """What the parts of logical axis `axis` add up to for this device's rows, laid into the stream."""
+        names = over(axis)
+        if self.whole and self.batch:
+            if not names:
+                return lax.all_gather(y.astype(dtype), self.batch, axis=0, tiled=True)
+            everyone = jnp.zeros((y.shape[0] * size(self.batch), *y.shape[1:]), y.dtype)
+            placed = lax.dynamic_update_slice_in_dim(everyone, y, index(self.batch) * y.shape[0], axis=0)
+            return total(placed, self.batch + names).astype(dtype)
+        if set(self.tokens) <= set(names) and self.tokens:
+            y = lax.psum_scatter(y, self.tokens, scatter_dimension=1, tiled=True)
+            names = tuple(name for name in names if name not in self.tokens)
+        else:
+            y = self.my_tokens(y)
+        return total(y, names).astype(dtype)
+
+    def everyone(self, x: Array) -> Array:
+        """The stream's tokens of all devices, [t, d]."""
+        if not self.whole:
+            x = lax.all_gather(x, self.batch, axis=0, tiled=True) if self.batch else x
+            x = self.mine(x)
+        return x.reshape(-1, x.shape[-1])
+
+    def back(self, y: Float32[Array, "all d"], like: Array) -> Array:
+        """The sum over all devices of their parts for the tokens of all, laid into the stream as `like` lies."""
+        names = split(AXES)
+        if not self.whole:
+            rows = like.shape[0] * size(self.batch)
+            y = y.reshape(rows, -1, y.shape[-1])
+            for axis, group in ((0, self.batch), (1, self.tokens)):
+                if group:
+                    y = lax.psum_scatter(y, group, scatter_dimension=axis, tiled=True)
+            names = tuple(name for name in names if name not in self.batch + self.tokens)
+        return total(y, names).reshape(like.shape).astype(like.dtype)
+
+
+ALONE = Residual()
