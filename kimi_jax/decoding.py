@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding
 from numpy.typing import ArrayLike
 
@@ -94,14 +95,14 @@ def stream(
     stops = jnp.asarray(sorted(stop_ids or ()), jnp.int32)
     pad = model.config.text.pad_token_id
     column, done = _choose(logits, keys, 0, jnp.arange(rows + more) >= rows, stops, pad, sampling)
-    yield np.asarray(column)[:rows]
+    yield _on_host(column)[:rows]
     for i in range(1, max_new_tokens):
         if stop_ids is not None and bool(done.all()):
             return
         column, done, state = _advance(
             runner.program, runner.arrays, state, column, done, keys, i, stops, pad, sampling
         )
-        yield np.asarray(column)[:rows]
+        yield _on_host(column)[:rows]
 
 
 class _Program:
@@ -214,6 +215,13 @@ def _advance(program, arrays, state, column, done, keys, i, stops, pad, sampling
     logits, state = program.extend(arrays, state, column[:, None], counts)
     column, done = _choose(logits, keys, i, done, stops, pad, sampling)
     return column, done, state
+
+
+def _on_host(column: jax.Array) -> np.ndarray:
+    """The whole column, whichever processes' devices its rows lie on."""
+    if not column.is_fully_addressable and not column.is_fully_replicated:
+        column = multihost_utils.process_allgather(column, tiled=True)
+    return np.asarray(column)
 
 
 def _bucket(tokens: int) -> int:

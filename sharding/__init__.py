@@ -2,7 +2,7 @@
 
 from sharding.collectives import gathered, over_mesh, part_of, parts
 from sharding.experts import first_expert
-from sharding.mesh import AXES, default_shape, make_mesh, mesh_of, using
+from sharding.mesh import AXES, default_shape, make_mesh, mesh_of, mesh_sizes, using
 from sharding.pages import from_all, held, longest, merged, own_positions, page_numbers
 from sharding.residual import ALONE, Residual
 from sharding.rules import DECODE, EVERYWHERE, PREFILL, TRAIN, Rules, spec, specs_of
@@ -25,6 +25,7 @@ __all__ = [
     "make_mesh",
     "merged",
     "mesh_of",
+    "mesh_sizes",
     "over_mesh",
     "own_positions",
     "page_numbers",

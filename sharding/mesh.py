@@ -23,14 +23,15 @@ def make_mesh(shape: str | Sequence[int], devices: Sequence[jax.Device] | None =
     "1x2x4x1"), or names with sizes ("data=4,tensor=2").
     Raises ValueError where the shape is no such thing or does not multiply to the number of devices.
     """
-    sizes = _sizes(shape)
+    sizes = mesh_sizes(shape)
     devices = jax.devices() if devices is None else devices
     if math.prod(sizes) != len(devices):
         raise ValueError(f"mesh {shape!r} asks for {math.prod(sizes)} devices, there are {len(devices)}")
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def _sizes(shape: str | Sequence[int]) -> tuple[int, ...]:
+def mesh_sizes(shape: str | Sequence[int]) -> tuple[int, ...]:
+    """The sizes that a shape names, as `make_mesh` takes it: one for each of `AXES`."""
     try:
         if isinstance(shape, str) and "=" in shape:
             pairs = [part.split("=") for part in shape.split(",")]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tpu.chips import CHIPS, Chip
+from sharding.topologies import CHIPS, Chip
 from tpu.compile import compile_for
 from tpu.schedule import Loop
 

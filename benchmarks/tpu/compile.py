@@ -15,7 +15,6 @@ from typing import Any
 _DUMP = Path(tempfile.mkdtemp(prefix="tpu-schedule-"))
 atexit.register(shutil.rmtree, _DUMP, ignore_errors=True)
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={_DUMP} --xla_jf_dump_llo_text=true"
-os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
 os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
@@ -25,8 +24,10 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding  # noqa: E402
 
-from tpu.chips import CHIPS  # noqa: E402
+from sharding.topologies import CHIPS  # noqa: E402
 from tpu.schedule import Loop, read_kernel  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")
 
 
 @dataclass(frozen=True)

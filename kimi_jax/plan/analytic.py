@@ -1,0 +1,255 @@
+"""What a step needs and moves on each device, by arithmetic: the shapes of the real model under the real rules.
+
+Times are lower bounds: every byte once at the HBM's peak, every product at the matrix units', every message over all of
+a chip's links at once; nothing waits for anything else.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from kimi_jax.plan.job import Job, Weight, layer_cache, weights
+from kimi_jax.plan.traffic import Collective
+from kimi_jax.state import PAGE
+
+# Programs, and what the compiler keeps beside buffers: 61 layers' kernels came to 60 to 250 MB.
+PROGRAM_BYTES = 300 * 10**6
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device by kind, of `available` in all."""
+
+    available: int
+    experts: int
+    attention: int
+    embeddings: int
+    other_weights: int
+    vision: int
+    cache: int
+    temporaries: int
+
+    @property
+    def weights(self) -> int:
+        """Those that a text step reads, without the vision tower's."""
+        return self.experts + self.attention + self.embeddings + self.other_weights
+
+    @property
+    def headroom(self) -> int:
+        """What is left; negative where the job does not fit."""
+        return self.available - self.weights - self.vision - self.cache - self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a device reads, multiplies and sends in a step. The bound is the longest of the three times."""
+
+    hbm_bytes: float
+    flops: float
+    sent_bytes: float
+    hbm_seconds: float
+    flops_seconds: float
+    sent_seconds: float
+
+    @property
+    def lower_bound_seconds(self) -> float:
+        return max(self.hbm_seconds, self.flops_seconds, self.sent_seconds)
+
+    @property
+    def bound_by(self) -> str:
+        times = {"HBM": self.hbm_seconds, "FLOPs": self.flops_seconds, "links": self.sent_seconds}
+        return max(times, key=times.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+    """The last layer's share, with its part of the cache: bytes that lie on a device and that a step reads there."""
+
+    resident: int
+    read: float
+
+
+def memory(job: Job, temporaries: int | None = None) -> Memory:
+    """By kind; `temporaries` as the compiler has them, an estimate where None.
+
+    Raises ValueError where the mesh divides the job's batch, heads or widths unevenly.
+    """
+    of_kind = dict.fromkeys(("experts", "attention", "embeddings", "other weights", "vision"), 0)
+    for weight, count in weights(job.config):
+        of_kind[weight.kind] += count * weight.local_bytes(job.sizes)
+    return Memory(
+        available=job.topology.chip.memory,
+        experts=of_kind["experts"],
+        attention=of_kind["attention"],
+        embeddings=of_kind["embeddings"],
+        other_weights=of_kind["other weights"],
+        vision=of_kind["vision"],
+        cache=cache_bytes(job),
+        temporaries=_temporaries(job) if temporaries is None else temporaries,
+    )
+
+
+def cache_bytes(job: Job) -> int:
+    """Of all layers, on each device."""
+    each = layer_cache(job.config, job.batch, job.context, job.sizes)
+    kinds = job.config.text.layer_kinds
+    return each.mla * kinds.count("mla") + each.kda * kinds.count("kda")
+
+
+def _temporaries(job: Job) -> int:
+    """An estimate: the stream in float32 twice, one mixture's rows sorted by expert, the logits, the program."""
+    text, mesh = job.config.text, job.mesh
+    stream = job.tokens * text.hidden_size * 8
+    share = min(1.0, 2 / math.prod(job.sizes)) if job.phase == "prefill" else 1.0
+    rows = job.tokens * text.num_experts_per_tok * share
+    sorted_rows = rows * (text.hidden_size * 6 + text.moe_intermediate_size * 4)
+    words = text.vocab_size // (mesh["expert"] * mesh["tensor"] * mesh["sequence"])
+    return int(stream + sorted_rows + job.batch / mesh["data"] * words * 8) + PROGRAM_BYTES
+
+
+def touched(job: Job) -> float:
+    """The share of experts that the step's tokens choose among them, where each choice is as likely as any."""
+    text = job.config.text
+    return (
+        1.0 - (1.0 - text.num_experts_per_tok / text.n_routed_experts) ** job.tokens if text.n_routed_experts else 0.0
+    )
+
+
+def hbm_bytes(job: Job) -> float:
+    """Weights once, of the experts the share that is chosen; latents once; KDA states once there and once back."""
+    each = layer_cache(job.config, job.batch, job.context, job.sizes)
+    kinds = job.config.text.layer_kinds
+    return _weights_read(job, weights(job.config)) + each.mla * kinds.count("mla") + 2 * each.kda * kinds.count("kda")
+
+
+def _weights_read(job: Job, held: tuple[tuple[Weight, int], ...]) -> float:
+    total = 0.0
+    for weight, count in held:
+        if weight.kind != "vision" and "embed_tokens" not in weight.path:  # a row of that table per token
+            share = touched(job) if weight.kind == "experts" else 1.0
+            total += count * weight.local_bytes(job.sizes) * share
+    return total
+
+
+def per_layer(job: Job) -> PerLayer:
+    """Of the last layer, a mixture in every published model."""
+    text = job.config.text
+    last = weights(job.config, text.num_hidden_layers - 1)
+    each = layer_cache(job.config, job.batch, job.context, job.sizes)
+    kept, moved = (each.mla, each.mla) if text.layer_kinds[-1] == "mla" else (each.kda, 2 * each.kda)
+    resident = sum(count * weight.local_bytes(job.sizes) for weight, count in last)
+    return PerLayer(resident + kept, _weights_read(job, last) + moved)
+
+
+def flops(job: Job) -> float:
+    """Products of weights with the tokens that a device treats, and attention's own."""
+    text, mesh = job.config.text, job.mesh
+    mine, total = job.tokens / mesh["data"], 0.0
+    for weight, count in weights(job.config):
+        products = 2 * count * weight.local(job.sizes)
+        if weight.kind == "experts":  # each expert's tokens, were they spread evenly
+            total += products * job.tokens * text.num_experts_per_tok / text.n_routed_experts
+        elif "lm_head" in weight.path:
+            total += products * job.batch / mesh["data"]
+        elif weight.kind in ("attention", "other weights"):
+            everybodys = ".shared_experts." in weight.path or ".mlp.gate." in weight.path
+            total += products * (job.tokens if everybodys else mine)
+    kinds = text.layer_kinds
+    return total + kinds.count("mla") * _mla_flops(job) + kinds.count("kda") * _kda_flops(job)
+
+
+def _mla_flops(job: Job) -> float:
+    """Scores and their products with values: absorbed for one token, over keys and values of every head for more."""
+    text, mesh = job.config.text, job.mesh
+    heads = text.num_attention_heads / (mesh["tensor"] * mesh["sequence"])
+    pairs = job.batch / mesh["data"] * job.chunk * (job.context - (job.chunk - 1) / 2)
+    absorbed = text.latent_dim + text.kv_lora_rank
+    return 2 * pairs * heads * (absorbed if job.chunk == 1 else text.qk_head_dim + text.v_head_dim)
+
+
+def _kda_flops(job: Job) -> float:
+    """Two products with the state and its update."""
+    linear = job.config.text.linear_attn
+    if linear is None:
+        return 0.0
+    heads = linear.num_heads / job.mesh["tensor"]
+    return job.tokens / job.mesh["data"] * heads * 6 * linear.head_dim**2
+
+
+def step(job: Job, sent: list[Collective]) -> Step:
+    """The step's lower bounds, with the messages that it sends."""
+    chip, read, products = job.topology.chip, hbm_bytes(job), flops(job)
+    over_links = sum((collective.sent for collective in sent), 0.0)
+    return Step(
+        hbm_bytes=read,
+        flops=products,
+        sent_bytes=over_links,
+        hbm_seconds=read / (chip.hbm * chip.cores),
+        flops_seconds=products / (chip.bf16 * chip.cores),
+        sent_seconds=over_links / chip.links,
+    )
+
+
+def expected_collectives(job: Job) -> list[Collective]:
+    """What the rules have a step send, before it is compiled: per layer the mixer's sum and the feed-forward's, the
+    low-rank projections where they are split, and where the cache is, queries and partial softmaxes."""
+    text, mesh, layers = job.config.text, job.mesh, job.config.text.num_hidden_layers
+    mla, rows = text.layer_kinds.count("mla"), job.tokens / mesh["data"]
+    heads: tuple[str, ...] = ("tensor", "sequence")
+    stream = job.tokens * text.hidden_size * 4
+    mixed = stream if job.phase == "decode" else stream / mesh["data"]
+    wanted: list[tuple[str, tuple[str, ...], float, int]] = [
+        ("all-reduce", ("data", *heads) if job.phase == "decode" else heads, mixed, layers + 1),
+        ("all-reduce", ("data", "expert", *heads), stream, layers),
+        ("all-gather", heads, rows * (text.latent_dim + (text.q_lora_rank or 0)) * 2, mla),
+    ]
+    if mesh["sequence"] > 1 and job.phase == "decode":
+        share = text.num_attention_heads / (mesh["tensor"] * mesh["sequence"])
+        wanted.append(("all-gather", ("sequence",), rows * share * text.latent_dim * 2, mla))
+        partial = rows * text.num_attention_heads / mesh["tensor"] * (text.kv_lora_rank + 1) * 4
+        wanted.append(("all-to-all", ("sequence",), partial, mla))
+    listed = []
+    for kind, names, nbytes, count in wanted:
+        axes = tuple(name for name in names if mesh[name] > 1)
+        group = math.prod(mesh[name] for name in axes)
+        if group > 1 and count:
+            each = nbytes / group if kind == "all-gather" and names == heads else nbytes
+            listed.append(Collective(kind, axes, group, int(each), count))
+    return listed
+
+
+def largest_batch(job: Job, temporaries: int | None = None) -> int:
+    """Rows that fit with this context, a multiple of the `data` axis; 0 where none do."""
+    data = job.mesh["data"]
+
+    def fits(parts: int) -> bool:
+        return _fits(dataclasses.replace(job, batch=parts * data), job, temporaries)
+
+    return data * _last(fits, 2**20)
+
+
+def largest_context(job: Job, temporaries: int | None = None) -> int:
+    """Tokens a row that fit with this batch, whole pages up to `max_position_embeddings`; 0 where none do."""
+    pages = job.config.text.max_position_embeddings // PAGE
+
+    def fits(count: int) -> bool:
+        context = count * PAGE
+        return _fits(dataclasses.replace(job, context=context, chunk=min(job.chunk, context)), job, temporaries)
+
+    return PAGE * _last(fits, pages)
+
+
+def _fits(job: Job, measured: Job, temporaries: int | None) -> bool:
+    """`temporaries` are those that the compiler had for the `measured` job: what more there are is estimated."""
+    if temporaries is not None:
+        temporaries += max(0, _temporaries(job) - _temporaries(measured))
+    return memory(job, temporaries).headroom >= 0
+
+
+def _last(true_up_to: Callable[[int], bool], most: int) -> int:
+    """The greatest n of 1 to `most` for which it is true, which it is up to some n; 0 where it never is."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if true_up_to(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,142 @@
+"""Compiles a job's step for TPUs that are not here (libtpu, no TPU), full size, with abstract weights.
+
+In a process of its own (`python -m kimi_jax.plan.compile` is that process): libtpu reads the environment once and ends
+its process where it is displeased, and a full-size compilation takes gigabytes that should go back.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import time
+from typing import Any
+
+from kimi_jax.plan.hlo import parse
+from kimi_jax.plan.job import Job
+from kimi_jax.plan.traffic import Collective, MovedWeight, collectives, moved_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a device's program. `arguments` are weights, cache and tokens, of which `in_place` are
+    results too; `results` come beside them. `accessed` and `flops` are its own account of the step, in which a kernel
+    reads its operands whole. `cpu_seconds` beside `seconds` shows how busy the machine was."""
+
+    arguments: int
+    results: int
+    in_place: int
+    temporaries: int
+    program: int
+    accessed: float
+    flops: float
+    collectives: tuple[Collective, ...]
+    moved: tuple[MovedWeight, ...]
+    seconds: float
+    cpu_seconds: float
+
+    @property
+    def beside_arguments(self) -> int:
+        """Bytes that a device needs for the step over those of weights and cache."""
+        return self.temporaries + self.program + max(0, self.results - self.in_place)
+
+
+class DoesNotFitError(ValueError):
+    """The compiler found too little memory on a device."""
+
+
+def available() -> bool:
+    """Whether libtpu, the compiler, is installed (Linux on x86-64 only)."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def compiled(job: Job) -> Compiled:
+    """Compiles in a process of its own, which takes minutes for a full model.
+
+    Raises DoesNotFitError where the compiler says so, ValueError with its last words where it fails otherwise.
+    """
+    keep = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    # quiet, beside other users of libtpu, and without asking a cloud that is not there
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", "TPU_STDERR_LOG_LEVEL": "3"}
+    done = subprocess.run(
+        [sys.executable, "-m", "kimi_jax.plan.compile"],
+        input=pickle.dumps(job),
+        capture_output=True,
+        env=keep | quiet | {"JAX_PLATFORMS": "cpu", "TPU_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    if done.returncode:
+        words = done.stderr.decode(errors="replace").strip().splitlines()
+        short = next((line for line in words if "Ran out of memory" in line), None)
+        if short is not None:
+            raise DoesNotFitError(re.sub(r"^.*?(?=Ran out of memory)", "", short))
+        raise ValueError(f"the compiler failed ({done.returncode}): {words[-1] if words else 'without a word'}")
+    found = json.loads(done.stdout.decode().splitlines()[-1])
+    found["collectives"] = tuple(Collective(**{**one, "axes": tuple(one["axes"])}) for one in found["collectives"])
+    found["moved"] = tuple(MovedWeight(**one) for one in found["moved"])
+    return Compiled(**found)
+
+
+def _compile(job: Job) -> Compiled:
+    """In this process."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from kimi_jax import decoding
+    from kimi_jax import state as states
+    from kimi_jax.model.kimi import abstract
+    from sharding import make_mesh, spec
+
+    # A text step has no use for the vision tower, and XLA would drop it from the arguments.
+    config = dataclasses.replace(job.config, vision=None)
+    mesh = make_mesh(job.sizes, topologies.get_topology_desc(platform="tpu", topology_name=job.topology.name).devices)
+
+    def laid(array: Any, lies: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, lies))
+
+    graph, params = nnx.split(abstract(config))
+    weights = [
+        (path, variable.replace(laid(variable, spec(axes, variable.shape, mesh))))
+        for path, variable in nnx.to_flat_state(params)
+        if (axes := variable.get_metadata().get("axes"))
+    ]
+    arrays, tree = jax.tree.flatten(nnx.from_flat_state(weights))
+    empty = jax.eval_shape(lambda: states.empty(config, job.batch, job.context, job.dtype, mesh))
+    state = jax.tree.map(laid, empty, states.specs(empty, mesh))
+    program = decoding._program(graph, tree, mesh.abstract_mesh)
+
+    def tokens(*shape: int) -> jax.ShapeDtypeStruct:
+        return laid(jax.ShapeDtypeStruct(shape, jnp.int32), PartitionSpec("data"))
+
+    began, cpu = time.perf_counter(), time.process_time()
+    if job.phase == "decode":
+        traced = decoding._step.trace(program, arrays, state, tokens(job.batch))
+    else:
+        whole = (tokens(job.batch, job.chunk), tokens(job.batch), None, None)
+        traced = decoding._extend.trace(program, arrays, state, *whole)
+    made = traced.lower(lowering_platforms=("tpu",)).compile()
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    held, cost, hlo = made.memory_analysis(), made.cost_analysis(), parse(made.as_text())
+    return Compiled(
+        arguments=held.argument_size_in_bytes,
+        results=held.output_size_in_bytes,
+        in_place=held.alias_size_in_bytes,
+        temporaries=held.temp_size_in_bytes,
+        program=held.generated_code_size_in_bytes,
+        accessed=cost.get("bytes accessed", 0.0),
+        flops=cost.get("flops", 0.0),
+        collectives=tuple(collectives(hlo, job.mesh)),
+        moved=tuple(moved_weights(hlo, "arrays[")),
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(dataclasses.asdict(_compile(pickle.load(sys.stdin.buffer)))))

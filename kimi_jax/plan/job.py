@@ -1,0 +1,145 @@
+"""What a plan is about, and how a model's arrays lie on the devices of its slice: sizes alone, nothing is allocated."""
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from kimi_jax import state as states
+from kimi_jax.config import KimiConfig
+from kimi_jax.model.kimi import abstract
+from sharding import AXES, spec
+from sharding.topologies import Topology
+
+Phase = Literal["decode", "prefill"]
+Sizes = tuple[int, ...]
+
+# The first mark that a path contains says what kind of memory a weight is.
+_KINDS = (
+    ("vision_tower.", "vision"),
+    ("mm_projector.", "vision"),
+    (".mlp.experts.", "experts"),
+    (".self_attn.", "attention"),
+    ("embed_tokens.", "embeddings"),
+    ("lm_head.", "embeddings"),
+    ("", "other weights"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A step of `phase` for `batch` rows of `context` tokens each, on the devices of `topology` in a mesh of `sizes`.
+
+    A prefill step takes `chunk` tokens of every row, the last of its context; a decode step one.
+    """
+
+    config: KimiConfig
+    topology: Topology
+    sizes: Sizes
+    phase: Phase
+    batch: int
+    context: int
+    chunk: int = 1
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        return dict(zip(AXES, self.sizes, strict=True))
+
+    @property
+    def abstract_mesh(self) -> AbstractMesh:
+        return AbstractMesh(self.sizes, AXES)
+
+    @property
+    def tokens(self) -> int:
+        """That the step takes in."""
+        return self.batch * self.chunk
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.text.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A parameter; `path` leaves out the numbers of layers, `bits` are an element's."""
+
+    kind: str
+    path: str
+    axes: tuple[str | None, ...]
+    shape: Sizes
+    bits: int
+
+    def local(self, sizes: Sizes) -> int:
+        """Elements on each device of a mesh. Raises what `sharding.spec` raises where it does not divide the shape."""
+        return _local(self.axes, self.shape, sizes)
+
+    def local_bytes(self, sizes: Sizes) -> int:
+        return self.local(sizes) * self.bits // 8
+
+
+@functools.cache
+def _local(axes: tuple[str | None, ...], shape: Sizes, sizes: Sizes) -> int:
+    mesh = AbstractMesh(sizes, AXES)
+    return int(math.prod(NamedSharding(mesh, spec(axes, shape, mesh)).shard_shape(shape)))
+
+
+@functools.cache
+def weights(config: KimiConfig, layer: int | None = None) -> tuple[tuple[Weight, int], ...]:
+    """The parameters of the model, or of one text layer: those that are alike once, and how many they are."""
+    wanted = (weight for number, weight in _parameters(config) if layer is None or number == layer)
+    return tuple(Counter(wanted).items())
+
+
+@functools.cache
+def _parameters(config: KimiConfig) -> tuple[tuple[int | None, Weight], ...]:
+    """All of them, each with its text layer's number."""
+    _, params = nnx.split(abstract(config))
+    found = []
+    for path, variable in nnx.to_flat_state(params):
+        if (axes := variable.get_metadata().get("axes")) is None:
+            continue
+        name = ".".join(part for part in path if isinstance(part, str))
+        kind = next(kind for mark, kind in _KINDS if mark in name)
+        layer = int(path[2]) if path[:2] == ("model", "layers") else None
+        found.append((layer, Weight(kind, name, axes, variable.shape, bits(variable.dtype))))
+    return tuple(found)
+
+
+def bits(dtype: Any) -> int:
+    """Of an element on a device, where an INT4 code takes half a byte (numpy says a whole one)."""
+    return 4 if jnp.dtype(dtype).name in ("int4", "uint4") else 8 * jnp.dtype(dtype).itemsize
+
+
+class Cache(NamedTuple):
+    """Bytes of what decoding carries in a layer of each kind, on each device; 0 where there are no such layers."""
+
+    mla: int
+    kda: int
+
+
+@functools.cache
+def layer_cache(config: KimiConfig, batch: int, context: int, sizes: Sizes) -> Cache:
+    """Raises what `state.empty` and `sharding.spec` raise where the mesh does not divide the batch or the heads."""
+    mesh = AbstractMesh(sizes, AXES)
+    state = _state(config, batch, context, mesh.shape["data"], mesh.shape["sequence"])
+
+    def size(array: jax.ShapeDtypeStruct, lies: PartitionSpec) -> int:
+        return math.prod(NamedSharding(mesh, lies).shard_shape(array.shape)) * array.dtype.itemsize
+
+    sized = jax.tree.map(size, state.layers, states.specs(state, mesh).layers)
+    of_kind = {type(kept): sum(kept) for kept in sized}
+    return Cache(of_kind.get(states.MLACache, 0), of_kind.get(states.KDAState, 0))
+
+
+@functools.cache
+def _state(config: KimiConfig, batch: int, context: int, data: int, sequence: int) -> states.State:
+    """One layer of each kind: the others are alike. Its shapes depend on these two axes alone."""
+    mesh = AbstractMesh((data, 1, 1, sequence), AXES)
+    state = jax.eval_shape(lambda: states.empty(config, batch, context, jnp.dtype(config.text.dtype), mesh))
+    return state._replace(layers=tuple({type(layer): layer for layer in state.layers}.values()))

@@ -1,0 +1,200 @@
+"""A plan: will a model fit on a slice, with how much context and batch, and what will a step move?"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from kimi_jax.plan import analytic
+from kimi_jax.plan.analytic import Memory, PerLayer, Step
+from kimi_jax.plan.compile import Compiled, DoesNotFitError
+from kimi_jax.plan.job import Job, Sizes
+from kimi_jax.plan.search import MESSAGE_SECONDS, Candidate, candidate, candidates, smallest_that_fits
+from kimi_jax.plan.traffic import Collective
+from sharding import AXES
+
+GIB = 2**30
+Compile = Callable[[Job], Compiled]
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternative:
+    """Another mesh, by arithmetic. `per_layer` is the last layer's share."""
+
+    mesh: dict[str, int]
+    headroom: int
+    lower_bound_seconds: float
+    messages: int
+    per_layer: PerLayer
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All bytes are a device's. `why` says where the mesh comes from. `collectives` are the compiled program's, or
+    without one those that the rules call for. `confirmed` says whether the compiler fits `largest_batch` too, None
+    where it was not asked."""
+
+    model: str
+    job: Job
+    why: str
+    memory: Memory
+    per_layer: PerLayer
+    step: Step
+    collectives: tuple[Collective, ...]
+    largest_batch: int
+    largest_context: int
+    confirmed: bool | None
+    alternatives: tuple[Alternative, ...]
+    compiled: Compiled | None
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dicts: what `kimi-jax plan --json` prints of each plan."""
+        job, compiled = self.job, self.compiled
+        return {
+            "model": self.model,
+            "topology": job.topology.name,
+            "devices": job.topology.devices,
+            "mesh": job.mesh,
+            "why": self.why,
+            "phase": job.phase,
+            "batch": job.batch,
+            "context": job.context,
+            "chunk": job.chunk,
+            "memory": dataclasses.asdict(self.memory) | {"headroom": self.memory.headroom},
+            "per_layer": dataclasses.asdict(self.per_layer),
+            "step": dataclasses.asdict(self.step)
+            | {"lower_bound_seconds": self.step.lower_bound_seconds, "bound_by": self.step.bound_by},
+            "collectives": [dataclasses.asdict(one) | {"sent": one.sent} for one in self.collectives],
+            "largest": {"batch": self.largest_batch, "context": self.largest_context, "confirmed": self.confirmed},
+            "alternatives": [dataclasses.asdict(one) for one in self.alternatives],
+            "compiled": None if compiled is None else dataclasses.asdict(compiled),
+            "warnings": list(self.warnings),
+        }
+
+
+def plan(model: str, job: Job, *, sizes: Sizes | None = None, compile_step: Compile | None = None) -> Plan:
+    """The plan of `job` on a mesh of `sizes`, the best one where None; `model` is its name in what is printed.
+
+    `compile_step` (`compile.compiled`) is called for the job and once more for the largest batch; None leaves out what
+    only a compiler knows.
+    Raises ValueError where the mesh does not multiply to the devices or does not divide the job, and where the model
+    does not fit, by how much and the smallest slice that would do.
+    """
+    _check(job)
+    ranked = candidates(job)
+    if sizes is None:
+        if not ranked:
+            raise ValueError(f"{model} divides by no mesh of {job.topology.name}'s {job.topology.devices} devices")
+        chosen, why = ranked[0], _why(ranked)
+    else:
+        if math.prod(sizes) != job.topology.devices:
+            raise ValueError(
+                f"mesh {words(dict(zip(AXES, sizes, strict=True)))} asks for {math.prod(sizes)} devices, "
+                f"{job.topology.name} has {job.topology.devices}"
+            )
+        chosen, why = candidate(dataclasses.replace(job, sizes=sizes)), "given"
+    if chosen.bytes_over:
+        raise ValueError(_too_small(model, chosen))
+    job = chosen.job
+    made = None if compile_step is None else _compile(model, job, compile_step)
+    beside = None if made is None else made.beside_arguments
+    sent = tuple(analytic.expected_collectives(job)) if made is None else made.collectives
+    memory = analytic.memory(job, beside)
+    batch = analytic.largest_batch(job, beside)
+    return Plan(
+        model=model,
+        job=job,
+        why=why,
+        memory=memory,
+        per_layer=analytic.per_layer(job),
+        step=analytic.step(job, list(sent)),
+        collectives=sent,
+        largest_batch=batch,
+        largest_context=analytic.largest_context(job, beside),
+        confirmed=None if compile_step is None else _fits(dataclasses.replace(job, batch=batch), compile_step),
+        alternatives=tuple(_alternatives(job, ranked)),
+        compiled=made,
+        warnings=() if made is None else tuple(_warnings(memory, made)),
+    )
+
+
+def _check(job: Job) -> None:
+    room = job.config.text.max_position_embeddings
+    if job.batch < 1 or not 1 <= job.context <= room:
+        raise ValueError(
+            f"a batch of {job.batch} rows of {job.context} tokens: expected at least one row, "
+            f"and 1 to max_position_embeddings = {room} tokens"
+        )
+    if not 1 <= job.chunk <= job.context:
+        raise ValueError(f"a chunk of {job.chunk} tokens: expected 1 to the context's {job.context}")
+
+
+def _why(ranked: list[Candidate]) -> str:
+    fit = sum(not one.bytes_over for one in ranked)
+    return (
+        f"the least lower bound of the {fit} meshes that fit of {len(ranked)} that divide the job, "
+        f"with {MESSAGE_SECONDS * 1e6:.0f} us assumed for each message"
+    )
+
+
+def _too_small(model: str, chosen: Candidate) -> str:
+    held, job = chosen.memory, chosen.job
+    need = held.available + chosen.bytes_over
+    enough = smallest_that_fits(job)
+    would = f"no known {job.topology.chip.name} slice would do" if enough is None else f"{enough.name} would do"
+    return (
+        f"{model} with {job.batch} x {job.context} tokens does not fit on {job.topology.name} with mesh "
+        f"{words(job.mesh)}: a device would need {need / GIB:.2f} GiB of its {held.available / GIB:.2f}, "
+        f"{chosen.bytes_over / GIB:.2f} GiB too much; {would}"
+    )
+
+
+def _compile(model: str, job: Job, compile_step: Compile) -> Compiled:
+    try:
+        return compile_step(job)
+    except DoesNotFitError as error:
+        raise ValueError(
+            f"{model} with {job.batch} x {job.context} tokens should fit on {job.topology.name} with mesh "
+            f"{words(job.mesh)}, but the compiler says: {error}"
+        ) from error
+
+
+def _fits(job: Job, compile_step: Compile) -> bool:
+    try:
+        compile_step(job)
+    except DoesNotFitError:
+        return False
+    return True
+
+
+def _alternatives(job: Job, ranked: list[Candidate]) -> list[Alternative]:
+    """The best meshes that leave the cache of a row whole and that split it, unless that is the one chosen."""
+    best = [next((one for one in ranked if (one.job.mesh["sequence"] > 1) is split), None) for split in (False, True)]
+    return [
+        Alternative(
+            one.job.mesh,
+            one.memory.headroom,
+            one.step.lower_bound_seconds,
+            one.messages,
+            analytic.per_layer(one.job),
+        )
+        for one in best
+        if one is not None and one.job.sizes != job.sizes
+    ]
+
+
+def _warnings(memory: Memory, made: Compiled) -> list[str]:
+    said = [
+        f"{'a gather' if moved.how != 'copy' else 'a copy in HBM'} of weights: {moved.how} {moved.instruction} of "
+        f"{moved.nbytes / 1e6:.1f} MB"
+        for moved in made.moved
+    ]
+    counted = memory.weights + memory.cache
+    if abs(made.arguments - counted) > 0.03 * counted:
+        said.append(f"the compiler counts {made.arguments:,} bytes of weights and cache, this plan {counted:,}")
+    return said
+
+
+def words(mesh: dict[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "of one device"

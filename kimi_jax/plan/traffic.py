@@ -1,0 +1,115 @@
+"""What a compiled step sends between devices, and what of its weights it moves or copies, from its HLO text."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from kimi_jax.plan.hlo import FREE, Instruction, Program, nbytes
+
+KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "ragged-all-to-all",
+         "reduce-scatter")  # fmt: skip
+# A norm's scale in another dtype is no copy worth a word; an expert's projection has megabytes.
+COPY_BYTES = 2**20
+
+
+@dataclass(frozen=True, order=True)
+class Collective:
+    """Alike messages of a step: `count` times an operand of `nbytes` on each device, among devices that differ in mesh
+    `axes`, `group` of them. `in_loop`: in a loop of unknown length, of which `count` has one turn."""
+
+    kind: str
+    axes: tuple[str, ...]
+    group: int
+    nbytes: int
+    count: int
+    in_loop: bool = False
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device has to send for all of them, at least."""
+        share = (self.group - 1) / self.group
+        each = {"all-reduce": 2 * share, "all-gather": self.group - 1, "collective-permute": 1}.get(self.kind, share)
+        return float(self.count * self.nbytes * each)
+
+
+def collectives(program: Program, mesh: dict[str, int]) -> list[Collective]:
+    """Those of a program for devices numbered along `mesh`'s axes, the last fastest; the largest first."""
+    found: Counter[tuple[str, tuple[str, ...], int, int, bool]] = Counter()
+    for body, instruction, times, in_loop in program.counted():
+        kind = instruction.op.removesuffix("-start")
+        if kind in KINDS:
+            axes, group = _axes(instruction.attributes, mesh)
+            operand = sum(nbytes(body[name].shape) for name in instruction.operands if name in body)
+            if group > 1:
+                found[kind, axes, group, operand, in_loop] += times
+    listed = [Collective(*what[:4], count, what[4]) for what, count in found.items()]
+    return sorted(listed, key=lambda collective: (-collective.count * collective.nbytes, collective))
+
+
+def _axes(attributes: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], int]:
+    """The mesh axes in which the devices of a group differ, and how many they are."""
+    groups = _groups(attributes, int(np.prod(list(mesh.values()))))
+    at = np.stack(np.unravel_index(groups, tuple(mesh.values())), axis=-1)  # [groups, members, axes]
+    differ = (at != at[:, :1]).any(axis=(0, 1))
+    axes = tuple(axis for axis, varies in zip(mesh, differ, strict=True) if varies)
+    return axes, int(np.prod([mesh[axis] for axis in axes])) if "source_target_pairs" in attributes else groups.shape[1]
+
+
+def _groups(attributes: str, devices: int) -> np.ndarray:
+    """Device numbers, [groups, members]; pairs of a permutation count as groups of two."""
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes):
+        return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", listed[1])])
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, dims = _numbers(iota[1]), _numbers(iota[2])
+        order = np.arange(np.prod(dims)).reshape(dims)
+        return (order.transpose(_numbers(iota[3])) if iota[3] else order).reshape(shape)
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        last = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
+        order = np.arange(devices).reshape(list(sizes.values()))
+        return np.moveaxis(order, last, range(-len(last), 0)).reshape(-1, int(np.prod([order.shape[i] for i in last])))
+    if re.search(r"replica_groups=\{\}", attributes):
+        return np.arange(devices)[None]
+    raise ValueError(f"replica groups of an unknown form: {attributes[:200]}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+@dataclass(frozen=True)
+class MovedWeight:
+    """An instruction that sends weights (`how` is its kind), or writes them to HBM once more (`how` is "copy")."""
+
+    how: str
+    instruction: str
+    nbytes: int
+
+
+def moved_weights(program: Program, mark: str) -> list[MovedWeight]:
+    """What a step does to weights beside reading them: the arguments whose `op_name` begins with `mark`.
+
+    Copies into VMEM are how a TPU reads, and do not count.
+    """
+    ours = program.of_weights(mark)
+    found = []
+    for instruction in program.computations[program.entry].values():
+        if instruction.name not in ours or instruction.op in FREE or instruction.op.endswith(("-done", "-update")):
+            continue
+        kind = instruction.op.removesuffix("-start")
+        size = nbytes(_result(instruction), hbm_only=True)
+        if kind in KINDS:
+            found.append(MovedWeight(kind, instruction.name, nbytes(_result(instruction))))
+        elif size >= COPY_BYTES:
+            found.append(MovedWeight("copy", instruction.name, size))
+    return found
+
+
+def _result(instruction: Instruction) -> str:
+    """The shape of what an instruction makes; of a start's (destination, source, context) tuple, the destination."""
+    if not instruction.op.endswith("-start") or not instruction.shape.startswith("("):
+        return instruction.shape
+    arrays = re.findall(r"[a-z]+\d*\w*\[[\d,]*\](?:\{[^}]*\})?", instruction.shape)
+    return arrays[0] if instruction.op.startswith("copy") else arrays[min(1, len(arrays) - 1)]

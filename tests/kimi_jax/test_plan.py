@@ -1,0 +1,272 @@
+"""Plans: bytes against closed forms, the choice of a mesh, what is refused, and a step compiled for a TPU slice."""
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+from PIL import Image
+
+from checkpoints.toy import toy_config
+from kimi_jax import config_json, plan
+from kimi_jax.cli import main
+from kimi_jax.plan import analytic, search
+from kimi_jax.plan.compile import Compiled, DoesNotFitError
+from kimi_jax.plan.traffic import MovedWeight
+from sharding import AXES, mesh_sizes
+from sharding.topologies import CHIPS, topologies, topology
+
+LIBTPU = pytest.mark.skipif(not plan.available(), reason="libtpu, the TPU compiler, is not installed")
+K25, LINEAR = config_json.preset("kimi-k2.5"), config_json.preset("kimi-linear-48b")
+TOY = {
+    "num_hidden_layers": 2, "hidden_size": 1024, "intermediate_size": 1024, "moe_intermediate_size": 512,
+    "n_routed_experts": 16, "num_attention_heads": 8, "num_key_value_heads": 8, "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "q_lora_rank": 512, "vocab_size": 2048,
+}  # fmt: skip
+
+
+def job(config, slice_, mesh, batch=64, context=8192, phase="decode", chunk=1):
+    return plan.Job(config, topology(slice_), mesh_sizes(mesh), phase, batch, context, chunk)
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_weight_of_k25_is_counted_once():
+    """Against the published shapes: see the tensors that config.json's fields give."""
+    held = analytic.memory(job(K25, "v6e:8x8", "data=8,tensor=8"))
+    # INT4 codes and a bf16 scale for 32 of them, over all 64 devices
+    assert held.experts == 60 * 384 * 3 * 7168 * 2048 * (4 / 8 + 2 / 32) / 64
+    # 64 heads of which a device has 8: their parts of four projections, of the two low-rank ones, and the norms
+    heads = 12288 * 1536 + 16384 * 512 + 7168 * 8192 + 1536 * 7168 + 576 * 7168
+    assert held.attention == 61 * 2 * (heads // 8 + 1536 + 512)
+    assert held.embeddings == 2 * 163840 * 7168 * 2 // 8
+    shared, dense, router = 3 * 7168 * 2048 // 64, 3 * 7168 * 18432 // 8, 384 * 7168
+    norms = 61 * 2 * 7168 + 7168
+    assert held.other_weights == 2 * (60 * (shared + router) + dense + norms) + 60 * 384 * 4
+    assert held.headroom == held.available - sum(
+        (held.experts, held.attention, held.embeddings, held.other_weights, held.vision, held.cache, held.temporaries)
+    )
+
+
+@pytest.mark.parametrize(("mesh", "devices_with_a_token"), [("sequence=64", 64), ("tensor=8,sequence=8", 8)])
+def test_the_cache_of_k25_at_full_length(mesh, devices_with_a_token):
+    held = analytic.memory(job(K25, "v6e:8x8", mesh, batch=1, context=262_144))
+    assert held.cache * devices_with_a_token == 262_144 * 576 * 2 * 61
+
+
+def test_the_cache_of_kimi_linear_at_full_length():
+    held = analytic.memory(job(LINEAR, "v5e:2x4", "tensor=2,sequence=4", batch=1, context=1_048_576))
+    latents = 1_048_576 * 576 * 2 * 7 // 4
+    states = 20 * (32 * 128 * 128 * 4 + 3 * 3 * 4096 * 2) // 2
+    assert held.cache == latents + states
+
+
+def test_a_layer_of_k25_on_64_chips():
+    """The targets beside jax-llm-examples' 0.437 GB resident (docs/planner.md)."""
+    whole, split = (job(K25, "v6e:8x8", mesh) for mesh in ("data=8,tensor=8", "data=8,sequence=8"))
+    assert analytic.per_layer(whole).resident <= 0.26e9 and analytic.per_layer(split).resident <= 0.20e9
+    messages = [sum(one.count for one in analytic.expected_collectives(j)) for j in (whole, split)]
+    assert messages == [3 * 61 + 1, 5 * 61 + 1]  # and the embeddings' sum
+    # the experts that 64 tokens choose, if any choice is as likely: 1 - (1 - 8/384)^64 of them
+    share = 1 - (1 - 8 / 384) ** 64
+    experts = 384 * 3 * 7168 * 2048 * 0.5625 / 64
+    unread = analytic.per_layer(whole).resident - analytic.per_layer(whole).read
+    assert math.isclose(unread, experts * (1 - share), rel_tol=1e-6)
+
+
+def test_a_step_reads_and_multiplies_at_least():
+    # Given one row on one mesh axis, so that nothing is shared out but by heads and experts
+    alone = job(LINEAR, "v6e:2x2", "tensor=4", batch=1, context=128)
+    step = analytic.step(alone, [])
+    held = analytic.memory(alone)
+    unread = held.experts * (1 - 8 / 256) + 163840 * 2304 * 2 / 4  # seven of eight experts, and the embedding's table
+    states = 20 * (32 * 128 * 128 * 4 + 3 * 3 * 4096 * 2) / 4  # written back as well
+    assert math.isclose(step.hbm_bytes, held.weights - unread + held.cache + states, rel_tol=1e-9)
+    # Then two FLOPs for each of the 3e9 weights that a token meets, over four chips, and the cache's products
+    assert 2 * 2.6e9 / 4 < step.flops < 2 * 3.6e9 / 4
+    assert step.hbm_seconds == step.hbm_bytes / 1640e9 and step.bound_by == "HBM"
+    # and a prefill is bound by products
+    long = job(LINEAR, "v6e:2x2", "tensor=4", batch=8, context=8192, phase="prefill", chunk=8192)
+    assert analytic.step(long, []).bound_by == "FLOPs"
+
+
+def test_the_largest_that_fit():
+    here = job(K25, "v6e:8x8", "data=8,tensor=8")
+    batch, context = analytic.largest_batch(here), analytic.largest_context(here)
+    for change, fits in [
+        ({"batch": batch}, True), ({"batch": batch + 8}, False),
+        ({"context": context}, True), ({"context": context + 128}, False),
+    ]:  # fmt: skip
+        assert (analytic.memory(dataclasses.replace(here, **change)).headroom >= 0) is fits
+    assert batch % 8 == 0 and context % 128 == 0
+    # what the compiler needed beside the arguments counts
+    assert analytic.largest_batch(here, temporaries=10 * 2**30) < batch
+    # a model's own length is the end, whatever the memory
+    assert analytic.largest_context(job(K25, "v6e:8x8", "sequence=64", batch=1)) == 262_144
+
+
+# --- the choice of a mesh ---------------------------------------------------------------------------------------------
+
+
+def test_the_best_mesh_fits_and_is_the_fastest():
+    ranked = search.candidates(job(K25, "v5p:2x2x4", "1x16"))
+    fit = [one for one in ranked if not one.bytes_over]
+    assert fit == ranked[: len(fit)] and len(fit) > 0
+    assert [one.cost for one in fit] == sorted(one.cost for one in fit)
+    assert all(math.prod(one.job.sizes) == 16 for one in ranked)
+    assert len({one.job.sizes for one in ranked}) == len(ranked)
+
+
+def test_every_mesh_that_divides_is_considered():
+    # 8 devices, a batch of 2, 32 heads: 2^3 over four axes in 20 ways, of which data may be 1 or 2
+    assert len(search.candidates(job(LINEAR, "v5e:2x4", "1x8", batch=2))) == sum(
+        data * expert * tensor * sequence == 8
+        for data in (1, 2) for expert in (1, 2, 4, 8) for tensor in (1, 2, 4, 8) for sequence in (1, 2, 4, 8)
+    )  # fmt: skip
+
+
+def test_a_plan_shows_the_whole_cache_and_the_split_one():
+    made = plan.plan("K2.5", job(K25, "v6e:8x8", "1x64"))
+    kinds = [made.job.mesh["sequence"] > 1] + [other.mesh["sequence"] > 1 for other in made.alternatives]
+    assert sorted(kinds) == [False, True]
+    assert made.step.lower_bound_seconds <= made.alternatives[0].lower_bound_seconds
+    assert made.compiled is None and made.confirmed is None
+
+
+def fake(made):
+    """A compiler that says the same of every job, but has no room for more than 100 rows."""
+
+    def compile_step(asked):
+        if asked.batch > 100:
+            raise DoesNotFitError("Ran out of memory in memory space hbm")
+        return made
+
+    return compile_step
+
+
+def test_what_the_compiler_says_is_told():
+    here = job(K25, "v6e:8x8", "1x64")
+    sizes = mesh_sizes("data=8,tensor=8")
+    held = analytic.memory(dataclasses.replace(here, sizes=sizes))
+    made = Compiled(
+        arguments=held.weights + held.cache, results=10, in_place=4, temporaries=2**30, program=2**20, accessed=1.0,
+        flops=1.0, collectives=(), moved=(MovedWeight("all-gather", "gather.1", 2**22),), seconds=1.0, cpu_seconds=1.0,
+    )  # fmt: skip
+    told = plan.plan("K2.5", here, sizes=sizes, compile_step=fake(made))
+    assert told.warnings == ("a gather of weights: all-gather gather.1 of 4.2 MB",)
+    assert told.memory.temporaries == 2**30 + 2**20 + 6 and told.collectives == ()
+    assert told.confirmed is False and told.largest_batch > 100
+    # and where its count is not ours
+    other = dataclasses.replace(made, arguments=int(1.04 * made.arguments), moved=(MovedWeight("copy", "c.1", 2**22),))
+    said = plan.plan("K2.5", here, sizes=sizes, compile_step=fake(other)).warnings
+    assert said[0] == "a copy in HBM of weights: copy c.1 of 4.2 MB" and "the compiler counts" in said[1]
+    with pytest.raises(ValueError, match="should fit on v6e:8x8 with mesh data=8,tensor=8, but the compiler says: Ran"):
+        plan.plan("K2.5", dataclasses.replace(here, batch=128), sizes=sizes, compile_step=fake(made))
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def asked(capsys, *arguments):
+    assert main(["plan", *arguments, "--no-compile"]) == 0
+    return capsys.readouterr()
+
+
+def test_a_plan_in_json(capsys, tmp_path):
+    image = tmp_path / "plan.png"
+    slices = ["--topology", "v5e:2x2", "--topology", "v5e:2x4", "--topology", "v6e:2x2"]
+    out, err = asked(capsys, "--model", "linear-48b", *slices, "--batch", "4", "--json", "--plot", str(image))
+    none, first, second = sorted(json.loads(out), key=lambda one: "mesh" in one)
+    assert none["topology"] == "v5e:2x2" and "v5e:2x4 would do" in none["error"] and err == ""
+    assert (first["topology"], first["devices"], second["topology"]) == ("v5e:2x4", 8, "v6e:2x2")
+    for one in (first, second):
+        assert set(one) == {
+            "model", "topology", "devices", "mesh", "why", "phase", "batch", "context", "chunk", "memory", "per_layer",
+            "step", "collectives", "largest", "alternatives", "compiled", "warnings",
+        }  # fmt: skip
+        assert list(one["mesh"]) == list(AXES) and math.prod(one["mesh"].values()) == one["devices"]
+        memory = one["memory"]
+        assert memory.pop("available") == sum(memory.values())
+        assert set(memory) == {
+            "experts", "attention", "embeddings", "other_weights", "vision", "cache", "temporaries", "headroom"
+        }  # fmt: skip
+        step = one["step"]
+        assert step["lower_bound_seconds"] == max(step[f"{kind}_seconds"] for kind in ("hbm", "flops", "sent")) > 0
+        for message in one["collectives"]:
+            assert set(message) == {"kind", "axes", "group", "nbytes", "count", "in_loop", "sent"}
+        assert one["largest"]["batch"] >= 4 and one["compiled"] is None
+    # and the picture has a bar for each, the experts' part as long as they are
+    with Image.open(image) as picture:
+        row = [picture.getpixel((x, 110 + 20)) for x in range(picture.width)]
+        length = row.count((0x31, 0x68, 0x8E))
+        assert abs(length - 640 * first["memory"]["experts"] / CHIPS["v6e"].memory) <= 2
+
+
+def test_a_plan_in_words(capsys):
+    mesh = ["--mesh", "data=2,tensor=4", "--batch", "2"]
+    out, _ = asked(capsys, "--model", "kimi-linear-48b", "--topology", "v5e:2x4", *mesh)
+    said = " ".join(out.split())
+    assert "kimi-linear-48b, decode of 2 x 8,192 tokens on v5e:2x4 (8 devices) mesh data=2,tensor=4: given or " in said
+    held = analytic.memory(job(LINEAR, "v5e:2x4", "data=2,tensor=4", batch=2))
+    for kind, size in (("experts", held.experts), ("cache", held.cache), ("headroom", held.headroom)):
+        assert re.search(rf"{kind} │ +{size / 2**30:.3f} │", said), said
+    assert "(lower bound, HBM)" in said and "Not compiled" in said and "all-reduce │ data, tensor │ 8 │" in said
+
+
+def test_every_slice_that_is_known(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(toy_config("k2", **TOY)))
+    out, _ = asked(capsys, "--model", str(tmp_path), "--topology", "all", "--batch", "8", "--json")
+    found = json.loads(out)
+    assert {one["topology"] for one in found} == {slice_.name for slice_ in topologies()}
+    assert sum("error" in one for one in found) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--topology", "v5p:3x3x3"], "topology 'v5p:3x3x3' is none of v5e:{2x2,2x4,4x4,4x8,8x8,8x16,16x16}; v5p:{2x"),
+        (["--topology", "v6e:8x8", "--mesh", "data=4,expert=8"], "mesh data=4,expert=8 asks for 32 devices, v6e:8x8"),
+        (["--topology", "v6e:8x8", "--mesh", "data=64", "--batch", "3"], "a batch of 3 rows cannot be sharded over"),
+        (["--topology", "v6e:8x8", "--mesh", "rows=64"], "expected two to four positive numbers for the axes data"),
+        (["--topology", "v6e:8x8", "--batch", "0"], "a batch of 0 rows of 8192 tokens: expected at least one row"),
+        (["--topology", "v6e:8x8", "--context", "300000"], "max_position_embeddings = 262144 tokens"),
+        (["--topology", "v6e:8x8", "--phase", "prefill", "--chunk", "9000"], "a chunk of 9000 tokens: expected 1 to"),
+        (["--topology", "v5e:4x4"], "GiB too much; v5e:8x8 would do"),
+        (["--topology", "v6e:8x8", "--batch", "64000"], "GiB too much; no known v6e slice would do"),
+        (["--topology", "v5e:4x4", "--topology", "v5e:4x8"], "GiB too much"),
+        (["--topology", "v6e:8x8", "--model", "k9"], "no preset 'k9'; there are kimi-k2"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(arguments, reason, capsys):
+    model = [] if "--model" in arguments else ["--model", "k2.5"]
+    assert main(["plan", *model, *arguments, "--no-compile"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and err.startswith("kimi-jax: ") and reason in err, err
+
+
+# --- compiled for a TPU that is not here ------------------------------------------------------------------------------
+
+
+@LIBTPU
+def test_a_step_compiled_through_the_command(capsys, tmp_path):
+    # Given a small K2, and the mesh that splits everything there is
+    (tmp_path / "config.json").write_text(json.dumps(toy_config("k2", **TOY)))
+    mesh = ["--mesh", "data=2,tensor=2,sequence=2", "--batch", "8", "--context", "512"]
+    assert main(["plan", "--model", str(tmp_path), "--topology", "v5e:2x4", *mesh, "--json"]) == 0
+    out, err = capsys.readouterr()
+    (made,) = json.loads(out)
+
+    # Then the compiler counts what the plan counts, and moves no weight
+    compiled, memory = made["compiled"], made["memory"]
+    weights = sum(memory[kind] for kind in ("experts", "attention", "embeddings", "other_weights"))
+    assert abs(compiled["arguments"] - weights - memory["cache"]) < 0.03 * weights
+    assert made["warnings"] == [] and compiled["moved"] == []
+    assert err.count("compiling decode of ") == 2
+    # and messages are activations, five a layer with a split cache, beside the embeddings' sum
+    assert sum(message["count"] for message in made["collectives"]) <= 5 * 2 + 1
+    for message in made["collectives"]:
+        merge = message["kind"] == "all-to-all" and message["axes"] == ["sequence"]
+        assert message["nbytes"] <= (4 * 4 * 514 * 4 if merge else 8 * 1024 * 4), message
+        assert message["axes"] and set(message["axes"]) <= {"data", "tensor", "sequence"}

@@ -1,0 +1,169 @@
+"""What a compiled program's text says of messages and of weights: recorded pieces, and a program compiled here."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kimi_jax.plan.hlo import nbytes, parse
+from kimi_jax.plan.traffic import Collective, MovedWeight, collectives, moved_weights
+
+MESH = {"data": 2, "expert": 1, "tensor": 2, "sequence": 2}
+# libtpu 0.0.42.1's text, shortened: an INT4 stack sliced into VMEM, weights gathered and copied, a loop, a conditional.
+TEXT = """\
+HloModule jit__step, is_scheduled=true, input_output_alias={ {1}: (2, {}, may-alias) }
+
+%region_0.1 (a.1: f32[], b.1: f32[]) -> f32[] {
+  %a.1 = f32[]{:T(128)} parameter(0)
+  %b.1 = f32[]{:T(128)} parameter(1)
+  ROOT %add.1 = f32[]{:T(128)} add(%a.1, %b.1)
+}
+
+%body.2 (arg.2: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %arg.2 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%arg.2), index=0
+  %x.2 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%arg.2), index=1
+  %ring.2 = f32[8,128]{1,0:T(8,128)} collective-permute(%x.2), channel_id=7, source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6,7},{7,6}}
+  ROOT %tuple.2 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%i.2, %ring.2)
+}
+
+%cond.2 (arg.3: (s32[], f32[8,128])) -> pred[] {
+  %arg.3 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  ROOT %lt.3 = pred[]{:T(512)} constant(true)
+}
+
+%branch.4 (arg.4: f32[8,128]) -> f32[8,128] {
+  %arg.4 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %swap.4 = f32[8,128]{1,0:T(8,128)} all-to-all(%arg.4), channel_id=8, replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}
+}
+
+%branch.5 (arg.5: f32[8,128]) -> f32[8,128] {
+  ROOT %arg.5 = f32[8,128]{1,0:T(8,128)} parameter(0)
+}
+
+ENTRY %main (param.0: bf16[1024,1024], param.1: s4[8,1024,512], param.2: f32[8,128], param.3: s32[]) -> (f32[8,128], f32[8,128]) {
+  %param.0 = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(0), metadata={op_name="arrays[0]"}
+  %param.1 = s4[8,1024,512]{2,1,0:T(64,128)(8,1)E(4)} parameter(1), metadata={op_name="arrays[1]"}
+  %param.2 = f32[8,128]{1,0:T(8,128)} parameter(2), metadata={op_name="state.layers[0].pages"}
+  %param.3 = s32[]{:T(128)} parameter(3), metadata={op_name="tokens"}
+  %bitcast.1 = s8[2097152]{0:T(1024)(128)(4,1)} bitcast(%param.1)
+  %slice-start.1 = ((s8[2097152]{0:T(1024)(128)(4,1)}), s8[2097152]{0:T(1024)(128)(4,1)S(1)}, s32[]{:S(2)}) slice-start(%bitcast.1), slice={[0:2097152]}
+  %slice-done.1 = s8[2097152]{0:T(1024)(128)(4,1)S(1)} slice-done(%slice-start.1)
+  %transpose.1 = bf16[1024,1024]{1,0:T(8,128)(2,1)} transpose(%param.0), dimensions={1,0}
+  %gather.1 = (bf16[1024,1024]{1,0:T(8,128)(2,1)}, bf16[2048,1024]{1,0:T(8,128)(2,1)}) all-gather-start(%transpose.1), channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}
+  %gather-done.1 = bf16[2048,1024]{1,0:T(8,128)(2,1)} all-gather-done(%gather.1)
+  %psum.1 = f32[8,128]{1,0:T(8,128)} all-reduce(%param.2), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%region_0.1
+  %psum.2 = f32[8,128]{1,0:T(8,128)} all-reduce(%psum.1), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%region_0.1
+  %all.1 = f32[8,128]{1,0:T(8,128)} all-reduce(%psum.2), channel_id=4, replica_groups={}, to_apply=%region_0.1
+  %tuple.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) tuple(%param.3, %all.1, %param.3)
+  %while.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%tuple.1), condition=%cond.2, body=%body.2, backend_config={"known_trip_count":{"n":"3"}}
+  %while.2 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%while.1), condition=%cond.2, body=%body.2
+  %x.1 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%while.2), index=1
+  %choice.1 = f32[8,128]{1,0:T(8,128)} conditional(%param.3, %x.1, %x.1), branch_computations={%branch.4, %branch.5}
+  %scatter.1 = f32[2,128]{1,0:T(8,128)} reduce-scatter(%choice.1), channel_id=9, replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}, to_apply=%region_0.1
+  ROOT %tuple.9 = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) tuple(%choice.1, %param.2)
+}
+"""  # noqa: E501 - as XLA writes it
+
+
+def test_messages_have_their_axes_sizes_and_counts():
+    found = set(collectives(parse(TEXT), MESH))
+    block = 8 * 128 * 4
+    assert found == {
+        Collective("all-gather", ("data",), 2, 2**21, 1),
+        Collective("all-reduce", ("tensor", "sequence"), 4, block, 2),
+        Collective("all-reduce", ("data", "tensor", "sequence"), 8, block, 1),
+        Collective("collective-permute", ("sequence",), 2, block, 3),
+        Collective("collective-permute", ("sequence",), 2, block, 1, in_loop=True),
+        Collective("all-to-all", ("tensor",), 2, block, 1),
+        Collective("reduce-scatter", ("tensor",), 2, block, 1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [("all-reduce", 1500), ("all-gather", 3000), ("reduce-scatter", 750), ("all-to-all", 750),
+     ("collective-permute", 1000)],
+)  # fmt: skip
+def test_what_a_device_has_to_send(kind, sent):
+    # of 1,000 bytes among four devices; an all-reduce is a reduce-scatter and an all-gather of quarters
+    assert Collective(kind, ("tensor",), 4, 1000, 1).sent == sent
+    assert Collective(kind, ("tensor",), 4, 1000, 5).sent == 5 * sent
+
+
+def test_weights_that_are_gathered_or_copied_are_found():
+    assert moved_weights(parse(TEXT), "arrays[") == [
+        MovedWeight("copy", "transpose.1", 2**21),
+        MovedWeight("all-gather", "gather.1", 2**22),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [("f32[8,128]{1,0:T(8,128)}", 4096), ("s4[6,7168,2048]{2,1,0:T(64,128)(8,1)E(4)}", 6 * 7168 * 1024), ("pred[3]", 3),
+     ("f8e4m3fn[4,4]", 16), ("bf16[]", 2), ("(f32[2]{0}, (s32[], token[]))", 12), ("u8[<=5]", 5)],
+)  # fmt: skip
+def test_bytes_of_a_shape(shape, size):
+    assert nbytes(shape) == size
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [("{{0,1},{2,3},{4,5},{6,7}}", ("sequence",)), ("[4,2]<=[8]", ("sequence",)),
+     ("[4,2]<=[4,2]", ("sequence",)), ("[2,4]<=[2,4]T(0,1)", ("tensor", "sequence")),
+     ("[4,2]<=[2,4]T(1,0)", ("data",)), ("[2,4]<=[2,2,2]T(1,0,2)", ("data", "sequence")), ("[1,8]<=[8]",
+      ("data", "tensor", "sequence")), ("mesh['data'=2,'tensor'=2,'sequence'=2] {'tensor'}", ("tensor",)),
+     ("mesh['data'=2,'tensor'=2,'sequence'=2] {'data','sequence'}", ("data", "sequence"))],
+)  # fmt: skip
+def test_every_way_to_write_groups(groups, axes):
+    # Given one message alone
+    lines = [line for line in TEXT.splitlines() if "channel_id" not in line or "%all.1" in line]
+    text = "\n".join(lines).replace("%psum.2)", "%param.2)").replace("replica_groups={}", f"replica_groups={groups}")
+    (found,) = collectives(parse(text), MESH)
+    assert (found.axes, found.group) == (axes, 2 ** len(axes))
+
+
+def test_only_what_lies_in_hbm():
+    pair = "(bf16[512]{0:T(512)(128)(2,1)S(1)}, bf16[512]{0:T(512)(128)(2,1)}, u32[]{:S(2)})"
+    assert (nbytes(pair), nbytes(pair, hbm_only=True)) == (2052, 1024)
+
+
+def test_a_program_without_an_entry_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        parse("HloModule empty\n")
+    unknown = TEXT.replace("replica_groups={}", "replica_groups=@mesh<a=2>")
+    with pytest.raises(ValueError, match=r"unknown form: .*@mesh"):
+        collectives(parse(unknown), MESH)
+
+
+def test_a_program_compiled_here():
+    # Given weights split over one axis, and a step that gathers one of them and sums over the other axis
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def place(shape, *spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def part(arrays, x):
+        whole = jax.lax.all_gather(arrays[0], "tensor", axis=0, tiled=True)
+        y = jnp.dot(x, whole) @ arrays[1]
+
+        def turn(_, y):
+            return jnp.sin(jax.lax.ppermute(y, "data", [(0, 1), (1, 0)]))
+
+        return jax.lax.psum(jax.lax.fori_loop(0, 5, turn, y), ("data", "tensor"))
+
+    def step(arrays, x):
+        specs = ([PartitionSpec("tensor"), PartitionSpec()], PartitionSpec("data"))
+        return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(arrays, x)
+
+    arrays = [place((512, 1024), "tensor"), place((1024, 64))]
+    program = parse(jax.jit(step).lower(arrays, place((16, 512), "data")).compile().as_text())
+
+    # Then all of it is found
+    found = collectives(program, dict(mesh.shape))
+    assert Collective("all-gather", ("tensor",), 4, 512 * 1024, 1) in found
+    assert Collective("all-reduce", ("data", "tensor"), 8, 8 * 64 * 4, 1) in found
+    assert Collective("collective-permute", ("data",), 2, 8 * 64 * 4, 5) in found
+    assert len(found) == 3
+    (gathered,) = [moved for moved in moved_weights(program, "arrays[") if moved.how != "copy"]
+    assert (gathered.how, gathered.nbytes) == ("all-gather", 2**21)

@@ -1,0 +1,96 @@
+"""Several processes, each with devices of its own: the tokens of one, a part of the checkpoint each, one common end."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoints.toy import toy_config, write_toy
+from kimi_jax.cli import main
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1,
+    "first_k_dense_replace": 0, "n_routed_experts": 8, "num_experts_per_tok": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+OPTIONS = ["--prompt", "Hello", "--max-new-tokens", "8", "--dtype", "float32", "--mesh", "1x8"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("processes") / "k2", toy_config("k2", **SIZES))
+
+
+def together(*folders):
+    """One process with four devices for each folder, all in one job -> (exit code, standard output, error) of each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    job = ["--distributed", "--coordinator", coordinator, "--num-processes", str(len(folders))]
+    script = Path(__file__).with_name("one_of_several.py")
+    running = [
+        subprocess.Popen(
+            [sys.executable, script, "generate", folder, *OPTIONS, *job, "--process-id", str(i)],
+            env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, folder in enumerate(folders)
+    ]
+    ended = [(process.communicate(timeout=240), process.returncode) for process in running]
+    # XLA's collectives on CPUs write of their meeting to standard output
+    return [(code, re.sub(r"(?m)^\[Gloo\].*\n", "", out), err) for (out, err), code in ended]
+
+
+def test_two_processes_give_the_tokens_of_one(folder, capsys):
+    # Given what one process with eight devices says
+    assert main(["generate", str(folder), *OPTIONS]) == 0
+    alone = capsys.readouterr().out
+    assert len(alone) > 3
+
+    # When two with four each do the same
+    first, second = together(folder, folder)
+
+    # Then the first says it, the second nothing
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert (first[1], second[1]) == (alone, "")
+    assert "8 tokens; the first after" in first[2] and "tokens" not in second[2]
+    # and each has read its half of the experts, and what is everybody's
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    experts = 8 * 3 * 64 * 32 * 2
+    for _, _, err in (first, second):
+        (read,) = re.findall(r"^read (\d+) bytes$", err, re.M)
+        assert experts / 2 < int(read) < weights - 0.4 * experts
+
+
+def test_one_that_fails_ends_all_with_its_reason(folder, tmp_path):
+    first, second = together(folder, tmp_path / "nowhere")
+    for code, out, err in (first, second):
+        assert (code, out) == (1, "")
+        assert re.findall("^kimi-jax: .*", err, re.M) == [
+            f"kimi-jax: process 1 of 2: {tmp_path}/nowhere/tiktoken.model: no such file; a Kimi tokenizer needs it"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--distributed"], "--distributed needs --mesh"),
+        (["--mesh", "1x8", "--num-processes", "2"], "--coordinator, --num-processes and --process-id go with"),
+        (["--mesh", "1x8", "--distributed"], "the processes did not meet (coordinator_address should be defined.)"),
+        (
+            ["--mesh", "1x8", "--distributed", "--coordinator", "localhost:1", "--process-id", "0"],
+            "Number of processes",
+        ),
+    ],
+)
+def test_a_job_that_cannot_meet_is_refused(folder, flags, reason, capsys):
+    assert main(["generate", str(folder), "--prompt", "Hello", *flags]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("kimi-jax: ") and reason in err and len(err.splitlines()) == 1, err
