@@ -43,6 +43,8 @@ def unsupported(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Arra
         return f"a state is {keys} x {values}, expected at most {BLOCK_BYTES // SEQUENCES} bytes"
     if state.dtype != jnp.float32:
         return f"the state is {state.dtype}, expected float32"
+    if other := {array.dtype.name for array in (q, k, v, beta)} - {"float32", "bfloat16"}:
+        return f"operands are {', '.join(sorted(other))}, expected bfloat16 or float32"
     return None
 
 
