@@ -4,6 +4,9 @@ import importlib
 import json
 import math
 import shutil
+import socket
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoints import CheckpointError, convert, layout, load, sources
+from checkpoints.journal import digest
 from checkpoints.reading import read_into
 from checkpoints.safetensors import Published
 from checkpoints.toy import toy_config, write_toy
@@ -278,3 +282,30 @@ def _filled(source: Any, leaf: Any, boxes: Any) -> dict[Any, np.ndarray]:
     for read in reads:
         read()
     return blocks
+
+
+def test_two_processes_read_half_each(published: dict[str, Path], converted: dict[str, Path]) -> None:
+    """On a mesh whose `data` axis parts the processes: both hold all experts, neither reads more than half of them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    driver = Path(__file__).with_name("restoring.py")
+    commands = [[sys.executable, driver, converted["k2"], str(process), "2x4", port] for process in range(2)]
+    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    outputs = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    total = sum(leaf.nbytes for leaf in sources.open_checkpoint(converted["k2"]).contents.leaves)
+    for found in (first, second):
+        assert sum(found["by_leaf"].values()) == total // 2
+    model = variables(load(published["k2"], make_mesh("2x4")))
+    right = {
+        f"{path} {tuple(part.indices(size)[:2] for part, size in zip(shard.index, value.shape, strict=True))}": digest(
+            np.asarray(shard.data)
+        )
+        for path, value in model.items()
+        for shard in value.addressable_shards
+    }
+    assert first["shards"].keys() | second["shards"].keys() == right.keys()
+    for found in (first, second):
+        assert all(right[place] == sha256 for place, sha256 in found["shards"].items())
