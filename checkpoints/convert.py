@@ -24,6 +24,7 @@ from checkpoints import forms, journal, layout, metadata, pipeline
 from checkpoints.forms import Job, Plan, Rest, Rows
 from checkpoints.metadata import MANIFEST, fsync
 from checkpoints.names import Contents, contents
+from checkpoints.pipeline import MEMORY, WORKERS
 from checkpoints.progress import Progress
 from checkpoints.quantization_config import Form
 from checkpoints.reading import Remote, identity
@@ -31,9 +32,6 @@ from checkpoints.safetensors import CheckpointError, Published
 from checkpoints.writing import aligned, write_file
 from kimi_jax import config_json
 
-MEMORY = 4 * 2**30
-WORKERS = 4
-RESERVED = 2**29  # of the memory, for the interpreter, its libraries and the names of 200,000 tensors
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -77,8 +75,7 @@ def convert(
     CheckpointError naming file and tensor for values that cannot be, and whatever `Published.open`,
     `config_json.from_folder` and `names.contents` refuse; OSError where the disk is full. What was made by then stays.
     """
-    if memory < 2 * RESERVED:
-        raise ValueError(f"memory of {memory:,} bytes: expected {2 * RESERVED:,} or more")
+    limit = pipeline.limit(memory)
     if workers < 1 or not 0 <= process_index < num_processes:
         raise ValueError(
             f"{workers} workers, process {process_index} of {num_processes}: expected 1 or more, from 0 on"
@@ -92,7 +89,7 @@ def convert(
         todo = [job for job in share if not all((chunk.path, chunk.number) in log.done for chunk in job.makes)]
         work = _Work(conversion, log, progress, total=conversion.nbytes(share), todo=conversion.nbytes(todo))
         try:
-            pipeline.run(todo, work, lambda job: job.nbytes, workers=workers, limit=memory - RESERVED)
+            pipeline.run(todo, work, lambda job: job.nbytes, workers=workers, limit=limit)
             log.sync()
             whole = conversion.finish(log)
         except OSError as error:

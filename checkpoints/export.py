@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints import pipeline
-from checkpoints.convert import MEMORY, RESERVED, WORKERS
 from checkpoints.converted import Chunk, Converted
 from checkpoints.files import new_folder
 from checkpoints.metadata import carry
 from checkpoints.names import PACKED, SHAPE
+from checkpoints.pipeline import MEMORY, WORKERS
 from checkpoints.progress import Counter, Progress
 from checkpoints.shards import SHARD_BYTES, Entry, ShardWriter, planned
 
@@ -45,8 +45,7 @@ def export(
     `src` without our manifest, CheckpointError naming file and tensor for a damaged one, FileExistsError for a `dst`
     (or `dst.partial`) that holds anything, OSError naming the file where the disk is full. An error leaves nothing.
     """
-    if memory < 2 * RESERVED:
-        raise ValueError(f"memory of {memory:,} bytes: expected {2 * RESERVED:,} or more")
+    limit = pipeline.limit(memory)
     if shard_bytes < 1 or workers < 1:
         raise ValueError(f"shards of {shard_bytes} bytes, {workers} workers: expected 1 or more")
     source = Converted.open(src)
@@ -66,7 +65,7 @@ def export(
                     writer.write(shape, source.weight_shapes[shape])
                 count(chunk.layout.chunk_bytes)
 
-            pipeline.run(chunks, work, lambda chunk: chunk.nbytes, workers=workers, limit=memory - RESERVED)
+            pipeline.run(chunks, work, lambda chunk: chunk.nbytes, workers=workers, limit=limit)
         carried = carry(source.folder, folder)
     return Exported(Path(dst), len(entries), len(shards), sum(entry.nbytes for entry in entries), carried)
 

@@ -171,7 +171,7 @@ def _rows(leaf: Leaf, number: int) -> Rows:
     """What of the published tensors chunk `number` of a leaf is."""
     cut = layout(leaf)
     if leaf.stacked:
-        return Rows(leaf.names[number])
+        return Rows(leaf.pattern.format(number))
     if cut.chunks == 1:
         return Rows(leaf.pattern)
     return Rows(leaf.pattern, number * cut.chunk[0], (number + 1) * cut.chunk[0])
@@ -182,9 +182,7 @@ def _transform(published: Published, source: Sequence[Leaf], target: Sequence[Le
     cuts = [layout(leaf) for leaf in target]
     for number in range(cuts[0].chunks):
         rows = _rows(target[0], number)
-        reads = tuple(
-            Rows(leaf.names[number] if leaf.stacked else leaf.pattern, rows.start, rows.stop) for leaf in source
-        )
+        reads = tuple(Rows(leaf.pattern.format(number), rows.start, rows.stop) for leaf in source)
         if source[0].dtype == FP8 and rows.stop is not None:
             reads = (reads[0], replace(reads[1], start=rows.start // BLOCK, stop=-(-rows.stop // BLOCK)))
         shapes, dtypes = [cut.chunk for cut in cuts], [leaf.dtype for leaf in target]

@@ -6,6 +6,18 @@ from typing import TypeVar
 
 Job = TypeVar("Job")
 
+MEMORY = 4 * 2**30
+WORKERS = 4
+_LEAST = 2**30
+_RESERVED = 3 * 2**28  # of the memory: the interpreter, JAX and the names of 200,000 tensors take 600 MB
+
+
+def limit(memory: int) -> int:
+    """What jobs may hold together in a process that is to stay under `memory` bytes. Raises ValueError for too few."""
+    if memory < _LEAST:
+        raise ValueError(f"memory of {memory:,} bytes: expected {_LEAST:,} or more")
+    return memory - _RESERVED
+
 
 def run(
     jobs: Iterable[Job], work: Callable[[Job], None], nbytes: Callable[[Job], int], *, workers: int, limit: int

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from checkpoints import pipeline
 from checkpoints.compare import Compare, Finding
-from checkpoints.convert import MEMORY, RESERVED, WORKERS
 from checkpoints.converted import Chunk, Converted
 from checkpoints.metadata import MANIFEST
+from checkpoints.pipeline import MEMORY, WORKERS
 from checkpoints.progress import Counter, Progress
 from checkpoints.safetensors import CheckpointError, Published
 
@@ -42,11 +42,9 @@ def verify(
 
     Raises FileNotFoundError where there is no checkpoint, CheckpointError for files that cannot be read at all.
     """
-    if memory < 2 * RESERVED:
-        raise ValueError(f"memory of {memory:,} bytes: expected {2 * RESERVED:,} or more")
     if tolerance is not None and (b is None or not 0 <= tolerance < float("inf")):
         raise ValueError(f"tolerance {tolerance}: expected a number from 0, and two checkpoints to compare")
-    limit = memory - RESERVED
+    limit = pipeline.limit(memory)
     if b is None:
         return Verdict(tuple(_checksums(Converted.open(a), workers, limit, progress)))
     left, right = _open(a), _open(b)
@@ -65,7 +63,7 @@ def check(path: str | Path, *, process_index: int = 0, num_processes: int = 1) -
     def work(chunk: Chunk) -> None:
         chunk.read(check=True)
 
-    pipeline.run(share, work, lambda chunk: chunk.nbytes, workers=WORKERS, limit=MEMORY - RESERVED)
+    pipeline.run(share, work, lambda chunk: chunk.nbytes, workers=WORKERS, limit=pipeline.limit(MEMORY))
 
 
 def _open(path: str | Path) -> Published | Converted:

@@ -24,7 +24,7 @@ def main(source: Path, target: Path, kills: int) -> None:
     random.seed(0)
     begun = os.open(target.with_name("begun"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     names.abstract = functools.cache(names.abstract)
-    conversion = convert_module._Conversion.of(convert_module.Published.open(source), target)
+    conversion = convert_module._Conversion.of(convert_module.Published.open(source), target, None, None)
     total = conversion.nbytes(conversion.plan.jobs())
     write = convert_module.write_file
 

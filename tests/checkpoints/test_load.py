@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_model(converted: dict[str, Path], tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"copy: \d+ leaves are missing or not of this model: model\.layers\.0"):
         load(folder)
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1024}))
-    with pytest.raises(CheckpointError, match=r"leaf lm_head\.weight has shape \[768, 128\], expected \[1024, 128\]"):
+    with pytest.raises(CheckpointError, match=r"leaf \S+\.weight has shape \[768, 128\], expected \[1024, 128\]"):
         load(folder)
 
 
