@@ -2,7 +2,7 @@
 
 Random bits come from SFC64, whose stream NumPy promises to keep. 16 of them choose one of 65,536 quantiles of the
 normal distribution. INT4 codes are drawn as they are stored: four bits choose one of 16 quantiles, the first code of
-every group is 7, and scale = bf16(amax / 7) of a bf16 amax, so that quantising the weights again gives the same words.
+every group is 7 or -7, and scale = bf16(amax / 7) of a bf16 amax, so that quantising the weights again gives the same.
 """
 
 import math
@@ -30,10 +30,12 @@ def _quantiles(count: int) -> np.ndarray:
 
 @cache
 def _words() -> tuple[np.ndarray, float]:
-    """16 random bits -> four stored codes, and the standard deviation of their quotients by 7."""
+    """16 random bits -> four stored codes, and the deviation of a group's weights where its amax is 1 on average."""
     codes = np.rint(7 * _quantiles(16) / _quantiles(16)[-1]).astype(np.int64)
     four = np.arange(2**16)[:, None] >> (4 * np.arange(4)) & 15
-    return ((codes[four] + 8) << (4 * np.arange(4))).sum(1).astype(np.uint16), float((codes / 7).std())
+    return ((codes[four] + 8) << (4 * np.arange(4))).sum(1).astype(np.uint16), (
+        (31 * np.square(codes / 7).mean() + 1) / 32 * 49 / 48
+    ) ** 0.5
 
 
 def drawn(weight: Weight, seed: int) -> Iterator[Block]:
@@ -93,7 +95,8 @@ def _int4(weight: Weight, bits: np.random.SFC64, rows: int) -> tuple[np.ndarray,
     codes, deviation = _words()
     columns = weight.shape[1]
     quarters = np.take(codes, _random(bits, rows * columns // 4)).reshape(rows, -1, GROUP_SIZE // 4)
-    quarters[:, :, 0] |= 15
+    first = quarters[:, :, 0]
+    quarters[:, :, 0] = first & 0xFFF0 | (first >> 3 & 1) * 14 + 1  # 15 or 1, by its sign
     spread = 0.75 + 0.5 / 2**16 * _random(bits, rows * columns // GROUP_SIZE)
     amax = (spread * (weight.std / deviation)).astype(np.float32).astype(BF16)
     scale = (amax.astype(np.float32) / np.float32(7)).astype(BF16)

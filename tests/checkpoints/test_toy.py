@@ -2,13 +2,21 @@
 
 import json
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
+from checkpoint_oracle import read_all
 from safetensors.numpy import load_file
 
-from checkpoints.toy import published_tensors, toy_config, weights, write_toy
+from checkpoints.names import contents
+from checkpoints.numerics import dequantize_int4, quantize_int4
+from checkpoints.quantization_config import described
+from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.toy import cut_config, draw, make_toy, published_tensors, toy_config, weights, write_toy
+from kimi_jax import config_json
 
+KDA_ONLY = toy_config("kimi-linear")["linear_attn_config"] | {"kda_layers": [1, 2], "full_attn_layers": []}
 FAMILIES = ("k2.5", "k2", "kimi-linear")
 
 K25_FIELDS = {
@@ -196,6 +204,126 @@ def test_weights_are_drawn_at_the_scales_that_the_docstring_promises():
     A, dt = np.exp(tensors[f"{layer}.self_attn.A_log"]), np.log1p(np.exp(tensors[f"{layer}.self_attn.dt_bias"]))
     assert 1 <= A.min() < 6 and 10 < A.max() <= 16 and A.size == 8
     assert 0.000999 < dt.min() < 0.002 and 0.05 < dt.max() < 0.1001
+
+
+# --- by rows, at real widths ------------------------------------------------------------------------------------------
+
+TINY = {"num_hidden_layers": 2, "vt_num_hidden_layers": 1, "hidden_size": 128, "n_routed_experts": 4}
+
+
+def made(folder, config, **asked):
+    return read_all(make_toy(folder, config, **asked))
+
+
+@pytest.mark.parametrize("form", ["int4", "fp8", "bf16"])
+def test_a_toy_by_rows_has_the_tensors_of_one_drawn_whole(tmp_path, form, monkeypatch):
+    config = described(toy_config("k2.5", **TINY), form)
+    whole = {name: (array.dtype, array.shape) for name, array in published_tensors(config)}
+    monkeypatch.setattr(draw, "BLOCK_WEIGHTS", 50_000)
+    tensors = made(tmp_path / "toy", config, shard_bytes=500_000)
+    assert {name: (array.dtype, array.shape) for name, array in tensors.items()} == whole
+    assert json.loads((tmp_path / "toy" / "config.json").read_text()) == config
+    assert len(list((tmp_path / "toy").glob("*.safetensors"))) > 2
+    contents(config_json.from_folder(tmp_path / "toy"), Published.open(tmp_path / "toy"))
+
+
+def test_a_toy_by_rows_is_drawn_at_the_same_scales(tmp_path):
+    config = toy_config("k2.5", **TINY)
+    tensors, whole = made(tmp_path / "toy", config), dict(published_tensors(config))
+    assert not set(tensors) ^ set(whole)
+    for name, array in whole.items():
+        if name.endswith("_packed"):
+            scale = name.replace("_packed", "_scale")
+            a, b = (dequantize_int4(t[name], t[scale]).astype(np.float64) for t in (tensors, whole))
+        elif array.dtype == np.int32 or name.endswith("_scale"):
+            continue
+        else:
+            a, b = tensors[name].astype(np.float64), array.astype(np.float64)
+        if a.size > 5000:
+            assert a.std() == pytest.approx(b.std(), rel=0.05), name
+            assert a.mean() == pytest.approx(b.mean(), abs=6 * b.std() / a.size**0.5), name
+            assert np.corrcoef(a.reshape(-1)[1:], a.reshape(-1)[:-1])[0, 1] == pytest.approx(0, abs=0.05), name
+
+
+def test_drawn_words_are_what_quantising_gives(tmp_path):
+    tensors = made(tmp_path / "toy", toy_config("k2.5", **TINY))
+    for name in [name for name in tensors if name.endswith("_packed")]:
+        packed, scale = tensors[name], tensors[name.replace("_packed", "_scale")]
+        again = quantize_int4(dequantize_int4(packed, scale))
+        assert again[0].tobytes() == packed.tobytes() and again[1].tobytes() == scale.tobytes()
+        assert len(np.unique(packed)) > packed.size * 0.99
+
+
+def test_a_toy_by_rows_is_the_same_again_and_another_with_another_seed(tmp_path):
+    config = toy_config("kimi-linear", num_hidden_layers=2, num_experts=2, linear_attn_config=KDA_ONLY)
+    first, again, other = (made(tmp_path / f"{i}", config, seed=seed) for i, seed in enumerate((1, 1, 2)))
+    for name, array in first.items():
+        assert array.tobytes() == again[name].tobytes() != other[name].tobytes(), name
+
+
+def test_memory_of_a_toy_by_rows_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(draw, "BLOCK_WEIGHTS", 2**14)
+    config = toy_config("k2", num_hidden_layers=1, vocab_size=2**14)
+    tracemalloc.start()
+    make_toy(tmp_path / "toy", config)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4_000_000 < sum(file.stat().st_size for file in (tmp_path / "toy").iterdir()) / 4
+
+
+def test_presets_are_toys_at_their_real_widths():
+    config = toy_config("kimi-k2.5")
+    assert {key: config["text_config"].get(key, config["vision_config"].get(key)) for key in K25_FIELDS} == K25_FIELDS
+    cut = cut_config(config, layers=2, experts=128)
+    nbytes = sum(t.nbytes for t in weights(cut))
+    assert nbytes == pytest.approx(10.0e9, rel=0.02)  # one dense and one MoE layer
+    assert config["text_config"]["num_hidden_layers"] == 61  # the argument is untouched
+    fp8 = {t.name for t in weights(cut_config(toy_config("kimi-k2"), layers=2, experts=1)) if t.form == "fp8"}
+    layer = "model.layers.1"
+    attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    right = {f"model.layers.{i}.self_attn.{name}.weight" for i in (0, 1) for name in attention}
+    for part in ("model.layers.0.mlp", f"{layer}.mlp.experts.0", f"{layer}.mlp.shared_experts"):
+        right |= {f"{part}.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert fp8 == right
+
+
+def test_a_cut_model_is_whole():
+    cut = cut_config(toy_config("kimi-linear-48b"), layers=5, experts=4)
+    assert cut["linear_attn_config"]["kda_layers"] == [1, 2, 3, 5]
+    assert cut["linear_attn_config"]["full_attn_layers"] == [4]
+    assert (cut["num_experts"], cut["num_experts_per_token"]) == (4, 4)
+    config_json.from_dict(cut)
+    with pytest.raises(ValueError, match="vt_num_hidden_layers cannot be 1: expected 1 to 0"):
+        cut_config(toy_config("k2"), vision_layers=1)
+
+
+def test_weights_of_a_published_folder_are_copied(tmp_path):
+    """Layers, experts and the router's rows; tokenizer and templates go along, config.json says what is there."""
+    source = write_toy(tmp_path / "source", toy_config("k2.5", hidden_size=64, num_hidden_layers=3))
+    (source / "chat_template.jinja").write_text("{{ x }}")
+    config = cut_config(json.loads((source / "config.json").read_text()), layers=2, experts=3, vision_layers=1)
+    copied = made(tmp_path / "copied", config, source=source)
+    assert copied.keys() == {entry.name for weight in weights(config) for entry in weight.entries}
+    whole = read_all(source)
+    for name, array in copied.items():
+        assert array.tobytes() == whole[name][: array.shape[0]].tobytes(), name
+    assert copied["language_model.model.layers.1.mlp.gate.weight"].shape == (3, 64)
+    assert json.loads((tmp_path / "copied" / "config.json").read_text()) == config
+    assert (tmp_path / "copied" / "chat_template.jinja").exists() and (tmp_path / "copied" / "tiktoken.model").exists()
+
+
+def test_what_cannot_be_copied_leaves_nothing(tmp_path):
+    source = write_toy(tmp_path / "source", toy_config("k2", num_hidden_layers=1, hidden_size=64))
+    config = json.loads((source / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r"layers\.1\.\S+: expected .* or more rows, found nothing"):
+        make_toy(tmp_path / "toy", config | {"num_hidden_layers": 2}, source=source)
+    with pytest.raises(
+        CheckpointError, match=r"embed_tokens.weight: expected bfloat16 \[768, 32\] .*found bfloat16 \[768, 64\]"
+    ):
+        make_toy(tmp_path / "toy", config | {"hidden_size": 32}, source=source)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    with pytest.raises(FileExistsError, match="source: destination exists and is not empty"):
+        make_toy(source, config)
 
 
 def test_overrides_reach_every_home_of_a_field_and_what_must_agree_follows():

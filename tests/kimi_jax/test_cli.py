@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def loads(kimi, monkeypatch):
     twice."""
     asked = []
 
-    def load(path, mesh, dtype):
+    def load(path, mesh, dtype, verify):
         asked.append((path, mesh, dtype))
         return kimi
 
@@ -197,10 +198,90 @@ def test_mesh_and_dtype_go_to_load(published, loads, capsys):
     assert (mesh.devices.shape, dtype) == ((2, 4, 1, 1), "bfloat16")
 
 
+# --- export, verify and make-toy --------------------------------------------------------------------------------------
+
+
+SMALL = ("hidden_size=128", "intermediate_size=96", "moe_intermediate_size=64", "vocab_size=768", "q_lora_rank=48")
+SMALL += (
+    "kv_lora_rank=32",
+    "qk_nope_head_dim=16",
+    "qk_rope_head_dim=8",
+    "v_head_dim=16",
+    "num_attention_heads=4",
+    "num_key_value_heads=4",
+)
+
+
+def make_toy(folder, *flags):
+    fields = [part for field in SMALL for part in ("--set", field)]
+    return main(["make-toy", str(folder), "--like", "k2", "--layers", "2", "--experts", "4", *fields, *flags])
+
+
+def test_a_toy_is_made_converted_exported_and_verified(tmp_path, capsys):
+    toy, orbax, back = (str(tmp_path / name) for name in ("toy", "orbax", "back"))
+    assert make_toy(toy, "--form", "fp8", "--shard-size", "300KB") == 0
+    size = sum(file.stat().st_size for file in (tmp_path / "toy").iterdir())
+    assert capsys.readouterr().out == f"{toy}: {size:,} bytes\n"
+    assert len(list((tmp_path / "toy").glob("*.safetensors"))) > 1
+    assert main(["convert", toy, orbax, "--experts", "int4", "--dtype", "float32"]) == 0
+    assert main(["export", orbax, back]) == 0
+    out = capsys.readouterr().out.splitlines()[-1]
+    assert out.startswith(f"{back}: ") and "bytes in 1 shards; carried along: config.json, generation_" in out
+
+    assert main(["verify", orbax]) == main(["verify", orbax, back]) == 0
+    assert main(["verify", orbax, toy, "--tolerance", "0.08"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("tensors, none differs from their checksums") and "none differs from" in lines[1]
+    assert "none differs from" in lines[2] and "; the largest error is 0.07" in lines[2]
+    assert main(["verify", orbax, toy, "--tolerance", "0.01"]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 12 and all(
+        ".experts." in line and " is off by 0.0" in line for line in out.splitlines()
+    )
+    assert re.fullmatch(rf"kimi-jax: {orbax}: 12 of \d+ differ from {toy}\n", err)
+
+    assert main(["verify", orbax, back, "--json"]) == 0
+    *events, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert last == {"event": "tensor", "name": last["name"], "problem": "", "max_error": 0.0, "rms_error": 0.0}
+    assert events[0]["event"] == "verifying"
+
+
+def test_a_damaged_chunk_is_named(published, tmp_path, capsys):
+    assert main(["convert", str(published), str(tmp_path / "orbax")]) == 0
+    (file,) = (tmp_path / "orbax" / "model.layers.1.mlp.experts.down_proj.weight_scale").glob("c.2*")
+    data = bytearray(file.read_bytes())
+    data[7] ^= 16
+    file.write_bytes(data)
+    capsys.readouterr()
+    name = "language_model.model.layers.1.mlp.experts.2.down_proj.weight_scale"
+    assert main(["verify", str(tmp_path / "orbax")]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{name} {file}: tensor {name} is not what was converted")
+    assert "1 of " in err and "differ from their checksums" in err
+    line = refused(capsys, main(["export", str(tmp_path / "orbax"), str(tmp_path / "out")]))
+    assert str(file) in line and name in line
+    line = refused(capsys, main(["generate", str(tmp_path / "orbax"), "--prompt", "a", "--verify"]))
+    assert str(file) in line and name in line
+
+
+def test_a_toy_of_a_published_folder(published, tmp_path, capsys):
+    assert main(["make-toy", str(tmp_path / "cut"), "--from", str(published), "--layers", "1"]) == 0
+    assert main(["verify", str(tmp_path / "cut"), str(published)]) == 1
+    out = capsys.readouterr().out.splitlines()[1:]
+    assert out and all(line.endswith(" is not in A") and ".layers.1." in line for line in out)
+    line = refused(capsys, main(["make-toy", str(tmp_path / "x"), "--from", str(published), "--layers", "9"]))
+    assert "num_hidden_layers cannot be 9: expected 1 to 2" in line
+    line = refused(capsys, main(["make-toy", str(tmp_path / "x"), "--from", str(published), "--form", "fp8"]))
+    assert "--form and --set go with --like" in line
+
+
 # --- help and usage ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "generate", "demo"])
+COMMANDS = ("convert", "export", "verify", "make-toy", "inspect", "generate", "demo")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
@@ -214,7 +295,7 @@ def test_the_commands_are_listed(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"\n    {command} " in out for command in ("convert", "inspect", "generate", "demo"))
+    assert all(f"\n    {command} " in out for command in COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +304,14 @@ def test_the_commands_are_listed(capsys):
         [],
         ["fly"],
         ["convert", "only-one"],
+        ["convert", "a", "b", "--experts", "int8"],
+        ["export", "only-one"],
+        ["export", "a", "b", "--shard-size", "huge"],
+        ["verify"],
+        ["make-toy", "folder"],
+        ["make-toy", "folder", "--like", "k3"],
+        ["make-toy", "folder", "--like", "k2", "--from", "other"],
+        ["make-toy", "folder", "--like", "k2", "--set", "hidden_size"],
         ["inspect"],
         ["inspect", "folder", "--preset", "kimi-k2"],
         ["generate", "folder"],
