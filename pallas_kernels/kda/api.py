@@ -3,13 +3,17 @@
 Per head, with the state S [Dk, Dv]: S <- exp(g) S;  S <- S + beta k (v - S^T k)^T;  o = S^T q.
 """
 
-import jax
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax.numpy as jnp
+from jax.experimental import checkify
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
-from pallas_kernels.dispatch import choose
-from pallas_kernels.kda import xla
+from pallas_kernels.dispatch import choose, with_gradient
+from pallas_kernels.kda import backward, mosaic_step, xla
 
 # Below this many tokens the recurrence costs less than a chunk.
 _SHORT = 16
@@ -45,7 +49,7 @@ def kda(
       normalize_qk: divides q and k by sqrt(sum of squares + 1e-6) first.
       scale: multiplies q, after the norm.
       lower_bound: the promise that lower_bound <= g, which lets a kernel take a faster path. A violation makes the
-        result undefined.
+        result undefined; under `jax.experimental.checkify` it is an error that names the least g.
       return_transition: also returns the linear map of the state over the whole span, S_out = transition @ S_in +
         (S_out for S_in = 0).
       implementation: "xla", or None for the best that the platform has.
@@ -77,23 +81,26 @@ def kda(
         check_dtype(op, "initial_state", initial_state, wide)
         states = jnp.asarray(initial_state if packed else initial_state[:, None])
 
-    inputs = [jnp.asarray(array, wide) for array in (q, k, v, g, beta)]
-    if segment_ids is not None:
-        segment_ids = jnp.asarray(segment_ids)
-        inputs = [jnp.where(_over(segment_ids >= 0, array), array, 0) for array in inputs]
-    q, k, values, g, beta = inputs
-    if normalize_qk:
-        q, k = (array * jax.lax.rsqrt(jnp.sum(array**2, axis=-1, keepdims=True) + 1e-6) for array in (q, k))
+    values = jnp.asarray(v)
     if return_transition:
         # The map is linear: an identity as state, and no values, in Dk more columns.
-        values = jnp.concatenate([values, jnp.zeros_like(k)], axis=-1)
+        values = jnp.concatenate([values, jnp.zeros_like(k, values.dtype)], axis=-1)
         identity = jnp.broadcast_to(jnp.eye(sizes["Dk"], dtype=wide), (*states.shape[:-1], sizes["Dk"]))
         states = jnp.concatenate([states, identity], axis=-1)
+    if segment_ids is not None:
+        segment_ids = jnp.asarray(segment_ids)
+    if lower_bound is not None:
+        _check_lower_bound(op, g, segment_ids, lower_bound)
 
-    form = xla.recurrent if sizes["T"] <= _SHORT else xla.chunked
-    o, states = choose(op, implementation, {"xla": form})(scale * q, k, values, g, beta, states, segment_ids)
+    options: dict[str, Any] = {"normalize_qk": normalize_qk, "scale": scale}
+    available = {"xla": partial(xla.recurrent if sizes["T"] <= _SHORT else xla.chunked, **options)}
+    run, run_saving = (
+        choose(op, implementation, functions) for functions in (available, backward.saving(available, **options))
+    )
+    arrays = (*map(jnp.asarray, (q, k)), values, *map(jnp.asarray, (g, beta)), states, segment_ids)
+    o, states = backward.differentiable(run, run_saving, **options)(*arrays)
     states = states if packed else states[:, 0]
-    o = o[..., : sizes["Dv"]].astype(v.dtype)
+    o = o[..., : sizes["Dv"]]
     if return_transition:
         return o, states[..., : sizes["Dv"]], states[..., sizes["Dv"] :]
     return o, states
@@ -124,9 +131,10 @@ def kda_step(
     wide = jnp.promote_types(g.dtype, jnp.float32)
     bind_shapes(op, state=(state, f"{sizes['B']} {sizes['H']} {sizes['Dk']} {sizes['Dv']}"))
     check_dtype(op, "state", state, wide)
-    inputs = (jnp.asarray(array, wide) for array in (q, k, v, g, beta, state))
-    o, state = choose(op, implementation, {"xla": xla.kda_step})(*inputs)
-    return o.astype(v.dtype), state
+    arrays = tuple(map(jnp.asarray, (q, k, v, g, beta, state)))
+    available: dict[str, Callable[..., Any]] = {"xla": xla.kda_step, "mosaic_tpu": mosaic_step.kda_step}
+    run = choose(op, implementation, available, mosaic_step.unsupported(*arrays))
+    return with_gradient(run, xla.kda_step)(*arrays)
 
 
 @checks_arguments
@@ -160,6 +168,13 @@ def _check_segments(op: str, segment_ids: Array | None, num_segments: int | None
     return True
 
 
-def _over(flags: Array, array: Array) -> Array:
-    """Flags [B, T] in the rank of the array."""
-    return flags.reshape(*flags.shape, *(1,) * (array.ndim - flags.ndim))
+@checks_arguments
+def _check_lower_bound(op: str, g: Array, segment_ids: Array | None, lower_bound: float) -> None:
+    """Under `checkify`, with `checkify.all_checks` or `user_checks`: the promise is kept."""
+    least = jnp.min(g if segment_ids is None else jnp.where((segment_ids >= 0)[..., None, None], g, 0), initial=0)
+    checkify.debug_check(
+        least >= lower_bound,
+        f"{op}: g goes down to {{least}}, lower_bound promises {{bound}} <= g",
+        least=least,
+        bound=jnp.asarray(lower_bound, g.dtype),
+    )

@@ -1,4 +1,4 @@
-"""Argument shapes of kda that tests and benchmarks share."""
+"""Argument shapes of kda and kda_step that tests and benchmarks share."""
 
 from typing import NamedTuple
 
@@ -14,6 +14,15 @@ class Shape(NamedTuple):
     Dv: int
 
 
+class Step(NamedTuple):
+    """A state [B, H, Dk, Dv]; q, k, g [B, H, Dk] and v [B, H, Dv]."""
+
+    B: int
+    H: int
+    Dk: int
+    Dv: int
+
+
 KIMI = (Shape("Kimi Linear, two of its heads, 300 tokens", 1, 300, 2, 128, 128),)
 AWKWARD = (
     Shape("one token", 2, 1, 1, 8, 4),
@@ -21,4 +30,9 @@ AWKWARD = (
     Shape("a chunk", 1, 64, 2, 16, 24),
     Shape("a chunk and one", 2, 65, 2, 16, 24),
     Shape("three chunks and a bit", 1, 200, 2, 16, 24),
+)
+STEP = (
+    Step(1, 16, 128, 128),  # one sequence, half of Kimi Linear's heads
+    Step(12, 3, 128, 128),  # a block of sequences and a half
+    Step(5, 1, 128, 256),
 )

@@ -4,10 +4,12 @@ The chunkwise form (arXiv 2510.26692, section 3 and appendix; the WY representat
 running log decay of a chunk, S its incoming state,
     A_ij = beta_i k_i . (exp(G_i - G_j) k_j), j < i;   [U | W] = (I + A)^-1 beta [V | exp(G) K];   V' = U - W S
     O = (exp(G) Q) S + Aqk V',  Aqk_ij = q_i . (exp(G_i - G_j) k_j), j <= i;   S <- exp(G_C) S + (exp(G_C - G) K)^T V'.
-Everything that needs no state is done for a group of chunks at once; `jax.checkpoint` around a group makes the backward
-pass recompute it from the group's state, so that training keeps the inputs and one state per group. All arithmetic is
-float32 (or wider).
+Everything that needs no state is done for a group of chunks at once; groups follow one another in a scan, each taking
+its tokens as they were given, so that what is wider or longer than they are exists for one group at a time. All
+arithmetic is float32 (or wider).
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +18,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.kda.decays import decayed_products
-from pallas_kernels.kda.packing import chunk_layout
+from pallas_kernels.kda.packing import Layout, chunk_layout
 from pallas_kernels.kda.triangular import unit_lower_inverse
 
 CHUNK = 64
 # Chunks times heads whose intermediate results exist at one time.
 GROUP = 64
 
+Tokens = tuple[Array, ...]  # q, k, v, g and beta
 Result = tuple[Float[Array, "B T H Dv"], Float[Array, "B N H Dk Dv"]]
 
 
@@ -34,20 +37,26 @@ def recurrent(
     beta: Float[Array, "B T H"],
     states: Float[Array, "B N H Dk Dv"],
     segment_ids: Int[Array, "B T"] | None,
+    *,
+    normalize_qk: bool = False,
+    scale: float = 1.0,
 ) -> Result:
-    """Token by token; the state of segment n is states[:, n]. Padding (segment -1) must hold zeros.
+    """Token by token; the state of segment n is states[:, n], whose dtype is that of the arithmetic.
 
     Without segment_ids all tokens belong to segment 0, the only one.
     """
+    dtype = v.dtype
     if segment_ids is None:
         segment_ids = jnp.zeros(beta.shape[:2], jnp.int32)
+    q, k, v, g, beta = _prepare((q, k, v, g, beta), states.dtype, normalize_qk, scale)
 
     def step(states: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         q, k, v, g, beta, segment = token
-        state = _take_state(states, segment)
+        state = take_state(states, segment)
         o, new = kda_step(q, k, v, g, beta, state)
-        new = jnp.where((segment >= 0)[:, None, None, None], new, state)
-        return _put_state(states, segment, new), o
+        held = (segment >= 0)[:, None, None]
+        new = jnp.where(held[..., None], new, state)
+        return put_state(states, segment, new), jnp.where(held, o, 0).astype(dtype)
 
     tokens = tuple(jnp.moveaxis(array, 1, 0) for array in (q, k, v, g, beta, segment_ids))
     states, o = lax.scan(step, states, tokens)
@@ -62,27 +71,60 @@ def chunked(
     beta: Float[Array, "B T H"],
     states: Float[Array, "B N H Dk Dv"],
     segment_ids: Int[Array, "B T"] | None,
-) -> Result:
-    """Chunk by chunk, each segment beginning a chunk of its own; arguments and results as `recurrent`."""
-    batch, tokens, heads, _ = q.shape
-    layout = None if segment_ids is None else chunk_layout(segment_ids, states.shape[1], CHUNK)
-    chunks = -(-tokens // CHUNK) if layout is None else layout.segments.shape[1]
-    groups = -(-chunks // max(1, GROUP // (batch * heads)))
-    size = -(-chunks // groups)
+    *,
+    normalize_qk: bool = False,
+    scale: float = 1.0,
+    group_states: bool = False,
+) -> tuple[Array, ...]:
+    """Chunk by chunk, each segment beginning a chunk of its own; arguments and results as `recurrent`.
 
-    def arrange(array: Array) -> Array:
-        placed = array if layout is None else layout.place(array)
+    With `group_states` also, [groups, B, H, Dk, Dv], the state that the first chunk of each group is given.
+    """
+    groups = Groups.of(beta, states, segment_ids)
+
+    def step(states: Array, group: tuple[Tokens, Array]) -> tuple[Array, tuple[Array, ...]]:
+        tokens, segments = group
+        given = (take_state(states, segments[0]),) if group_states else ()
+        states, o = group_of_chunks(states, tokens, segments, normalize_qk=normalize_qk, scale=scale)
+        return states, (o, *given)
+
+    tokens = tuple(groups.split(array) for array in (q, k, v, g, beta))
+    states, (o, *given) = lax.scan(step, states, (tokens, groups.segments))
+    return groups.join(o), states, *given
+
+
+class Groups(NamedTuple):
+    """How a batch of rows is cut into groups of chunks."""
+
+    layout: Layout | None  # of packed rows
+    tokens: int
+    segments: Int[Array, "groups chunks B"]  # whose tokens a chunk has; one without tokens may name any
+
+    @classmethod
+    def of(
+        cls, beta: Float[Array, "B T H"], states: Float[Array, "B N H Dk Dv"], segment_ids: Int[Array, "B T"] | None
+    ) -> "Groups":
+        batch, tokens, heads = beta.shape
+        layout = None if segment_ids is None else chunk_layout(segment_ids, states.shape[1], CHUNK)
+        chunks = -(-tokens // CHUNK) if layout is None else layout.segments.shape[1]
+        count = -(-chunks // max(1, GROUP // (batch * heads)))
+        size = -(-chunks // count)
+        segments = jnp.zeros((batch, chunks), jnp.int32) if layout is None else layout.segments
+        segments = jnp.pad(segments, ((0, 0), (0, count * size - chunks)))
+        return cls(layout, tokens, rearrange(segments, "b (n m) -> n m b", n=count))
+
+    def split(self, array: Float[Array, "B T *rest"]) -> Float[Array, "groups B t *rest"]:
+        """Tokens by group, zeros in places without one."""
+        count, size, _ = self.segments.shape
+        placed = array if self.layout is None else self.layout.place(array)
         padding = [(0, 0)] * array.ndim
-        padding[1] = (0, groups * size * CHUNK - placed.shape[1])
-        return rearrange(jnp.pad(placed, padding), "b (n m c) h ... -> n m b h c ...", n=groups, c=CHUNK)
+        padding[1] = (0, count * size * CHUNK - placed.shape[1])
+        return rearrange(jnp.pad(placed, padding), "b (n t) ... -> n b t ...", n=count)
 
-    # A chunk without tokens leaves whatever state it is given as it is.
-    segments = jnp.zeros((batch, chunks), jnp.int32) if layout is None else layout.segments
-    segments = jnp.pad(segments, ((0, 0), (0, groups * size - chunks)))
-    inputs = (*(arrange(array) for array in (q, k, v, g, beta)), rearrange(segments, "b (n m) -> n m b", n=groups))
-    states, o = lax.scan(jax.checkpoint(_group), states, inputs)
-    o = rearrange(o, "n m b h c d -> b (n m c) h d")
-    return o[:, :tokens] if layout is None else layout.collect(o), states
+    def join(self, array: Float[Array, "groups B t *rest"]) -> Float[Array, "B T *rest"]:
+        """The inverse of `split`; zeros where a token is padding."""
+        placed = rearrange(array, "n b t ... -> b (n t) ...")
+        return placed[:, : self.tokens] if self.layout is None else self.layout.collect(placed)
 
 
 def kda_step(
@@ -98,18 +140,27 @@ def kda_step(
     The decayed state is read once, for k and for q, before it is written: with u = beta (v - S^T k) the new state gives
     q the output S^T q + (k . q) u.
     """
+    q, k, values, beta = (array.astype(state.dtype) for array in (q, k, v, beta))
     decayed = jnp.exp(g)[..., None] * state
     read = _einsum("bhkv,sbhk->sbhv", decayed, jnp.stack([k, q]))
-    update = beta[..., None] * (v - read[0])
+    update = beta[..., None] * (values - read[0])
     o = read[1] + jnp.sum(k * q, axis=-1, keepdims=True) * update
-    return o, decayed + k[..., :, None] * update[..., None, :]
+    return o.astype(v.dtype), decayed + k[..., :, None] * update[..., None, :]
 
 
-def _group(states: Float[Array, "B N H Dk Dv"], inputs: tuple[Array, ...]) -> tuple[Array, Float[Array, "M B H C Dv"]]:
-    *tokens, segments = inputs
-    steps, batch, heads = tokens[0].shape[:3]
+def group_of_chunks(
+    states: Float[Array, "B N H Dk Dv"],
+    tokens: Tokens,
+    segments: Int[Array, "chunks B"],
+    *,
+    normalize_qk: bool,
+    scale: float,
+) -> tuple[Float[Array, "B N H Dk Dv"], Float[Array, "B t H Dv"]]:
+    """The states after a group's chunks, and its outputs; tokens [B, t, H, ...] as `Groups.split` gives them."""
+    steps, (batch, _, heads, _) = segments.shape[0], tokens[0].shape
     # One leading axis for all chunks: with several of equal sizes, XLA's CPU compiler has failed on such products.
-    q, k, v, g, beta = (rearrange(array, "m b h ... -> (m b h) ...") for array in tokens)
+    arranged = tuple(rearrange(array, "b (m c) h ... -> (m b h) c ...", m=steps) for array in tokens)
+    q, k, v, g, beta = _prepare(arranged, states.dtype, normalize_qk, scale)
     (qk, kk), decays = decayed_products(jnp.stack([q, k]), k, g)
     since, until, total = (jnp.exp(array[:, 0]) for array in decays)
     inverse = unit_lower_inverse(beta[..., None] * kk)
@@ -118,29 +169,39 @@ def _group(states: Float[Array, "B N H Dk Dv"], inputs: tuple[Array, ...]) -> tu
 
     def chunk(states: Array, parts: tuple[Array, ...]) -> tuple[Array, Array]:
         segment, U, W, qk, read, written, total = parts
-        S = _take_state(states, segment)
+        S = take_state(states, segment)
         seen = _einsum("bhck,bhkv->bhcv", jnp.concatenate([W, read], axis=-2), S)
         pseudo = U - seen[..., :CHUNK, :]
         o = seen[..., CHUNK:, :] + _einsum("bhcj,bhjv->bhcv", qk, pseudo)
         S = jnp.swapaxes(total, -1, -2) * S + _einsum("bhck,bhcv->bhkv", written, pseudo)
-        return _put_state(states, segment, S), o
+        return put_state(states, segment, S), o.astype(tokens[2].dtype)
 
     parts = tuple(
         rearrange(array, "(m b h) ... -> m b h ...", m=steps, b=batch, h=heads)
         for array in (U, W, qk, since * q, until * k, total)
     )
-    return lax.scan(chunk, states, (segments, *parts))
+    states, o = lax.scan(chunk, states, (segments, *parts))
+    return states, rearrange(o, "m b h c v -> b (m c) h v")
 
 
-def _take_state(states: Float[Array, "B N H Dk Dv"], segment: Int[Array, "B"]) -> Float[Array, "B H Dk Dv"]:
+def _prepare(tokens: Tokens, dtype: jnp.dtype, normalize_qk: bool, scale: float) -> Tokens:
+    q, k, v, g, beta = (array.astype(dtype) for array in tokens)
+    if normalize_qk:
+        q, k = (array * lax.rsqrt(jnp.sum(array**2, axis=-1, keepdims=True) + 1e-6) for array in (q, k))
+    return scale * q, k, v, g, beta
+
+
+def take_state(states: Float[Array, "B N H Dk Dv"], segment: Int[Array, "B"]) -> Float[Array, "B H Dk Dv"]:
+    """Each row's state of its segment; of padding, of any."""
     if states.shape[1] == 1:
         return states[:, 0]
     return jax.vmap(lambda rows, index: rows[jnp.maximum(index, 0)])(states, segment)
 
 
-def _put_state(
+def put_state(
     states: Float[Array, "B N H Dk Dv"], segment: Int[Array, "B"], state: Float[Array, "B H Dk Dv"]
 ) -> Float[Array, "B N H Dk Dv"]:
+    """`states` with each row's state of its segment replaced."""
     if states.shape[1] == 1:
         return state[:, None]
     return jax.vmap(lambda rows, index, new: rows.at[jnp.maximum(index, 0)].set(new))(states, segment, state)

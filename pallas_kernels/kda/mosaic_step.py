@@ -1,0 +1,131 @@
+"""One token of Kimi Delta Attention for a batch of sequences, as one TPU kernel that rewrites the states in place.
+
+A step moves every state once in and once out and does little with it. Layout: projections stay [B, H * D], as they come
+from a matmul, and states [B, H, Dk, Dv]. A grid step has eight sequences (a tile's rows) and as many heads as fill
+2 MiB; a loop over the heads, unrolled over the sequences, keeps one head's 16 vectors of state in registers.
+
+The state's rows are keys, so sums over keys are additions of whole vectors; what they are multiplied with (decay, key,
+query) are columns. Those of eight sequences are turned by one transpose, and each is spread over the lanes, 48 lane
+permutations per head: they bound the schedule, at half of the states' HBM time on v5e, 0.86 of it on v6e, 1.55 of it on
+tpu7x. A matrix product instead of the sums would have to split the state into bfloat16 parts to keep it exact. There is
+none here: all arithmetic is float32.
+
+With D = exp(g) S and u = beta (v - D^T k), the new state D + k u^T gives q the output D^T q + (k . q) u, so that both
+reads are of D, before u is known.
+
+Spills: the compiler begins permutations of the next sequences early and parks the results, on v6e 34 stores and loads
+per head in 117 bundles that have slots for 350 loads.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+LANES = 128
+SEQUENCES = 8
+# Bytes of states that a grid step reads; with as many written, and both for two steps, half of a v5e's default limit.
+BLOCK_BYTES = 2 * 2**20
+
+
+def unsupported(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array) -> str | None:
+    """Why the kernel cannot serve these arguments; None where it can."""
+    if 0 in state.shape:
+        return "it is empty"
+    keys, values = state.shape[2:]
+    if keys % LANES or values % LANES:
+        return f"a state is {keys} x {values}, expected multiples of {LANES}"
+    if SEQUENCES * _state_bytes(state) > BLOCK_BYTES:
+        return f"a state is {keys} x {values}, expected at most {BLOCK_BYTES // SEQUENCES} bytes"
+    if state.dtype != jnp.float32:
+        return f"the state is {state.dtype}, expected float32"
+    return None
+
+
+def block_heads(state: Array | jax.ShapeDtypeStruct) -> int:
+    """Heads of a grid step: as many as fit, and no more than eight, for a single sequence's steps overlap too."""
+    heads, fit = state.shape[1], BLOCK_BYTES // (min(SEQUENCES, state.shape[0]) * _state_bytes(state))
+    return _divisor(heads, min(8, fit))
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest one that is no more than `most`."""
+    return max(n for n in range(1, min(number, most) + 1) if number % n == 0)
+
+
+def _state_bytes(state: Array | jax.ShapeDtypeStruct) -> int:
+    return state.dtype.itemsize * state.shape[2] * state.shape[3]
+
+
+def kda_step(
+    q: Float[Array, "B H Dk"],
+    k: Float[Array, "B H Dk"],
+    v: Float[Array, "B H Dv"],
+    g: Float[Array, "B H Dk"],
+    beta: Float[Array, "B H"],
+    state: Float[Array, "B H Dk Dv"],
+    *,
+    interpret: bool | pltpu.InterpretParams,
+) -> tuple[Float[Array, "B H Dv"], Float[Array, "B H Dk Dv"]]:
+    """See `api.kda_step`; o comes in v's dtype."""
+    batch, heads, keys, values = state.shape
+    block = block_heads(state)
+
+    def rows(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((SEQUENCES, block * width), lambda b, h: (b, h))
+
+    # The last block of sequences may be short: what it computes of rows that are not there goes nowhere.
+    states = pl.BlockSpec((min(SEQUENCES, batch), block, keys, values), lambda b, h: (b, h, 0, 0))
+    o, state = pl.pallas_call(
+        _step_kernel,
+        grid=(pl.cdiv(batch, SEQUENCES), heads // block),
+        in_specs=[
+            *(rows(width) for width in (keys, keys, values, keys)),
+            pl.BlockSpec((SEQUENCES, heads), lambda b, h: (b, 0)),
+            states,
+        ],
+        out_specs=[rows(values), states],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads * values), v.dtype),
+            jax.ShapeDtypeStruct(state.shape, state.dtype),
+        ],
+        scratch_shapes=[pltpu.VMEM((SEQUENCES, values), jnp.float32)],
+        input_output_aliases={5: 1},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=interpret,
+        name="kda_step",
+    )(*(array.reshape(batch, -1) for array in (q, k, v, g)), beta, state)
+    return o.reshape(v.shape), state
+
+
+def _step_kernel(q, k, v, g, beta, state, o, new, row):
+    sequences, heads, keys, values = state.shape
+    lane = lax.broadcasted_iota(jnp.int32, beta.shape, 1) - pl.program_id(1) * heads
+
+    def head(h):
+        of_keys = pl.ds(pl.multiple_of(h * keys, LANES), keys)
+        of_values = pl.ds(pl.multiple_of(h * values, LANES), values)
+        query, key = q[:, of_keys].astype(jnp.float32), k[:, of_keys].astype(jnp.float32)
+        columns = jnp.concatenate([jnp.exp(g[:, of_keys]), key, query]).T  # [keys, 3 * SEQUENCES]
+        step = jnp.sum(jnp.where(lane == h, beta[...].astype(jnp.float32), 0), axis=1, keepdims=True)
+        target = v[:, of_values].astype(jnp.float32)
+        both = jnp.sum(query * key, axis=1, keepdims=True)
+        for i in range(sequences):
+            one = slice(i, i + 1)
+            decay, k_column, q_column = (columns[:, i + at : i + at + 1] for at in range(0, 3 * SEQUENCES, SEQUENCES))
+            decayed = decay * state[i, h]
+            seen = jnp.sum(k_column * decayed, axis=0, keepdims=True)
+            update = step[one] * (target[one] - seen)
+            row[one] = jnp.sum(q_column * decayed, axis=0, keepdims=True) + both[one] * update
+            new[i, h] = decayed + k_column * update
+        o[:, of_values] = row[...].astype(o.dtype)
+
+    # Few sequences: several heads at a time, to the same effect.
+    together = _divisor(heads, SEQUENCES // sequences)
+
+    @pl.loop(0, heads // together)
+    def _(group):
+        for i in range(together):
+            head(group * together + i)
