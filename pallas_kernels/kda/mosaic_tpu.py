@@ -1,6 +1,21 @@
-"""Kimi Delta Attention as one Pallas kernel for TPUs (arXiv 2510.26692, section 3; formulas in `xla`)."""
+"""Kimi Delta Attention of many tokens as one Pallas kernel for TPUs (arXiv 2510.26692, section 3; formulas in `xla`).
 
-import math
+A grid step is a visit: a chunk of 64 tokens and the segment that is meant of it (`visits`), for up to 16 heads.
+Projections are read as they come, [B, T, H * D], heads along the lanes; tokens of other segments and padding enter as
+zeros, with which a chunk leaves the state as it is. The float32 state stays in vector memory, in its output block, for
+all visits of a segment. Every step's work is done for all packs of heads (`mosaic_blocks`) before the next, so that the
+matrix unit, which answers after some hundred cycles, always has another pack to go on with; what lies between two steps
+waits in scratch memory.
+
+With S the state, G the running log decay, T = (I + A)^-1 and A, Aqk the decayed products (`mosaic_scores`):
+    V' = T beta (V - (exp(G) K) S);   O = (exp(G) Q) S + Aqk V';   S <- exp(G_C) S + (exp(G_C - G) K)^T V',
+in which T is applied once, to what the state leaves of V. Products are of bf16 operands if q, k and v are bf16, of full
+float32 if they are float32; T is computed to float32 in either case, and so is everything outside of products.
+
+Spills: the compiler begins many packs at once, and what does not fit in registers waits in memory, beside the scratch
+(some 430 stores and loads per head, in slots that nothing else uses).
+"""
+
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,15 +28,17 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.kda import mosaic_scores as scores
-from pallas_kernels.kda.mosaic_dots import CHUNK, block_diagonal, dot, dot_transposed, heads_of, split
-from pallas_kernels.kda.mosaic_inverse import invert, second_halves
+from pallas_kernels.kda.mosaic_blocks import CHUNK, block_diagonal, dot, heads_of
+from pallas_kernels.kda.mosaic_inverse import invert
 from pallas_kernels.kda.visits import visits
 
-HEADS = 8
+LANES = 128
+# Key and value channels of all heads in a step: 16 heads of 128 and 128.
+MOST_CHANNELS = 4096
 
 
-class Options(NamedTuple):
-    """Heads of a step and of a pack, `mosaic_scores.base_block`, and the options of `api.kda`."""
+class Plan(NamedTuple):
+    """Heads of a step and of a pack, tokens of a base block (`mosaic_scores.base_block`), and options of `api.kda`."""
 
     heads: int
     pack: int
@@ -30,10 +47,14 @@ class Options(NamedTuple):
     scale: float
 
 
-class Scratch(NamedTuple):
+class Work(NamedTuple):
+    """Scratch: each token's segment along its row; then by pack keys and queries, decay factors and products of
+    `mosaic_scores`, A, its inverse and Aqk, and what queries read of the state."""
+
+    ids: Any
     k: Any
     q: Any
-    decays: Any
+    factors: Any
     products: Any
     A: Any
     T: Any
@@ -41,237 +62,199 @@ class Scratch(NamedTuple):
     read: Any
 
 
-def kda(q, k, v, g, beta, states, segment_ids, *, normalize, scale, lower_bound, interpret, group=HEADS):
-    B, T, H, Dk = q.shape
-    N, Dv = states.shape[1], v.shape[3]
-    heads = max(n for n in range(1, group + 1) if H % n == 0)
-    opt = Options(heads, 2 - heads % 2, scores.base_block(lower_bound), normalize, scale)
-    packs, lanes = heads // opt.pack, opt.pack * CHUNK
-    chunks = -(-T // CHUNK)
-    ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
-    visit = visits(ids, N, CHUNK)
-    marks = _marks(beta, ids, opt)
-    parts = 2 if q.dtype == jnp.bfloat16 else 3
-    sums = jnp.asarray(np.tile(scores.sum_weights(opt.base), (1, parts)), jnp.bfloat16)
-    codes = jnp.asarray(scores.level_codes(opt.base, opt.pack))
+def unsupported(q: Array, k: Array, v: Array, g: Array) -> str | None:
+    """Why the kernel cannot serve these arguments; None where it can."""
+    if 0 in (*q.shape, *v.shape):
+        return "it is empty"
+    if q.shape[3] % LANES or v.shape[3] % LANES:
+        return f"heads have {q.shape[3]} key and {v.shape[3]} value channels, expected multiples of {LANES}"
+    dtypes = {str(array.dtype) for array in (q, k, v)}
+    if dtypes not in ({"bfloat16"}, {"float32"}):
+        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected all of them bfloat16 or all float32"
+    return None if g.dtype == jnp.float32 else f"g is {g.dtype}, expected float32"
 
-    def tokens(D):
-        return pl.BlockSpec((None, CHUNK, heads * D), lambda b, j, v, chunk, *_: (b, chunk[b, v], j))
 
-    state = pl.BlockSpec((None, None, heads, Dk, Dv), lambda b, j, v, chunk, segment, *_: (b, segment[b, v], j, 0, 0))
-    f32 = partial(pltpu.VMEM, dtype=jnp.float32)
-    rows = sum(128 if s < 8 else 64 for s in scores.levels(opt.base)) + (64 if opt.base == 1 else 128)
+def kda(
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B T H Dk"],
+    v: Float[Array, "B T H Dv"],
+    g: Float[Array, "B T H Dk"],
+    beta: Float[Array, "B T H"],
+    states: Float[Array, "B N H Dk Dv"],
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    normalize_qk: bool,
+    scale: float,
+    lower_bound: float | None,
+    interpret: Any,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B N H Dk Dv"]]:
+    """Outputs in v's dtype and the states after each segment; arguments as `xla.chunked`."""
+    (batch, tokens, total, Dk), Dv = q.shape, v.shape[3]
+    heads = max(n for n in range(1, total + 1) if total % n == 0 and (n == 1 or n * (Dk + Dv) <= MOST_CHANNELS))
+    plan = Plan(heads, 2 - heads % 2, scores.base_block(lower_bound), normalize_qk, scale)
+    packs, lanes = heads // plan.pack, plan.pack * CHUNK
+    if segment_ids is None:
+        segment_ids = jnp.zeros((batch, tokens), jnp.int32)
+    visit = visits(segment_ids, states.shape[1], CHUNK)
+    weights = np.tile(scores.sum_weights(plan.base), (1, 2 if q.dtype == jnp.bfloat16 else 3))
+    codes = scores.codes(plan.base, plan.pack)
+
+    def constant(array: np.ndarray) -> pl.BlockSpec:
+        return pl.BlockSpec(array.shape, lambda *_: (0, 0))
+
+    def token(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, CHUNK, heads * width), lambda b, j, n, chunk, *_: (b, chunk[b, n], j))
+
+    marks = pl.BlockSpec((None, None, None, packs + 1, lanes), lambda b, j, n, chunk, *_: (b, j, chunk[b, n], 0, 0))
+    state = pl.BlockSpec((None, None, heads, Dk, Dv), lambda b, j, n, _, segment, *__: (b, segment[b, n], j, 0, 0))
+
+    def scratch(rows: int, width: int, dtype: Any = jnp.float32) -> Any:
+        return pltpu.VMEM((packs, rows, width), dtype)
+
     o, states = pl.pallas_call(
-        partial(_kernel, opt=opt),
+        partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(B, H // heads, visit.chunk.shape[1]),
-            in_specs=[
-                pl.BlockSpec(sums.shape, lambda *_: (0, 0)),
-                pl.BlockSpec(codes.shape, lambda *_: (0, 0)),
-                tokens(Dk),
-                tokens(Dk),
-                tokens(Dv),
-                tokens(Dk),
-                pl.BlockSpec((None, None, None, packs + 1, lanes), lambda b, j, v, chunk, *_: (b, j, chunk[b, v], 0, 0)),
-                state,
-            ],
-            out_specs=[tokens(Dv), state],
-            scratch_shapes=[
-                f32((packs, CHUNK, opt.pack * Dk)),
-                f32((packs, CHUNK, opt.pack * Dk)),
-                f32((packs, sums.shape[0] + CHUNK * len(scores.levels(max(opt.base, 8))), opt.pack * Dk)),
-                f32((packs, rows, lanes)),
-                f32((packs, CHUNK, lanes)),
-                f32((packs, CHUNK, lanes)),
-                pltpu.VMEM((packs, CHUNK, lanes), q.dtype),
-                f32((packs, CHUNK, opt.pack * Dv)),
-            ],
+            grid=(batch, total // heads, visit.chunk.shape[1]),
+            in_specs=[constant(weights), constant(codes), *map(token, (Dk, Dk, Dv, Dk)), marks, state],
+            out_specs=[token(Dv), state],
+            scratch_shapes=Work(
+                ids=pltpu.VMEM((CHUNK, LANES), jnp.float32),
+                k=scratch(CHUNK, plan.pack * Dk),
+                q=scratch(CHUNK, plan.pack * Dk),
+                factors=scratch(CHUNK * scores.num_factors(plan.base), plan.pack * Dk),
+                products=scratch(scores.num_products(plan.base), lanes),
+                A=scratch(CHUNK, lanes),
+                T=scratch(CHUNK, lanes),
+                qk=scratch(CHUNK, lanes, q.dtype),
+                read=scratch(CHUNK, plan.pack * Dv),
+            ),
         ),
-        out_shape=[jax.ShapeDtypeStruct((B, T, H * Dv), v.dtype), jax.ShapeDtypeStruct(states.shape, jnp.float32)],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, tokens, total * Dv), v.dtype),
+            jax.ShapeDtypeStruct(states.shape, jnp.float32),
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
         ),
         name="kda",
         interpret=interpret,
-    )(*visit, sums, codes, *(x.reshape(B, T, -1) for x in (q, k, v, g)), marks, states)
-    return o.reshape(B, T, H, Dv), states
+    )(
+        *visit,
+        jnp.asarray(weights, jnp.bfloat16),
+        jnp.asarray(codes),
+        *(array.reshape(batch, tokens, -1) for array in (q, k, v, g)),
+        _marks(beta, segment_ids, plan),
+        states,
+    )
+    return o.reshape(v.shape), states
 
 
-def _marks(beta, ids, opt):
-    """[B, groups, chunks, packs + 1, pack * 64]"""
-    B, T, H = beta.shape
-    chunks = -(-T // CHUNK)
-    padding = [(0, 0), (0, chunks * CHUNK - T)]
+def _marks(
+    beta: Float[Array, "B T H"], segment_ids: Int[Array, "B T"], plan: Plan
+) -> Float[Array, "B groups chunks rows P64"]:
+    """Per chunk a row of betas of each pack and a row of segment ids (float32, exact up to 2^24), tokens along the
+    lanes: a column of them would be padded to 128 lanes in memory."""
+    batch, tokens, total = beta.shape
+    groups, chunks = total // plan.heads, -(-tokens // CHUNK)
+    padding = [(0, 0), (0, chunks * CHUNK - tokens)]
     betas = jnp.pad(beta.astype(jnp.float32), [*padding, (0, 0)])
-    betas = betas.reshape(B, chunks, CHUNK, H // opt.heads, opt.heads // opt.pack, opt.pack).transpose(0, 3, 1, 4, 5, 2)
-    ids = jnp.pad(ids, padding, constant_values=-1).astype(jnp.float32).reshape(B, 1, chunks, 1, 1, CHUNK)
-    ids = jnp.broadcast_to(ids, (B, H // opt.heads, chunks, 1, opt.pack, CHUNK))
-    return jnp.concatenate([betas, ids], axis=3).reshape(B, H // opt.heads, chunks, -1, opt.pack * CHUNK)
+    betas = betas.reshape(batch, chunks, CHUNK, groups, -1, plan.pack).transpose(0, 3, 1, 4, 5, 2)
+    ids = jnp.pad(segment_ids, padding, constant_values=-1).astype(jnp.float32)
+    ids = jnp.broadcast_to(ids.reshape(batch, 1, chunks, 1, 1, CHUNK), (batch, groups, chunks, 1, plan.pack, CHUNK))
+    return jnp.concatenate([betas, ids], axis=3).reshape(batch, groups, chunks, -1, plan.pack * CHUNK)
 
 
-def _kernel(chunk, segment, count, sums, codes, q, k, v, g, marks, initial, o, state, *scratch, opt):
-    b, visit = pl.program_id(0), pl.program_id(2)
+def _kernel(chunk, segment, count, weights, codes, q, k, v, g, marks, initial, o, state, *scratch, plan: Plan) -> None:
+    batch, visit = pl.program_id(0), pl.program_id(2)
     before = jnp.maximum(visit - 1, 0)
-    live = visit < count[b]
-    begins = (visit == 0) | (segment[b, visit] != segment[b, before])
-    opens = (visit == 0) | (chunk[b, visit] != chunk[b, before])
-    own = segment[b, visit].astype(jnp.float32)
-    packs = opt.heads // opt.pack
-    at = Scratch(*scratch)
+    live = visit < count[batch]
+    own = segment[batch, visit]
+    opens = (visit == 0) | (chunk[batch, visit] != chunk[batch, before])
 
-    @pl.when(live & begins)
-    def _():
-        def copy(h, _):
+    @pl.when(live & ((visit == 0) | (own != segment[batch, before])))
+    def _begin() -> None:
+        def copy(h: Array, _: None) -> None:
             state[h] = initial[h]
 
-        lax.fori_loop(0, opt.heads, copy, None)
+        lax.fori_loop(0, plan.heads, copy, None)
 
     @pl.when(live)
-    def _():
-        rows = marks[...]
-        filled = jnp.concatenate([rows, jnp.zeros((-rows.shape[0] % 8, rows.shape[1]), jnp.float32)], axis=0)
-        columns = filled.T
-        mine = columns[:CHUNK, packs : packs + 1] == own
-        betas = jnp.where(rows[packs:] == own, rows[:packs], 0)
-        table = codes[...]
-        for p in range(packs):
-            load(p, q, k, mine, at, opt)
-            decays(p, sums, g, mine, at, opt)
-        for p in range(packs):
-            products(p, at, opt, q.dtype)
-        for p in range(packs):
-            column = jnp.zeros((CHUNK, rows.shape[1]), jnp.float32)
-            lane = lax.broadcasted_iota(jnp.int32, column.shape, 1) // CHUNK
-            for h in range(opt.pack):
-                column = jnp.where(lane == h, columns[h * CHUNK : (h + 1) * CHUNK, p : p + 1], column)
-            assemble(p, column, table, at, opt)
-        invert(at.A, at.T, opt.pack)
-        outputs(v, state, o, betas, mine, opens, at, opt, q.dtype)
+    def _advance() -> None:
+        work = Work(*scratch)
+        work.ids[...] = jnp.broadcast_to(marks[plan.heads // plan.pack :], (LANES, marks.shape[1])).T[:CHUNK]
+        _operands(own, q, k, g, weights, work, plan)
+        _matrices(marks, codes, work, plan, q.dtype)
+        invert(work.A, work.T, plan.pack)
+        _outputs(own, opens, v, marks, o, state, work, plan)
 
 
-def lanes_of(ref, p, opt):
-    width = ref.shape[1] // opt.heads * opt.pack
+def _operands(own, q, k, g, weights, work: Work, plan: Plan) -> None:
+    """Keys, queries and decay factors."""
+    for p in range(plan.heads // plan.pack):
+        keys, queries, decay = (_own(ref, p, own, work, plan) for ref in (k, q, g))
+        if plan.normalize_qk:
+            keys, queries = (_normalized(array, plan.pack) for array in (keys, queries))
+        work.k[p], work.q[p] = keys, plan.scale * queries
+        work.factors[p] = scores.decay_factors(decay, weights[...], plan.base)
+
+
+def _matrices(marks, codes, work: Work, plan: Plan, dtype: Any) -> None:
+    """A, decayed k k^T scaled by beta, and Aqk."""
+    packs, lanes = plan.heads // plan.pack, marks.shape[1]
+    for p in range(packs):
+        work.products[p] = scores.products(work.k[p], work.q[p], work.factors[p], plan.base, plan.pack, dtype)
+    head = lax.broadcasted_iota(jnp.int32, (CHUNK, lanes), 1) // CHUNK
+    for p in range(packs):
+        keys, queries = scores.select(work.products[p], codes[...], plan.base)
+        columns = jnp.broadcast_to(marks[p : p + 1], (lanes, lanes)).T
+        beta = columns[:CHUNK]
+        for h in range(1, plan.pack):
+            beta = jnp.where(head == h, columns[h * CHUNK : (h + 1) * CHUNK], beta)
+        work.A[p], work.qk[p] = beta * keys, queries.astype(dtype)
+
+
+def _outputs(own, opens, v, marks, o, state, work: Work, plan: Plan) -> None:
+    """Outputs, and the state after the chunk."""
+    packs, pack, dtype = range(plan.heads // plan.pack), plan.pack, v.dtype
+    mine = marks[len(packs) :] == own.astype(jnp.float32)
+    left, new = [], []
+    for p in packs:
+        since = work.factors[p, -2 * CHUNK : -CHUNK]
+        S = block_diagonal([state[p * pack + h].astype(dtype) for h in range(pack)])
+        seen = dot(jnp.concatenate([work.k[p] * since, work.q[p] * since], axis=0).astype(dtype), S)
+        left.append((_own(v, p, own, work, plan) - seen[:CHUNK]).astype(dtype))
+        work.read[p] = seen[CHUNK:]
+    for p in packs:
+        T = work.T[p] * jnp.where(mine, marks[p : p + 1], 0)
+        new.append(dot(T.astype(dtype), block_diagonal(heads_of(left[p], pack))).astype(dtype))
+    for p in packs:
+        keys = (work.k[p] * work.factors[p, -CHUNK:]).astype(dtype)
+        written = jnp.concatenate(heads_of(keys, pack), axis=0).T
+        out = dot(jnp.concatenate([work.qk[p], written], axis=0), block_diagonal(heads_of(new[p], pack)))
+        lanes = _lanes(o, p, plan)
+        # Another segment's visit may have written other rows of the same chunk.
+        others = jnp.where(opens, 0, o[:, lanes].astype(jnp.float32))
+        o[:, lanes] = (others + work.read[p] + out[:CHUNK]).astype(o.dtype)
+        totals = heads_of(work.factors[p, -CHUNK - 1 : -CHUNK], pack)
+        for h, written_values in enumerate(heads_of(out[CHUNK:], pack)):
+            S = state[p * pack + h]
+            state[p * pack + h] = jnp.broadcast_to(totals[h], S.shape[::-1]).T * S + written_values
+
+
+def _lanes(ref: Any, p: int, plan: Plan) -> slice:
+    """Of a pack in a block [64, heads * width]."""
+    width = ref.shape[1] // plan.heads * plan.pack
     return slice(p * width, (p + 1) * width)
 
 
-def load(p, q, k, mine, at, opt):
-    for ref, out in ((k, at.k), (q, at.q)):
-        x = jnp.where(mine, ref[:, lanes_of(ref, p, opt)].astype(jnp.float32), 0)
-        if opt.normalize_qk:
-            x = jnp.concatenate(
-                [y * lax.rsqrt(jnp.sum(y * y, axis=1, keepdims=True) + 1e-6) for y in heads_of(x, opt.pack)], axis=1
-            )
-        out[p] = x
+def _own(ref: Any, p: int, own: Array, work: Work, plan: Plan) -> Float[Array, "64 PD"]:
+    """A pack's rows in float32, zeros for tokens of other segments."""
+    x = ref[:, _lanes(ref, p, plan)].astype(jnp.float32)
+    ids = jnp.concatenate([work.ids[...]] * (x.shape[1] // LANES), axis=1)
+    return jnp.where(ids == own.astype(jnp.float32), x, 0)
 
 
-def decays(p, sums, g, mine, at, opt):
-    x = jnp.where(mine, g[:, lanes_of(g, p, opt)], 0) * scores.LOG2_E
-    parts = sums.shape[1] // CHUNK
-    d = jnp.exp2(dot(sums[...], jnp.concatenate(split(x, parts), axis=0)))
-    high = d.shape[0] - 2 * CHUNK
-    at.decays[p, :high] = d[:high]
-    since, until = d[high : high + CHUNK], d[high + CHUNK :]
-    for size in scores.levels(max(opt.base, 8)):
-        joined, sinces, untils = [], [], []
-        for b in range(0, CHUNK, 2 * size):
-            first, second = slice(b, b + size), slice(b + size, b + 2 * size)
-            joined += [until[first], since[second]]
-            sinces += [since[first], since[second] * since[b + size - 1 : b + size]]
-            untils += [until[first] * since[b + 2 * size - 1 : b + 2 * size], until[second]]
-        at.decays[p, high : high + CHUNK] = jnp.concatenate(joined, axis=0)
-        since, until = jnp.concatenate(sinces, axis=0), jnp.concatenate(untils, axis=0)
-        high += CHUNK
-    at.decays[p, high : high + CHUNK] = since
-    at.decays[p, high + CHUNK : high + 2 * CHUNK] = until
-
-
-def products(p, at, opt, dtype):
-    row = 0
-    k, q = at.k[p], at.q[p]
-
-    def right(x):
-        return block_diagonal(heads_of(x.astype(dtype), opt.pack))
-
-    decay_row = 0
-    def decay():
-        nonlocal decay_row
-        decay_row += CHUNK
-        return at.decays[p, decay_row - CHUNK : decay_row]
-    def put(r):
-        nonlocal row
-        at.products[p, row : row + r.shape[0]] = r
-        row += r.shape[0]
-
-    for size in scores.levels(opt.base):
-        if size < 8:
-            d = decay()
-            kd = k * d
-            put(dot_transposed(jnp.concatenate([kd, q * d], axis=0).astype(dtype), right(kd)))
-    if opt.base == 1:
-        put(dot_transposed(q.astype(dtype), right(k)))
-    else:
-        d = decay()
-        put(dot_transposed(jnp.concatenate([k * d, q * d], axis=0).astype(dtype), right(k * decay())))
-    for size in scores.levels(opt.base):
-        if size >= 8:
-            d = decay()
-            kd = k * d
-            left = [second_halves(kd, size), second_halves(q, size) * second_halves(d, size)]
-            put(dot_transposed(jnp.concatenate(left, axis=0).astype(dtype), right(kd)))
-
-
-def assemble(p, column, table, at, opt):
-    for r in range(0, CHUNK, 8):
-        code = table[r : r + 8]
-        A = jnp.zeros(code.shape, jnp.float32)
-        qk = A
-        row = 0
-        for size in scores.levels(opt.base):
-            if size < 8:
-                A = jnp.where(code == size, at.products[p, row + r : row + r + 8], A)
-                qk = jnp.where(code == size, at.products[p, row + CHUNK + r : row + CHUNK + r + 8], qk)
-                row += 2 * CHUNK
-        if opt.base > 1:
-            A = jnp.where(code == 1, at.products[p, row + r : row + r + 8], A)
-            row += CHUNK
-        qk = jnp.where(code < opt.base, at.products[p, row + r : row + r + 8], qk)
-        row += CHUNK
-        for size in scores.levels(opt.base):
-            if size >= 8:
-                if r % (2 * size) >= size:
-                    i = row + r // (2 * size) * size + r % size
-                    A = jnp.where(code == size, at.products[p, i : i + 8], A)
-                    qk = jnp.where(code == size, at.products[p, i + 32 : i + 40], qk)
-                row += CHUNK
-        at.A[p, r : r + 8] = column[r : r + 8] * A
-        at.qk[p, r : r + 8] = qk.astype(at.qk.dtype)
-
-
-def outputs(v, state, o, betas, mine, opens, at, opt, dtype):
-    packs = range(opt.heads // opt.pack)
-    end = at.decays.shape[1]
-    rest = []
-    for p in packs:
-        prefix = at.decays[p, end - 2 * CHUNK : end - CHUNK]
-        S = block_diagonal([state[p * opt.pack + h].astype(dtype) for h in range(opt.pack)])
-        seen = dot(jnp.concatenate([at.k[p] * prefix, at.q[p] * prefix], axis=0).astype(dtype), S)
-        at.read[p] = seen[CHUNK:]
-        values = jnp.where(mine, v[:, lanes_of(v, p, opt)].astype(jnp.float32), 0)
-        rest.append((values - seen[:CHUNK]).astype(dtype))
-    new = []
-    for p in packs:
-        T = (at.T[p] * betas[p : p + 1]).astype(dtype)
-        new.append(dot(T, block_diagonal(heads_of(rest[p], opt.pack))).astype(dtype))
-    for p in packs:
-        suffix = at.decays[p, end - CHUNK :]
-        written = jnp.concatenate(heads_of((at.k[p] * suffix).astype(dtype), opt.pack), axis=0).T
-        out = dot(jnp.concatenate([at.qk[p], written], axis=0), block_diagonal(heads_of(new[p], opt.pack)))
-        y = (at.read[p] + out[:CHUNK]) * opt.scale
-        lanes = lanes_of(o, p, opt)
-        o[:, lanes] = (jnp.where(opens, 0, o[:, lanes].astype(jnp.float32)) + y).astype(o.dtype)
-        last = heads_of(at.decays[p, end - CHUNK - 1 : end - CHUNK], opt.pack)
-        for h, update in enumerate(heads_of(out[CHUNK:], opt.pack)):
-            S = state[p * opt.pack + h]
-            decay = jnp.broadcast_to(last[h], (S.shape[1], S.shape[0])).T
-            state[p * opt.pack + h] = decay * S + update
+def _normalized(x: Float[Array, "64 PD"], pack: int) -> Float[Array, "64 PD"]:
+    heads = [y * lax.rsqrt(jnp.sum(y * y, axis=1, keepdims=True) + 1e-6) for y in heads_of(x, pack)]
+    return jnp.concatenate(heads, axis=1)
