@@ -94,16 +94,16 @@ def kda(
         _check_lower_bound(op, g, segment_ids, lower_bound)
 
     options: dict[str, Any] = {"normalize_qk": normalize_qk, "scale": scale}
-    arrays = (*map(jnp.asarray, (q, k)), values, *map(jnp.asarray, (g, beta)), states, segment_ids)
+    tokens = (*map(jnp.asarray, (q, k)), values, *map(jnp.asarray, (g, beta)))
     available = {
         "xla": partial(xla.recurrent if sizes["T"] <= _SHORT else xla.chunked, **options),
         "mosaic_tpu": partial(mosaic_tpu.kda, lower_bound=lower_bound, **options),
     }
     run, run_saving = (
-        choose(op, implementation, functions, mosaic_tpu.unsupported(*arrays[:4]))
+        choose(op, implementation, functions, mosaic_tpu.unsupported(*tokens[:4]))
         for functions in (available, backward.saving(available, **options))
     )
-    o, states = backward.differentiable(run, run_saving, **options)(*arrays)
+    o, states = backward.differentiable(run, run_saving, **options)(*tokens, states, segment_ids)
     states = states if packed else states[:, 0]
     o = o[..., : sizes["Dv"]]
     if return_transition:

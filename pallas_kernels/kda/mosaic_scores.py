@@ -1,10 +1,10 @@
 """Decayed products of keys and queries within a chunk, exact for any gate, all on the matrix unit.
 
 For i > j the decay from j to i is exp(g_{j+1} + ... + g_i). As in `decays`, blocks are cut in halves: for i in the
-second half of a block of 2 s tokens and j in its first, it is exp(sum from the cut to i) exp(sum from j to the cut), two
-factors of at most 1. One product of all rows and columns so scaled holds every block's corner; a matrix of codes says
-which entries of which product are meant. The sums of at most 8 tokens are a product with constant zeros and ones, the
-log decays split in bf16 parts, so that nothing enters a sum but what belongs to it; longer decays are products of
+second half of a block of 2 s tokens and j in its first, it is exp(sum from the cut to i) exp(sum from j to the cut),
+two factors of at most 1. One product of all rows and columns so scaled holds every block's corner; a matrix of codes
+says which entries of which product are meant. The sums of at most 8 tokens are a product with constant zeros and ones,
+the log decays split in bf16 parts, so that nothing enters a sum but what belongs to it; longer decays are products of
 shorter ones. So nothing overflows and nothing cancels.
 
 Where the gate is bounded, factors relative to the middle of a block may exceed 1 and yet be finite: blocks of `base`
@@ -38,9 +38,9 @@ def levels(base: int) -> list[int]:
 
 
 def sum_weights(base: int) -> np.ndarray:
-    """[sets * 64, 64]: how a token's log decay counts in each sum. Sets: the sum from the middle of a base block and its
-    negative (if base > 1); for each level below 8 that from or to the cut; in blocks of max(base, 8), that of the tokens
-    up to a row's, and that of those after it."""
+    """[sets * 64, 64]: how a token's log decay counts in each sum. Sets: the sum from the middle of a base block and
+    its negative (if base > 1); for each level below 8 that from or to the cut; in blocks of max(base, 8), that of the
+    tokens up to a row's, and that of those after it."""
     i, t = np.indices((CHUNK, CHUNK))
     sets = []
     if base > 1:

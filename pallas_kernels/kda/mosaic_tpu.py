@@ -165,10 +165,10 @@ def _marks(
     return jnp.concatenate([betas, ids], axis=3).reshape(batch, groups, chunks, -1, plan.pack * CHUNK)
 
 
-def _kernel(chunk, segment, count, weights, codes, q, k, v, g, marks, initial, o, state, *scratch, plan: Plan) -> None:
+def _kernel(chunk, segment, total, weights, codes, q, k, v, g, marks, initial, o, state, *scratch, plan: Plan) -> None:
     batch, visit = pl.program_id(0), pl.program_id(2)
     before = jnp.maximum(visit - 1, 0)
-    live = visit < count[batch]
+    live = visit < total[batch]
     own = segment[batch, visit]
     opens = (visit == 0) | (chunk[batch, visit] != chunk[batch, before])
 
@@ -184,7 +184,7 @@ def _kernel(chunk, segment, count, weights, codes, q, k, v, g, marks, initial, o
         work = Work(*scratch)
         work.ids[...] = jnp.broadcast_to(marks[plan.heads // plan.pack :], (LANES, marks.shape[1])).T[:CHUNK]
         _operands(own, q, k, g, weights, work, plan)
-        _matrices(marks, codes, work, plan, q.dtype)
+        _matrices(own, marks, codes, work, plan, q.dtype)
         invert(work.A, work.T, plan.pack)
         _outputs(own, opens, v, marks, o, state, work, plan)
 
@@ -199,7 +199,7 @@ def _operands(own, q, k, g, weights, work: Work, plan: Plan) -> None:
         work.factors[p] = scores.decay_factors(decay, weights[...], plan.base)
 
 
-def _matrices(marks, codes, work: Work, plan: Plan, dtype: Any) -> None:
+def _matrices(own, marks, codes, work: Work, plan: Plan, dtype: Any) -> None:
     """A, decayed k k^T scaled by beta, and Aqk."""
     packs, lanes = plan.heads // plan.pack, marks.shape[1]
     for p in range(packs):
@@ -207,7 +207,7 @@ def _matrices(marks, codes, work: Work, plan: Plan, dtype: Any) -> None:
     head = lax.broadcasted_iota(jnp.int32, (CHUNK, lanes), 1) // CHUNK
     for p in range(packs):
         keys, queries = scores.select(work.products[p], codes[...], plan.base)
-        columns = jnp.broadcast_to(marks[p : p + 1], (lanes, lanes)).T
+        columns = jnp.broadcast_to(_betas(p, own, marks, plan), (lanes, lanes)).T
         beta = columns[:CHUNK]
         for h in range(1, plan.pack):
             beta = jnp.where(head == h, columns[h * CHUNK : (h + 1) * CHUNK], beta)
@@ -217,7 +217,6 @@ def _matrices(marks, codes, work: Work, plan: Plan, dtype: Any) -> None:
 def _outputs(own, opens, v, marks, o, state, work: Work, plan: Plan) -> None:
     """Outputs, and the state after the chunk."""
     packs, pack, dtype = range(plan.heads // plan.pack), plan.pack, v.dtype
-    mine = marks[len(packs) :] == own.astype(jnp.float32)
     left, new = [], []
     for p in packs:
         since = work.factors[p, -2 * CHUNK : -CHUNK]
@@ -226,7 +225,7 @@ def _outputs(own, opens, v, marks, o, state, work: Work, plan: Plan) -> None:
         left.append((_own(v, p, own, work, plan) - seen[:CHUNK]).astype(dtype))
         work.read[p] = seen[CHUNK:]
     for p in packs:
-        T = work.T[p] * jnp.where(mine, marks[p : p + 1], 0)
+        T = work.T[p] * _betas(p, own, marks, plan)
         new.append(dot(T.astype(dtype), block_diagonal(heads_of(left[p], pack))).astype(dtype))
     for p in packs:
         keys = (work.k[p] * work.factors[p, -CHUNK:]).astype(dtype)
@@ -246,6 +245,11 @@ def _lanes(ref: Any, p: int, plan: Plan) -> slice:
     """Of a pack in a block [64, heads * width]."""
     width = ref.shape[1] // plan.heads * plan.pack
     return slice(p * width, (p + 1) * width)
+
+
+def _betas(p: int, own: Array, marks: Any, plan: Plan) -> Float[Array, "1 P64"]:
+    """A pack's betas, zeros for tokens of other segments."""
+    return jnp.where(marks[plan.heads // plan.pack :] == own.astype(jnp.float32), marks[p : p + 1], 0)
 
 
 def _own(ref: Any, p: int, own: Array, work: Work, plan: Plan) -> Float[Array, "64 PD"]:

@@ -12,7 +12,7 @@ class Visits(NamedTuple):
 
     chunk: Int32[Array, "B visits"]
     segment: Int32[Array, "B visits"]
-    count: Int32[Array, "B"]
+    total: Int32[Array, "B"]
 
 
 def visits(segment_ids: Int[Array, "B T"], num_segments: int, size: int) -> Visits:

@@ -76,7 +76,8 @@ def check_packed(run, arrays, initial, ids, tolerances):
 
 @pytest.mark.parametrize("dtype,tolerance,alike", [(jnp.float32, 1e-5, 1e-5), (jnp.bfloat16, 5e-3, 1e-2)])
 @pytest.mark.parametrize(
-    "lower_bound,decays", [(None, (0.01, 0.1, 2, 20, 60, (0.01, 0.1, 2, 20, 60), (0.01, 60))), (-5, (0.01, 3, (0.01, 3)))]
+    "lower_bound,decays",
+    [(None, (0.01, 0.1, 2, 20, 60, (0.01, 0.1, 2, 20, 60), (0.01, 60))), (-5.0, (0.01, 3, (0.01, 3)))],
 )
 def test_every_decay_length_and_likeness(lower_bound, decays, dtype, tolerance, alike):
     # Given a row for each kind of decay and likeness of keys, with segments of awkward lengths that begin anywhere
@@ -123,7 +124,7 @@ def test_visits_meet_every_chunk_and_every_segment_in_order(lengths, gap):
     found = jitted_visits(jnp.asarray(ids)[None], segments, 64)
 
     # Then both numbers go up one at a time, so that no state or output block is come back to; the rest repeat the last
-    count, pairs = int(found.count[0]), [*zip(*(array[0].tolist() for array in found[:2]), strict=True)]
+    count, pairs = int(found.total[0]), [*zip(*(array[0].tolist() for array in found[:2]), strict=True)]
     assert count <= len(pairs) == chunks + segments - 1
     assert set(pairs[count:]) <= {pairs[count - 1]}
     assert pairs[0] == (0, 0) and pairs[count - 1] == (chunks - 1, segments - 1)
@@ -148,7 +149,9 @@ def test_one_head_norms_scale_and_the_transition():
     expected_o, expected = exact(0.3 * q, k, v, g, beta, initial)
 
     # When the kernel norms keys and queries and scales queries
-    o, state, transition = jax.jit(partial(run, return_transition=True))(5 * q, 3 * k, v, g, beta, initial_state=initial)
+    o, state, transition = jax.jit(partial(run, return_transition=True))(
+        5 * q, 3 * k, v, g, beta, initial_state=initial
+    )
 
     # Then outputs and state are right, and the transition maps the state
     assert relative_rmse(o, expected_o) <= 1e-5 and relative_rmse(state, expected) <= 1e-5
@@ -196,7 +199,7 @@ def test_sums_of_log_decays_are_exact_in_three_parts():
     assert relative_rmse(factors[-128:-64], np.exp(np.cumsum(np.float64(g), axis=0))) <= 1e-6
 
 
-@pytest.mark.parametrize("lower_bound,base", [(None, 1), (-60, 1), (-10, 8), (-5, 16), (-1, 64), (0, 64)])
+@pytest.mark.parametrize("lower_bound,base", [(None, 1), (-60.0, 1), (-10.0, 8), (-5.0, 16), (-1.0, 64), (0.0, 64)])
 def test_a_bound_on_the_gate_gives_blocks_that_need_no_cut(lower_bound, base):
     assert mosaic_scores.base_block(lower_bound) == base
 
