@@ -17,12 +17,6 @@ from kimi_jax.state import KDAState
 from pallas_kernels import kda, kda_step
 
 
-def l2_normalize(x: jax.Array) -> Float32[jax.Array, "..."]:
-    """x / sqrt(sum x² + 1e-6) over the last axis, as `kda(normalize_qk=True)` does it."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
-
-
 class ShortConv(nnx.Module):
     """Taps of a causal depthwise convolution, [channels, 1, taps] as published; the last meets the current token."""
 
@@ -68,12 +62,11 @@ class KDA(nnx.Module):
         """x [b, t, d] -> the same shape, and the state after the `valid` tokens (which come first in each row)."""
         raw = jnp.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         mixed, tail = self.convolve(raw, valid, state)
-        q, k, v = rearrange(mixed, "b t (qkv h k) -> qkv b t h k", qkv=3, h=self.heads)
+        q, k, v = (rearrange(part, "b t (h k) -> b t h k", h=self.heads) for part in jnp.split(mixed, 3, axis=-1))
         g, beta = self.gates(x, valid)
         scale = self.head_dim**-0.5
         if state is not None and x.shape[1] == 1:
-            q, k = scale * l2_normalize(q[:, 0]), l2_normalize(k[:, 0])
-            o, S = kda_step(q, k, v[:, 0], g[:, 0], beta[:, 0], state.S)
+            o, S = kda_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], state.S, normalize_qk=True, scale=scale)
             o = o[:, None]
         else:
             before = None if state is None else state.S

@@ -3,7 +3,6 @@
 Per head, with the state S [Dk, Dv]: S <- exp(g) S;  S <- S + beta k (v - S^T k)^T;  o = S^T q.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -120,16 +119,23 @@ def kda_step(
     beta: Float[Array, "B H"],
     state: Float[Array, "B H Dk Dv"],
     *,
+    normalize_qk: bool = False,
+    scale: float = 1.0,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B H Dv"], Float[Array, "B H Dk Dv"]]:
-    """One token of `kda`: q and k as given, g float32, state float32 [B, H, Dk, Dv].
+    """One token of `kda`: every state decays, takes the token in and is read.
+
+    Args:
+      q, k: [B, H, Dk]; v: [B, H, Dv]; g: float32 [B, H, Dk]; beta: [B, H]; normalize_qk, scale: as `kda`.
+      state: float32 [B, H, Dk, Dv]. Donate it to the jitted step that calls this, and it stays in place.
+      implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
 
     Returns:
-      o [B, H, Dv] in v's dtype and the new state. Donate `state` to the jitted step that calls this, and the state
-      stays in place.
+      o [B, H, Dv] in v's dtype and the new state. Differentiable with respect to q, k, v, g, beta and state.
 
     Raises:
-      ValueError: shapes or dtypes other than these, or an implementation that is not there.
+      ValueError: shapes or dtypes other than these, an implementation that is not there, or a state that the kernel
+        asked for cannot serve (it wants Dk and Dv to be multiples of 128).
     """
     op = "kda_step"
     sizes = _check_tokens(op, "B H", q, k, v, g, beta)
@@ -137,9 +143,11 @@ def kda_step(
     bind_shapes(op, state=(state, f"{sizes['B']} {sizes['H']} {sizes['Dk']} {sizes['Dv']}"))
     check_dtype(op, "state", state, wide)
     arrays = tuple(map(jnp.asarray, (q, k, v, g, beta, state)))
-    available: dict[str, Callable[..., Any]] = {"xla": xla.kda_step, "mosaic_tpu": mosaic_step.kda_step}
+    options: dict[str, Any] = {"normalize_qk": normalize_qk, "scale": scale}
+    plain = partial(xla.kda_step, **options)
+    available = {"xla": plain, "mosaic_tpu": partial(mosaic_step.kda_step, **options)}
     run = choose(op, implementation, available, mosaic_step.unsupported(*arrays))
-    return with_gradient(run, xla.kda_step)(*arrays)
+    return with_gradient(run, plain)(*arrays)
 
 
 @checks_arguments

@@ -134,13 +134,16 @@ def kda_step(
     g: Float[Array, "B H Dk"],
     beta: Float[Array, "B H"],
     state: Float[Array, "B H Dk Dv"],
+    *,
+    normalize_qk: bool = False,
+    scale: float = 1.0,
 ) -> tuple[Float[Array, "B H Dv"], Float[Array, "B H Dk Dv"]]:
-    """One token; everything in the state's dtype.
+    """One token; the arithmetic is in the state's dtype.
 
     The decayed state is read once, for k and for q, before it is written: with u = beta (v - S^T k) the new state gives
     q the output S^T q + (k . q) u.
     """
-    q, k, values, beta = (array.astype(state.dtype) for array in (q, k, v, beta))
+    q, k, values, g, beta = _prepare((q, k, v, g, beta), state.dtype, normalize_qk, scale)
     decayed = jnp.exp(g)[..., None] * state
     read = _einsum("bhkv,sbhk->sbhv", decayed, jnp.stack([k, q]))
     update = beta[..., None] * (values - read[0])

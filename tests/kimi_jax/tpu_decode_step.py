@@ -1,4 +1,5 @@
-"""Compiles a decode step of a small K2.5 for a mesh of eight v5e cores that are not here, and prints what is in it.
+"""Compiles a decode step of a small model of a preset's kind (its name is the argument) for a mesh of eight v5e cores
+that are not here, and prints what is in it.
 
 Run by test_tpu_decode_step.py in a process of its own: libtpu reads flags that the tests set for simulated devices.
 """
@@ -6,6 +7,7 @@ Run by test_tpu_decode_step.py in a process of its own: libtpu reads flags that 
 import dataclasses
 import json
 import re
+import sys
 from collections import Counter
 
 import jax
@@ -22,8 +24,9 @@ from sharding import make_mesh, spec
 BATCH, CAPACITY = 8, 512
 
 
-def main() -> None:
-    published = config_json.preset("kimi-k2.5")
+def main(preset: str) -> None:
+    published = config_json.preset(preset)
+    linear = published.text.linear_attn
     text = dataclasses.replace(
         published.text,
         num_hidden_layers=2,
@@ -33,6 +36,7 @@ def main() -> None:
         n_routed_experts=16,
         num_attention_heads=8,
         vocab_size=2048,
+        linear_attn=linear and dataclasses.replace(linear, kda_layers=(1,), full_attn_layers=(2,)),
     )
     config = dataclasses.replace(published, text=text, vision=None)
     mesh = make_mesh("2x4", topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
@@ -57,6 +61,7 @@ def main() -> None:
             {
                 "kernels": Counter(re.findall(r"tpu_custom_call.*?op_name=\"[^\"]*/(\w+)/pallas_call\"", hlo)),
                 "collectives": Counter(re.findall(rf" ({names})(?:-start)?\(", hlo)),
+                "moved states": re.findall(r"f32\[\d+,32,128,128\]\S* (?:copy|transpose|fusion)\(.*", hlo),
                 "temporaries": memory.temp_size_in_bytes,
                 "in place": memory.alias_size_in_bytes,
                 "state": sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(empty)),
@@ -70,4 +75,4 @@ def _struct(array: jax.Array, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 from kernel_numerics import relative_rmse
 
 from pallas_kernels import kda, kda_step
@@ -50,11 +51,59 @@ def test_shapes(shape, form):
     check(form, arguments(shape, 0.1), 1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cosine", [0.5, 0.99])
-@pytest.mark.parametrize("decay", [0.01, 2, 20, 60, (0.01, 0.1, 2, 20, 60), (0.01, 60)], ids=str)
-def test_decays_and_alike_keys(decay, cosine, form):
-    check(form, arguments(SMALL, decay, cosine), 2e-6)
+DECAYS = (0.01, 0.1, 2, 20, 60, "along time", "along channels", "everywhere")
+COSINES = (0.5, 0.99)
+
+
+def every_kind(tokens, dtype, seed=0):
+    """Arguments of a row for each of COSINES and a head for each of DECAYS; the last mix all of them."""
+    shape = Shape("", len(COSINES), tokens, len(DECAYS), 16, 24)
+    rng = np.random.default_rng(seed)
+    rows = [arguments(shape._replace(B=1), 1, cosine, seed) for cosine in COSINES]
+    q, k, v, g, beta, state = (np.concatenate(arrays) for arrays in zip(*rows, strict=True))
+    for head, decay in enumerate(DECAYS):
+        vary = {"along time": (tokens, 1), "along channels": (1, 16), "everywhere": (tokens, 16)}.get(decay, ())
+        g[:, :, head] *= rng.choice(DECAYS[:5] if vary else [decay], vary)
+    return *(jnp.asarray(array, dtype) for array in (q, k, v)), g, jnp.asarray(beta, dtype), state
+
+
+def check_every_kind(found, expected, tolerance):
+    """Each row's and head's error alone; heads are axis 2 of outputs, 1 of states."""
+    axis = found.ndim - 2 if found.shape[-2] == len(DECAYS) else 1
+    for row, cosine in enumerate(COSINES):
+        for head, decay in enumerate(DECAYS):
+            one, other = (np.take(np.asarray(array)[row : row + 1], head, axis) for array in (found, expected))
+            assert relative_rmse(one, other) <= tolerance, (cosine, decay)
+
+
+@pytest.mark.parametrize(
+    "form,tokens,dtype",
+    [
+        *[("chunked", tokens, jnp.float32) for tokens in (1, 63, 64, 65, 200)],
+        ("recurrent", 200, jnp.float32),
+        ("chunked", 200, jnp.bfloat16),
+        ("recurrent", 65, jnp.bfloat16),
+    ],
+)
+def test_every_decay_with_unlike_and_alike_keys(form, tokens, dtype):
+    *inputs, state = every_kind(tokens, dtype)
+    o, states = FORMS[form](*inputs, jnp.asarray(state[:, None]), None)
+    expected_o, expected_state = exact(*inputs, state)
+    assert o.dtype == dtype and states.dtype == jnp.float32
+    check_every_kind(o, expected_o, 2e-6 if dtype == jnp.float32 else 4e-3)
+    check_every_kind(states[:, 0], expected_state, 2e-6)
+
+
+def test_every_decay_with_boundaries_inside_chunks():
+    *inputs, state = every_kind(150, jnp.float32)
+    ids = np.repeat([[0, 2, 3, -1]], [40, 1, 89, 20], axis=1).repeat(len(COSINES), axis=0).astype(np.int32)
+    initial = np.stack([state, 2 * state, -state, state], axis=1)
+    o, states = FORMS["chunked"](*inputs, initial, ids)
+    np.testing.assert_array_equal(states[:, 1], initial[:, 1])
+    for segment, span in ((0, slice(0, 40)), (2, slice(40, 41)), (3, slice(41, 130))):
+        expected_o, expected_state = exact(*(array[:, span] for array in inputs), initial[:, segment])
+        check_every_kind(o[:, span], expected_o, 2e-6)
+        check_every_kind(states[:, segment], expected_state, 2e-6)
 
 
 def test_the_reference_models_values():
@@ -71,15 +120,6 @@ def test_the_reference_models_values():
     states += [0.181996, 0.457437, -0.562577, 0.657163, -0.067274, -0.154453, 0.190829, -0.236038]
     np.testing.assert_allclose(np.asarray(o)[0, -1].ravel(), last, atol=2e-6, rtol=0)
     np.testing.assert_allclose(np.asarray(after)[0, 1].ravel(), states, atol=2e-6, rtol=0)
-
-
-def test_bf16_operands():
-    inputs = arguments(SMALL, 0.1)
-    q, k, v, beta = (jnp.asarray(inputs[i], jnp.bfloat16) for i in (0, 1, 2, 4))
-    o, state = jax.jit(kda)(q, k, v, inputs[3], beta, initial_state=inputs[5])
-    assert o.dtype == jnp.bfloat16 and state.dtype == jnp.float32
-    expected_o, expected_state = exact(q, k, v, inputs[3], beta, inputs[5])
-    assert relative_rmse(o, expected_o) <= 3e-3 and relative_rmse(state, expected_state) <= 1e-6
 
 
 def test_step_continues_prefill():
@@ -138,34 +178,93 @@ def test_padding_may_hold_anything():
     poisoned = [array.copy() for array in PACKED_INPUTS[:5]]
     for array in poisoned:
         array[ids < 0] = np.nan
-    run = partial(kda, segment_ids=ids, num_segments=1)
-    (o, states), pull = jax.vjp(run, *map(jnp.asarray, poisoned))
+    o, states = jax.jit(partial(kda, num_segments=1))(*poisoned, segment_ids=ids)
     expected_o, expected = exact(*(array[:, 3:80] for array in PACKED_INPUTS[:5]), np.zeros((1, 1, 8, 4)))
     assert relative_rmse(o[:, 3:80], expected_o) <= 1e-6 and relative_rmse(states[:, 0], expected) <= 1e-6
     assert not np.asarray(o)[ids < 0].any()
-    for gradient in pull((jnp.ones_like(o), states)):
-        assert np.isfinite(gradient).all() and not np.asarray(gradient)[ids < 0].any()
 
 
-@pytest.mark.parametrize("decay", [0.01, 2, (0.01, 60)], ids=str)
-def test_gradients(decay):
-    inputs = arguments(SMALL._replace(T=100), decay)
-    rng = np.random.default_rng(1)
-    weights = [rng.standard_normal(array.shape).astype(np.float32) for array in (inputs[2], inputs[5])]
+def loss(run, weights, *arrays):
+    o, state = run(*arrays)
+    return jnp.sum(o.astype(weights[0].dtype) * weights[0]) + jnp.sum(state * weights[1])
 
-    def loss(run, weights, *arrays):
-        o, state = run(*arrays)
-        return jnp.sum(o * weights[0]) + jnp.sum(state * weights[1])
 
-    run = partial(loss, lambda *a: kda(*a[:5], initial_state=a[5]), weights)
-    found = jax.jit(jax.grad(run, argnums=range(6)))(*inputs)
+def exact_gradients(weights, *arrays):
     with jax.enable_x64(True):
-        wide = [jnp.asarray(array, jnp.float64) for array in inputs]
-        expected = jax.jit(jax.grad(partial(loss, reference.kda, weights), argnums=range(6)))(*wide)
-    errors = [np.sqrt(np.mean((np.float64(a) - np.float64(b)) ** 2)) for a, b in zip(found, expected, strict=True)]
-    sizes = [np.sqrt(np.mean(np.float64(array) ** 2)) for array in expected]
+        wide = [jnp.asarray(array, jnp.float64) for array in arrays]
+        weights = [jnp.asarray(array, jnp.float64) for array in weights]
+        return jax.jit(jax.grad(partial(loss, reference.kda, weights), argnums=range(6)))(*wide)
+
+
+def check_gradients(found, expected, tolerance):
+    """As RMSE over RMS; dg's against at least a thousandth of the largest other RMS."""
+    found, expected = ([np.asarray(array, np.float64) for array in arrays] for arrays in (found, expected))
+    assert all(np.isfinite(array).all() for array in found)
+    sizes = [np.sqrt(np.mean(array**2)) for array in expected]
     sizes[3] = max(sizes[3], 1e-3 * max(sizes))
-    assert all(error <= 1e-5 * size for error, size in zip(errors, sizes, strict=True)), (errors, sizes)
+    errors = [np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(found, expected, strict=True)]
+    assert all(error <= tolerance * size for error, size in zip(errors, sizes, strict=True)), (errors, sizes)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-3)])
+def test_gradients_of_every_decay(dtype, tolerance):
+    inputs = every_kind(100, dtype)
+    rng = np.random.default_rng(1)
+    weights = [jnp.asarray(rng.standard_normal(array.shape), dtype) for array in (inputs[2], inputs[5])]
+    run = partial(loss, lambda *arrays: kda(*arrays[:5], initial_state=arrays[5]), weights)
+    found = jax.jit(jax.grad(run, argnums=range(6)))(*inputs)
+    assert [array.dtype for array in found] == [array.dtype for array in inputs]
+    expected = exact_gradients(weights, *inputs)
+    for row in range(len(COSINES)):
+        for head in range(len(DECAYS)):
+            # The state's heads are axis 1, the others' axis 2
+            one, other = (
+                [array[row, :, head] for array in arrays[:5]] + [arrays[5][row, head]] for arrays in (found, expected)
+            )
+            check_gradients(one, other, tolerance)
+
+
+def test_gradients_of_packed_rows_with_poisoned_padding():
+    # Given padding around and between three segments, of which one is empty, normed and scaled
+    ids = np.repeat([[-1, 0, -1, 2, -1]], [3, 50, 2, 30, 5], axis=1).astype(np.int32)
+    poisoned = [np.where((ids >= 0).reshape(1, PACKED, *(1,) * (a.ndim - 2)), a, np.nan) for a in PACKED_INPUTS[:5]]
+    initial = PACKED_STATES[:, :3]
+    weights = [np.random.default_rng(2).standard_normal(a.shape).astype(np.float32) for a in (poisoned[2], initial)]
+    run = partial(kda, segment_ids=ids, num_segments=3, normalize_qk=True, scale=0.3)
+    found = jax.jit(
+        jax.grad(partial(loss, lambda *arrays: run(*arrays[:5], initial_state=arrays[5]), weights), argnums=range(6))
+    )(*poisoned, initial)
+
+    # Then each has the gradients that it has alone, and padding has zeros
+    def normed(q, k, *rest):
+        q, k = (x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6) for x in (q, k))
+        return reference.kda(0.3 * q, k, *rest)
+
+    for segment in (0, 2):
+        tokens = ids[0] == segment
+        with jax.enable_x64(True):
+            wide = [jnp.asarray(array[:, tokens], jnp.float64) for array in PACKED_INPUTS[:5]]
+            state = jnp.asarray(initial[:, segment], jnp.float64)
+            alone = partial(loss, normed, [weights[0][:, tokens], weights[1][:, segment]])
+            expected = jax.jit(jax.grad(alone, argnums=range(6)))(*wide, state)
+        check_gradients([*(array[:, tokens] for array in found[:5]), found[5][:, segment]], expected, 1e-5)
+    np.testing.assert_array_equal(found[5][:, 1], weights[1][:, 1])
+    assert not any(np.asarray(array)[ids < 0].any() for array in found[:5])
+
+
+def test_a_broken_lower_bound_is_an_error_under_checkify():
+    q, k, v, g, beta, _ = arguments(Shape("", 1, 6, 1, 8, 4), 1.0)
+    ids = np.repeat([[0, -1]], [4, 2], axis=1).astype(np.int32)
+    g[:, 4:] = np.nan
+    run = partial(kda, num_segments=1, lower_bound=-5.0)
+    checked = checkify.checkify(jax.jit(run), errors=checkify.user_checks)
+    error, _ = checked(q, k, v, g, beta, segment_ids=ids)
+    error.throw()
+    g[0, 3, 0, 2] = -7.5
+    run(q, k, v, g, beta, segment_ids=ids)  # undefined, not refused
+    error, _ = checked(q, k, v, g, beta, segment_ids=ids)
+    with pytest.raises(checkify.JaxRuntimeError, match=r"kda: g goes down to -7\.5, lower_bound promises -5\.0 <= g"):
+        error.throw()
 
 
 def test_bad_arguments_are_refused():

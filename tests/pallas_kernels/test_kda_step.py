@@ -55,16 +55,17 @@ def test_step(implementation, shape, dtype, tolerance):
 
 @pytest.mark.parametrize("implementation", RUN)
 def test_steps_are_the_recurrence_over_tokens(implementation):
-    tokens = 4
-    steps = [arguments(STEP[2], jnp.float32, (0.1, 2), seed=t) for t in range(tokens)]
-    o, state = kda(
-        *(jnp.stack(arrays, axis=1) for arrays in list(zip(*steps, strict=True))[:5]), initial_state=steps[0][5]
-    )
-    after = steps[0][5]
-    for t, arrays in enumerate(steps):
-        out, after = RUN[implementation](*arrays[:5], after)
-        assert relative_rmse(out, o[:, t]) <= 1e-6
-    assert relative_rmse(after, state) <= 1e-6
+    norm = {"normalize_qk": True, "scale": 0.3}
+    step = jax.jit(partial(kda_step, implementation=implementation, **norm))
+    tokens = [arguments(STEP[2], jnp.float32, (0.1, 2), seed=t) for t in range(4)]
+    tokens = [(3 * q, 5 * k, *rest) for q, k, *rest in tokens]
+    state = tokens[0][5]
+    row = (jnp.stack(arrays, axis=1) for arrays in list(zip(*tokens, strict=True))[:5])
+    expected, expected_state = kda(*row, initial_state=state, **norm)
+    for t, arrays in enumerate(tokens):
+        o, state = step(*arrays[:5], state)
+        assert relative_rmse(o, expected[:, t]) <= 1e-6
+    assert relative_rmse(state, expected_state) <= 1e-6
 
 
 def test_the_kernel_races_with_nothing_stays_in_bounds_and_in_place():
@@ -113,16 +114,17 @@ def test_a_step_has_the_gradient_of_the_recurrence(implementation):
 
 
 @pytest.mark.parametrize(
-    "shape,reason",
+    "shape,dtype,reason",
     [
-        (Step(2, 2, 64, 128), "a state is 64 x 128, expected multiples of 128"),
-        (Step(2, 2, 512, 256), "a state is 512 x 256, expected at most 262144 bytes"),
-        (Step(0, 2, 128, 128), "it is empty"),
+        (Step(2, 2, 64, 128), jnp.float32, "a state is 64 x 128, expected multiples of 128"),
+        (Step(2, 2, 512, 256), jnp.float32, "a state is 512 x 256, expected at most 262144 bytes"),
+        (Step(2, 2, 128, 128), jnp.float16, "operands are float16, expected bfloat16 or float32"),
+        (Step(0, 2, 128, 128), jnp.float32, "it is empty"),
     ],
     ids=str,
 )
-def test_the_kernel_says_why_it_cannot_serve(shape, reason):
+def test_the_kernel_says_why_it_cannot_serve(shape, dtype, reason):
+    arrays = arguments(shape, dtype)
     with pytest.raises(ValueError, match=reason):
-        kda_step(*arguments(shape, jnp.float32), implementation="mosaic_tpu")
-    arrays = arguments(shape, jnp.float32)
-    check(kda_step(*arrays), arrays, 1e-6)  # and without being asked for it leaves the call to XLA
+        kda_step(*arrays, implementation="mosaic_tpu")
+    check(kda_step(*arrays), arrays, 1e-3)  # and without being asked for it leaves the call to XLA

@@ -17,7 +17,9 @@ def _case(batch: int) -> Case:
     def build():
         def step(q, k, v, g, beta, state):
             q, k, v, g = (array.reshape(batch, HEADS, WIDTH) for array in (q, k, v, g))
-            o, state = kda_step(q, k, v, g, beta, state, implementation="mosaic_tpu")
+            o, state = kda_step(
+                q, k, v, g, beta, state, normalize_qk=True, scale=WIDTH**-0.5, implementation="mosaic_tpu"
+            )
             return o.reshape(batch, HEADS * WIDTH), state
 
         bf16, f32 = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
