@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
 from pallas_kernels.dispatch import choose, with_gradient
-from pallas_kernels.kda import backward, mosaic_step, xla
+from pallas_kernels.kda import backward, mosaic_step, mosaic_tpu, xla
 
 # Below this many tokens the recurrence costs less than a chunk.
 _SHORT = 16
@@ -35,8 +35,8 @@ def kda(
     return_transition: bool = False,
     implementation: str | None = None,
 ) -> tuple[Array, ...]:
-    """Outputs for T tokens and the state after them; exact for any gate, however strong. Inner arithmetic and states
-    are float32.
+    """Outputs for T tokens and the state after them; exact for any gate, however strong. States are float32, and so is
+    the arithmetic, except that the TPU kernel rounds products' operands to bf16 if q, k and v are bf16.
 
     Args:
       q, k: [B, T, H, Dk]; v: [B, T, H, Dv]. q and k are used as given unless `normalize_qk` or `scale` ask otherwise.
@@ -51,7 +51,7 @@ def kda(
         result undefined; under `jax.experimental.checkify` it is an error that names the least g.
       return_transition: also returns the linear map of the state over the whole span, S_out = transition @ S_in +
         (S_out for S_in = 0).
-      implementation: "xla", or None for the best that the platform has.
+      implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
 
     Returns:
       o [B, T, H, Dv] in v's dtype, the final state float32 [B, H, Dk, Dv] (packed: [B, num_segments, H, Dk, Dv]; a
@@ -60,7 +60,8 @@ def kda(
 
     Raises:
       ValueError: shapes or dtypes other than these, segment_ids without num_segments (or the reverse), a positive
-        lower_bound, or (where the values are known) ids out of range or decreasing.
+        lower_bound, (where the values are known) ids out of range or decreasing, or a call that the kernel asked for
+        cannot serve (it wants Dk and Dv to be multiples of 128).
     """
     op = "kda"
     sizes = _check_tokens(op, "B T H", q, k, v, g, beta)
@@ -92,12 +93,16 @@ def kda(
         _check_lower_bound(op, g, segment_ids, lower_bound)
 
     options: dict[str, Any] = {"normalize_qk": normalize_qk, "scale": scale}
-    available = {"xla": partial(xla.recurrent if sizes["T"] <= _SHORT else xla.chunked, **options)}
+    tokens = (*map(jnp.asarray, (q, k)), values, *map(jnp.asarray, (g, beta)))
+    available = {
+        "xla": partial(xla.recurrent if sizes["T"] <= _SHORT else xla.chunked, **options),
+        "mosaic_tpu": partial(mosaic_tpu.kda, lower_bound=lower_bound, **options),
+    }
     run, run_saving = (
-        choose(op, implementation, functions) for functions in (available, backward.saving(available, **options))
+        choose(op, implementation, functions, mosaic_tpu.unsupported(*tokens[:4]))
+        for functions in (available, backward.saving(available, **options))
     )
-    arrays = (*map(jnp.asarray, (q, k)), values, *map(jnp.asarray, (g, beta)), states, segment_ids)
-    o, states = backward.differentiable(run, run_saving, **options)(*arrays)
+    o, states = backward.differentiable(run, run_saving, **options)(*tokens, states, segment_ids)
     states = states if packed else states[:, 0]
     o = o[..., : sizes["Dv"]]
     if return_transition:

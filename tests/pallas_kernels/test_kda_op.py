@@ -278,7 +278,7 @@ def test_bad_arguments_are_refused():
         (r"segment_ids run from 0 to 3, expected -1 to 1", {"segment_ids": [[0, 1, 2, 3]], "num_segments": 2}),
         (r"decrease", {"segment_ids": [[1, 1, -1, 0]], "num_segments": 2}),
         (r"lower_bound is 5", {"lower_bound": 5}),
-        (r"not available", {"implementation": "mosaic_tpu"}),
+        (r"heads have 8 key and 4 value channels", {"implementation": "mosaic_tpu"}),
     ):  # fmt: skip
         arrays = {"q": q, "k": k, "v": v, "g": g, "beta": beta} | options
         arrays = {name: np.int32(value) if name == "segment_ids" else value for name, value in arrays.items()}

@@ -1,0 +1,35 @@
+"""Which chunk of a row of packed sequences belongs to which: the chunk kernel's list of work."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, Int32
+
+
+class Visits(NamedTuple):
+    """Of each visit its chunk and its segment, and how many visits a row has; the rest of them repeat the last."""
+
+    chunk: Int32[Array, "B visits"]
+    segment: Int32[Array, "B visits"]
+    total: Int32[Array, "B"]
+
+
+def visits(segment_ids: Int[Array, "B T"], num_segments: int, size: int) -> Visits:
+    """Pairs of a chunk of `size` tokens and a segment with tokens in it, in order, ids as in `api.kda`.
+
+    A segment reaches to where the next begins, the first from the row's beginning: then every chunk is visited, padding
+    or not, and an empty segment has a visit too. That makes at most ceil(T / size) + num_segments - 1.
+    """
+    tokens = segment_ids.shape[1]
+    chunks = -(-tokens // size)
+    before = lax.cummax(segment_ids, axis=1)[:, None] < jnp.arange(num_segments)[:, None]
+    starts = jnp.sum(before, axis=2).at[:, 0].set(0)
+    ends = jnp.concatenate([starts[:, 1:], jnp.full_like(starts[:, :1], tokens)], axis=1)
+    first = jnp.minimum(starts // size, chunks - 1)
+    many = jnp.maximum((ends - 1) // size - first, 0) + 1
+    stops = jnp.cumsum(many, axis=1)
+    visit = jnp.minimum(jnp.arange(chunks + num_segments - 1), stops[:, -1:] - 1)
+    segment = jnp.sum(stops[:, None] <= visit[:, :, None], axis=2)
+    chunk = visit - jnp.take_along_axis(stops - many - first, segment, axis=1)
+    return Visits(*(array.astype(jnp.int32) for array in (chunk, segment, stops[:, -1])))
