@@ -28,17 +28,21 @@ def rows(tokens, filled, dtype):
     return x.at[filled:].set(jnp.nan), np.asarray(x.at[filled:].set(0), np.float64)
 
 
+OPS = {
+    op: jax.jit(functools.partial(op, implementation="mosaic_tpu")) for op in (int4_grouped_matmul, int4_grouped_swiglu)
+}
+
+
 def check(sizes, tokens, dtype, tolerance, first=0, held=EXPERTS):
     x, exact = rows(tokens, sum(sizes), dtype)
     sizes = jnp.asarray(sizes, jnp.int32)
     gate, up = (tuple(array[:held] for array in pair) for pair in (GATE, UP))
-    options = {"group_offset": first, "implementation": "mosaic_tpu"}
-    found = int4_grouped_matmul(x, *gate, sizes, **options)
+    found = OPS[int4_grouped_matmul](x, *gate, sizes, group_offset=first)
     assert found.dtype == dtype
     expected = reference.int4_grouped_matmul(exact, *gate, sizes, first)
     assert relative_rmse(found, expected) <= tolerance
     np.testing.assert_array_equal(np.asarray(found)[(expected == 0).all(1)], 0)
-    found = int4_grouped_swiglu(x, gate, up, sizes, **options)
+    found = OPS[int4_grouped_swiglu](x, gate, up, sizes, group_offset=first)
     assert relative_rmse(found, reference.int4_grouped_swiglu(exact, gate, up, sizes, first)) <= tolerance
 
 
@@ -63,9 +67,9 @@ def test_groups_held_elsewhere_give_zeros(first):
 
 
 @settings(max_examples=12, deadline=None)
-@given(sizes=st.lists(st.integers(0, 25), min_size=EXPERTS, max_size=EXPERTS).filter(any), beyond=st.integers(0, 3))
-def test_any_sizes(sizes, beyond):
-    check(sizes, sum(sizes) + beyond, jnp.float32, 1e-5)
+@given(sizes=st.lists(st.integers(0, 25), min_size=EXPERTS, max_size=EXPERTS))
+def test_any_sizes(sizes):
+    check(sizes, 100, jnp.float32, 1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
