@@ -53,13 +53,15 @@ def operand(x: Float[Array, "rows K"]) -> Operand:
 def product(left: Operand, codes: Int4[Array, "K N"], scales: Float[Array, "K32 N"]) -> Float[Array, "rows N"]:
     """x times code * scale, for the x that `left` was made of."""
     scales = scales.astype(jnp.float32)
-    total = 0
-    for i, (rows, offset) in enumerate(zip(*left, strict=True)):
+    rows = left.rows[0].shape[0] // COPIES
+    total = jnp.zeros((rows, codes.shape[1]), jnp.float32)
+    for i, (diagonal, offset) in enumerate(zip(*left, strict=True)):
         matrix = _plus_offset(codes[i * INPUTS : (i + 1) * INPUTS])
-        partial = jnp.dot(rows, matrix, preferred_element_type=jnp.float32) - offset
-        count = partial.shape[0] // COPIES
+        partial = jnp.dot(diagonal, matrix, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
+        partial -= offset
         for copy in range(COPIES):
-            total += partial[copy * count : (copy + 1) * count] * scales[i * COPIES + copy : i * COPIES + copy + 1]
+            scale = scales[i * COPIES + copy : i * COPIES + copy + 1]
+            total += partial[copy * rows : (copy + 1) * rows] * scale
     return total
 
 
