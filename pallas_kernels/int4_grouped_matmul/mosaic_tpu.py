@@ -9,6 +9,7 @@ vector memory for all its visits; weights are streamed once per visit.
 
 A weight is bf16(code * scale). In bf16 arithmetic (v6e on) the product rounds to that by itself; v5 has none, and
 rounds the float32 product. Float32 x is multiplied at HIGHEST precision, bf16 x in one pass with float32 accumulation.
+Groups of at most 8 rows of bf16 go another way on v5: `block_diagonal`.
 
 Windows of more than 64 rows spill: their product is larger than the register file, and the spills fit beside the matrix
 unit's work. (Fewer rows at a time leave it idle for longer.)
@@ -27,24 +28,29 @@ from jaxtyping import Array, Float, Int, Int4, Int32
 
 from pallas_kernels.chip import chip
 from pallas_kernels.grouped_matmul.blocks import local_groups
+from pallas_kernels.int4_grouped_matmul import block_diagonal
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE
 
 Quantised = tuple[Int4[Array, "E K N"], Float[Array, "E K32 N"]]
 
 # A part's scales must fill a tile of memory: 16 rows of 32 inputs each.
 K_PART = 512
+LANES = 128
 LARGEST_ODD_K = 2048
-# Of x in a block, of codes in a step, and weights unpacked at a time.
-BLOCK_BYTES, STEP_BYTES, PART_WEIGHTS = 2**23, 2**22, 2**20
+# Of x in a block and of codes in a step; weights unpacked at a time, for one window of rows and for several.
+BLOCK_BYTES, STEP_BYTES, PART_WEIGHTS, SHARED_PART_WEIGHTS = 2**23, 2**22, 2**22, 2**20
+FEW_ROWS = 8
 
 
 class Tiles(NamedTuple):
-    """Rows of a block, rows multiplied at once, outputs of a step, and inputs unpacked at once."""
+    """Rows of a block, rows multiplied at once, outputs of a step, and inputs unpacked at once: for one window of rows,
+    and for several."""
 
     block: int
     rows: int
     N: int
     K_part: int
+    K_shared: int
 
 
 def unsupported(x: Array, codes: Array) -> str | None:
@@ -67,9 +73,19 @@ def tiles(tokens: int, K: int, N: int, groups: int, dtype: Any) -> Tiles:
     rows = next(n for n in (16, 32, 64, 128, 256, 512) if n >= min(mean, 512))
     most = max(rows, BLOCK_BYTES // (K * jnp.dtype(dtype).itemsize) // rows * rows)
     outputs = max(n for n in range(128, N + 1, 128) if N % n == 0 and (n == 128 or K * n <= 2 * STEP_BYTES))
-    parts = [part for part in range(K_PART, K + 1, K_PART) if K % part == 0 and part * outputs <= PART_WEIGHTS]
-    K_part = max(parts, default=K_PART if K % K_PART == 0 else K)
-    return Tiles(min(-(-tokens // rows) * rows, most, 512), rows, outputs, K_part)
+
+    def largest_part(weights: int) -> int:
+        parts = [part for part in range(K_PART, K + 1, K_PART) if K % part == 0 and part * outputs <= weights]
+        return max(parts, default=K_PART if K % K_PART == 0 else K)
+
+    block = min(-(-tokens // rows) * rows, most, 512)
+    return Tiles(block, rows, outputs, largest_part(PART_WEIGHTS), largest_part(SHARED_PART_WEIGHTS))
+
+
+def apart(tile: Tiles, dtype: Any) -> bool:
+    """Whether groups of few rows are multiplied in block-diagonal form."""
+    few = tile.rows <= 2 * FEW_ROWS and tile.K_part % block_diagonal.INPUTS == 0
+    return few and dtype == jnp.bfloat16 and not chip().bf16_vpu
 
 
 def int4_grouped_matmul(
@@ -105,13 +121,13 @@ def int4_grouped_swiglu(
 
 
 class Visits(NamedTuple):
-    """Of each visit its block, its group, and the group's first row and end in the block; and how many there are."""
+    """Of each visit its block and its group; how many there are; and each group's first row and end."""
 
     block: Int32[Array, "visits"]
     group: Int32[Array, "visits"]
-    start: Int32[Array, "visits"]
-    end: Int32[Array, "visits"]
-    total: Int32[Array, ""]
+    total: Int32[Array, "1"]
+    start: Int32[Array, "local"]
+    end: Int32[Array, "local"]
 
 
 def visits(
@@ -121,18 +137,13 @@ def visits(
     rows there are none, so that every block is written."""
     starts, ends = local_groups(group_sizes, group_offset, num_local)
     first = size * jnp.arange(blocks, dtype=jnp.int32)[:, None]
-    start, end = jnp.clip(starts - first, 0, size), jnp.clip(ends - first, 0, size)
-    wanted = end > start
-    wanted = wanted.at[:, 0].set(wanted[:, 0] | ~wanted.any(axis=1))
-    (chosen,) = jnp.nonzero(wanted.reshape(-1), size=blocks + num_local, fill_value=0)
-    chosen = chosen.astype(jnp.int32)
-    return Visits(
-        chosen // num_local,
-        chosen % num_local,
-        start.reshape(-1)[chosen],
-        end.reshape(-1)[chosen],
-        jnp.sum(wanted, dtype=jnp.int32),
-    )
+    wanted = jnp.minimum(ends, first + size) > jnp.maximum(starts, first)
+    wanted |= ~wanted.any(axis=1, keepdims=True) & (jnp.arange(num_local) == 0)
+    # The n-th pair wanted is the first that n + 1 are wanted up to. (jnp.nonzero would scatter.)
+    up_to = jnp.cumsum(wanted.reshape(-1), dtype=jnp.int32)
+    chosen = jnp.sum(up_to <= jnp.arange(blocks + num_local, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+    chosen = jnp.minimum(chosen, wanted.size - 1)
+    return Visits(chosen // num_local, chosen % num_local, up_to[-1:], starts, ends)
 
 
 def _call(
@@ -148,54 +159,64 @@ def _call(
     (tokens, K), (num_local, _, N) = x.shape, weights[0][0].shape
     tile = tiles(tokens, K, N, num_local, x.dtype)
     blocks = -(-tokens // tile.block)
-    x = jnp.pad(x, [(0, blocks * tile.block - tokens), (0, 0)])
+    few, dtype = apart(tile, x.dtype), x.dtype
+    # Windows of 8 rows of float32 may begin at any multiple of 8; those of bf16 could not.
+    x = jnp.pad(x, [(0, blocks * tile.block - tokens), (0, 0)]).astype(jnp.float32 if few else dtype)
     visit = visits(group_sizes, group_offset, num_local, blocks, tile.block)
 
     def weight(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, tile.N), lambda n, v, block, group, *_: (group[v], 0, n))
 
+    bf16 = chip().bf16_vpu
     accumulator = pltpu.VMEM((tile.block, tile.N), jnp.float32)
+    scale_rows = pltpu.VMEM((tile.N // LANES, tile.K_part // GROUP_SIZE, LANES), jnp.uint32 if bf16 else jnp.float32)
     out = pl.pallas_call(
-        functools.partial(_kernel, tile=tile, num_weights=len(weights), combine=combine, bf16=chip().bf16_vpu),
+        functools.partial(
+            _kernel, tile=tile, few=few, more=not few or tokens > FEW_ROWS, dtype=dtype, combine=combine, bf16=bf16
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
-            grid=(N // tile.N, visit.total),
+            grid=(N // tile.N, visit.total[0]),
             in_specs=[
                 pl.BlockSpec((tile.block, K), lambda n, v, block, *_: (block[v], 0)),
                 *[weight(K), weight(K // GROUP_SIZE)] * len(weights),
             ],
             out_specs=pl.BlockSpec((tile.block, tile.N), lambda n, v, block, *_: (block[v], n)),
-            scratch_shapes=[pltpu.VMEM((tile.K_part, tile.N), x.dtype), *[accumulator] * len(weights)],
+            scratch_shapes=[
+                pltpu.VMEM((tile.K_shared, tile.N), dtype),
+                *[accumulator] * len(weights),
+                *[scale_rows] * len(weights),
+            ],
         ),
-        out_shape=jax.ShapeDtypeStruct((blocks * tile.block, N), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((blocks * tile.block, N), dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
         ),
         name=name,
         interpret=interpret,
-    )(*visit[:4], visit.total[None], x, *(array for pair in weights for array in pair))
+    )(*visit, x, *(array for pair in weights for array in pair))
     return out[:tokens]
 
 
 def _kernel(
     block_ref: Any,
     group_ref: Any,
+    count_ref: Any,
     start_ref: Any,
     end_ref: Any,
-    count_ref: Any,
     x_ref: Any,
     *refs: Any,
     tile: Tiles,
-    num_weights: int,
+    few: bool,
+    more: bool,
+    dtype: Any,
     combine: Callable[..., Array],
     bf16: bool,
 ) -> None:
-    weights, out_ref, scaled_ref, totals = (
-        refs[: 2 * num_weights],
-        refs[2 * num_weights],
-        refs[2 * num_weights + 1],
-        refs[2 * num_weights + 2 :],
-    )
+    num_weights = (len(refs) - 2) // 4
+    weights, (out_ref, scaled_ref, *scratch) = refs[: 2 * num_weights], refs[2 * num_weights :]
+    totals, scale_rows = scratch[:num_weights], scratch[num_weights:]
+    operands = tuple(zip(weights[::2], weights[1::2], totals, scale_rows, strict=True))
     v = pl.program_id(1)
     last_visit = v == count_ref[0] - 1
     begins = (v == 0) | (block_ref[v] != block_ref[jnp.maximum(v - 1, 0)])
@@ -206,51 +227,92 @@ def _kernel(
         for total in totals:
             total[...] = jnp.zeros_like(total)
 
-    start, end = start_ref[v], end_ref[v]
+    start, end = (
+        jnp.clip(edge[group_ref[v]] - block_ref[v] * tile.block, 0, tile.block) for edge in (start_ref, end_ref)
+    )
 
     low = start // tile.rows
     high = jnp.where(end > start, pl.cdiv(end, tile.rows), low)
+    first_few = pl.multiple_of(start // FEW_ROWS * FEW_ROWS, FEW_ROWS)
+    is_few = (end - first_few <= FEW_ROWS) & few
+
+    def own(first: Array, count: int, inputs: Any) -> Array:
+        """The group's rows of a window, and zeros for those of others."""
+        number = first + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+        return jnp.where((number >= start) & (number < end), x_ref[pl.ds(first, count), inputs], 0)
 
     def multiply(window: Array, inputs: Any, matrix: Array, total: Any) -> None:
         first = pl.multiple_of(window * tile.rows, tile.rows)
-        rows = pl.ds(first, tile.rows)
-        number = first + lax.broadcasted_iota(jnp.int32, (tile.rows, 1), 0)
-        own = jnp.where((number >= start) & (number < end), x_ref[rows, inputs], 0).astype(matrix.dtype)
-        precision = lax.Precision.HIGHEST if own.dtype == jnp.float32 else lax.Precision.DEFAULT
-        total[rows, :] += jnp.dot(own, matrix, precision=precision, preferred_element_type=jnp.float32)
+        left = own(first, tile.rows, inputs).astype(dtype)
+        precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+        total[pl.ds(first, tile.rows), :] += jnp.dot(
+            left, matrix, precision=precision, preferred_element_type=jnp.float32
+        )
 
-    def over_parts(use: Callable[[Any, Array, Any], None]) -> None:
-        groups = tile.K_part // GROUP_SIZE
+    def over_parts(size: int, use: Callable[[Any, Any], None]) -> None:
+        groups = size // GROUP_SIZE
 
         def part(k: Array, _: None) -> None:
-            inputs = pl.ds(pl.multiple_of(k * tile.K_part, tile.K_part), tile.K_part)
-            of_groups = pl.ds(pl.multiple_of(k * groups, groups), groups)
-            for codes, scales, total in zip(weights[::2], weights[1::2], totals, strict=True):
-                use(inputs, _dequantise(codes[inputs, :], scales[of_groups, :], x_ref.dtype, bf16), total)
+            use(pl.ds(pl.multiple_of(k * size, size), size), pl.ds(pl.multiple_of(k * groups, groups), groups))
 
-        lax.fori_loop(0, x_ref.shape[1] // tile.K_part, part, None)
+        lax.fori_loop(0, x_ref.shape[1] // size, part, None)
 
-    @pl.when(high - low <= 1)
-    def _one_window() -> None:
-        over_parts(lambda inputs, matrix, total: multiply(low, inputs, matrix, total))
+    def few_rows() -> None:
+        def use(inputs: Any, of_groups: Any) -> None:
+            left = block_diagonal.operand(own(first_few, FEW_ROWS, inputs))
+            for codes, scales, total, _ in operands:
+                total[pl.ds(first_few, FEW_ROWS), :] += block_diagonal.product(
+                    left, codes[inputs, :], scales[of_groups, :]
+                )
 
-    @pl.when(high - low > 1)
-    def _windows() -> None:
-        def use(inputs: Any, matrix: Array, total: Any) -> None:
-            scaled_ref[...] = matrix
-            lax.fori_loop(low, high, lambda j, _: multiply(j, inputs, scaled_ref[...], total), None)
+        over_parts(tile.K_shared, use)
 
-        over_parts(use)
+    def one_window() -> None:
+        def use(inputs: Any, of_groups: Any) -> None:
+            for codes, scales, total, rows in operands:
+                multiply(low, inputs, _dequantise(codes[inputs, :], scales[of_groups, :], rows, dtype, bf16), total)
+
+        over_parts(tile.K_part, use)
+
+    def windows() -> None:
+        def use(inputs: Any, of_groups: Any) -> None:
+            for codes, scales, total, rows in operands:
+                scaled_ref[...] = _dequantise(codes[inputs, :], scales[of_groups, :], rows, dtype, bf16)
+                lax.fori_loop(low, high, lambda j, _, total=total: multiply(j, inputs, scaled_ref[...], total), None)
+
+        over_parts(tile.K_shared, use)
+
+    if few:
+        pl.when(is_few & (end > start))(few_rows)
+    if more:
+        pl.when(~is_few & (high - low == 1))(one_window)
+        pl.when(~is_few & (high - low > 1))(windows)
 
     @pl.when(ends)
     def _write() -> None:
         out_ref[...] = combine(*(total[...] for total in totals)).astype(out_ref.dtype)
 
 
-def _dequantise(codes: Array, scales: Array, dtype: Any, bf16: bool) -> Array:
-    """bf16(code * scale) in `dtype`, [K tile, N tile]."""
+def _dequantise(codes: Array, scales: Array, rows_ref: Any, dtype: Any, bf16: bool) -> Array:
+    """bf16(code * scale) in `dtype`, [K part, N tile]."""
     K, N = codes.shape
-    wide = jnp.bfloat16 if bf16 else jnp.float32
-    grouped = codes.astype(wide).reshape(K // GROUP_SIZE, GROUP_SIZE, N)
-    product = grouped * scales.astype(wide)[:, None, :]
+    groups = K // GROUP_SIZE
+    wide = scales.astype(jnp.float32)
+    if bf16:  # twice in a word
+        bits = pltpu.bitcast(wide, jnp.uint32)
+        wide = bits | bits >> 16
+    # A row is broadcast to all sublanes without arithmetic when it is loaded, from rows as wide as a register.
+    columns = range(N // LANES)
+    for i in columns:
+        rows_ref[i, :groups] = wide[:, i * LANES : (i + 1) * LANES]
+    spread = [
+        jnp.concatenate([jnp.broadcast_to(rows_ref[i, pl.ds(g, 1)], (8, LANES)) for i in columns], axis=1)
+        for g in range(groups)
+    ]
+    factors = jnp.concatenate(spread)
+    if bf16:
+        factors = pltpu.bitcast(factors, jnp.bfloat16)
+    per_group = factors.shape[0] // groups
+    grouped = codes.astype(factors.dtype).reshape(groups, GROUP_SIZE // per_group, per_group, N)
+    product = grouped * factors.reshape(groups, 1, per_group, N)
     return product.reshape(K, N).astype(jnp.bfloat16).astype(dtype)

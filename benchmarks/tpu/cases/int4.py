@@ -24,16 +24,20 @@ def _arguments(K: int, N: int, rows: int, groups: int | None) -> tuple[Any, tupl
 
 
 def _trips(K: int, N: int, rows: int, groups: int, matrices: int) -> tuple[int, ...]:
-    """The grid; the parts of a step whose group lies in one window; those of one that does not, and its windows.
+    """The grid; the parts of a step whose group has few rows, by their number; of one that lies in one window; of one
+    that does not, and its windows.
 
-    Groups lie in one window here, or fill whole ones, so that all visits are of the one kind or of the other.
+    A group's rows begin at a multiple of their number here, so that all visits are of one kind.
     """
     tile = mosaic_tpu.tiles(rows * groups, K, N, groups, jnp.bfloat16)
     steps = N // tile.N * max(groups, -(-rows * groups // tile.block))
+    parts, shared_parts = steps * K // tile.K_part, steps * K // tile.K_shared
     windows = min(rows, tile.block) // tile.rows
-    parts = steps * K // tile.K_part
-    loops = [0] * matrices
-    return (steps, parts, 0, *loops) if windows <= 1 else (steps, 0, parts, *[parts * windows for _ in loops])
+    few = [shared_parts * (rows <= mosaic_tpu.FEW_ROWS)] if mosaic_tpu.apart(tile, jnp.bfloat16) else []
+    if few and rows * groups <= mosaic_tpu.FEW_ROWS:
+        return (steps, *few)
+    one, shared = (0, 0) if any(few) else (parts, 0) if windows <= 1 else (0, shared_parts)
+    return (steps, *few, one, shared, *[shared * windows for _ in range(matrices)])
 
 
 def _case(op: Callable[..., Any], name: str, K: int, N: int, rows: int, groups: int | None) -> Case:

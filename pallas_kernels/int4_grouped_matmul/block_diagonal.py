@@ -1,0 +1,78 @@
+"""INT4 weights times few rows of bf16, for TPUs without bf16 vector arithmetic (v5), where scaling weights costs most.
+
+Per 128 inputs the rows stand four times below each other, each time with the 32 inputs of one scale and zeros for the
+rest. One product with the codes gives four partial sums per row, which are scaled in float32 and added: work for the
+vector unit in proportion to the rows, not to the inputs. (The matrix unit's grows fourfold: hence few rows.) A weight
+is code * scale here, without the rounding to bf16.
+
+Codes become bf16 without arithmetic: a nibble whose sign bit is flipped is code + 8, and as the last bits of the bf16
+number 128 it makes that 136 + code. Two nibbles of a word of eight are taken at a time, four apart; the inputs come out
+of order that way, so those of the rows are permuted alike, and 136 times their sum is taken off each partial sum.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int4
+
+from pallas_kernels.int4_matmul.packing import GROUP_SIZE
+
+# Inputs that one product takes, as the matrix unit does, and those that an 8 x 128 register of words holds.
+INPUTS, WORD_INPUTS = 128, 64
+COPIES = INPUTS // GROUP_SIZE
+CODES_PER_WORD = 8
+# In both halves of a word the bf16 number 128, and the sign bit of a code to be flipped.
+FLIPPED_128, OFFSET = 0x43084308, 128 + 8
+
+
+class Operand(NamedTuple):
+    """Of each `INPUTS` inputs the block-diagonal rows, and OFFSET times each row's sum."""
+
+    rows: list[Float[Array, "copies*rows 128"]]
+    offsets: list[Float[Array, "copies*rows 1"]]
+
+
+def operand(x: Float[Array, "rows K"]) -> Operand:
+    """The left operand for rows of bf16 values, given as float32; K is a multiple of 128."""
+    position = lax.broadcasted_iota(jnp.int32, (x.shape[0], INPUTS), 1)
+    within = position % WORD_INPUTS
+    pair = within % 16 // 2
+    source = position - within + pair * CODES_PER_WORD + within % 2 * 4 + within // 16
+    group = source // GROUP_SIZE
+    made = Operand([], [])
+    for first in range(0, x.shape[1], INPUTS):
+        permuted = jnp.take_along_axis(x[:, first : first + INPUTS], source, axis=1)
+        diagonal = jnp.concatenate([jnp.where(group == copy, permuted, 0) for copy in range(COPIES)])
+        made.rows.append(diagonal.astype(jnp.bfloat16))
+        made.offsets.append(OFFSET * jnp.sum(diagonal, axis=1, keepdims=True))
+    return made
+
+
+def product(left: Operand, codes: Int4[Array, "K N"], scales: Float[Array, "K32 N"]) -> Float[Array, "rows N"]:
+    """x times code * scale, for the x that `left` was made of."""
+    scales = scales.astype(jnp.float32)
+    rows = left.rows[0].shape[0] // COPIES
+    total = jnp.zeros((rows, codes.shape[1]), jnp.float32)
+    for i, (diagonal, offset) in enumerate(zip(*left, strict=True)):
+        matrix = _plus_offset(codes[i * INPUTS : (i + 1) * INPUTS])
+        partial = jnp.dot(diagonal, matrix, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
+        partial -= offset
+        for copy in range(COPIES):
+            scale = scales[i * COPIES + copy : i * COPIES + copy + 1]
+            total += partial[copy * rows : (copy + 1) * rows] * scale
+    return total
+
+
+def _plus_offset(codes: Int4[Array, "K N"]) -> Float[Array, "K N"]:
+    """OFFSET + code in bf16, rows in the order of `operand`'s columns."""
+    words = pltpu.bitcast(codes, jnp.int32)
+    per_register = WORD_INPUTS // CODES_PER_WORD
+    return jnp.concatenate(
+        [
+            pltpu.bitcast((words[first : first + per_register] >> shift) & 0x000F000F ^ FLIPPED_128, jnp.bfloat16)
+            for first in range(0, words.shape[0], per_register)
+            for shift in range(0, 16, 4)
+        ]
+    )
