@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import with_gradient
 from pallas_kernels.mla_attention import xla
-from pallas_kernels.mla_attention.mosaic_prefill_block import LANES, Work, attend, begin, finish, show, work_shapes
+from pallas_kernels.mla_attention.mosaic_prefill_block import LANES, Ref, Work, attend, begin, finish, show, work_shapes
 
 LARGEST = 2**31 - 1
 
@@ -166,8 +166,8 @@ class Seen(NamedTuple):
     """First and last position, first and last segment of every block of queries and of every part of keys, in scalar
     memory."""
 
-    q: tuple[jax.Ref, ...]
-    kv: tuple[jax.Ref, ...]
+    q: tuple[Ref, ...]
+    kv: tuple[Ref, ...]
 
     def some(self, block, part):
         """Whether a query of the block may see a key of the part."""

@@ -9,9 +9,8 @@ before is worked out, through two buffers.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -23,17 +22,22 @@ LANES, STRIP, ONES = 128, 256, 16
 LOWEST = -1e37
 
 
+# A reference to memory, or to a part of it.
+Ref = Any
+Marks = tuple[Ref, Ref]
+
+
 class Work(NamedTuple):
     """References to a group's queries and to what has been attended to so far; all but q and v_rows float32."""
 
-    q: jax.Ref  # [heads, queries, lanes], each head with its neighbours' lanes zero
-    v_rows: jax.Ref  # [heads, values + ONES, keys], the values of the block as rows, ones below
-    shown: jax.Ref  # [keys, queries], 1 where the query sees the key, of a block with hidden ones
-    used: jax.Ref  # [keys, LANES], 1 where any of them does
-    scores: jax.Ref  # [2, keys, strip], in powers of two
-    keep: jax.Ref  # [2, 1, strip], what the earlier sums are worth under the new maximum
-    top: jax.Ref  # [heads, 1, queries], largest score
-    acc: jax.Ref  # [heads, values + ONES, queries], sums of weights times values, and of weights
+    q: Ref  # [heads, queries, lanes], each head with its neighbours' lanes zero
+    v_rows: Ref  # [heads, values + ONES, keys], the values of the block as rows, ones below
+    shown: Ref  # [keys, queries], 1 where the query sees the key, of a block with hidden ones
+    used: Ref  # [keys, LANES], 1 where any of them does
+    scores: Ref  # [2, keys, strip], in powers of two
+    keep: Ref  # [2, 1, strip], what the earlier sums are worth under the new maximum
+    top: Ref  # [heads, 1, queries], largest score
+    acc: Ref  # [heads, values + ONES, queries], sums of weights times values, and of weights
 
 
 def work_shapes(heads: int, queries: int, keys: int, part: int, width: int, values: int, dtype: jnp.dtype) -> Work:
@@ -52,7 +56,7 @@ def work_shapes(heads: int, queries: int, keys: int, part: int, width: int, valu
     )
 
 
-def begin(work: Work, q: jax.Ref, width: int) -> None:
+def begin(work: Work, q: Ref, width: int) -> None:
     """Nothing attended to by the queries q [queries, heads * width]."""
     heads, values = work.q.shape[0], work.acc.shape[1] - ONES
     for head in range(heads):
@@ -70,9 +74,6 @@ def begin(work: Work, q: jax.Ref, width: int) -> None:
     work.v_rows[:, values:] = jnp.ones((heads, ONES, work.v_rows.shape[2]), work.v_rows.dtype)
     work.top[...] = jnp.full_like(work.top, LOWEST)
     work.acc[...] = jnp.zeros_like(work.acc)
-
-
-Marks = tuple[jax.Ref, jax.Ref]
 
 
 def show(work: Work, q_marks: Marks, k_marks: Marks) -> None:
@@ -95,7 +96,7 @@ def show(work: Work, q_marks: Marks, k_marks: Marks) -> None:
     lax.fori_loop(0, work.shown.shape[0] // LANES, some_keys, None)
 
 
-def attend(work: Work, k: jax.Ref, v: jax.Ref, width: int, scale: float, hidden: bool) -> None:
+def attend(work: Work, k: Ref, v: Ref, width: int, scale: float, hidden: bool) -> None:
     """Adds the keys k [keys, heads * width] and values v [keys, heads * values]; some are `hidden`, as `show` says."""
     (heads, queries, _), keys, strip = work.q.shape, k.shape[0], work.scores.shape[2]
     values = v.shape[1] // heads
@@ -132,7 +133,7 @@ def attend(work: Work, k: jax.Ref, v: jax.Ref, width: int, scale: float, hidden:
     weigh(len(units) - 1)
 
 
-def finish(work: Work, out: jax.Ref, lse: jax.Ref) -> None:
+def finish(work: Work, out: Ref, lse: Ref) -> None:
     """The attention [queries, heads * values], and the log-sum-exp [heads, queries]."""
     heads, values = work.q.shape[0], work.acc.shape[1] - ONES
     for head in range(heads):

@@ -2,8 +2,9 @@
 
 XLA's scatter wants the cache in another layout and copies all of it, there and back. Here a grid step is a row: its
 page comes to VMEM unless it is there, the row, turned into a column, takes its lane, and the page goes back when
-another is wanted. Rows are taken in order, so whatever page they share, nothing is lost; no read hides
-behind another.
+another is wanted. While a row is worked on, the page of the next is on its way to the other half of the buffer, and the
+one before on its way back. A half is read into only when what was in it is written, so whatever pages rows share,
+nothing is lost.
 """
 
 import jax
@@ -50,9 +51,11 @@ def mla_write(
             in_specs=[pl.BlockSpec((1, 1, width), lambda i, *_: (i, 0, 0)), pl.BlockSpec(memory_space=pltpu.HBM)],
             out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
             scratch_shapes=[
-                pltpu.VMEM((width, page), cache.dtype),
-                pltpu.SMEM((1,), jnp.int32),
-                pltpu.SemaphoreType.DMA,
+                pltpu.VMEM((2, width, page), cache.dtype),
+                pltpu.SMEM((3,), jnp.int32),
+                pltpu.SMEM((2,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
@@ -64,34 +67,68 @@ def mla_write(
     )(chosen.reshape(-1), (positions % page).reshape(-1), rows, cache)
 
 
-def _write_kernel(chosen, lanes, row, _before, cache, held, which, done):
-    step = pl.program_id(0)
-    target = chosen[step]
+def _write_kernel(chosen, lanes, row, _before, cache, buffer, state, writing, arrived, left):
+    """`state`: the half of the buffer in hand, its page (-1 is none), and whether the next row's page is on its way to
+    the other half; `writing`: which halves are on their way back."""
+    half, held, coming = range(3)
+    step, last = pl.program_id(0), pl.num_programs(0) - 1
+    target, following = chosen[step], chosen[jnp.minimum(step + 1, last)]
 
-    def put_back():
-        copy = pltpu.make_async_copy(held, cache.at[which[0]], done)
-        copy.start()
-        copy.wait()
+    def bring(page, half):
+        return pltpu.make_async_copy(cache.at[page], buffer.at[half], arrived.at[half])
+
+    def put_back(page, half):
+        return pltpu.make_async_copy(buffer.at[half], cache.at[page], left.at[half])
+
+    def finish_writing(half):
+        @pl.when(writing[half] != 0)
+        def _():
+            put_back(0, half).wait()
+            writing[half] = 0
 
     @pl.when(step == 0)
     def _():
-        which[0] = -1
+        state[half], state[held], state[coming] = 0, -1, 0
+        writing[0] = writing[1] = 0
 
-    @pl.when((target >= 0) & (target != which[0]))
+    @pl.when((target >= 0) & (target != state[held]))
     def _():
-        pl.when(which[0] >= 0)(put_back)
-        copy = pltpu.make_async_copy(cache.at[target], held, done)
-        copy.start()
-        copy.wait()
-        which[0] = target
+        before, now = state[half], 1 - state[half]
+
+        @pl.when(state[held] >= 0)
+        def _():
+            put_back(state[held], before).start()
+            writing[before] = 1
+
+        @pl.when(state[coming] == 0)
+        def _():
+            finish_writing(now)
+            bring(target, now).start()
+
+        bring(target, now).wait()
+        state[half], state[held], state[coming] = now, target, 0
+
+    @pl.when((step < last) & (following >= 0) & (following != state[held]))
+    def _():
+        finish_writing(1 - state[half])  # perhaps of this very page
+        bring(following, 1 - state[half]).start()
+        state[coming] = 1
 
     @pl.when(target >= 0)
     def _():
-        width, page = held.shape
+        now, (_, width, page) = state[half], buffer.shape
         columns = jnp.broadcast_to(row[0].astype(jnp.float32), (LANES, width)).T
         for at in range(0, page, LANES):
             lane = at + lax.broadcasted_iota(jnp.int32, columns.shape, 1)
-            old = held[:, at : at + LANES].astype(jnp.float32)
-            held[:, at : at + LANES] = jnp.where(lane == lanes[step], columns, old).astype(held.dtype)
+            old = buffer[now, :, at : at + LANES].astype(jnp.float32)
+            buffer[now, :, at : at + LANES] = jnp.where(lane == lanes[step], columns, old).astype(buffer.dtype)
 
-    pl.when((step == pl.num_programs(0) - 1) & (which[0] >= 0))(put_back)
+    @pl.when(step == last)
+    def _():
+        @pl.when(state[held] >= 0)
+        def _():
+            put_back(state[held], state[half]).start()
+            writing[state[half]] = 1
+
+        finish_writing(0)
+        finish_writing(1)

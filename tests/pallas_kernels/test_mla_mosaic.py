@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from kernel_numerics import dots, relative_rmse
@@ -17,6 +19,7 @@ TOLERANCES = [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-3)]
 LATENT, ROPE, PAGE, HEADS, SCALE = 128, 16, 128, 3, 0.1
 DECODE = partial(mla_decode, scale=SCALE, return_lse=True, implementation="mosaic_tpu")
 DECODE_JIT = jax.jit(DECODE)
+WRITE_JIT = jax.jit(partial(mosaic_write.mla_write, interpret=True))
 
 
 def normal(seed, *shape):
@@ -108,16 +111,19 @@ def test_decode_says_why_it_cannot_serve(change, reason):
 
 
 PREFILL = partial(mla_prefill, scale=SCALE, return_lse=True, implementation="mosaic_tpu")
+PREFILL_JIT = jax.jit(PREFILL)
+WIDTHS = {"q": 192, "k": 192, "v": 128}
 
 
-def prompt(dtype, queries=140, keys=600, heads=2):
-    """The last queries of a row of three segments with padding between, and what of it nobody may look at as NaN."""
-    q, k, v = (normal(i, 1, n, heads, d) for i, (n, d) in enumerate([(queries, 64), (keys, 64), (keys, 128)]))
-    kv_positions = np.arange(keys, dtype=np.int32)[None]
-    kv_segments = np.sort(np.arange(keys, dtype=np.int32)[None] * 3 // keys)
-    kv_segments[:, keys - 70 : keys - 60] = -1
+def prompt(dtype, queries=140, keys=600, heads=2, batch=1):
+    """The last queries of rows of three segments with padding between, and what of it nobody may look at as NaN."""
+    lengths = {"q": queries, "k": keys, "v": keys}
+    q, k, v = (normal(i, batch, lengths[name], heads, width) for i, (name, width) in enumerate(WIDTHS.items()))
+    kv_positions = np.tile(np.arange(keys, dtype=np.int32), (batch, 1))
+    kv_segments = kv_positions * 3 // keys
+    kv_segments[:, -70:-60] = -1
     seen = slice(keys - queries, None)
-    unseen = (kv_segments < 0) | (kv_segments < kv_segments[:, seen].min())
+    unseen = (kv_segments < 0) | (kv_segments < kv_segments[:, seen].max(axis=1, keepdims=True) - 1)
     for array in (k, v):
         array[unseen] = np.nan
     marks = {
@@ -133,29 +139,74 @@ def expected_prefill(arrays, marks):
     return reference.mla_prefill(*(np.nan_to_num(np.asarray(a, np.float32)) for a in arrays), *marks.values(), SCALE)
 
 
-@pytest.mark.parametrize("dtype,tolerance", TOLERANCES)
-def test_prefill(dtype, tolerance):
-    arrays, marks = prompt(dtype)
+def close_to(found, expected, tolerance):
+    """Both the output and, where a row saw anything, the log-sum-exp."""
+    (out, lse), (expected_out, expected_lse) = found, expected
+    some = np.isfinite(expected_lse)
+    assert relative_rmse(out, expected_out) <= tolerance
+    assert relative_rmse(np.asarray(lse)[some], expected_lse[some]) <= tolerance
+    assert np.isneginf(np.asarray(lse)[~some]).all() and not np.asarray(out, np.float32)[~some].any()
+
+
+@pytest.mark.parametrize(
+    "queries,keys,heads,dtype,tolerance",
+    [(200, 500, 2, *TOLERANCES[0]), (200, 500, 2, *TOLERANCES[1]), (1, 1, 1, *TOLERANCES[0])],
+)
+def test_prefill(queries, keys, heads, dtype, tolerance):
+    arrays, marks = prompt(dtype, queries, keys, heads)
     out, lse = PREFILL(*arrays, **marks)
-    expected, expected_lse = expected_prefill(arrays, marks)
     assert out.dtype == dtype and lse.dtype == jnp.float32
-    assert relative_rmse(out, expected) <= tolerance
-    np.testing.assert_allclose(lse, expected_lse, atol=1e-5, rtol=1e-5)
+    close_to((out, lse), expected_prefill(arrays, marks), tolerance)
+
+
+def test_prefill_without_segments_of_a_later_chunk():
+    # Given queries that see the first block wholly, parts of the next, and of the last nothing
+    (q, k, v), marks = prompt(jnp.bfloat16, 256, 2100)
+    k, v = (jnp.nan_to_num(array) for array in (k, v))
+    positions = {"q_positions": marks["q_positions"] - 500, "kv_positions": marks["kv_positions"]}
+
+    # When keys beyond the last query are anything at all
+    unseen = jnp.asarray(marks["kv_positions"] > positions["q_positions"].max())[..., None, None]
+    found = PREFILL(q, jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v), **positions)
+
+    # Then it is causal attention
+    zeros = {name.replace("positions", "segments"): np.zeros_like(marks) for name, marks in positions.items()}
+    marks = {**positions, **zeros}
+    order = "q_positions", "kv_positions", "q_segments", "kv_segments"
+    close_to(found, expected_prefill((q, k, v), {name: marks[name] for name in order}), 5e-3)
+
+
+def test_prefill_of_widths_that_fill_vectors_and_of_large_scores():
+    q, k, v = (10 * normal(i, 1, 130, 3, 128) for i in range(3))
+    positions = np.zeros((1, 130), np.int32)  # bidirectional
+    found = PREFILL(*map(jnp.asarray, (q, k, v)), q_positions=positions, kv_positions=positions)
+    close_to(found, reference.mla_prefill(q, k, v, *[positions] * 4, SCALE), 1e-5)
 
 
 @pytest.mark.parametrize("dtype,tolerance", TOLERANCES)
 def test_prefill_of_two_halves_merged(dtype, tolerance):
-    q, k, v = (normal(i, 1, 200, 1, d) for i, d in enumerate((64, 64, 64)))
-    positions = np.arange(200, dtype=np.int32)[None]
-    arrays = tuple(jnp.asarray(array, dtype) for array in (q, k, v))
+    arrays, marks = prompt(dtype, 120, 120)
+    q, k, v = (jnp.nan_to_num(array) for array in arrays)
+    positions = marks["q_positions"]
     parts = [
-        PREFILL(arrays[0], arrays[1][:, s], arrays[2][:, s], q_positions=positions, kv_positions=positions[:, s])
-        for s in (np.s_[:70], np.s_[70:])
+        PREFILL_JIT(q, k[:, s], v[:, s], q_positions=positions, kv_positions=positions[:, s])
+        for s in (np.s_[:60], np.s_[60:])
     ]
     zeros = np.zeros_like(positions)
-    wide = [np.asarray(array, np.float32) for array in arrays]
-    expected, _ = reference.mla_prefill(*wide, positions, positions, zeros, zeros, SCALE)
-    assert relative_rmse(merge_partials(*parts)[0], expected) <= tolerance
+    wide = [np.asarray(array, np.float32) for array in (q, k, v)]
+    expected = reference.mla_prefill(*wide, positions, positions, zeros, zeros, SCALE)
+    close_to(merge_partials(*parts), expected, tolerance)
+
+
+STRICT = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+
+
+def test_prefill_races_with_nothing_and_stays_in_bounds():
+    # Given several blocks of queries and of keys, two rows and two groups of heads
+    arrays, marks = prompt(jnp.float32, 300, 600, 4, 2)
+    out, lse = mosaic_prefill.mla_prefill(*arrays, *map(jnp.asarray, marks.values()), scale=SCALE, interpret=STRICT)
+    close_to((out, lse), expected_prefill(arrays, marks), 1e-5)
+    assert not interpret_pallas_call.races.races_found
 
 
 def test_prefill_gradients_are_those_of_the_plain_form():
@@ -170,24 +221,81 @@ def test_prefill_gradients_are_those_of_the_plain_form():
         assert relative_rmse(one, other) <= 1e-5
 
 
-def test_prefill_products_of_float32_are_full():
-    arrays, marks = prompt(jnp.float32, 30, 90, 1)
-    run = partial(mosaic_prefill.mla_prefill, scale=SCALE, interpret=True)
-    found = [dot for dot in dots(jax.make_jaxpr(run)(*arrays, *marks.values())) if dot.primitive.name == "dot_general"]
-    assert found
-    for dot in found:
-        assert set(dot.params["precision"]) == {jax.lax.Precision.HIGHEST}
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rows_are_written_where_the_plain_form_writes_them(dtype):
-    # Given rows of two sequences that cross a page, go back, are dropped, or name a page that is not there
+def test_prefill_products_of_float32_are_full_and_of_bf16_single(dtype):
+    arrays, marks = prompt(dtype, 30, 90, 1)
+    run = partial(mosaic_prefill._forward, scale=SCALE, interpret=True)
+    found = list(dots(jax.make_jaxpr(run)(*arrays, *map(jnp.asarray, marks.values()))))
+    assert len(found) == 4  # scores and values, of whole blocks and of parts
+    wanted = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    for dot in found:
+        assert {operand.aval.dtype for operand in dot.invars} == {jnp.dtype(dtype)}
+        assert set(dot.params["precision"]) == {wanted}
+        assert dot.params["preferred_element_type"] == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "heads,width,values,reason",
+    [
+        (2, 96, 128, "heads have 96 and 128 values, expected multiples of 64 and 128"),
+        (2, 64, 64, "heads have 64 and 64 values"),
+        (3, 192, 128, "there are 3 heads of 192, expected an even number or one"),
+    ],
+)
+def test_prefill_says_why_it_cannot_serve(heads, width, values, reason):
+    q, v, positions = jnp.zeros((1, 5, heads, width)), jnp.zeros((1, 5, heads, values)), jnp.zeros((1, 5), jnp.int32)
+    with pytest.raises(ValueError, match=reason):
+        PREFILL(q, q, v, q_positions=positions, kv_positions=positions)
+
+
+def rows_and_cache(dtype):
+    """Rows of two sequences that cross a page, go back, are dropped, or name a page that is not there."""
     cache, latents = jnp.asarray(normal(1, 4, 32, PAGE), dtype), jnp.asarray(normal(2, 2, 5, 32))
     table = jnp.array([[2, 0], [3, 9]], jnp.int32)
     positions = jnp.array([[126, 127, 128, 3, -1], [-1, 5, 130, 300, 6]], jnp.int32)
+    return cache, jnp.where((positions < 0)[..., None], jnp.nan, latents), table, positions
 
-    # When the kernel writes them
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("one_each", [False, True])
+def test_rows_are_written_where_the_plain_form_writes_them(dtype, one_each):
+    cache, latents, table, positions = rows_and_cache(dtype)
+    if one_each:
+        latents, positions = latents[:, 1:2], positions[:, 1:2]
     written = mosaic_write.mla_write(cache, latents, table, positions, interpret=True)
-
-    # Then the cache is exactly that of the scatter
     np.testing.assert_array_equal(written, xla.mla_write(cache, latents, table, positions))
+
+
+def test_write_races_with_nothing_and_stays_in_bounds():
+    arguments = rows_and_cache(jnp.float32)
+    written = mosaic_write.mla_write(*arguments, interpret=STRICT)
+    np.testing.assert_array_equal(written, xla.mla_write(*arguments))
+    assert not interpret_pallas_call.races.races_found
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.lists(st.integers(0, 3 * PAGE), min_size=4, max_size=4),
+    st.permutations(range(14)),
+    st.integers(0, 2**31),
+)
+def test_what_is_written_anywhere_is_read(lengths, pages, seed):
+    # Given tables that name the pages in any order, and a cache of NaN
+    table = np.array(pages[:12], np.int32).reshape(4, 3)
+    rows = normal(seed, 4, 3 * PAGE, LATENT + ROPE)
+    at = np.tile(np.arange(3 * PAGE, dtype=np.int32), (4, 1))
+    lengths = np.array(lengths, np.int32)
+    positions = np.where(at < lengths[:, None], at, -1)
+    empty = jnp.full((14, LATENT + ROPE, PAGE), jnp.nan)
+
+    # When rows are written and attended to
+    cache = WRITE_JIT(empty, rows, table, positions)
+    q_latent, q_rope = normal(seed + 1, 4, HEADS, LATENT), normal(seed + 2, 4, HEADS, ROPE)
+    found = DECODE_JIT(q_latent, q_rope, cache, table, lengths)
+
+    # Then the attention is that over the rows themselves
+    close_to(found, reference.mla_decode(q_latent, q_rope, np.asarray(cache), table, lengths, SCALE), 1e-5)
+    expected = np.full((14, LATENT + ROPE, PAGE), np.nan, np.float32)
+    for b, p in zip(*np.nonzero(positions >= 0), strict=True):
+        expected[table[b, p // PAGE], :, p % PAGE] = rows[b, p]
+    np.testing.assert_array_equal(cache, expected)

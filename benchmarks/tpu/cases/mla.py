@@ -1,4 +1,5 @@
-"""Latent attention at Kimi's widths: decode and prefill for all 64 heads and for the 8 that eight devices leave."""
+"""Latent attention at Kimi's widths: decode for all 64 heads and for the 8 that eight devices leave, prefill for groups
+of heads (of whose number it is the multiple), and writes."""
 
 from functools import partial
 
@@ -6,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mla_decode, mla_prefill, mla_write
-from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu, mosaic_write
+from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu
 from tpu.case import Case
 
 LATENT, ROPE, PAGE = 512, 64, 128
@@ -72,25 +73,23 @@ def _prefill(heads: int, queries: int, keys: int) -> Case:
     def trips() -> tuple[int, ...]:
         size = mosaic_prefill.blocks(bf16((1, queries, heads, width)), bf16((1, keys, heads, width)))
         groups, q_blocks = heads // size.heads, -(-queries // size.queries)
-        blocks, parts, wholes, masked = -(-keys // size.keys), size.keys // size.part, 0, 0
+        blocks, parts = -(-keys // size.keys), size.keys // size.part
+        whole = masked = masked_parts = 0
         for first in range(keys - queries, keys, size.queries):
-            whole = (first + 1) // size.keys
-            wholes += whole
-            masked += min(-(-(first + size.queries) // size.part), blocks * parts) - whole * parts
-        masked_blocks = sum(
-            -(-(first + size.queries) // size.keys) - (first + 1) // size.keys
-            for first in range(keys - queries, keys, size.queries)
-        )
+            wholly_seen, last = (first + 1) // size.keys, first + size.queries
+            whole += wholly_seen
+            masked += -(-last // size.keys) - wholly_seen
+            masked_parts += -(-last // size.part) - wholly_seen * parts
         return (
             # Steps (and those that fill and drain the pipeline); the span of the first; blocks of a step.
             groups * q_blocks + 2,
             blocks * parts,
-            groups * (wholes + masked_blocks),
+            groups * (whole + masked),
             # Within: the span of the next step; whole blocks; parts of others, and the rows of their masks.
             groups * q_blocks * blocks * parts,
-            groups * wholes,
-            groups * masked,
-            groups * masked * size.part // mosaic_prefill.LANES,
+            groups * whole,
+            groups * masked_parts,
+            groups * masked_parts * size.part // mosaic_prefill.LANES,
         )
 
     pairs = queries * (keys - queries) + queries * (queries + 1) / 2
@@ -127,7 +126,8 @@ def _write(batch: int, rows: int, tokens: int) -> Case:
         name=f"mla_write {batch} sequences, {rows} rows",
         kernel="mla_write",
         build=build,
-        trips=lambda: mosaic_write_trips(batch, rows),
+        # Rows, and the steps that fill and drain the pipeline.
+        trips=lambda: (batch * rows + 2,),
         units=batch * rows,
         unit="rows",
         hbm_bytes=2.0 * (2 * pages * width * PAGE + batch * rows * width),
@@ -141,7 +141,13 @@ def _thousands(tokens: int) -> str:
 
 
 CASES = [
-    _decode(heads, batch, tokens)
-    for heads in (64, 8)
-    for batch, tokens in ((64, 1024), (64, 8192), (64, 32768), (8, 262144))
-] + [_prefill(heads, queries, keys) for heads in (64, 8) for queries, keys in ((4096, 4096), (2048, 32768))]
+    *[
+        _decode(heads, batch, tokens)
+        for heads in (64, 8)
+        for batch, tokens in ((64, 1024), (64, 8192), (64, 32768), (8, 262144))
+    ],
+    _prefill(64, 4096, 4096),
+    _prefill(64, 2048, 32768),
+    _write(64, 1, 8192),
+    _write(1, 2048, 8192),
+]
