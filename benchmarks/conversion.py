@@ -4,8 +4,9 @@ restored: memory, speed against `cp`, work repeated, bytes read.
     python benchmarks/conversion.py --experts 128 --folder /big/disk [--rounds 2] [--kills 20] [--parts cp,kills,...]
 
 Needs three times the checkpoint on that disk: 30 GB for 128 experts, 49 for 384, 22 for 32 (a third less without cp,
-export and kills), and says so where they are not there. Every command runs in a process of its own, whose peak memory is the kernel's `ru_maxrss`. Before each copy
-and conversion, which take turns, the source leaves the page cache and what is dirty is written out.
+export and kills), and says so where they are not there. Every command runs in a process of its own, whose peak memory
+is the kernel's `ru_maxrss`. Before each copy and conversion, which take turns, the source leaves the page cache and
+what is dirty is written out.
 """
 
 import argparse
