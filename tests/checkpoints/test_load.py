@@ -304,7 +304,7 @@ def test_two_processes_read_half_each(published: dict[str, Path], converted: dic
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    driver = Path(__file__).with_name("restoring.py")
+    driver = Path(__file__).parents[2] / "benchmarks" / "restoring.py"
     commands = [[sys.executable, driver, converted["k2"], str(process), "2x4", port] for process in range(2)]
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
     outputs = [process.communicate(timeout=300) for process in running]
