@@ -16,7 +16,7 @@ from checkpoints.journal import digest
 from checkpoints.layout import Layout
 from checkpoints.metadata import MANIFEST
 from checkpoints.names import PACKED, SHAPE
-from checkpoints.reading import read_into
+from checkpoints.reading import Place, Remote, at, read_into, size
 from checkpoints.safetensors import CheckpointError, Tensor
 
 
@@ -25,14 +25,14 @@ class Chunk:
     """One file of the array in `folder`: all of the published tensor `name`, or its rows from `row` on."""
 
     name: str
-    folder: Path
+    folder: Place
     number: int
     layout: Layout
     stacked: bool
     sha256: str
 
     @property
-    def file(self) -> Path:
+    def file(self) -> Place:
         return self.folder / self.layout.file(self.number)
 
     @property
@@ -45,8 +45,8 @@ class Chunk:
         data, file = np.empty(self.layout.file_bytes, np.uint8), self.file
         if not file.is_file():
             raise CheckpointError(f"{file}: is not there; it holds tensor {self.name}")
-        if (size := file.stat().st_size) != data.nbytes or read_into(file, 0, data.data) != data.nbytes:
-            raise CheckpointError(f"{file}: has {size} bytes, expected {data.nbytes}; it holds tensor {self.name}")
+        if (found := size(file)) != data.nbytes or read_into(file, 0, data.data) != data.nbytes:
+            raise CheckpointError(f"{file}: has {found} bytes, expected {data.nbytes}; it holds tensor {self.name}")
         array = self.layout.decode(data)
         if check and digest(array) != self.sha256:
             raise CheckpointError(f"{file}: tensor {self.name} is not what was converted: its checksum differs")
@@ -63,15 +63,15 @@ class Converted:
     """A folder that `convert` wrote. `tensors` are the published ones with their names, shapes and dtypes, in no order
     of files; `Tensor.file` is the array's folder."""
 
-    folder: Path
+    folder: Place
     tensors: Mapping[str, Tensor]
     chunks: Mapping[str, tuple[Chunk, ...]]
     weight_shapes: Mapping[str, np.ndarray]
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Converted":
+    def open(cls, folder: str | Path | Remote) -> "Converted":
         """Raises FileNotFoundError where `folder` has no manifest of ours, CheckpointError where it is damaged."""
-        folder = Path(folder).absolute()
+        folder = at(folder)
         if not (folder / MANIFEST).is_file():
             raise FileNotFoundError(f"{folder}: holds no {MANIFEST}, so it is no checkpoint that `convert` finished")
         try:
@@ -109,10 +109,15 @@ class Converted:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _chunks(folder: Path, entry: Mapping[str, Any]) -> Iterator[Chunk]:
-    stacked, pattern, digests = "{}" in entry["published"], entry["published"], entry["sha256"]
+def layout_of(entry: Mapping[str, Any]) -> Layout:
+    """How a leaf lies, by its entry in the manifest."""
     shape, chunk, part = (tuple(entry[key]) for key in ("shape", "chunk", "part"))
-    layout = Layout(shape, jnp.dtype(entry["dtype"]), chunk, part)
+    return Layout(shape, jnp.dtype(entry["dtype"]), chunk, part)
+
+
+def _chunks(folder: Place, entry: Mapping[str, Any]) -> Iterator[Chunk]:
+    stacked, pattern, digests = "{}" in entry["published"], entry["published"], entry["sha256"]
+    layout = layout_of(entry)
     if len(digests) != layout.chunks:
         raise ValueError(f"{pattern} has {len(digests)} checksums, expected {layout.chunks}")
     for number, sha256 in enumerate(digests):

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from checkpoints.names import PACKED, SCALE, SCALE_INV, Leaf, stored
 from checkpoints.numerics import CODES_PER_WORD
-from checkpoints.orbax import OrbaxSource, open_checkpoint
+from checkpoints.sources import ConvertedSource, open_checkpoint
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import abstract
 
@@ -70,7 +70,7 @@ def summary(path: str | Path) -> Summary:
     Reads names and shapes only. Raises what `checkpoints.load` raises for a damaged one.
     """
     source = open_checkpoint(path)
-    kind: Kind = "orbax" if isinstance(source, OrbaxSource) else "safetensors"
+    kind: Kind = "orbax" if isinstance(source, ConvertedSource) else "safetensors"
     return _summary(kind, source.contents.config, source.contents.leaves)
 
 

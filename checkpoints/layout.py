@@ -22,6 +22,10 @@ PART_BYTES = 64 * 2**10  # smaller reads cost more than they save
 _UNSPLIT = (None, "embed", "expert")  # logical axes that tensor parallelism leaves whole
 
 
+# Part of an array: where it starts and stops along each dimension.
+Box = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Layout:
     """A leaf's `shape` and `dtype`, its `chunk` (one file each) and the `part` (one byte range each) that cut it. Both
@@ -110,6 +114,26 @@ class Layout:
         for cut, part in zip(self._cuts(), values.reshape(-1, *self.part), strict=True):
             chunk[cut] = part
         return chunk
+
+    def ranges(self, box: Box) -> Iterator[tuple[int, int, tuple[int, ...], Box]]:
+        """The byte ranges that part `box` of the array needs: number of the chunk, offset in its file, shape of what
+        lies there, and the part of the array that this is. A range has whole rows of a part, perhaps wider than the
+        box."""
+        unit = self.chunk if self.verbatim else self.part
+        per_chunk = [chunk // size for chunk, size in zip(self.chunk, unit, strict=True)]
+        spans = [range(start // size, -(-stop // size)) for (start, stop), size in zip(box, unit, strict=True)]
+        lead = next((i for i, size in enumerate(unit) if size > 1), 0)  # rows are contiguous from here on
+        for place in itertools.product(*spans):
+            chunk = [i // n for i, n in zip(place, per_chunk, strict=True)]
+            inner = [i % n for i, n in zip(place, per_chunk, strict=True)]
+            where = [(i * size, (i + 1) * size) for i, size in zip(place, unit, strict=True)]
+            first, last = max(box[lead][0], where[lead][0]), min(box[lead][1], where[lead][1])
+            number = int(np.ravel_multi_index(chunk, self.grid))
+            row = math.prod(unit[lead + 1 :]) * self.dtype.itemsize
+            offset = int(np.ravel_multi_index(inner, per_chunk)) * math.prod(unit) * self.dtype.itemsize
+            offset += (first - where[lead][0]) * row
+            where[lead] = (first, last)
+            yield number, offset, tuple(stop - start for start, stop in where), tuple(where)
 
     def _cuts(self) -> Iterator[tuple[slice, ...]]:
         sizes = [range(0, chunk, part) for chunk, part in zip(self.chunk, self.part, strict=True)]

@@ -1,74 +1,78 @@
 """Fills a `Kimi` from a checkpoint, sharded: an Orbax checkpoint of ours, or a published folder directly.
 
-Each process reads only the bytes of its own shards, a bounded batch of leaves at a time, and what is stored becomes
-what the model computes with on the device: INT4 words the kernels' codes, FP8 blocks bf16.
+A bounded batch of leaves at a time, each process reads the bytes of its own shards; of what several processes are to
+hold alike, each reads a part, and the rest comes from the others over the interconnect. What is stored becomes what
+the model computes with on the device: INT4 words the kernels' codes, FP8 blocks bf16.
 """
 
 import dataclasses
 import functools
-import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from checkpoints.metadata import MANIFEST, nested
-from checkpoints.names import (
-    PACKED,
-    SCALE,
-    SCALE_INV,
-    Contents,
-    Leaf,
-    abstract_of_form,
-    as_stored,
-    contents,
-    stored,
-    variable_path,
-    with_fp8,
-)
+from checkpoints.layout import Box
+from checkpoints.names import PACKED, SCALE, SCALE_INV, Leaf, variable_path
 from checkpoints.numerics import BLOCK, FP8
-from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.progress import Counter, Progress
+from checkpoints.reading import Remote
+from checkpoints.sources import ConvertedSource, PublishedSource, open_checkpoint
 from checkpoints.verify import check
-from kimi_jax import config_json
 from kimi_jax.model.kimi import Kimi
 from pallas_kernels import unpack_int4
 from sharding import spec
 
 BATCH_BYTES = 2**28  # held besides the model; one projection of a layer's experts may be more, and then goes alone
+READERS = 8  # a bucket answers many at once, and a disk too
+_VISION = ("vision_tower.", "mm_projector.")
 
 
 def load(
-    path: str | Path, mesh: Mesh | None = None, dtype: jax.typing.DTypeLike | None = None, *, verify: bool = False
+    path: str | Path | Remote,
+    mesh: Mesh | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    only: Sequence[str] | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
 ) -> Kimi:
-    """The model in folder `path`: an Orbax checkpoint of ours, or a published folder of safetensors.
+    """The model in `path`, a folder or URL: an Orbax checkpoint of ours, or a published folder of safetensors.
 
     Its arrays lie on `mesh` as `sharding.rules` says, on the default device where there is none. `dtype` casts the
     parameters, None keeps them as stored, FP8 as bf16, since the model does not compute in FP8. INT4 scales stay bf16,
     and the router's bias, `A_log` and `dt_bias` are float32 in any case. With `verify`, every chunk of a converted
     checkpoint is first held against its checksum, each process its share of them.
+
+    `only` names parts of the tree, like "model.layers.3" or "lm_head": nothing else is read, and what is left out stays
+    abstract (`jax.ShapeDtypeStruct`). Without any of its vision, ("model", "lm_head"), it is a model of text alone.
+    `progress` counts the bytes that this process reads.
+
     Raises FileNotFoundError where `path` holds no checkpoint, ConfigError or CheckpointError (both ValueErrors) where
-    it is damaged or of another model than its config.json says, ValueError where `mesh` does not divide the experts.
+    it is damaged or of another model than its config.json says, ValueError where `mesh` does not divide the experts, or
+    the model has no part that `only` names.
     """
     source = open_checkpoint(path)
     if verify:
         check(path, process_index=jax.process_index(), num_processes=jax.process_count())
     graphdef, state = nnx.split(source.contents.model)
     variables = dict(nnx.to_flat_state(state))
+    leaves = _chosen(source.contents.leaves, only)
 
     def out(path: str) -> Sharding:
         variable = variables[variable_path(path)]
         return _sharding(variable.get_metadata()["axes"], variable.shape, mesh)
 
-    for batch in _batches(source.contents.leaves):
-        arrays = source.arrays(batch, [_sharding(leaf.axes, leaf.shape, mesh) for leaf in batch])
+    reader = _Reader(source, leaves, mesh, progress)
+    for batch in _batches(leaves):
+        arrays = reader.arrays(batch)
         values: dict[str, jax.Array] = {}
         for leaf in batch:
             if leaf.path.endswith(PACKED):
@@ -88,7 +92,91 @@ def load(
         jax.block_until_ready(values)
         for path, value in values.items():
             variables[variable_path(path)] = variables[variable_path(path)].replace(value)
-    return nnx.merge(graphdef, nnx.from_flat_state(variables))
+    model = nnx.merge(graphdef, nnx.from_flat_state(variables))
+    if not any(leaf.path.startswith(_VISION) for leaf in leaves):
+        model.vision_tower = model.mm_projector = None
+        model.config = dataclasses.replace(model.config, vision=None)
+    return model
+
+
+def _chosen(leaves: Sequence[Leaf], only: Sequence[str] | None) -> list[Leaf]:
+    def within(leaf: Leaf, part: str) -> bool:
+        return f"{leaf.path}.".startswith(f"{part}.")
+
+    if only is None:
+        return list(leaves)
+    for part in only:
+        if not any(within(leaf, part) for leaf in leaves):
+            raise ValueError(f"only={part!r}: the model has no such part; one is {leaves[0].path.rsplit('.', 1)[0]!r}")
+    # words or e4m3 are of no use without their scales
+    weights = {_weight(leaf) for leaf in leaves if any(within(leaf, part) for part in only)}
+    return [leaf for leaf in leaves if _weight(leaf) in weights]
+
+
+class _Reader:
+    """Reads stored leaves as arrays on the mesh."""
+
+    def __init__(
+        self,
+        source: PublishedSource | ConvertedSource,
+        leaves: Sequence[Leaf],
+        mesh: Mesh | None,
+        progress: Progress | None,
+    ):
+        self.source = source
+        self.lies = {leaf.path: _sharding(leaf.axes, leaf.shape, mesh) for leaf in leaves}
+        self.read = {leaf.path: _spread(self.lies[leaf.path], leaf.shape) for leaf in leaves}
+        self.count = Counter(sum(map(self._nbytes, leaves)), progress)
+
+    def arrays(self, leaves: Sequence[Leaf]) -> dict[str, jax.Array]:
+        """The leaves by path, each as the rules say."""
+        with ThreadPoolExecutor(READERS) as pool:
+            found = {}
+            for leaf in leaves:
+                found[leaf.path], reads = self.source.blocks(leaf, set(self._boxes(leaf).values()))
+                for _ in pool.map(lambda read: read(), reads):
+                    pass
+                self.count(self._nbytes(leaf))
+        return {leaf.path: self._array(leaf, found.pop(leaf.path)) for leaf in leaves}
+
+    def _array(self, leaf: Leaf, blocks: dict[Box, Any]) -> jax.Array:
+        sharding, boxes = self.read[leaf.path], self._boxes(leaf)
+        shards = [jax.device_put(blocks[box], device) for device, box in boxes.items()]
+        array = jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+        return array if sharding == self.lies[leaf.path] else _gathered(self.lies[leaf.path])(array)
+
+    def _boxes(self, leaf: Leaf) -> dict[jax.Device, Box]:
+        devices = self.read[leaf.path].addressable_devices_indices_map(leaf.shape)
+        return {
+            device: tuple(part.indices(size)[:2] for part, size in zip(index or (), leaf.shape, strict=True))
+            for device, index in devices.items()
+        }
+
+    def _nbytes(self, leaf: Leaf) -> int:
+        boxes = set(self._boxes(leaf).values())
+        return sum(math.prod(stop - start for start, stop in box) for box in boxes) * leaf.dtype.itemsize
+
+
+def _spread(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
+    """Where to read an array that is to lie as `sharding`: split over the mesh axes along which it is replicated too,
+    so that no two processes read the same bytes."""
+    if jax.process_count() == 1 or not isinstance(sharding, NamedSharding):
+        return sharding
+    dims = [axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in sharding.spec]
+    dims += [()] * (len(shape) - len(dims))
+    for name, size in sharding.mesh.shape.items():
+        if size == 1 or any(name in axes for axes in dims):
+            continue
+        for i, axes in enumerate(dims):
+            if shape[i] % (size * math.prod(sharding.mesh.shape[axis] for axis in axes)) == 0:
+                dims[i] = (*axes, name)
+                break
+    return NamedSharding(sharding.mesh, PartitionSpec(*(axes or None for axes in dims)))
+
+
+@functools.cache
+def _gathered(out: Sharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=out)
 
 
 def _dense(array: jax.Array, to: jax.ShapeDtypeStruct, out: Sharding) -> jax.Array:
@@ -129,7 +217,7 @@ def _sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh |
 def _batches(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
     """Leaves in batches of `BATCH_BYTES` or one weight, words always with their scales."""
     batch: list[Leaf] = []
-    for _, group in groupby(sorted(leaves, key=lambda leaf: leaf.path), key=lambda leaf: leaf.path.rsplit(".", 1)[0]):
+    for _, group in groupby(sorted(leaves, key=lambda leaf: leaf.path), key=_weight):
         weight = list(group)
         if batch and sum(leaf.nbytes for leaf in (*batch, *weight)) > BATCH_BYTES:
             yield batch
@@ -138,90 +226,6 @@ def _batches(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
     yield batch
 
 
-@dataclasses.dataclass(frozen=True)
-class PublishedSource:
-    """A published folder, read by byte ranges."""
-
-    contents: Contents
-    published: Published
-
-    def arrays(self, leaves: Sequence[Leaf], shardings: Sequence[Sharding]) -> dict[str, jax.Array]:
-        """Stored leaves by path, each as its sharding says; only the bytes of this process's shards are read."""
-        return {leaf.path: self._array(leaf, sharding) for leaf, sharding in zip(leaves, shardings, strict=True)}
-
-    def _array(self, leaf: Leaf, sharding: Sharding) -> jax.Array:
-        blocks: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
-
-        def block(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            # replicas ask for the same block one after another
-            key = tuple(part.indices(size) for part, size in zip(index, leaf.shape, strict=True))
-            if key not in blocks:
-                blocks[key] = self._block(leaf, *index)
-            return blocks[key]
-
-        return jax.make_array_from_callback(leaf.shape, sharding, block)
-
-    def _block(self, leaf: Leaf, lead: slice, *rest: slice) -> np.ndarray:
-        rows = range(leaf.shape[0])[lead]
-        if not leaf.stacked:
-            return self.published.read(leaf.pattern, rows.start, rows.stop)[:, *rest]
-        first = self.published.read(leaf.names[rows.start])[*rest]
-        out = np.empty((len(rows), *first.shape), first.dtype)
-        out[0] = first
-        for i, expert in enumerate(rows[1:], 1):
-            out[i] = self.published.read(leaf.names[expert])[*rest]
-        return out
-
-
-@dataclasses.dataclass(frozen=True)
-class OrbaxSource:
-    """A checkpoint that `convert` wrote."""
-
-    contents: Contents
-    folder: Path
-
-    def arrays(self, leaves: Sequence[Leaf], shardings: Sequence[Sharding]) -> dict[str, jax.Array]:
-        """As `PublishedSource.arrays`, through Orbax."""
-        item = nested(
-            {
-                leaf.path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-                for leaf, sharding in zip(leaves, shardings, strict=True)
-            }
-        )
-        args = ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-        )
-        try:
-            tree = ocp.PyTreeCheckpointHandler().restore(epath.Path(self.folder), args=args)
-        except Exception as error:  # Orbax raises no narrower class for a chunk that is not there
-            damaged = [leaf.path for leaf in leaves if f"{self.folder / leaf.path}/" in str(error)]
-            if not damaged:
-                raise
-            raise CheckpointError(f"{self.folder}: leaf {damaged[0]} is damaged or not there") from error
-        return {leaf.path: functools.reduce(lambda node, key: node[key], leaf.path.split("."), tree) for leaf in leaves}
-
-
-def open_checkpoint(path: str | Path) -> PublishedSource | OrbaxSource:
-    """The checkpoint of either kind in folder `path`, its contents checked by name, shape and dtype.
-
-    Raises FileNotFoundError where there is none, and what `load` raises for one that does not fit its config.json.
-    """
-    path = Path(path).absolute()
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
-    if not (path / MANIFEST).is_file():
-        published = Published.open(path)
-        return PublishedSource(contents(config_json.from_folder(path), published), published)
-    manifest = json.loads((path / MANIFEST).read_text())
-    entries = manifest["leaves"]
-    model = abstract_of_form(config_json.from_folder(path), entries)
-    leaves_of_form = with_fp8(stored(model), lambda leaf: f"{leaf.path}_scale_inv" in entries)
-    expected = {leaf.path: leaf for leaf in leaves_of_form}
-    if wrong := sorted(expected.keys() ^ entries.keys()):
-        raise CheckpointError(f"{path}: {len(wrong)} leaves are missing or not of this model: {', '.join(wrong[:3])}")
-    leaves = []
-    for name, entry in entries.items():
-        leaf = dataclasses.replace(expected[name], pattern=entry["published"])
-        leaves.append(as_stored(leaf, tuple(entry["shape"]), jnp.dtype(entry["dtype"]), f"{path}: leaf {name}"))
-    return OrbaxSource(Contents(model, tuple(leaves), tuple(manifest["skipped"])), path)
+def _weight(leaf: Leaf) -> str:
+    """The same for what one weight is stored as."""
+    return leaf.path.rsplit(".", 1)[0]

@@ -10,6 +10,7 @@ from checkpoints.converted import Chunk, Converted
 from checkpoints.metadata import MANIFEST
 from checkpoints.pipeline import MEMORY, WORKERS
 from checkpoints.progress import Counter, Progress
+from checkpoints.reading import Remote
 from checkpoints.safetensors import CheckpointError, Published
 
 
@@ -52,7 +53,7 @@ def verify(
     return Verdict(tuple(found))
 
 
-def check(path: str | Path, *, process_index: int = 0, num_processes: int = 1) -> None:
+def check(path: str | Path | Remote, *, process_index: int = 0, num_processes: int = 1) -> None:
     """This process's share of the chunks of the converted checkpoint in `path`, against their checksums.
 
     Raises CheckpointError naming file and tensor of what is damaged, FileNotFoundError where there is no manifest.

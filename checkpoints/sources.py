@@ -1,0 +1,129 @@
+"""Checkpoints of either kind as stored leaves, any part of which is read by the byte ranges that it needs."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints.converted import layout_of
+from checkpoints.layout import Box, Layout
+from checkpoints.metadata import MANIFEST
+from checkpoints.names import Contents, Leaf, abstract_of_form, as_stored, contents, stored, with_fp8
+from checkpoints.reading import Place, Remote, at, read_into
+from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.writing import aligned
+from kimi_jax import config_json
+
+# What fills some arrays, in any order and by several threads.
+Reads = Iterator[Callable[[], object]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedSource:
+    """A published folder. What is asked for is read as whole rows of its tensors."""
+
+    contents: Contents
+    published: Published
+
+    def blocks(self, leaf: Leaf, boxes: Iterable[Box]) -> tuple[dict[Box, np.ndarray], Reads]:
+        """Arrays for parts of a leaf, and what has to be called to fill them."""
+        rest = 2 if leaf.stacked else 1  # columns begin here
+        columns = tuple((0, size) for size in leaf.shape[rest:])
+        rows = {box: (*box[:rest], *columns) for box in boxes}
+        arrays = {wide: _empty(wide, leaf.dtype) for wide in rows.values()}
+        cut = {
+            box: arrays[wide][(slice(None),) * rest + tuple(slice(*span) for span in box[rest:])]
+            for box, wide in rows.items()
+        }
+        return cut, (read for wide, array in arrays.items() for read in self._reads(leaf, wide, array))
+
+    def _reads(self, leaf: Leaf, box: Box, array: np.ndarray) -> Reads:
+        rows = box[1] if leaf.stacked else box[0]
+        for expert in range(*box[0]) if leaf.stacked else [0]:
+            target = array[expert - box[0][0]] if leaf.stacked else array
+            buffer = target.reshape(-1).view(np.uint8)
+            yield partial(self.published.read, leaf.pattern.format(expert), *rows, buffer)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedSource:
+    """A checkpoint that `convert` wrote."""
+
+    contents: Contents
+    folder: Place
+    layouts: Mapping[str, Layout]
+
+    def blocks(self, leaf: Leaf, boxes: Iterable[Box]) -> tuple[dict[Box, np.ndarray], Reads]:
+        """As `PublishedSource.blocks`."""
+        arrays = {box: _empty(box, leaf.dtype) for box in boxes}
+        return arrays, (read for box, array in arrays.items() for read in self._reads(leaf, box, array))
+
+    def _reads(self, leaf: Leaf, box: Box, array: np.ndarray) -> Reads:
+        layout = self.layouts[leaf.path]
+        for number, offset, shape, where in layout.ranges(box):
+            overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, where, strict=True)]
+            target = array[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(overlap, box, strict=True))]
+            kept = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(overlap, where, strict=True))
+
+            file = self.folder / leaf.path / layout.file(number)
+            yield partial(self._fill, leaf, file, offset, shape, target, kept)
+
+    def _fill(
+        self,
+        leaf: Leaf,
+        file: Place,
+        offset: int,
+        shape: tuple[int, ...],
+        target: np.ndarray,
+        kept: tuple[slice, ...],
+    ) -> None:
+        """Reads what lies at `offset`, of `shape`, and has `target` take the part `kept` of it."""
+        whole = target.shape == shape and target.flags.c_contiguous
+        into = target if whole else np.empty(shape, leaf.dtype)
+        data = into.reshape(-1).view(np.uint8).data
+        try:
+            complete = read_into(file, offset, data) == len(data)
+        except FileNotFoundError:
+            complete = False
+        if not complete:
+            raise CheckpointError(f"{self.folder}: leaf {leaf.path} is damaged or not there, in {file.name}")
+        if not whole:
+            target[...] = into[kept]
+
+
+def _empty(box: Box, dtype: np.dtype) -> np.ndarray:
+    """An array that a CPU device can take as it lies."""
+    shape = tuple(stop - start for start, stop in box)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return aligned(nbytes)[:nbytes].view(dtype).reshape(shape)
+
+
+def open_checkpoint(path: str | Path | Remote) -> PublishedSource | ConvertedSource:
+    """The checkpoint of either kind in `path`, a folder or URL, its contents checked by name, shape and dtype.
+
+    Raises FileNotFoundError where there is none, ConfigError or CheckpointError (both ValueErrors) for one that is
+    damaged or does not fit its config.json.
+    """
+    folder = at(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not (folder / MANIFEST).is_file():
+        published = Published.open(folder)
+        return PublishedSource(contents(config_json.from_folder(folder), published), published)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    entries = manifest["leaves"]
+    model = abstract_of_form(config_json.from_folder(folder), entries)
+    leaves_of_form = with_fp8(stored(model), lambda leaf: f"{leaf.path}_scale_inv" in entries)
+    expected = {leaf.path: leaf for leaf in leaves_of_form}
+    if wrong := sorted(expected.keys() ^ entries.keys()):
+        raise CheckpointError(f"{folder}: {len(wrong)} leaves are missing or not of this model: {', '.join(wrong[:3])}")
+    leaves = []
+    for name, entry in entries.items():
+        leaf = dataclasses.replace(expected[name], pattern=entry["published"])
+        leaves.append(as_stored(leaf, tuple(entry["shape"]), jnp.dtype(entry["dtype"]), f"{folder}: leaf {name}"))
+    layouts = {name: layout_of(entry) for name, entry in entries.items()}
+    return ConvertedSource(Contents(model, tuple(leaves), tuple(manifest["skipped"])), folder, layouts)
