@@ -1,7 +1,7 @@
 """transformers loads what `export` writes, whatever form it came in, and computes the same logits.
 
-Needs the `oracle` extra. Its native classes call some fields of config.json otherwise and know only plain weights of
-experts, so the checkpoints are exported with bf16 experts and their config.json is put in its words (`make`).
+Needs the `oracle` extra. transformers' native classes call some fields of config.json otherwise, so that is put in its
+words first (`make`).
 """
 
 import json
@@ -15,7 +15,7 @@ from checkpoint_oracle import FORMS, read_all
 from number_oracle import FP8, bf16, from_fp8
 
 from checkpoints import convert, export
-from checkpoints.toy import write_toy
+from checkpoints.toy import toy_config, write_toy
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +48,30 @@ def test_exported_toys_give_the_goldens(name: str, tmp_path: Path) -> None:
     for tokens, length, positions, right in rows:
         found = logits(tokens[:length])[positions]
         np.testing.assert_allclose(found, right, rtol=0, atol=make.REFERENCE_ERROR)
+
+
+def test_int4_made_here_is_read_by_compressed_tensors(tmp_path: Path) -> None:
+    """With the quantization_config that `convert` wrote, transformers unpacks the words itself: bit for bit what the
+    same checkpoint gives with bf16 experts."""
+    pytest.importorskip("make", reason="needs the oracle extra: torch, transformers, compressed-tensors")
+    import torch
+    import transformers
+
+    source = write_toy(tmp_path / "toy", toy_config("k2", num_hidden_layers=2, hidden_size=128))
+    export(convert(source, tmp_path / "orbax-int4", experts="int4").destination, tmp_path / "int4")
+    export(convert(tmp_path / "int4", tmp_path / "orbax-bf16", experts="bf16").destination, tmp_path / "bf16")
+    logits = []
+    for folder in (tmp_path / "int4", tmp_path / "bf16"):
+        values = json.loads((folder / "config.json").read_text())
+        assert ("quantization_config" in values) == (folder.name == "int4")
+        (folder / "config.json").write_text(json.dumps(values | {"model_type": "deepseek_v3"}))
+        model, info = transformers.DeepseekV3ForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, output_loading_info=True, attn_implementation="eager"
+        )
+        assert not any(info.values()), info
+        with torch.no_grad():
+            logits.append(model.eval()(torch.arange(20)[None]).logits.float())
+    assert logits[1].std() > 0.5 and torch.equal(*logits)
 
 
 def test_fp8_is_what_its_own_arithmetic_says(tmp_path: Path) -> None:
