@@ -170,6 +170,21 @@ def _call(
     bf16 = chip().bf16_vpu
     accumulator = pltpu.VMEM((tile.block, tile.N), jnp.float32)
     scale_rows = pltpu.VMEM((tile.N // LANES, tile.K_part // GROUP_SIZE, LANES), jnp.uint32 if bf16 else jnp.float32)
+    if not interpret:
+        # Else XLA, which sees no more than an operand, copies all experts' weights to vector memory beforehand.
+        weights = [
+            (
+                pltpu.with_memory_space_constraint(codes, pltpu.HBM),
+                pltpu.with_memory_space_constraint(scales, pltpu.HBM),
+            )
+            for codes, scales in weights
+        ]
+    cost = pl.CostEstimate(
+        flops=2 * tokens * K * N * len(weights),
+        transcendentals=0,
+        bytes_accessed=sum(codes.size // 2 + scales.nbytes for codes, scales in weights)
+        + tokens * (K + N) * dtype.itemsize,
+    )
     out = pl.pallas_call(
         functools.partial(
             _kernel, tile=tile, few=few, more=not few or tokens > FEW_ROWS, dtype=dtype, combine=combine, bf16=bf16
@@ -192,6 +207,7 @@ def _call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
         ),
+        cost_estimate=cost,
         name=name,
         interpret=interpret,
     )(*visit, x, *(array for pair in weights for array in pair))
