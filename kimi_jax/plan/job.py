@@ -106,7 +106,7 @@ def _parameters(config: KimiConfig) -> tuple[tuple[int | None, Weight], ...]:
             continue
         name = ".".join(part for part in path if isinstance(part, str))
         kind = next(kind for mark, kind in _KINDS if mark in name)
-        layer = int(path[2]) if path[:2] == ("model", "layers") else None
+        layer = int(str(path[2])) if path[:2] == ("model", "layers") else None
         found.append((layer, Weight(kind, name, axes, variable.shape, bits(variable.dtype))))
     return tuple(found)
 
