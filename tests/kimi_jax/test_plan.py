@@ -151,8 +151,9 @@ def test_what_the_compiler_says_is_told():
     sizes = mesh_sizes("data=8,tensor=8")
     held = analytic.memory(dataclasses.replace(here, sizes=sizes))
     made = Compiled(
-        arguments=held.weights + held.cache, results=10, in_place=4, temporaries=2**30, program=2**20, accessed=1.0,
-        flops=1.0, collectives=(), moved=(MovedWeight("all-gather", "gather.1", 2**22),), seconds=1.0, cpu_seconds=1.0,
+        arguments=held.weights + held.cache, results=10, in_place=4, temporaries=2**30, program=2**20, hbm_bytes=1,
+        accessed=1.0, collectives=(), moved=(MovedWeight("all-gather", "gather.1", 2**22),), seconds=1.0,
+        cpu_seconds=1.0,
     )  # fmt: skip
     told = plan.plan("K2.5", here, sizes=sizes, compile_step=fake(made))
     assert told.warnings == ("a gather of weights: all-gather gather.1 of 4.2 MB",)
