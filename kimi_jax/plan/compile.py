@@ -74,7 +74,8 @@ def compiled(job: Job) -> Compiled:
         short = next((line for line in words if "Ran out of memory" in line), None)
         if short is not None:
             raise DoesNotFitError(re.sub(r"^.*?(?=Ran out of memory)", "", short))
-        raise ValueError(f"the compiler failed ({done.returncode}): {words[-1] if words else 'without a word'}")
+        raised = [line for line in words if re.match(r"[\w.]+(Error|Exception)\b", line)] or words[-1:]
+        raise ValueError(f"the compiler failed ({done.returncode}): {raised[-1] if raised else 'without a word'}")
     found = json.loads(done.stdout.decode().splitlines()[-1])
     found["collectives"] = tuple(Collective(**{**one, "axes": tuple(one["axes"])}) for one in found["collectives"])
     found["moved"] = tuple(MovedWeight(**one) for one in found["moved"])

@@ -187,7 +187,7 @@ def test_what_a_fusion_only_picks_from_is_not_read_whole():
   ROOT %gather.1 = bf16[8,7168]{1,0} gather(%table.1, %rows.1), slice_sizes={1,7168}
 }
 
-ENTRY %main.1 (table: bf16[20480,7168], rows: s32[8], pages: bf16[512,576,128]) -> (bf16[8,7168], /*1*/ bf16[]) {
+ENTRY %main.1 (table: bf16[20480,7168], rows: s32[8], pages: bf16[512,576,128]) -> (bf16[8,7168], bf16[1]) {
   %table.2 = bf16[20480,7168]{1,0} parameter(0)
   %rows.2 = s32[8]{0} parameter(1)
   %pages.2 = bf16[512,576,128]{2,1,0} parameter(2)
