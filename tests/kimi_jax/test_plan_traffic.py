@@ -192,7 +192,7 @@ ENTRY %main.1 (table: bf16[20480,7168], rows: s32[8], pages: bf16[512,576,128]) 
   %rows.2 = s32[8]{0} parameter(1)
   %pages.2 = bf16[512,576,128]{2,1,0} parameter(2)
   %picked.2 = bf16[8,7168]{1,0} fusion(%table.2, %rows.2), kind=kLoop, calls=%picks.1
-  %write.2 = bf16[512,576,128]{2,1,0} custom-call(%rows.2, %picked.2, %pages.2), output_to_operand_aliasing={{}: (2, {})}
+  %write.2 = bf16[512,576,128] custom-call(%picked.2, %rows.2, %pages.2), output_to_operand_aliasing={{}: (2, {})}
   %out.2 = bf16[512,576,128]{2,1,0:S(1)} copy-start(%write.2)
   ROOT %tuple.2 = (bf16[8,7168]{1,0}, bf16[512,576,128]{2,1,0}) tuple(%picked.2, %write.2)
 }
