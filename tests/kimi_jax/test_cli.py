@@ -197,7 +197,7 @@ def test_mesh_and_dtype_go_to_load(published, loads, capsys):
 # --- help and usage ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "generate", "demo"])
+@pytest.mark.parametrize("command", ["convert", "inspect", "generate", "plan", "demo"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
