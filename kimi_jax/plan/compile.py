@@ -15,6 +15,7 @@ import sys
 import time
 from typing import Any
 
+from kimi_jax.plan.hbm import hbm_bytes
 from kimi_jax.plan.hlo import parse
 from kimi_jax.plan.job import Job
 from kimi_jax.plan.traffic import Collective, MovedWeight, collectives, moved_weights
@@ -23,16 +24,16 @@ from kimi_jax.plan.traffic import Collective, MovedWeight, collectives, moved_we
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """What the compiler says of a device's program. `arguments` are weights, cache and tokens, of which `in_place` are
-    results too; `results` come beside them. `accessed` and `flops` are its own account of the step, in which a kernel
-    reads its operands whole. `cpu_seconds` beside `seconds` shows how busy the machine was."""
+    results too; `results` come beside them. `hbm_bytes` goes to and from HBM (`plan.hbm`); `accessed` is the
+    compiler's own count, of all memories together. `cpu_seconds` beside `seconds` shows how busy the machine was."""
 
     arguments: int
     results: int
     in_place: int
     temporaries: int
     program: int
+    hbm_bytes: int
     accessed: float
-    flops: float
     collectives: tuple[Collective, ...]
     moved: tuple[MovedWeight, ...]
     seconds: float
@@ -73,7 +74,8 @@ def compiled(job: Job) -> Compiled:
         short = next((line for line in words if "Ran out of memory" in line), None)
         if short is not None:
             raise DoesNotFitError(re.sub(r"^.*?(?=Ran out of memory)", "", short))
-        raise ValueError(f"the compiler failed ({done.returncode}): {words[-1] if words else 'without a word'}")
+        raised = [line for line in words if re.match(r"[\w.]+(Error|Exception)\b", line)] or words[-1:]
+        raise ValueError(f"the compiler failed ({done.returncode}): {raised[-1] if raised else 'without a word'}")
     found = json.loads(done.stdout.decode().splitlines()[-1])
     found["collectives"] = tuple(Collective(**{**one, "axes": tuple(one["axes"])}) for one in found["collectives"])
     found["moved"] = tuple(MovedWeight(**one) for one in found["moved"])
@@ -122,15 +124,15 @@ def _compile(job: Job) -> Compiled:
         traced = decoding._extend.trace(program, arrays, state, *whole)
     made = traced.lower(lowering_platforms=("tpu",)).compile()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
-    held, cost, hlo = made.memory_analysis(), made.cost_analysis(), parse(made.as_text())
+    held, hlo = made.memory_analysis(), parse(made.as_text())
     return Compiled(
         arguments=held.argument_size_in_bytes,
         results=held.output_size_in_bytes,
         in_place=held.alias_size_in_bytes,
         temporaries=held.temp_size_in_bytes,
         program=held.generated_code_size_in_bytes,
-        accessed=cost.get("bytes accessed", 0.0),
-        flops=cost.get("flops", 0.0),
+        hbm_bytes=hbm_bytes(hlo),
+        accessed=made.cost_analysis().get("bytes accessed", 0.0),
         collectives=tuple(collectives(hlo, job.mesh)),
         moved=tuple(moved_weights(hlo, "arrays[")),
         seconds=seconds,

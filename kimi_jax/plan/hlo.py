@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
-_INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"\b(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
@@ -21,14 +21,14 @@ FREE = frozenset({"parameter", "bitcast", "tuple", "get-tuple-element", "constan
 
 @dataclass(frozen=True)
 class Instruction:
-    """`shape` and `attributes` are XLA's text; `operands` are names in the same computation."""
+    """`shape` and `attributes` are XLA's text; `operands` are names in the same computation, and for a parameter its
+    number."""
 
     name: str
     shape: str
     op: str
     operands: tuple[str, ...]
     attributes: str
-    is_root: bool
 
     @property
     def called(self) -> list[str]:
@@ -83,20 +83,21 @@ def parse(text: str) -> Program:
             current = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
         elif match := _INSTRUCTION.match(line):
-            instruction = _instruction(match[2], match[3], bool(match[1]))
+            instruction = _instruction(match[1], match[2])
             current[instruction.name] = instruction
     if not entry:
         raise ValueError("the compiled program's text has no ENTRY computation")
     return Program(computations, entry)
 
 
-def _instruction(name: str, text: str, is_root: bool) -> Instruction:
+def _instruction(name: str, text: str) -> Instruction:
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     shape, rest = text[:end], text[end:].lstrip()
     begin = rest.index("(")
     close = _closing(rest, begin)
-    operands = tuple(_NAME.findall(rest[begin:close]))
-    return Instruction(name, shape, rest[:begin], operands, rest[close + 1 :], is_root)
+    op, inside = rest[:begin], rest[begin + 1 : close]
+    operands = (inside,) if op == "parameter" else tuple(_NAME.findall(inside))
+    return Instruction(name, shape, op, operands, rest[close + 1 :])
 
 
 def _closing(text: str, begin: int) -> int:
@@ -107,6 +108,15 @@ def _closing(text: str, begin: int) -> int:
         if depth == 0:
             return match.start()
     raise ValueError(f"unbalanced brackets in {text[:80]!r}")
+
+
+def result(instruction: Instruction) -> str:
+    """The shape of what an instruction makes; of a start's (source, destination, ...) tuple, the destination."""
+    if not instruction.op.endswith("-start") or not instruction.shape.startswith("("):
+        return instruction.shape
+    arrays = re.findall(r"[a-z]+\d*\w*\[[\d,]*\](?:\{[^}]*\})?", instruction.shape)
+    # only a copy's comes first
+    return arrays[0] if instruction.op == "copy-start" else arrays[min(1, len(arrays) - 1)]
 
 
 def nbytes(shape: str, *, hbm_only: bool = False) -> int:

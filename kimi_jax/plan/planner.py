@@ -101,7 +101,7 @@ def plan(model: str, job: Job, *, sizes: Sizes | None = None, compile_step: Comp
     beside = None if made is None else made.beside_arguments
     sent = tuple(analytic.expected_collectives(job)) if made is None else made.collectives
     memory = analytic.memory(job, beside)
-    batch = analytic.largest_batch(job, beside)
+    batch = max(job.batch, analytic.largest_batch(job, beside))  # the job itself does fit
     return Plan(
         model=model,
         job=job,
@@ -112,7 +112,7 @@ def plan(model: str, job: Job, *, sizes: Sizes | None = None, compile_step: Comp
         collectives=sent,
         largest_batch=batch,
         largest_context=analytic.largest_context(job, beside),
-        confirmed=None if compile_step is None else _fits(dataclasses.replace(job, batch=batch), compile_step),
+        confirmed=None if compile_step is None else _fits(job, batch, compile_step),
         alternatives=tuple(_alternatives(job, ranked)),
         compiled=made,
         warnings=() if made is None else tuple(_warnings(memory, made)),
@@ -160,9 +160,11 @@ def _compile(model: str, job: Job, compile_step: Compile) -> Compiled:
         ) from error
 
 
-def _fits(job: Job, compile_step: Compile) -> bool:
+def _fits(job: Job, batch: int, compile_step: Compile) -> bool:
+    """Whether the compiler fits this batch, knowing that it fits the job's own."""
     try:
-        compile_step(job)
+        if batch > job.batch:
+            compile_step(dataclasses.replace(job, batch=batch))
     except DoesNotFitError:
         return False
     return True

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kimi_jax.plan.hlo import FREE, Instruction, Program, nbytes
+from kimi_jax.plan.hlo import FREE, Program, nbytes, result
 
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "ragged-all-to-all",
          "reduce-scatter")  # fmt: skip
@@ -99,17 +99,9 @@ def moved_weights(program: Program, mark: str) -> list[MovedWeight]:
         if instruction.name not in ours or instruction.op in FREE or instruction.op.endswith(("-done", "-update")):
             continue
         kind = instruction.op.removesuffix("-start")
-        size = nbytes(_result(instruction), hbm_only=True)
+        size = nbytes(result(instruction), hbm_only=True)
         if kind in KINDS:
-            found.append(MovedWeight(kind, instruction.name, nbytes(_result(instruction))))
+            found.append(MovedWeight(kind, instruction.name, nbytes(result(instruction))))
         elif size >= COPY_BYTES:
             found.append(MovedWeight("copy", instruction.name, size))
     return found
-
-
-def _result(instruction: Instruction) -> str:
-    """The shape of what an instruction makes; of a start's (destination, source, context) tuple, the destination."""
-    if not instruction.op.endswith("-start") or not instruction.shape.startswith("("):
-        return instruction.shape
-    arrays = re.findall(r"[a-z]+\d*\w*\[[\d,]*\](?:\{[^}]*\})?", instruction.shape)
-    return arrays[0] if instruction.op.startswith("copy") else arrays[min(1, len(arrays) - 1)]

@@ -278,7 +278,7 @@ def test_a_toy_of_a_published_folder(published, tmp_path, capsys):
 # --- help and usage ---------------------------------------------------------------------------------------------------
 
 
-COMMANDS = ("convert", "export", "verify", "make-toy", "inspect", "generate", "demo")
+COMMANDS = ("convert", "export", "verify", "make-toy", "inspect", "generate", "plan", "demo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

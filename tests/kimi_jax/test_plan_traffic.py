@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kimi_jax.plan.hbm import hbm_bytes
 from kimi_jax.plan.hlo import nbytes, parse
 from kimi_jax.plan.traffic import Collective, MovedWeight, collectives, moved_weights
 
@@ -167,3 +168,35 @@ def test_a_program_compiled_here():
     assert len(found) == 3
     (gathered,) = [moved for moved in moved_weights(program, "arrays[") if moved.how != "copy"]
     assert (gathered.how, gathered.nbytes) == ("all-gather", 2**21)
+
+
+def test_what_goes_to_and_from_hbm():
+    # the INT4 stack into VMEM; weights transposed, then gathered to twice as much; sums of a block; loops as they stand
+    block, weights = 8 * 128 * 4, 2**21
+    loops = 2 * 2 * (block + 4) + 4  # the first loop's tuple has a number more
+    sums = 3 * 2 * block
+    choice, scatter = 3 * block + 4, block + block // 4
+    assert hbm_bytes(parse(TEXT)) == 2**21 + 2 * weights + 3 * weights + sums + loops + choice + scatter
+
+
+def test_what_a_fusion_only_picks_from_is_not_read_whole():
+    text = """\
+%picks.1 (table: bf16[20480,7168], rows: s32[8]) -> bf16[8,7168] {
+  %table.1 = bf16[20480,7168]{1,0} parameter(0)
+  %rows.1 = s32[8]{0} parameter(1)
+  ROOT %gather.1 = bf16[8,7168]{1,0} gather(%table.1, %rows.1), slice_sizes={1,7168}
+}
+
+ENTRY %main.1 (table: bf16[20480,7168], rows: s32[8], pages: bf16[512,576,128]) -> (bf16[8,7168], bf16[1]) {
+  %table.2 = bf16[20480,7168]{1,0} parameter(0)
+  %rows.2 = s32[8]{0} parameter(1)
+  %pages.2 = bf16[512,576,128]{2,1,0} parameter(2)
+  %picked.2 = bf16[8,7168]{1,0} fusion(%table.2, %rows.2), kind=kLoop, calls=%picks.1
+  %write.2 = bf16[512,576,128] custom-call(%picked.2, %rows.2, %pages.2), output_to_operand_aliasing={{}: (2, {})}
+  %out.2 = bf16[512,576,128]{2,1,0:S(1)} copy-start(%write.2)
+  ROOT %tuple.2 = (bf16[8,7168]{1,0}, bf16[512,576,128]{2,1,0}) tuple(%picked.2, %write.2)
+}
+"""
+    rows, pages = 8 * 7168 * 2, 512 * 576 * 128 * 2
+    picked, written, fetched = 2 * rows + 32, rows + 32, pages
+    assert hbm_bytes(parse(text)) == picked + written + fetched
