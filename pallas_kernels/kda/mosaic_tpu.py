@@ -74,6 +74,11 @@ def unsupported(q: Array, k: Array, v: Array, g: Array) -> str | None:
     return None if g.dtype == jnp.float32 else f"g is {g.dtype}, expected float32"
 
 
+def heads_of_step(total: int, Dk: int, Dv: int) -> int:
+    """Heads that a grid step takes of `total`."""
+    return max(n for n in range(1, total + 1) if total % n == 0 and (n == 1 or n * (Dk + Dv) <= MOST_CHANNELS))
+
+
 def kda(
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B T H Dk"],
@@ -90,7 +95,7 @@ def kda(
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B N H Dk Dv"]]:
     """Outputs in v's dtype and the states after each segment; arguments as `xla.chunked`."""
     (batch, tokens, total, Dk), Dv = q.shape, v.shape[3]
-    heads = max(n for n in range(1, total + 1) if total % n == 0 and (n == 1 or n * (Dk + Dv) <= MOST_CHANNELS))
+    heads = heads_of_step(total, Dk, Dv)
     plan = Plan(heads, 2 - heads % 2, scores.base_block(lower_bound), normalize_qk, scale)
     packs, lanes = heads // plan.pack, plan.pack * CHUNK
     if segment_ids is None:

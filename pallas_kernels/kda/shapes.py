@@ -24,6 +24,7 @@ class Step(NamedTuple):
 
 
 KIMI = (Shape("Kimi Linear, two of its heads, 300 tokens", 1, 300, 2, 128, 128),)
+PROMPT = Shape("Kimi Linear, a prompt", 1, 4096, 32, 128, 128)
 AWKWARD = (
     Shape("one token", 2, 1, 1, 8, 4),
     Shape("a chunk less one", 1, 63, 2, 16, 24),

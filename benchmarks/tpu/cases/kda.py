@@ -1,5 +1,4 @@
-"""KDA over a prompt of 4,096 tokens at Kimi Linear's 32 heads of 128 x 128, projections as they come; the gate
-unbounded, and bounded as K3's."""
+"""KDA over a prompt at Kimi Linear's sizes, projections as they come; the gate unbounded, and bounded as K3's."""
 
 from functools import partial
 
@@ -7,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import kda
+from pallas_kernels.kda import mosaic_tpu
+from pallas_kernels.kda.mosaic_blocks import CHUNK
+from pallas_kernels.kda.shapes import PROMPT
 from tpu.case import Case
 
-HEADS, WIDTH, TOKENS, CHUNK = 32, 128, 4096, 64
-HEADS_OF_A_STEP = 16
+TOKENS, HEADS, WIDTH = PROMPT.T, PROMPT.H, PROMPT.Dk
 
 
 def _case(lower_bound: float | None) -> Case:
@@ -35,7 +36,7 @@ def _case(lower_bound: float | None) -> Case:
         return prefill, (bf16(wide), bf16(wide), bf16(wide), f32(wide), f32((1, TOKENS, HEADS)))
 
     gate = "any gate" if lower_bound is None else f"gate >= {lower_bound:g}"
-    steps = HEADS // HEADS_OF_A_STEP * TOKENS // CHUNK
+    steps = HEADS // mosaic_tpu.heads_of_step(HEADS, WIDTH, WIDTH) * TOKENS // CHUNK
     per_chunk = 10 * CHUNK * CHUNK * WIDTH + 6 * CHUNK * WIDTH * WIDTH
     return Case(
         name=f"kda H={HEADS} {TOKENS // 1024}k tokens, {gate}",
