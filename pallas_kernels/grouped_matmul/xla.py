@@ -130,12 +130,14 @@ def _outer_products(
 
 def _ragged(x, weights, group_sizes, group_offset):
     starts, ends = local_groups(group_sizes, group_offset, weights.shape[0])
+    # One pass multiplies bf16 exactly; asked for more, the kernel that this becomes on a TPU does not compile.
+    precision = lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
     # ragged_dot has no offset: bring the first local row to the top, and back afterwards.
     product = lax.ragged_dot(
         jnp.roll(x, -starts[0], axis=0),
         jnp.swapaxes(weights, 1, 2),
         ends - starts,
-        precision=lax.Precision.HIGHEST,
+        precision=precision,
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
     rows = jnp.arange(x.shape[0])
