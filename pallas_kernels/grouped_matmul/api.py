@@ -4,15 +4,17 @@ Source of the form: megablocks (arXiv 2211.15841) and `jax.lax.ragged_dot`, with
 devices.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
-from pallas_kernels.dispatch import choose
-from pallas_kernels.grouped_matmul import xla
+from pallas_kernels.dispatch import choose, with_gradient
+from pallas_kernels.grouped_matmul import mosaic_tpu, xla
 
-_MATMUL = {"xla": xla.grouped_matmul}
-_SWIGLU = {"xla": xla.grouped_swiglu}
+_MATMUL: dict[str, Callable[..., Array]] = {"xla": xla.grouped_matmul, "mosaic_tpu": mosaic_tpu.grouped_matmul}
+_SWIGLU: dict[str, Callable[..., Array]] = {"xla": xla.grouped_swiglu, "mosaic_tpu": mosaic_tpu.grouped_swiglu}
 
 
 @checks_arguments
@@ -31,7 +33,8 @@ def grouped_matmul(
       weights: [E, N, K], in x's dtype.
       group_sizes: int32 [groups], rows of every group, those held elsewhere too; their sum is at most T.
       group_offset: `weights` are those of groups [group_offset, group_offset + E); None says that all groups are here.
-      implementation: "xla", or None for the best that the platform has.
+      implementation: "mosaic_tpu" (x bf16 or float32, N and K multiples of 128), "xla", or None for the best that the
+        platform has.
 
     Returns:
       [T, N] in x's dtype, accumulated in float32. Rows of groups held elsewhere, and rows past the last group, are
@@ -46,7 +49,9 @@ def grouped_matmul(
     check_dtype(op, "weights", weights, jnp.result_type(x))
     bind_shapes(op, x=(x, "T K"), weights=(weights, "E N K"), group_sizes=(group_sizes, "groups"))
     offset = check_groups(op, x, group_sizes, group_offset, jnp.shape(weights)[0])
-    return choose(op, implementation, _MATMUL)(*map(jnp.asarray, (x, weights, group_sizes, offset)))
+    arguments = tuple(map(jnp.asarray, (x, weights, group_sizes, offset)))
+    run = choose(op, implementation, _MATMUL, mosaic_tpu.unsupported(*arguments[:2]))
+    return with_gradient(run, xla.grouped_matmul)(*arguments)
 
 
 @checks_arguments
@@ -69,7 +74,9 @@ def grouped_swiglu(
     check_dtype(op, "up", up, jnp.result_type(x))
     bind_shapes(op, x=(x, "T K"), gate=(gate, "E N K"), up=(up, "E N K"), group_sizes=(group_sizes, "groups"))
     offset = check_groups(op, x, group_sizes, group_offset, jnp.shape(gate)[0])
-    return choose(op, implementation, _SWIGLU)(*map(jnp.asarray, (x, gate, up, group_sizes, offset)))
+    arguments = tuple(map(jnp.asarray, (x, gate, up, group_sizes, offset)))
+    run = choose(op, implementation, _SWIGLU, mosaic_tpu.unsupported(*arguments[:2]))
+    return with_gradient(run, xla.grouped_swiglu)(*arguments)
 
 
 @checks_arguments

@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int4, Int32
 
 from pallas_kernels.chip import chip
-from pallas_kernels.grouped_matmul.blocks import local_groups
+from pallas_kernels.grouped_matmul.visits import rows_at_once, visits
 from pallas_kernels.int4_grouped_matmul import block_diagonal
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE
 
@@ -69,8 +69,7 @@ def unsupported(x: Array, codes: Array) -> str | None:
 
 def tiles(tokens: int, K: int, N: int, groups: int, dtype: Any) -> Tiles:
     """Sizes for `tokens` rows over `groups` groups. Rows are multiplied in numbers near a group's mean."""
-    mean = -(-tokens // groups)
-    rows = next(n for n in (16, 32, 64, 128, 256, 512) if n >= min(mean, 512))
+    rows = rows_at_once(tokens, groups)
     most = max(rows, BLOCK_BYTES // (K * jnp.dtype(dtype).itemsize) // rows * rows)
     outputs = max(n for n in range(128, N + 1, 128) if N % n == 0 and (n == 128 or K * n <= 2 * STEP_BYTES))
 
@@ -118,32 +117,6 @@ def int4_grouped_swiglu(
         return gate * jax.nn.sigmoid(gate) * up
 
     return _call(x, [gate, up], group_sizes, group_offset, combine, name="int4_grouped_swiglu", interpret=interpret)
-
-
-class Visits(NamedTuple):
-    """Of each visit its block and its group; how many there are; and each group's first row and end."""
-
-    block: Int32[Array, "visits"]
-    group: Int32[Array, "visits"]
-    total: Int32[Array, "1"]
-    start: Int32[Array, "local"]
-    end: Int32[Array, "local"]
-
-
-def visits(
-    group_sizes: Int32[Array, "all"], group_offset: Int[Array, ""], num_local: int, blocks: int, size: int
-) -> Visits:
-    """Pairs of a block and a local group with rows in it, block by block; a block without any visits group 0, whose
-    rows there are none, so that every block is written."""
-    starts, ends = local_groups(group_sizes, group_offset, num_local)
-    first = size * jnp.arange(blocks, dtype=jnp.int32)[:, None]
-    wanted = jnp.minimum(ends, first + size) > jnp.maximum(starts, first)
-    wanted |= ~wanted.any(axis=1, keepdims=True) & (jnp.arange(num_local) == 0)
-    # The n-th pair wanted is the first that n + 1 are wanted up to. (jnp.nonzero would scatter.)
-    up_to = jnp.cumsum(wanted.reshape(-1), dtype=jnp.int32)
-    chosen = jnp.sum(up_to <= jnp.arange(blocks + num_local, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
-    chosen = jnp.minimum(chosen, wanted.size - 1)
-    return Visits(chosen // num_local, chosen % num_local, up_to[-1:], starts, ends)
 
 
 def _call(

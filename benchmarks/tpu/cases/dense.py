@@ -1,0 +1,46 @@
+"""Dense grouped matmuls: Kimi Linear's experts in bf16, few rows and many; HBM bytes are those of the matrices."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul import mosaic_tpu
+from tpu.case import Case
+
+GROUPS = 32
+
+
+def _case(op: Any, K: int, N: int, rows: int) -> Case:
+    """`rows` a group, which fill whole windows or lie in one."""
+    of_a_group = 2 if op is grouped_swiglu else 1
+
+    def build() -> tuple[Any, tuple[Any, ...]]:
+        weight = jax.ShapeDtypeStruct((GROUPS, N, K), jnp.bfloat16)
+        x, sizes = jax.ShapeDtypeStruct((rows * GROUPS, K), jnp.bfloat16), jax.ShapeDtypeStruct((GROUPS,), jnp.int32)
+        return functools.partial(op, implementation="mosaic_tpu"), (x, *[weight] * of_a_group, sizes)
+
+    def trips() -> tuple[int, ...]:
+        steps = GROUPS * (N // mosaic_tpu.outputs_of_a_step(N, K, 2))
+        return (steps, steps * max(1, rows // mosaic_tpu.window_rows(rows * GROUPS, GROUPS)))
+
+    weights = of_a_group * GROUPS * N * K
+    return Case(
+        name=f"{op.__name__} {K}x{N} M={rows} x {GROUPS}",
+        kernel=op.__name__,
+        build=build,
+        trips=trips,
+        units=2 * weights / 1024,
+        unit="KiB of weights",
+        hbm_bytes=2.0 * weights,
+        flops=2.0 * weights * rows,
+    )
+
+
+CASES = [
+    _case(op, K, N, rows)
+    for op, K, N in ((grouped_swiglu, 2304, 1024), (grouped_matmul, 1024, 2304))
+    for rows in (8, 512)
+]

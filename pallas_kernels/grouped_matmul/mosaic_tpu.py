@@ -1,0 +1,145 @@
+"""Grouped matmul and SwiGLU as one Pallas kernel for TPUs, with the matrices as they are published, [E, N, K].
+
+(`jax.lax.ragged_dot` wants them the other way round, and XLA then copies all experts' weights at every call.) The grid
+is (N tiles, visits), the number of visits dynamic. A step takes all K inputs of a tile of the visit's matrix, up to 4
+MiB, and multiplies the group's rows of the block by it, a window at a time. Rows of other groups in a window are
+multiplied too and not written. A block of x stays in vector memory for all its visits; a matrix is read once per visit.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels.grouped_matmul.blocks import swiglu
+from pallas_kernels.grouped_matmul.visits import WINDOWS, rows_at_once, visits
+
+BLOCK_BYTES, STEP_BYTES = 2**23, 2**22
+LANES = 128
+
+
+def unsupported(x: Array, weights: Array) -> str | None:
+    """Why the kernel cannot take these shapes and dtypes."""
+    N, K = weights.shape[1:]
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x is {x.dtype}, expected bfloat16 or float32"
+    if x.shape[0] == 0:
+        return "x has no rows"
+    if N % LANES or K % LANES:
+        return f"weights are [{N}, {K}], expected multiples of {LANES}"
+    return None
+
+
+def grouped_matmul(
+    x: Float[Array, "T K"],
+    weights: Float[Array, "E N K"],
+    group_sizes: Int32[Array, "groups"],
+    group_offset: Int[Array, ""],
+    *,
+    interpret: Any = False,
+) -> Float[Array, "T N"]:
+    """See `api.grouped_matmul`."""
+    return _call(x, [weights], group_sizes, group_offset, lambda y: y, name="grouped_matmul", interpret=interpret)
+
+
+def grouped_swiglu(
+    x: Float[Array, "T K"],
+    gate: Float[Array, "E N K"],
+    up: Float[Array, "E N K"],
+    group_sizes: Int32[Array, "groups"],
+    group_offset: Int[Array, ""],
+    *,
+    interpret: Any = False,
+) -> Float[Array, "T N"]:
+    """See `api.grouped_swiglu`."""
+    return _call(x, [gate, up], group_sizes, group_offset, swiglu, name="grouped_swiglu", interpret=interpret)
+
+
+def outputs_of_a_step(N: int, K: int, itemsize: int) -> int:
+    """N tile: as many outputs as a step's bytes allow, a divisor of N."""
+    return max(n for n in range(LANES, N + 1, LANES) if N % n == 0 and (n == LANES or n * K * itemsize <= STEP_BYTES))
+
+
+def window_rows(tokens: int, groups: int) -> int:
+    """Rows of a window; more than 256 at once take the compiler minutes."""
+    return min(rows_at_once(tokens, groups), 256)
+
+
+def _call(
+    x: Float[Array, "T K"],
+    weights: list[Float[Array, "E N K"]],
+    group_sizes: Int32[Array, "groups"],
+    group_offset: Int[Array, ""],
+    combine: Callable[..., Array],
+    *,
+    name: str,
+    interpret: Any,
+) -> Float[Array, "T N"]:
+    tokens, (num_local, N, K) = x.shape[0], weights[0].shape
+    rows = window_rows(tokens, num_local)
+    most = max(rows, BLOCK_BYTES // (K * x.dtype.itemsize) // rows * rows)
+    block = min(-(-tokens // rows) * rows, most, WINDOWS[-1])
+    outputs = outputs_of_a_step(N, K, x.dtype.itemsize)
+    blocks = -(-tokens // block)
+    visit = visits(group_sizes, group_offset, num_local, blocks, block)
+    weight = pl.BlockSpec((None, outputs, K), lambda n, v, block, group, *_: (group[v], n, 0))
+    out = pl.pallas_call(
+        functools.partial(_kernel, rows=rows, combine=combine),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(N // outputs, visit.total[0]),
+            in_specs=[pl.BlockSpec((block, K), lambda n, v, block, *_: (block[v], 0)), *[weight] * len(weights)],
+            out_specs=pl.BlockSpec((block, outputs), lambda n, v, block, *_: (block[v], n)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((blocks * block, N), x.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
+        ),
+        name=name,
+        interpret=interpret,
+    )(*visit, jnp.pad(x, [(0, blocks * block - tokens), (0, 0)]), *weights)
+    return out[:tokens]
+
+
+def _kernel(
+    block_ref: Any,
+    group_ref: Any,
+    count_ref: Any,
+    start_ref: Any,
+    end_ref: Any,
+    x_ref: Any,
+    *refs: Any,
+    rows: int,
+    combine: Callable[..., Array],
+) -> None:
+    *weights, out_ref = refs
+    v = pl.program_id(1)
+    size = x_ref.shape[0]
+    start, end = (jnp.clip(edge[group_ref[v]] - block_ref[v] * size, 0, size) for edge in (start_ref, end_ref))
+
+    @pl.when((v == 0) | (block_ref[v] != block_ref[jnp.maximum(v - 1, 0)]))
+    def _zero() -> None:
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    def window(i: Array, _: None) -> None:
+        first = pl.multiple_of(i * rows, rows)
+        here = pl.ds(first, rows)
+        number = first + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+        fresh = combine(*(_dot_transposed(x_ref[here, :], weight[...]) for weight in weights))
+        mine = (number >= start) & (number < end)
+        out_ref[here, :] = jnp.where(mine, fresh, out_ref[here, :].astype(jnp.float32)).astype(out_ref.dtype)
+
+    lax.fori_loop(start // rows, jnp.where(end > start, pl.cdiv(end, rows), start // rows), window, None)
+
+
+def _dot_transposed(x: Array, weights: Array) -> Array:
+    """x weightsᵀ in float32."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    contract_last = (((1,), (1,)), ((), ()))
+    return lax.dot_general(x, weights, contract_last, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,42 @@
+"""How a Pallas kernel walks over a ragged batch: rows are cut in blocks, and a visit is a block with a group in it."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Int32
+
+from pallas_kernels.grouped_matmul.blocks import local_groups
+
+WINDOWS = (16, 32, 64, 128, 256, 512)
+
+
+def rows_at_once(tokens: int, groups: int) -> int:
+    """Rows that one matrix product takes: a number near the groups' mean."""
+    mean = -(-tokens // groups)
+    return next(rows for rows in WINDOWS if rows >= min(mean, WINDOWS[-1]))
+
+
+class Visits(NamedTuple):
+    """Of each visit its block and its group; how many there are; and each group's first row and end."""
+
+    block: Int32[Array, "visits"]
+    group: Int32[Array, "visits"]
+    total: Int32[Array, "1"]
+    start: Int32[Array, "local"]
+    end: Int32[Array, "local"]
+
+
+def visits(
+    group_sizes: Int32[Array, "all"], group_offset: Int[Array, ""], num_local: int, blocks: int, size: int
+) -> Visits:
+    """Pairs of a block and a local group with rows in it, block by block; a block without any visits group 0, whose
+    rows there are none, so that every block is written."""
+    starts, ends = local_groups(group_sizes, group_offset, num_local)
+    first = size * jnp.arange(blocks, dtype=jnp.int32)[:, None]
+    wanted = jnp.minimum(ends, first + size) > jnp.maximum(starts, first)
+    wanted |= ~wanted.any(axis=1, keepdims=True) & (jnp.arange(num_local) == 0)
+    # The n-th pair wanted is the first that n + 1 are wanted up to. (jnp.nonzero would scatter.)
+    up_to = jnp.cumsum(wanted.reshape(-1), dtype=jnp.int32)
+    chosen = jnp.sum(up_to <= jnp.arange(blocks + num_local, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+    chosen = jnp.minimum(chosen, wanted.size - 1)
+    return Visits(chosen // num_local, chosen % num_local, up_to[-1:], starts, ends)
