@@ -11,6 +11,10 @@ where all queries see all keys nothing is masked, else smaller parts of the bloc
 sees a key. Keys that no query of a block sees are zeroed in it, for they may hold anything and 0 * NaN is NaN.
 
 The outermost grid axis halves the heads for chips whose two cores share a kernel.
+
+Spills: a whole block's scores, 2,048 vectors, pass through 64 registers while the scores of one head and the softmax of
+another overlap: some 750 stores and loads in 4,940 bundles on v6e, and 1,200 in 12,400 on v5e, where the matrix unit is
+96 % taken. Blocks a quarter as large spill 36, and take 40 % more bundles a score on v6e.
 """
 
 import math
