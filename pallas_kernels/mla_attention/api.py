@@ -41,7 +41,8 @@ def mla_prefill(
       implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
 
     Returns:
-      [B, S, H, Dv] in v's dtype (softmax and accumulation in float32), and with `return_lse` float32 [B, S, H].
+      [B, S, H, Dv] in v's dtype (softmax and accumulation in float32), and with `return_lse` float32 [B, S, H], of the
+      weights as they meet v (on a TPU rounded to its dtype).
       A query that sees nothing gets zeros and -inf. Keys that nobody sees may hold anything. Differentiable in q, k and
       v.
 
@@ -109,8 +110,8 @@ def mla_decode(
       differentiable.
 
     Raises:
-      ValueError: shapes or dtypes other than these, or (where the values are known) a length beyond the table or a page
-        out of range.
+      ValueError: shapes or dtypes other than these, or (where the values are known) a length below 0 or beyond the
+        table, or a page out of range.
     """
     op = "mla_decode"
     sizes = bind_shapes(op, q_latent=(q_latent, "B H L"), q_rope=(q_rope, "B H R"))
@@ -192,6 +193,8 @@ def _check_pages(op: str, cache: Array, page_table: Array, lengths: np.ndarray |
     table, (pages, _, page) = known(page_table), jnp.shape(cache)
     if table is None or lengths is None or not lengths.size:
         return
+    if lengths.min() < 0:
+        raise ValueError(f"{op}: a sequence has {lengths.min()} tokens, expected 0 or more")
     if lengths.max() > table.shape[1] * page:
         raise ValueError(
             f"{op}: a sequence has {lengths.max()} tokens, expected at most {table.shape[1]} pages of {page}"

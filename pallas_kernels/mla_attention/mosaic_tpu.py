@@ -165,7 +165,7 @@ def _decode_kernel(
         own = lax.broadcasted_iota(jnp.int32, square, 0) == lax.broadcasted_iota(jnp.int32, square, 1)
         lse[0] = jnp.sum(jnp.where(own, column, 0), axis=0, keepdims=True)
 
-    @pl.when(length == 0)
+    @pl.when(length <= 0)
     def _():
         out[...] = jnp.zeros_like(out)
         lse[...] = jnp.full_like(lse, -jnp.inf)
