@@ -4,8 +4,9 @@ restored: memory, speed against `cp`, work repeated, bytes read.
     python benchmarks/conversion.py --experts 128 --folder /big/disk [--rounds 2] [--kills 20] [--parts cp,kills,...]
 
 Needs three times the checkpoint on that disk: 30 GB for 128 experts, 49 for 384, 22 for 32 (a third less without cp,
-export and kills), and says so where they are not there. Every command runs in a process of its own, whose peak memory is the kernel's `ru_maxrss`. Before each copy
-and conversion, which take turns, the source leaves the page cache and what is dirty is written out.
+export and kills), and says so where they are not there. Every command runs in a process of its own, whose peak memory
+is the kernel's `ru_maxrss`. Before each copy and conversion, which take turns, the source leaves the page cache and
+what is dirty is written out.
 """
 
 import argparse
@@ -197,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--memory", default="2GiB")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--mesh", default="1x8")
+    parser.add_argument("--mesh", default="1x2x4x1", help="of eight devices, for restore (default %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     arguments = parser.parse_args(argv)
     console, parts = Console(width=120), arguments.parts.split(",")

@@ -78,9 +78,17 @@ def size(file: Place) -> int:
 
 
 def read_into(file: Place, offset: int, into: memoryview) -> int:
-    """Fills `into` with the bytes of `file` from `offset` on; gives their number, less where the file ends early."""
+    """Fills `into` with the bytes of `file` from `offset` on; gives their number, less where the file ends early.
+
+    Raises OSError where they cannot be had, FileNotFoundError where there is no such file.
+    """
     if isinstance(file, Remote):
-        data = file.system.cat_file(file.path, start=offset, end=offset + len(into))
+        try:
+            data = file.system.cat_file(file.path, start=offset, end=offset + len(into))
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each library has its own
+            raise OSError(f"{file}: cannot be read: {error}") from error
         into[: len(data)] = data
         return len(data)
     done = 0

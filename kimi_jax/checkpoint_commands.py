@@ -135,6 +135,9 @@ def _nbytes(text: str) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # which shapes a model has is all that is asked of it
     import checkpoints
 
     with _progress(arguments, "converting") as progress:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from checkpoint_oracle import same_folders
 
@@ -89,6 +90,30 @@ def test_a_full_disk(
         with pytest.raises(OSError, match=message):
             convert(published["k2"], tmp_path / "out")
     assert goes_on(published["k2"], tmp_path / "out", converted["k2"]) > 0
+
+
+def test_a_lost_bucket(
+    published: dict[str, Path], converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{published['k2']}/", "/bucket/k2/", recursive=True)
+    cat_file, left = memory.cat_file, [40]
+
+    def failing(*args: Any, **kwargs: Any) -> bytes:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("503, try later")
+        return cat_file(*args, **kwargs)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "cat_file", failing)
+            with pytest.raises(OSError, match=r"memory:///bucket/k2/model-\S+: cannot be read: 503, try later"):
+                convert("memory://bucket/k2", tmp_path / "out")
+        report = convert("memory://bucket/k2", tmp_path / "out")
+        assert report.found_bytes > 0 and same_folders(tmp_path / "out", converted["k2"])
+    finally:
+        memory.rm("/bucket", recursive=True)
 
 
 @pytest.mark.slow
