@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--memory", default="2GiB")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--mesh", default="1x8")
+    parser.add_argument("--mesh", default="1x2x4x1", help="of eight devices, for restore (default %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     arguments = parser.parse_args(argv)
     console, parts = Console(width=120), arguments.parts.split(",")

@@ -13,7 +13,7 @@ from checkpoints.names import PACKED, SCALE, SCALE_INV, SHAPE
 from checkpoints.numerics import BLOCK, CODES_PER_WORD, F32
 from checkpoints.progress import Counter, Progress
 from checkpoints.safetensors import CheckpointError, Published, Tensor
-from checkpoints.transform import transformed
+from checkpoints.transform import SCRATCH_BYTES, plain
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Compare:
         rows = _rows(*sides)
         row_bytes = sum(part.nbytes // max(part.shape[0], 1) if part.shape else 8 for side in sides for part in side)
         read = 4 * rows * row_bytes
-        return read if self.tolerance is None else read + 40 * rows * math.prod(_shape(sides[0])[1:])
+        return read if self.tolerance is None else read + 2 * SCRATCH_BYTES * math.prod(_shape(sides[0])[1:])
 
     def _finding(self, name: str) -> Finding:
         for names, side in zip(self.names, "AB", strict=True):
@@ -96,15 +96,21 @@ class Compare:
         largest = worst = squares = errors = 0.0
         for start, stop in [(0, None)] if shapes[0] != shapes[1] else _blocks(left, right):  # A_log: [h], [1, 1, h, 1]
             sides = zip(self.sources, (left, right), strict=True)
-            a, b = (_values(source, side, start, stop).reshape(-1) for source, side in sides)
-            largest = np.maximum(largest, np.abs(b).max(initial=0))
-            squares += float(np.square(b, dtype=np.float64).sum())
-            a -= b
-            worst = np.maximum(worst, np.abs(a).max(initial=0))
-            errors += float(np.square(a, dtype=np.float64).sum())
+            a, b = (_arrays(source, side, start, stop) for source, side in sides)
+            if shapes[0] != shapes[1]:
+                a, b = ([array.reshape(-1) for array in arrays] for arrays in (a, b))
+            rows = zip(_values(left[0], a, start), _values(right[0], b, start), strict=True)
+            for x, y in rows:
+                largest = np.maximum(largest, max(y.max(initial=0), -y.min(initial=0)))
+                squares += float(np.vdot(y, y))
+                x = np.subtract(x, y)
+                worst = np.maximum(worst, np.maximum(x.max(initial=0), -x.min(initial=0)))
+                errors += float(np.vdot(x, x))
         if not np.isfinite(worst):
             return Finding(name, "holds NaN or infinity")
-        relative, rms = (float(x / y) if y > 0 else float(x > 0) for x, y in ((worst, largest), (errors, squares)))
+        relative, rms = (
+            float(x / y) + 0.0 if y > 0 else float(x > 0) for x, y in ((worst, largest), (errors, squares))
+        )
         problem = "" if worst <= tolerance * largest else f"is off by {relative:.3g} of its largest"
         return Finding(name, problem, relative, rms**0.5)
 
@@ -129,18 +135,23 @@ def _shape(parts: Sequence[Tensor]) -> tuple[int, ...]:
     return (first.shape[0], first.shape[1] * CODES_PER_WORD) if first.name.endswith(PACKED) else first.shape
 
 
-def _values(source: Source, parts: Sequence[Tensor], start: int, stop: int | None) -> np.ndarray:
-    """Rows of a weight in float32."""
+def _arrays(source: Source, parts: Sequence[Tensor], start: int, stop: int | None) -> list[np.ndarray]:
+    """Rows of a weight, as stored."""
     arrays = [source.read(parts[0].name, start, stop)]
     if len(parts) == 2:
         per_block = parts[1].name.endswith(SCALE_INV)
         rows = (start // BLOCK, stop and -(-stop // BLOCK)) if per_block else (start, stop)
         arrays.append(source.read(parts[1].name, *rows))
+    return arrays
+
+
+def _values(tensor: Tensor, arrays: Sequence[np.ndarray], start: int) -> Iterator[np.ndarray]:
+    """Those in float32, some at a time, so that what is computed of them stays in the cache."""
     try:
-        (values,) = transformed(arrays, [F32], skip=start % BLOCK)
+        for rows in plain(arrays, start % BLOCK, F32):
+            yield rows.astype(F32, copy=False)
     except ValueError as error:
-        raise CheckpointError(f"{parts[0].file}: tensor {parts[0].name} {error}") from None
-    return values
+        raise CheckpointError(f"{tensor.file}: tensor {tensor.name} {error}") from None
 
 
 def _rows(*sides: Sequence[Tensor]) -> int:

@@ -25,7 +25,7 @@ from checkpoints.forms import Job, Plan, Rest, Rows
 from checkpoints.metadata import MANIFEST, fsync
 from checkpoints.names import Contents, contents
 from checkpoints.pipeline import MEMORY, WORKERS
-from checkpoints.progress import Progress
+from checkpoints.progress import Counter, Progress
 from checkpoints.quantization_config import Form
 from checkpoints.reading import Remote, identity
 from checkpoints.safetensors import CheckpointError, Published
@@ -87,9 +87,10 @@ def convert(
     with journal.opened(conversion.partial, settings, process_index, conversion.layouts) as log:
         share = [job for i, job in enumerate(conversion.plan.jobs()) if i % num_processes == process_index]
         todo = [job for job in share if not all((chunk.path, chunk.number) in log.done for chunk in job.makes)]
-        work = _Work(conversion, log, progress, total=conversion.nbytes(share), todo=conversion.nbytes(todo))
+        found = conversion.nbytes(share) - conversion.nbytes(todo)
+        count = Counter(conversion.nbytes(share), progress, found)
         try:
-            pipeline.run(todo, work, lambda job: job.nbytes, workers=workers, limit=limit)
+            pipeline.run(todo, _Work(conversion, log, count), lambda job: job.nbytes, workers=workers, limit=limit)
             log.sync()
             whole = conversion.finish(log)
         except OSError as error:
@@ -97,7 +98,7 @@ def convert(
                 raise
             reason = os.strerror(error.errno)
             raise OSError(f"{conversion.partial}: {reason}; the same command goes on when there is room") from error
-    return conversion.report(whole=whole, found=work.found, made=work.done - work.found)
+    return conversion.report(whole=whole, found=found, made=count.done - found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,19 +181,14 @@ class _Conversion:
 
 
 class _Work:
-    """Makes the chunks of a job: reads, transforms, digests, writes, and only then records them. `done` and `found`
-    count bytes of chunks, all and those of earlier attempts."""
+    """Makes the chunks of a job: reads, transforms, digests, writes, and only then records them."""
 
-    def __init__(
-        self, conversion: _Conversion, log: journal.Journal, progress: Progress | None, *, total: int, todo: int
-    ):
+    def __init__(self, conversion: _Conversion, log: journal.Journal, count: Counter):
         self.published, self.layouts, self.folder = conversion.published, conversion.layouts, conversion.partial
-        self.log, self.progress = log, progress or (lambda done, total: None)
-        self.total, self.done, self.found = total, total - todo, total - todo
-        self.thread, self.lock = threading.local(), threading.Lock()
+        self.log, self.count, self.thread = log, count, threading.local()
         for path in self.layouts:
             (self.folder / path).mkdir(exist_ok=True)
-        self.progress(self.done, self.total)
+        count(0)
 
     def __call__(self, job: Job) -> None:
         for chunk, array in zip(job.makes, job.make(*self._read(job.reads)), strict=True):
@@ -201,9 +197,7 @@ class _Work:
                 raise TypeError(f"{chunk}: made {array.dtype} {array.shape}, expected {lay.dtype} {lay.chunk}")
             write_file(self.folder / chunk.path / lay.file(chunk.number), lay.encode(array))
             self.log.record(chunk.path, chunk.number, journal.digest(array))
-            with self.lock:
-                self.done += array.nbytes
-                self.progress(self.done, self.total)
+            self.count(array.nbytes)
 
     def _read(self, reads: Sequence[Rows]) -> list[np.ndarray]:
         """The arrays of a job, in memory that this thread's next job uses again: new pages cost as much as copying."""

@@ -17,10 +17,10 @@ INTERVAL_S = 1.0
 
 
 class Counter:
-    """Adds up what several threads have done, and reports it."""
+    """Adds up what several threads have done, besides what was `done` before, and reports it."""
 
-    def __init__(self, total: int, progress: Progress | None):
-        self.done, self.total, self.progress, self._lock = 0, total, progress, threading.Lock()
+    def __init__(self, total: int, progress: Progress | None, done: int = 0):
+        self.done, self.total, self.progress, self._lock = done, total, progress, threading.Lock()
 
     def __call__(self, nbytes: int) -> None:
         with self._lock:

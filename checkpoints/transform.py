@@ -31,11 +31,11 @@ def transformed(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype], *, ski
     first = arrays[0]
     if first.dtype not in (INT32, FP8) and dtypes[0] not in (INT32, FP8):
         return (first.astype(dtypes[0]),)
-    parts = [_quantized(rows, dtypes[0]) for rows in _plain(arrays, skip, F32 if dtypes[0] == F32 else BF16)]
+    parts = [_quantized(rows, dtypes[0]) for rows in plain(arrays, skip, F32 if dtypes[0] == F32 else BF16)]
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
-def _plain(arrays: Sequence[np.ndarray], skip: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+def plain(arrays: Sequence[np.ndarray], skip: int, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The weight's values in bf16 (or float32, of FP8 and floats), `BLOCK` rows at a time, at first `skip` fewer."""
     first, *scales = arrays
     starts = [0, *range(BLOCK - skip, first.shape[0], BLOCK)]
