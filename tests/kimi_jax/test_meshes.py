@@ -74,10 +74,10 @@ def test_prefill_and_decoding_on_a_mesh(checkpoint, alone, prompts, name, shape)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_whole_pass_and_odd_numbers_on_a_mesh(checkpoint, model, name):
-    # Given three rows of 15 tokens: neither divides by two
-    tokens = jnp.asarray(np.random.RandomState(1).randint(0, 500, (3, 15)), jnp.int32)
+    # Given three rows of 31 tokens: neither divides by two
+    tokens = jnp.asarray(np.random.RandomState(1).randint(0, 500, (3, 31)), jnp.int32)
     meshed = kimi_jax.load(checkpoint(name), mesh=make_mesh("2x1x2x2"), dtype=jnp.float32)
-    # Then a whole pass has the logits of one device, and so does one with two rows of 16, which are split
+    # Then a whole pass has the logits of one device, and so does one with two rows of 32, which are split
     for part in (tokens, jnp.pad(tokens[:2], ((0, 0), (0, 1)))):
         np.testing.assert_allclose(meshed(part), model(name)(part), rtol=0, atol=ATOL)
     # And rows that are no multiple of the data axis are continued alike
