@@ -1,8 +1,8 @@
 """One program run by several processes, one or more per host: they meet, one of them prints, all end together.
 
 Every process runs the same commands in the same order; arrays span the devices of all of them. A process that fails
-leaves its reason with the coordinator, and the others, who would wait for it in a collective for ever, end with it. One that is killed outright `jax.distributed` misses after
-100 seconds, and then ends the others itself.
+leaves its reason with the coordinator, and the others, who would wait for it in a collective for ever, end with it. One
+that is killed outright `jax.distributed` misses after 100 seconds, and then ends the others itself.
 """
 
 import os
