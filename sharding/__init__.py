@@ -1,7 +1,7 @@
 """Meshes, how logical axes lie on them, and what devices send each other: all that a model's code calls is here."""
 
-from sharding.collectives import gathered, over_mesh, part_of, parts
-from sharding.experts import first_expert
+from sharding.collectives import gathered, over, over_mesh, part_of, parts
+from sharding.experts import exchanged, first_expert
 from sharding.mesh import AXES, default_shape, make_mesh, mesh_of, mesh_sizes, using
 from sharding.pages import from_all, held, longest, merged, own_positions, page_numbers
 from sharding.residual import ALONE, Residual
@@ -17,6 +17,7 @@ __all__ = [
     "Residual",
     "Rules",
     "default_shape",
+    "exchanged",
     "first_expert",
     "from_all",
     "gathered",
@@ -26,6 +27,7 @@ __all__ = [
     "merged",
     "mesh_of",
     "mesh_sizes",
+    "over",
     "over_mesh",
     "own_positions",
     "page_numbers",

@@ -1,11 +1,12 @@
 """Where the residual stream lies, and how a block's partial results get back to it.
 
 *Whole*, for a decode step: every device has all rows, so that tokens need not travel to experts; a device's token
-mixers treat their rows. *Split*, for prefill: a device has its rows' tokens, or where a prompt is split over
-`sequence`, its part of them.
+mixers treat their rows. *Split*, for prefill and large batches: a device has its rows' tokens, or where a prompt is
+split over `sequence`, its part of them.
 """
 
 import dataclasses
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
 from sharding.collectives import index, over, size, split, total
+from sharding.experts import worth_exchanging
 from sharding.mesh import AXES
 from sharding.rules import PREFILL
 
@@ -21,19 +23,25 @@ from sharding.rules import PREFILL
 @dataclasses.dataclass(frozen=True)
 class Residual:
     """`batch`: the mesh axes over which rows are split; `tokens`: those over which the stream's tokens are; `whole`:
-    the stream has all rows everywhere, and only what mixers see is split."""
+    the stream has all rows everywhere, and only what mixers see is split; `exchange`: tokens travel to experts."""
 
     batch: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
     whole: bool = False
+    exchange: bool = False
 
     @classmethod
-    def of(cls, rows: int, tokens: int) -> "Residual":
-        """For a call with this many rows and tokens a row on the mesh in use. What does not divide is not split."""
+    def of(cls, rows: int, tokens: int, width: int = 0, chosen: int = 0) -> "Residual":
+        """For a call with this many rows and tokens a row on the mesh in use. What does not divide is not split.
+
+        `width` of the hidden vectors and `chosen` experts of a token decide whether tokens travel.
+        """
         shape = dict.fromkeys(AXES, 1) | dict(jax.sharding.get_abstract_mesh().shape)
         batch = ("data",) if shape["data"] > 1 and rows % shape["data"] == 0 else ()
         split = ("sequence",) if shape["sequence"] > 1 and tokens % shape["sequence"] == 0 else ()
-        return cls(batch, split, whole=tokens == 1)
+        alike = prod(count for name, count in shape.items() if name not in batch + split)
+        exchange = chosen > 0 and worth_exchanging(rows * tokens, width, chosen, prod(shape.values()), alike)
+        return cls(batch, split, whole=tokens == 1 and not exchange, exchange=exchange)
 
     def mine(self, x: Array) -> Array:
         """Of the stream [rows, t, ...], this device's rows with all their tokens."""
@@ -77,6 +85,20 @@ class Residual:
         else:
             y = self.my_tokens(y)
         return total(y, names).astype(dtype)
+
+    def alone(self, x: Array) -> Array:
+        """Of the stream, a part of the tokens that this device alone has, [n, d]; zeros fill the last parts up."""
+        names = tuple(name for name in split(AXES) if name not in self.batch + self.tokens)
+        x = x.reshape(-1, x.shape[-1])
+        count = -(-len(x) // size(names))
+        x = jnp.pad(x, ((0, count * size(names) - len(x)), (0, 0)))
+        return lax.dynamic_slice_in_dim(x, index(names) * count, count)
+
+    def rejoined(self, y: Array, like: Array) -> Array:
+        """The stream out of the parts of `alone`."""
+        names = tuple(name for name in split(AXES) if name not in self.batch + self.tokens)
+        y = lax.all_gather(y.astype(like.dtype), names, axis=0, tiled=True) if names else y.astype(like.dtype)
+        return y[: like.shape[0] * like.shape[1]].reshape(like.shape)
 
     def everyone(self, x: Array) -> Array:
         """The stream's tokens of all devices, [t, d]."""

@@ -91,7 +91,7 @@ class Kimi(nnx.Module):
         self, tokens: Tokens, index: Int32[jax.Array, "b t"] | None = None, media: MediaTokens | None = None
     ) -> Logits:
         """Logits of whole prompts at every position, with nothing carried; over the mesh in use."""
-        residual = Residual.of(*tokens.shape)
+        residual = self.residual(*tokens.shape)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
         def part(model: Kimi, tokens: Any, positions: Any, index: Any, media: Any) -> jax.Array:
@@ -101,6 +101,11 @@ class Kimi(nnx.Module):
         rows = residual.rows()
         in_specs = (rows, rows, rows, EVERYWHERE)
         return self.on_mesh(part, (tokens, positions, index, media), in_specs, residual.rows(None, "vocab"))
+
+    def residual(self, rows: int, tokens: int) -> Residual:
+        """How the residual stream of such a call lies on the mesh in use."""
+        text = self.config.text
+        return Residual.of(rows, tokens, text.hidden_size, text.num_experts_per_tok if text.n_routed_experts else 0)
 
     def on_mesh(self, compute: Callable[..., Any], arguments: tuple[Any, ...], in_specs: Any, out_specs: Any) -> Any:
         """compute(model, *arguments) on every device of the mesh in use, with its part of the weights."""
@@ -124,7 +129,7 @@ class Kimi(nnx.Module):
         Returns the logits after each row's last token, float32 [b, vocab_size] (meaningless where `counts` is 0), and
         the state. A row must have room: `state.lengths + counts <= state.capacity`.
         """
-        residual = Residual.of(*tokens.shape)
+        residual = self.residual(*tokens.shape)
 
         def part(model: Kimi, state: State, tokens: Any, counts: Any, index: Any, media: Any) -> tuple[Any, State]:
             offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)

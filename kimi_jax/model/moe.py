@@ -10,7 +10,7 @@ from flax import nnx
 
 from kimi_jax.axes import Float32, Hidden, Int32, Rows
 from kimi_jax.config import TextConfig
-from kimi_jax.model.param import Init, Linear
+from kimi_jax.model.param import Init, Linear, columns_as
 from pallas_kernels import (
     grouped_matmul,
     grouped_swiglu,
@@ -18,10 +18,12 @@ from pallas_kernels import (
     int4_grouped_swiglu,
     quantize_int4,
 )
-from sharding import ALONE, Residual, first_expert
+from sharding import ALONE, Residual, exchanged, first_expert
 
 # One projection of some experts: weight [e, out, in], or codes [e, in, out] and scales [e, in/32, out]
 ExpertWeight = jax.Array | tuple[jax.Array, jax.Array]
+# Pairs of a token and an expert of its whose vectors exist at one time.
+BLOCK = 8192
 # gate, up, down
 ExpertWeights = tuple[ExpertWeight, ExpertWeight, ExpertWeight]
 
@@ -127,17 +129,34 @@ class MoE(nnx.Module):
         self.shared_experts = MLP(init, config.hidden_size, width, "shared_mlp") if width else None
 
     def __call__(self, x: Hidden, residual: Residual = ALONE) -> Hidden:
+        if residual.exchange:
+            return self.exchanged(x, residual)
         tokens = residual.everyone(x)
         y = self.routed(tokens)
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
         return residual.back(y, x)
 
+    def exchanged(self, x: Hidden, residual: Residual) -> Hidden:
+        """The same, tokens travelling to their experts. Shared experts have the tokens of their rows instead of all."""
+        mine = residual.alone(x)
+        held, count = jax.tree.leaves(self.experts.weights())[0].shape[0], self.gate.config.n_routed_experts
+        y = residual.rejoined(exchanged(mine, *self.gate(mine), self.part, held, count), x)
+        if self.shared_experts is None:
+            return y
+        shared = columns_as(self.shared_experts, "shared_mlp", like="mlp")
+        return y + residual.summed(shared(residual.mine(x)), "mlp", x.dtype)
+
     def routed(self, x: Rows) -> Float32[jax.Array, "t d"]:
         """The part of each token's weighted sum over its experts that comes from those held here."""
+        return self.part(x, *self.gate(x))
+
+    def part(
+        self, x: Rows, chosen: Int32[jax.Array, "t j"], weights: Float32[jax.Array, "t j"]
+    ) -> Float32[jax.Array, "t d"]:
         experts, count = self.experts.weights(), self.gate.config.n_routed_experts
         first = first_expert(jax.tree.leaves(experts)[0].shape[0], count)
-        return weighted_sum(x, *self.gate(x), experts, count, first)
+        return weighted_sum(x, chosen, weights, experts, count, first)
 
 
 def weighted_sum(
@@ -148,11 +167,38 @@ def weighted_sum(
     num_experts: int,
     first: jax.Array | int,
 ) -> Float32[jax.Array, "t d"]:
-    """The part of each token's sum that comes from `experts`, those from number `first` on of `num_experts`."""
+    """The part of each token's sum that comes from `experts`, those from number `first` on of `num_experts`; a `chosen`
+    of -1 is no expert.
+
+    Many tokens are taken in blocks of `BLOCK` pairs of a token and one of its experts, those held here first, so that
+    memory and work are bounded by the pairs that there are.
+    """
     flat = chosen.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    group_sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
-    y = feed_forward(x[order // chosen.shape[1]], experts, group_sizes, first)
-    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-    y = y[back].reshape(*chosen.shape, -1)
-    return jnp.einsum("tjd,tj->td", y, weights, preferred_element_type=jnp.float32)
+    if flat.size <= BLOCK:
+        flat = jnp.where(flat < 0, num_experts, flat)
+        order = jnp.argsort(flat, stable=True)
+        group_sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
+        y = feed_forward(x[order // chosen.shape[1]], experts, group_sizes, first)
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+        y = y[back].reshape(*chosen.shape, -1)
+        return jnp.einsum("tjd,tj->td", y, weights, preferred_element_type=jnp.float32)
+
+    held = jax.tree.leaves(experts)[0].shape[0]
+    local = jnp.where((flat >= first) & (flat < first + held), flat - first, held)
+    order = jnp.argsort(local, stable=True)
+    ends = jnp.cumsum(jnp.bincount(local, length=held))
+    order = jnp.pad(order, (0, -order.size % BLOCK))
+
+    @jax.checkpoint
+    def block(begin: jax.Array) -> jax.Array:
+        pairs = jax.lax.dynamic_slice_in_dim(order, begin, BLOCK)
+        sizes = jnp.diff(jnp.clip(ends - begin, 0, BLOCK), prepend=0).astype(jnp.int32)
+        tokens = pairs // chosen.shape[1]
+        y = feed_forward(x[tokens], experts, sizes)
+        share = jnp.where(begin + jnp.arange(BLOCK) < ends[-1], weights.reshape(-1)[pairs], 0)
+        return jnp.zeros(x.shape, jnp.float32).at[tokens].add(share[:, None] * y.astype(jnp.float32))
+
+    def add(total: jax.Array, begin: jax.Array) -> tuple[jax.Array, None]:
+        return jax.lax.cond(begin < ends[-1], lambda total: total + block(begin), lambda total: total, total), None
+
+    return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), jnp.arange(0, order.size, BLOCK))[0]

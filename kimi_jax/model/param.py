@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sharding import specs_of
+from sharding import over, specs_of
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,20 @@ def weight_specs(params: Any) -> Any:
         return variable.replace(specs_of(variable.get_value(), variable.get_metadata()["axes"]))
 
     return jax.tree.map(of, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def columns_as(module: Module, axis: str, like: str) -> Module:
+    """The module with logical axis `axis` of its weights split as `like` is, gathered over the mesh's other axes."""
+    graph, params = nnx.split(module)
+    names = tuple(name for name in over(axis) if name not in over(like))
+
+    def joined(variable: nnx.Variable) -> nnx.Variable:
+        if not names:
+            return variable
+        dimension = variable.get_metadata()["axes"].index(axis)
+        return variable.replace(jax.lax.all_gather(variable.get_value(), names, axis=dimension, tiled=True))
+
+    return nnx.merge(graph, jax.tree.map(joined, params, is_leaf=lambda node: isinstance(node, nnx.Variable)))
 
 
 # Traced once per shape: a 61-layer model asks for the same few a thousand times.

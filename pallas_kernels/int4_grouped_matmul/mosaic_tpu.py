@@ -155,6 +155,21 @@ def _call(
         return pl.BlockSpec((None, rows, tile.N), lambda n, v, block, group, *_: (group[v], 0, n))
 
     accumulator = pltpu.VMEM((tile.block, tile.N), jnp.float32)
+    if not interpret:
+        # Else XLA, which sees no more than an operand, copies all experts' weights to vector memory beforehand.
+        weights = [
+            (
+                pltpu.with_memory_space_constraint(codes, pltpu.HBM),
+                pltpu.with_memory_space_constraint(scales, pltpu.HBM),
+            )
+            for codes, scales in weights
+        ]
+    cost = pl.CostEstimate(
+        flops=2 * tokens * K * N * len(weights),
+        transcendentals=0,
+        bytes_accessed=sum(codes.size // 2 + scales.nbytes for codes, scales in weights)
+        + tokens * (K + N) * x.dtype.itemsize,
+    )
     out = pl.pallas_call(
         functools.partial(_kernel, tile=tile, num_weights=len(weights), combine=combine, bf16=chip().bf16_vpu),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -171,6 +186,7 @@ def _call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
         ),
+        cost_estimate=cost,
         name=name,
         interpret=interpret,
     )(*visit[:4], visit.total[None], x, *(array for pair in weights for array in pair))

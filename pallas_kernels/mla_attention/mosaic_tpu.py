@@ -67,6 +67,9 @@ def mla_decode(
     """See `api.mla_decode`; returns the output in q_latent's dtype and the float32 log-sum-exp."""
     (batch, heads, latent), (_, width, page) = q_latent.shape, cache.shape
     pages = block_pages(page, page_table.shape[1])
+    if not interpret:
+        # Else XLA moves a cache that fits to vector memory first, all of it.
+        cache = pltpu.with_memory_space_constraint(cache, pltpu.HBM)
 
     def row(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, *shape), lambda b, *_: (b, 0, 0))
@@ -92,6 +95,12 @@ def mla_decode(
             jax.ShapeDtypeStruct((batch, 1, heads), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        # As if all sequences filled their tables.
+        cost_estimate=pl.CostEstimate(
+            flops=2 * heads * (width + latent) * page_table.size * page,
+            transcendentals=heads * page_table.size * page,
+            bytes_accessed=page_table.size * page * width * cache.dtype.itemsize + 2 * q_latent.nbytes + q_rope.nbytes,
+        ),
         interpret=interpret,
         name="mla_decode",
     )(page_table.reshape(-1), lengths, q_latent, q_rope, cache)

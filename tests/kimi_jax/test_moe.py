@@ -11,6 +11,7 @@ from flax import nnx
 
 from checkpoints.toy import toy_config
 from kimi_jax.config_json import from_dict
+from kimi_jax.model import moe
 from kimi_jax.model.moe import MLP, MoE, Router
 from kimi_jax.model.param import Init
 
@@ -196,3 +197,21 @@ def test_dense_mlp_is_swiglu():
     gate, up, down = (np.asarray(p.weight[...], np.float64) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     expected = np.array([swiglu(token, gate, up, down) for token in x.astype(np.float64)])
     np.testing.assert_allclose(mlp(jnp.asarray(x)), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])
+def test_pairs_in_blocks_give_the_same(int4, monkeypatch):
+    # Given 66 pairs of a token and an expert, and blocks of 16 that groups begin and end anywhere in
+    layer, x = MoE(init(), text(int4=int4)), rows(33)
+    monkeypatch.setattr(moe, "BLOCK", 16)
+    expected = dense_routed(layer, x)
+    found = jax.jit(lambda x: layer.routed(x))(x)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def test_pairs_in_blocks_have_the_same_gradient(monkeypatch):
+    layer, x = MoE(init(), text()), rows(17)
+    direct = jax.jit(jax.grad(lambda x: jnp.sum(layer.routed(x) ** 2)))(x)
+    monkeypatch.setattr(moe, "BLOCK", 8)
+    found = jax.jit(jax.grad(lambda x: jnp.sum(layer.routed(x) ** 2)))(x)
+    np.testing.assert_allclose(found, direct, rtol=0, atol=1e-5 * np.abs(direct).max())

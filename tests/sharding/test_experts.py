@@ -40,7 +40,7 @@ def layer(choice="spread", int4=False):
     return moe
 
 
-def on_mesh(moe, x, shape):
+def on_mesh(moe, x, shape, exchange):
     """moe(x) with the experts on a mesh and x as the residual stream of such a call lies."""
     graph, params = nnx.split(moe)
     mesh = make_mesh(shape)
@@ -49,6 +49,8 @@ def on_mesh(moe, x, shape):
     def run(params, x):
         with using(mesh.abstract_mesh):
             residual = Residual.of(*x.shape[:2])
+            if exchange:
+                residual = dataclasses.replace(residual, whole=False, exchange=True)
 
             def part(params, x):
                 return residual.mine(nnx.merge(graph, params)(residual.my_tokens(x), residual))
@@ -60,7 +62,8 @@ def on_mesh(moe, x, shape):
     return run(*jax.device_put((params, x), NamedSharding(mesh, PartitionSpec())))
 
 
-@pytest.mark.parametrize("shape", ["1x8", "2x2x2", "2x1x2x2"])
+@pytest.mark.parametrize("exchange", [False, True], ids=["replicated", "exchanged"])
+@pytest.mark.parametrize("shape", ["1x8", "2x1x2x2"])
 @pytest.mark.parametrize(
     ("rows", "tokens", "choice"),
     [
@@ -72,11 +75,12 @@ def on_mesh(moe, x, shape):
         (1, 13, "none to the first half"),
     ],
 )
-def test_each_token_gets_the_sum_over_its_experts(shape, rows, tokens, choice):
+def test_each_token_gets_the_sum_over_its_experts(shape, rows, tokens, choice, exchange):
     moe = layer(choice)
     x = jnp.asarray(np.random.RandomState(0).standard_normal((rows, tokens, HIDDEN)), jnp.float32)
     expected = np.asarray(moe(x))
-    np.testing.assert_allclose(on_mesh(moe, x, shape), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    found = on_mesh(moe, x, shape, exchange)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_experts_and_their_width_split_together():
@@ -93,4 +97,6 @@ def test_experts_and_their_width_split_together():
         # Then codes and scales are cut at the same inputs, between groups of 32
         assert down["codes"].get_value() == down["scales"].get_value()
         assert down["codes"].get_value()[1] is not None
-        np.testing.assert_allclose(on_mesh(moe, x, shape), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        for exchange in (False, True):
+            found = on_mesh(moe, x, shape, exchange)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
