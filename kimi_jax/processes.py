@@ -1,7 +1,8 @@
 """One program run by several processes, one or more per host: they meet, one of them prints, all end together.
 
 Every process runs the same commands in the same order; arrays span the devices of all of them. A process that fails
-leaves its reason with the coordinator, and the others, who would wait for it in a collective for ever, end with it.
+leaves its reason with the coordinator, and the others, who would wait for it in a collective for ever, end with it. One
+that is killed outright `jax.distributed` misses after 100 seconds, and then ends the others itself.
 """
 
 import os
@@ -14,7 +15,6 @@ from typing import Any
 import jax
 
 _REASON = "kimi-jax/failure"
-_HEARTBEAT_S = 30  # a process that is killed outright is missed after so long
 _FAREWELL_S = 10  # the coordinator goes last: the others read the reason from it
 
 
@@ -29,7 +29,7 @@ def joined(
     standard error and exits with 1. Raises ValueError where neither flags nor environment say who the processes are.
     """
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_S)
+        jax.distributed.initialize(coordinator, num_processes, process_id)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"the processes did not meet ({error}); on a TPU pod, GKE or Slurm the environment says who they are, "
