@@ -14,13 +14,17 @@ import pytest
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed (Linux x86-64 only)"
 )
 @pytest.mark.parametrize(
-    "preset,kernels",
+    "preset,kernels,gathers",
     [
-        ("kimi-k2.5", {"mla_write": 2, "mla_decode": 2, "int4_grouped_swiglu": 1, "int4_grouped_matmul": 1}),
-        ("kimi-linear-48b", {"kda_step": 1, "mla_write": 1, "mla_decode": 1}),
+        ("kimi-k2.5", {"mla_write": 2, "mla_decode": 2, "int4_grouped_swiglu": 1, "int4_grouped_matmul": 1}, 2),
+        (
+            "kimi-linear-48b",
+            {"kda_step": 1, "mla_write": 1, "mla_decode": 1, "grouped_swiglu": 1, "grouped_matmul": 1},
+            1,
+        ),
     ],
 )
-def test_a_decode_step_compiles_for_a_tpu_mesh(preset, kernels):
+def test_a_decode_step_compiles_for_a_tpu_mesh(preset, kernels, gathers):
     # Given a process of its own, without the flags of simulated devices
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
@@ -35,7 +39,6 @@ def test_a_decode_step_compiles_for_a_tpu_mesh(preset, kernels):
 
     # Then every op is its kernel, the embeddings take one message and each layer three, and nothing is copied
     assert found["kernels"] == kernels
-    assert found["collectives"] == {"all-reduce": 1 + 2 * 2, "all-gather": 2}
-    assert found["temporaries"] < 2**20
-    assert found["in place"] >= found["state"] // 2
-    assert found["moved states"] == []
+    assert found["collectives"] == {"all-reduce": 1 + 2 * 2, "all-gather": gathers}
+    assert found["in place"] >= found["state"]
+    assert found["copies"] == []

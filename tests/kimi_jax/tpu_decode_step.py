@@ -6,6 +6,7 @@ Run by test_tpu_decode_step.py in a process of its own: libtpu reads flags that 
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -17,9 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kimi_jax import config_json, decoding
 from kimi_jax.model.kimi import abstract
+from kimi_jax.plan.hlo import FREE, Instruction, nbytes, parse, result
 from sharding import make_mesh
 
 BATCH, CAPACITY = 8, 512
+# Less than any weight or state, more than anything else that a step makes.
+LARGE = 2**18
 
 
 def main(preset: str) -> None:
@@ -45,19 +49,32 @@ def main(preset: str) -> None:
     step = decoding._step.trace(runner.program, runner.arrays, state, tokens)
     compiled = step.lower(lowering_platforms=("tpu",)).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
-    names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    program = parse(hlo)
+    sent = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*?channel_id=(\d+)"
     print(
         json.dumps(
             {
                 "kernels": Counter(re.findall(r"tpu_custom_call.*?op_name=\"[^\"]*/(\w+)/pallas_call\"", hlo)),
-                "collectives": Counter(re.findall(rf" ({names})(?:-start)?\(", hlo)),
-                "moved states": re.findall(r"f32\[\d+,32,128,128\]\S* (?:copy|transpose|fusion)\(.*", hlo),
-                "temporaries": memory.temp_size_in_bytes,
+                # one that is cut up to run beside products keeps its channel
+                "collectives": Counter(kind for kind, _ in set(re.findall(sent, hlo))),
+                "copies": [one.name for one in program.computations[program.entry].values() if _copies(one)],
                 "in place": memory.alias_size_in_bytes,
-                "state": sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state)),
+                "state": sum(
+                    math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+                    for array in jax.tree.leaves(state)
+                ),
             }
         )
     )
+
+
+def _copies(instruction: Instruction) -> bool:
+    """Whether it writes something large to HBM, and not in place. (To VMEM and back is how a TPU reads and writes.)"""
+    between_memories = instruction.op == "copy-start" and "S(1)" in instruction.shape
+    if instruction.op in FREE or instruction.op.endswith(("-done", "-update")) or between_memories:
+        return False
+    in_place = "output_to_operand_aliasing" in instruction.attributes
+    return not in_place and nbytes(result(instruction), hbm_only=True) >= LARGE
 
 
 if __name__ == "__main__":
