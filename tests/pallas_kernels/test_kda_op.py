@@ -207,7 +207,9 @@ def check_gradients(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-3)])
-def test_gradients_of_every_decay(dtype, tolerance):
+def test_gradients_of_every_decay(dtype, tolerance, monkeypatch):
+    # Given two groups of a chunk
+    monkeypatch.setattr(xla, "GROUP", 1)
     inputs = every_kind(100, dtype)
     rng = np.random.default_rng(1)
     weights = [jnp.asarray(rng.standard_normal(array.shape), dtype) for array in (inputs[2], inputs[5])]
@@ -224,9 +226,10 @@ def test_gradients_of_every_decay(dtype, tolerance):
             check_gradients(one, other, tolerance)
 
 
-def test_gradients_of_packed_rows_with_poisoned_padding():
-    # Given padding around and between three segments, of which one is empty, normed and scaled
-    ids = np.repeat([[-1, 0, -1, 2, -1]], [3, 50, 2, 30, 5], axis=1).astype(np.int32)
+def test_gradients_of_packed_rows_with_poisoned_padding(monkeypatch):
+    # Given padding around and between three segments, one of them empty and one of two chunks; every chunk is a group
+    monkeypatch.setattr(xla, "GROUP", 1)
+    ids = np.repeat([[-1, 0, -1, 2, -1]], [3, 12, 2, 70, 3], axis=1).astype(np.int32)
     poisoned = [np.where((ids >= 0).reshape(1, PACKED, *(1,) * (a.ndim - 2)), a, np.nan) for a in PACKED_INPUTS[:5]]
     initial = PACKED_STATES[:, :3]
     weights = [np.random.default_rng(2).standard_normal(a.shape).astype(np.float32) for a in (poisoned[2], initial)]
