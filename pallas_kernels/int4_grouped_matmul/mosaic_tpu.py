@@ -12,7 +12,8 @@ rounds the float32 product. Float32 x is multiplied at HIGHEST precision, bf16 x
 Groups of at most 8 rows of bf16 go another way on v5: `block_diagonal`.
 
 Windows of more than 64 rows spill: their product is larger than the register file, and the spills fit beside the matrix
-unit's work. (Fewer rows at a time leave it idle for longer.)
+unit's work. (Fewer rows at a time leave it idle for longer.) So do large parts of few rows, a few hundred of their
+thousands of bundles' slots: they are cut as large as that because every part begins and ends with idle units.
 """
 
 import functools
@@ -27,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int4, Int32
 
 from pallas_kernels.chip import chip
-from pallas_kernels.grouped_matmul.visits import rows_at_once, visits
+from pallas_kernels.grouped_matmul.visits import WINDOWS, rows_at_once, visits
 from pallas_kernels.int4_grouped_matmul import block_diagonal
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE
 
@@ -78,7 +79,9 @@ def tiles(tokens: int, K: int, N: int, groups: int, dtype: Any) -> Tiles:
         return max(parts, default=K_PART if K % K_PART == 0 else K)
 
     block = min(-(-tokens // rows) * rows, most, 512)
-    return Tiles(block, rows, outputs, largest_part(PART_WEIGHTS), largest_part(SHARED_PART_WEIGHTS))
+    shared = largest_part(SHARED_PART_WEIGHTS)
+    # With many rows the matrix unit has enough to do, and the code of a large part would be very long.
+    return Tiles(block, rows, outputs, largest_part(PART_WEIGHTS) if rows == WINDOWS[0] else shared, shared)
 
 
 def apart(tile: Tiles, dtype: Any) -> bool:
