@@ -1,5 +1,6 @@
-"""Converts `argv[1]` to `argv[2]`, killed by SIGKILL `argv[3]` times at random moments and begun anew; a process of its
-own, since it forks. Prints a JSON line: bytes of chunks begun to be written by all attempts, and attempts killed.
+"""Converts `argv[1]` to `argv[2]` in chunks of `argv[4]` bytes, killed by SIGKILL `argv[3]` times at random moments and
+begun anew; a process of its own, since it forks. Prints a JSON line: bytes of chunks begun to be written by all
+attempts, those there are, and attempts killed.
 
 Imports and the abstract model, which take most of a small conversion's time, are shared by all attempts.
 """
@@ -15,7 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
-from checkpoints import convert, names
+from checkpoints import convert, layout, names
 
 convert_module = importlib.import_module("checkpoints.convert")
 
@@ -64,4 +65,5 @@ def _written(log: Path) -> int:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # JAX warns of every fork
+    layout.CHUNK_BYTES = int(sys.argv[4])
     main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
