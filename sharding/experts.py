@@ -43,7 +43,7 @@ def _expert_axes(experts: int) -> tuple[str, ...]:
 
 def bytes_replicated(tokens: int, width: int) -> float:
     """What a device receives for the tokens of all, in bf16, and their sums in float32."""
-    return tokens * width * (2 + 4)
+    return tokens * width * (2.0 + 4.0)
 
 
 def bytes_exchanged(tokens: int, width: int, chosen: int, devices: int, alike: int) -> float:

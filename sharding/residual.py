@@ -19,6 +19,9 @@ from sharding.experts import worth_exchanging
 from sharding.mesh import AXES
 from sharding.rules import PREFILL
 
+# A prompt's part on a device of `sequence` has at least these, and so all that a short convolution reaches back to.
+FEWEST_TOKENS = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
@@ -38,7 +41,8 @@ class Residual:
         """
         shape = dict.fromkeys(AXES, 1) | dict(jax.sharding.get_abstract_mesh().shape)
         batch = ("data",) if shape["data"] > 1 and rows % shape["data"] == 0 else ()
-        split = ("sequence",) if shape["sequence"] > 1 and tokens % shape["sequence"] == 0 else ()
+        parts = shape["sequence"]
+        split = ("sequence",) if parts > 1 and tokens % parts == 0 and tokens >= parts * FEWEST_TOKENS else ()
         alike = prod(count for name, count in shape.items() if name not in batch + split)
         exchange = chosen > 0 and worth_exchanging(rows * tokens, width, chosen, prod(shape.values()), alike)
         return cls(batch, split, whole=tokens == 1 and not exchange, exchange=exchange)
@@ -79,12 +83,14 @@ class Residual:
             everyone = jnp.zeros((y.shape[0] * size(self.batch), *y.shape[1:]), y.dtype)
             placed = lax.dynamic_update_slice_in_dim(everyone, y, index(self.batch) * y.shape[0], axis=0)
             return total(placed, self.batch + names).astype(dtype)
-        if set(self.tokens) <= set(names) and self.tokens:
+        if self.tokens:
             y = lax.psum_scatter(y, self.tokens, scatter_dimension=1, tiled=True)
             names = tuple(name for name in names if name not in self.tokens)
-        else:
-            y = self.my_tokens(y)
         return total(y, names).astype(dtype)
+
+    def summed_in_place(self, y: Float[Array, "b t d"], axis: str, dtype: jnp.dtype) -> Float[Array, "rows tokens d"]:
+        """The same of parts that are of the stream's own tokens, not of all of the rows'."""
+        return self.summed(y, axis, dtype) if self.whole else total(y, over(axis)).astype(dtype)
 
     def alone(self, x: Array) -> Array:
         """Of the stream, a part of the tokens that this device alone has, [n, d]; zeros fill the last parts up."""

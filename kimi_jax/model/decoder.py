@@ -34,18 +34,23 @@ class Layer(nnx.Module):
         page_table: PageTable | None = None,
         residual: Residual = ALONE,
     ) -> tuple[Stream, MLACache | KDAState | None]:
-        h = residual.mine(self.input_layernorm(x))
-        mixed, after = self.mix(h, positions, state, page_table)
-        x = x + residual.summed(mixed, "heads" if isinstance(self.self_attn, MLA) else "kda_heads", x.dtype)
+        mixed, after = self.mix(self.input_layernorm(x), positions, state, page_table, residual)
+        x = x + mixed
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             return x + self.mlp(h, residual), after
         return x + residual.summed(self.mlp(residual.mine(h)), "mlp", x.dtype), after
 
-    def mix(self, h: Hidden, positions: Positions, state: Any, page_table: PageTable | None) -> tuple[Hidden, Any]:
+    def mix(
+        self, h: Stream, positions: Positions, state: Any, page_table: PageTable | None, residual: Residual
+    ) -> tuple[Stream, Any]:
+        """The token mixer. KDA takes the tokens where they lie, MLA's heads those of the whole row."""
         if isinstance(self.self_attn, KDA):
-            return self.self_attn(h, positions >= 0, state)
-        return self.self_attn(h, positions, state, page_table)
+            h = residual.mine(h) if residual.whole else h
+            y, after = self.self_attn(h, residual.my_tokens(positions) >= 0, state, residual.tokens)
+            return residual.summed_in_place(y, "kda_heads", h.dtype), after
+        heads, cache = self.self_attn(residual.mine(h), positions, state, page_table)
+        return residual.summed(heads, "heads", h.dtype), cache
 
 
 class Embedding(nnx.Module):

@@ -11,7 +11,7 @@ from kimi_jax.model.mla import MLA
 from sharding import make_mesh
 
 ATOL = 5e-5  # of logits of unit scale; the issue's bound is 2e-4
-BATCH, TOKENS, CHUNK = 8, 272, 160
+BATCH, TOKENS, CHUNK = 8, 144, 128
 # data x expert x tensor x sequence
 MESHES = ["1x8x1x1", "2x4x1x1", "1x2x4x1", "2x2x2x1", "1x1x1x8", "1x2x2x2"]
 NAMES = ["k2.5", "kimi-linear"]
@@ -19,21 +19,18 @@ NAMES = ["k2.5", "kimi-linear"]
 
 @pytest.fixture(scope="module")
 def prompts():
-    """Rows that end in the first, second and third page of the cache, one of them with its first token."""
+    """Rows that end in the first and second page of the cache, at their ends and with their first tokens."""
     random = np.random.RandomState(0)
-    lengths = np.array([272, 1, 129, 33, 160, 257, 128, 5], np.int32)
+    lengths = np.array([144, 1, 129, 33, 130, 127, 128, 5], np.int32)
     return random.randint(0, 500, (BATCH, TOKENS)).astype(np.int32), lengths
 
 
 def prefill_and_steps(model, tokens, lengths):
-    """Logits after the prompts, which take two calls, and after two more tokens."""
+    """Logits after the prompts, which take two calls, and after one more token."""
     runner = decoding.Runner(model)
     logits, state = runner.prefill(runner.start(BATCH, 300), tokens, lengths, chunk=CHUNK)
-    found = [np.asarray(logits)]
-    for i in range(2):
-        logits, state = runner.step(state, jnp.asarray(tokens[:, i]))
-        found.append(np.asarray(logits))
-    return np.stack(found)
+    after, _ = runner.step(state, jnp.asarray(tokens[:, 0]))
+    return np.stack([logits, after])
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +69,12 @@ def test_prefill_and_decoding_on_a_mesh(checkpoint, alone, prompts, name, shape)
     assert cache.addressable_shards[0].data.nbytes * mesh.shape["data"] * mesh.shape["sequence"] == cache.nbytes
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_whole_pass_and_odd_numbers_on_a_mesh(checkpoint, model, name):
-    # Given three rows of 15 tokens: neither divides by two
-    tokens = jnp.asarray(np.random.RandomState(1).randint(0, 500, (3, 15)), jnp.int32)
+def test_a_whole_pass_and_odd_numbers_on_a_mesh(checkpoint, model):
+    # Given three rows of 31 tokens: neither divides by two
+    name = "kimi-linear"
+    tokens = jnp.asarray(np.random.RandomState(1).randint(0, 500, (3, 31)), jnp.int32)
     meshed = kimi_jax.load(checkpoint(name), mesh=make_mesh("2x1x2x2"), dtype=jnp.float32)
-    # Then a whole pass has the logits of one device, and so does one with two rows of 16, which are split
+    # Then a whole pass has the logits of one device, and so does one with two rows of 32, which are split
     for part in (tokens, jnp.pad(tokens[:2], ((0, 0), (0, 1)))):
         np.testing.assert_allclose(meshed(part), model(name)(part), rtol=0, atol=ATOL)
     # And rows that are no multiple of the data axis are continued alike

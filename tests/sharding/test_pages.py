@@ -1,0 +1,92 @@
+"""Pages and recurrences over the `sequence` axis, against one device's arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from sharding import held, make_mesh, merged, over_mesh, own_positions, page_numbers, passed_on, using
+
+PAGE, DEVICES = 4, 4
+PARTS, ALL = PartitionSpec("sequence"), PartitionSpec()
+
+
+def on_devices(compute, in_specs, out_specs, *arguments):
+    mesh = make_mesh("1x1x2x4")
+
+    def run(*arguments):
+        with using(mesh.abstract_mesh):
+            return over_mesh(compute, in_specs, out_specs)(*arguments)
+
+    with jax.set_mesh(mesh):
+        return jax.tree.map(np.asarray, jax.jit(run)(*arguments))
+
+
+def test_every_token_lies_on_one_device_and_first_in_its_pages():
+    # Given rows that end before, at and after the borders of pages and of turns over the devices
+    lengths = np.array([0, 1, 4, 5, 15, 16, 17, 31, 32], np.int32)
+    positions = np.where(np.arange(32) < lengths[:, None], np.arange(32), -1).astype(np.int32)
+    own, count, numbers = on_devices(
+        lambda lengths, positions: (
+            own_positions(positions, PAGE)[None],
+            held(lengths, PAGE)[None],
+            page_numbers(0, 2),
+        ),
+        (ALL, ALL),
+        (PARTS, PARTS, ALL),
+        lengths,
+        positions,
+    )
+    # Then page p is the (p div 4)th of device p mod 4
+    np.testing.assert_array_equal(numbers, np.arange(8).reshape(2, 4).T)
+    for row, length in enumerate(lengths):
+        for device in range(DEVICES):
+            here = [position for position in range(length) if position // PAGE % DEVICES == device]
+            assert count[device, row] == len(here)
+            expected = [position // PAGE // DEVICES * PAGE + position % PAGE for position in here]
+            assert own[device, row][own[device, row] >= 0].tolist() == expected == list(range(len(here)))
+            assert np.flatnonzero(own[device, row] >= 0).tolist() == here
+
+
+def test_partial_softmaxes_are_merged_as_if_over_all_tokens():
+    # Given scores of 3 rows and 8 heads over 5 tokens on each device; one device sees nothing of a row, none of another
+    random = np.random.RandomState(0)
+    scores, values = 5 * random.standard_normal((DEVICES, 3, 8, 5)), random.standard_normal((DEVICES, 3, 8, 5, 6))
+    scores[1, 0], scores[:, 2] = -np.inf, -np.inf
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lse = np.log(np.exp(scores).sum(-1))
+        outs = np.nan_to_num(np.einsum("dbht,dbhtv->dbhv", np.exp(scores - lse[..., None]), values))
+        weights = np.exp(scores)
+        expected = np.einsum("dbht,dbhtv->bhv", weights, values) / weights.sum((0, 3))[..., None]
+
+    # When each device has its own two heads of all
+    found = on_devices(
+        lambda out, lse: merged(out[0], lse[0]),
+        (PARTS, PARTS),
+        PartitionSpec(None, "sequence"),
+        outs.astype(np.float32),
+        lse.astype(np.float32),
+    )
+    np.testing.assert_allclose(
+        found, np.nan_to_num(expected), rtol=0, atol=1e-6 * np.abs(np.nan_to_num(expected)).max()
+    )
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_states_are_passed_on_in_order(start):
+    # Given maps that do not commute
+    random = np.random.RandomState(1)
+    M, U = random.standard_normal((DEVICES, 2, 3, 5, 5)), random.standard_normal((DEVICES, 2, 3, 5, 4))
+    state = start * random.standard_normal((2, 3, 5, 4))
+    before, last = on_devices(
+        lambda state, M, U: tuple(s[None] for s in passed_on(state, M[0], U[0], ("sequence",))),
+        (ALL, PARTS, PARTS),
+        (PARTS, PARTS),
+        *(jnp.asarray(array, jnp.float32) for array in (state, M, U)),
+    )
+    for device in range(DEVICES):
+        np.testing.assert_allclose(before[device], state, rtol=0, atol=1e-5 * max(1, np.abs(state).max()))
+        state = M[device] @ state + U[device]
+    for device in range(DEVICES):
+        np.testing.assert_allclose(last[device], state, rtol=0, atol=1e-5 * np.abs(state).max())
