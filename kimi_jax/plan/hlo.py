@@ -56,10 +56,10 @@ class Program:
                 yield body, instruction, times, open_ended
                 turns = _TRIPS.search(instruction.attributes) if instruction.op == "while" else None
                 unknown = instruction.op == "while" and turns is None
+                if instruction.op.endswith(("-done", "-update")):  # what was started is counted there
+                    continue
                 for called in instruction.called:
-                    # fused and reduction bodies run within their instruction
-                    if instruction.op in ("while", "conditional", "call") or instruction.op.startswith("async"):
-                        todo.append((called, times * (int(turns[1]) if turns else 1), open_ended or unknown))
+                    todo.append((called, times * (int(turns[1]) if turns else 1), open_ended or unknown))
 
     def of_weights(self, mark: str) -> set[str]:
         """Names in the entry computation that depend on parameters whose `op_name` begins with `mark`, and on no other
