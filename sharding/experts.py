@@ -26,7 +26,8 @@ from sharding.rules import WEIGHTS, divided
 # compute(tokens [n, d], their experts [n, j], their weights [n, j]) -> the part of their sums that is made here
 Compute = Callable[[Array, Array, Array], Float32[Array, "n d"]]
 
-# What an exchange must save a device, in bytes, to be worth its further messages: benchmarks/expert_exchange.py.
+# What an exchange must save a device, in bytes, to be worth its further messages: some 10 µs each on links of 100 GB/s
+# and more. benchmarks/expert_exchange.py compares the estimates below with what programs send.
 WORTH_EXCHANGING = 2**23
 # Tokens of a block over those that a pair of devices exchanges on average.
 SLACK = 1.25
@@ -49,7 +50,7 @@ def bytes_replicated(tokens: int, width: int) -> float:
 def bytes_exchanged(tokens: int, width: int, chosen: int, devices: int, alike: int) -> float:
     """What a device receives where `alike` of them have the same tokens: blocks of its share of the tokens, once for
     each of the devices with its experts if these are spread evenly, and the results of those alike."""
-    reached = devices * (1 - (1 - 1 / devices) ** chosen)
+    reached = devices * share(chosen, devices)
     return tokens / devices * width * (SLACK * reached * (2 + 4) + 2 * (alike - 1))
 
 
@@ -105,14 +106,19 @@ def _listed(wanted: Bool[Array, "devices n"]) -> tuple[Int32[Array, "devices n"]
     return jnp.argsort(~wanted, axis=1, stable=True).astype(jnp.int32), jnp.sum(wanted, axis=1, dtype=jnp.int32)
 
 
-def capacity(tokens: int, chosen: int, devices: int) -> int:
-    """Tokens of a block: what a pair exchanges at most on average, and a quarter more."""
-    return min(tokens, -(-math.ceil(SLACK * tokens * min(1.0, chosen / devices)) // 8) * 8)
+def share(chosen: int, parts: int) -> float:
+    """How many of the tokens want a device, if their experts are spread evenly over `parts` devices."""
+    return 1 - (1 - 1 / parts) ** chosen
+
+
+def capacity(tokens: int, chosen: int, parts: int) -> int:
+    """Tokens of a block: what a pair exchanges on average, and a quarter more."""
+    return min(tokens, -(-math.ceil(SLACK * tokens * share(chosen, parts)) // 8) * 8)
 
 
 def in_rounds(names: tuple[str, ...], compute: Compute, copies: int, x: Array, here: Routes) -> Float32[Array, "n d"]:
     """By `all_to_all` of blocks, as often as the fullest pair of devices needs."""
-    (devices, tokens), block = here.sent.shape, capacity(len(x), here.chosen.shape[-1] * copies, size(names))
+    (devices, tokens), block = here.sent.shape, capacity(len(x), here.chosen.shape[-1], size(names) // copies)
     padding = ((0, 0), (0, -tokens % block))
     sent, received = jnp.pad(here.sent, padding), jnp.pad(here.received, padding)
     sender = jnp.arange(devices)[:, None]
