@@ -12,6 +12,7 @@ KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "coll
          "reduce-scatter")  # fmt: skip
 # A norm's scale in another dtype is no copy worth a word; an expert's projection has megabytes.
 COPY_BYTES = 2**20
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 
 
 @dataclass(frozen=True, order=True)
@@ -35,11 +36,17 @@ class Collective:
 
 
 def collectives(program: Program, mesh: dict[str, int]) -> list[Collective]:
-    """Those of a program for devices numbered along `mesh`'s axes, the last fastest; the largest first."""
+    """Those of a program for devices numbered along `mesh`'s axes, the last fastest; the largest first.
+
+    One that the compiler cuts up, to send while it multiplies, stands in several fusions, which share a `chain_id`.
+    """
     found: Counter[tuple[str, tuple[str, ...], int, int, bool]] = Counter()
+    chains: set[str] = set()
     for body, instruction, times, in_loop in program.counted():
         kind = instruction.op.removesuffix("-start")
-        if kind in KINDS:
+        chain = _CHAIN.search(instruction.attributes)
+        if kind in KINDS and not (chain and chain[1] in chains):
+            chains |= {chain[1]} if chain else set()
             axes, group = _axes(instruction.attributes, mesh)
             operand = sum(nbytes(body[name].shape) for name in instruction.operands if name in body)
             if group > 1:

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kimi_jax import config_json, decoding
 from kimi_jax.model.kimi import abstract
 from kimi_jax.plan.hlo import FREE, Instruction, nbytes, parse, result
+from kimi_jax.plan.traffic import collectives
 from sharding import make_mesh
 
 BATCH, CAPACITY = 8, 512
@@ -50,13 +51,14 @@ def main(preset: str) -> None:
     compiled = step.lower(lowering_platforms=("tpu",)).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     program = parse(hlo)
-    sent = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*?channel_id=(\d+)"
+    messages: Counter[str] = Counter()
+    for message in collectives(program, dict(mesh.shape)):
+        messages[message.kind] += message.count
     print(
         json.dumps(
             {
                 "kernels": Counter(re.findall(r"tpu_custom_call.*?op_name=\"[^\"]*/(\w+)/pallas_call\"", hlo)),
-                # one that is cut up to run beside products keeps its channel
-                "collectives": Counter(kind for kind, _ in set(re.findall(sent, hlo))),
+                "collectives": messages,
                 "copies": [one.name for one in program.computations[program.entry].values() if _copies(one)],
                 "in place": memory.alias_size_in_bytes,
                 "state": sum(
