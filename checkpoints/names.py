@@ -228,7 +228,7 @@ def _check_weight_shapes(leaf: Leaf, published: Published) -> None:
         where = f"{tensor.file}: tensor {name}"
         if tensor.dtype.name not in ("int32", "int64") or tensor.shape != (2,):
             raise CheckpointError(f"{where} is {tensor.dtype} {list(tensor.shape)}, expected int32 or int64 [2]")
-        if tensor.dtype != first.dtype:
-            raise CheckpointError(f"{where} has dtype {tensor.dtype}, but {first.name} has {first.dtype}")
         if (value := tuple(published.read(name).tolist())) != leaf.weight_shape:
             raise CheckpointError(f"{where} says {list(value)}, expected {list(leaf.weight_shape)}")
+        if tensor.dtype != first.dtype:
+            raise CheckpointError(f"{where} has dtype {tensor.dtype}, but {first.name} has {first.dtype}")
