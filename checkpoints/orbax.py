@@ -129,20 +129,23 @@ class PublishedSource:
     def _array(self, leaf: Leaf, sharding: Sharding) -> jax.Array:
         blocks: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
+        @functools.cache
+        def rows(start: int, stop: int) -> np.ndarray:  # shards of columns have them in common
+            return self.published.read(leaf.pattern, start, stop)
+
         def block(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             # replicas ask for the same block one after another
             key = tuple(part.indices(size) for part, size in zip(index, leaf.shape, strict=True))
             if key not in blocks:
-                blocks[key] = self._block(leaf, *index)
+                lead, *rest = index
+                blocks[key] = self._experts(leaf, lead, *rest) if leaf.stacked else rows(*key[0][:2])[:, *rest]
             return blocks[key]
 
         return jax.make_array_from_callback(leaf.shape, sharding, block)
 
-    def _block(self, leaf: Leaf, lead: slice, *rest: slice) -> np.ndarray:
+    def _experts(self, leaf: Leaf, lead: slice, *rest: slice) -> np.ndarray:
         rows = range(leaf.shape[0])[lead]
-        if not leaf.stacked:
-            return self.published.read(leaf.pattern, rows.start, rows.stop)[:, *rest]
         first = self.published.read(leaf.names[rows.start])[*rest]
         out = np.empty((len(rows), *first.shape), first.dtype)
         out[0] = first
