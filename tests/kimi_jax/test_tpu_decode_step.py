@@ -28,5 +28,8 @@ def test_a_decode_step_compiles_for_a_tpu_mesh():
     kernels = {"mla_write": 2, "mla_decode": 2, "int4_grouped_swiglu": 1, "int4_grouped_matmul": 1}
     assert found["kernels"] == kernels
     assert found["collectives"] == {"all-reduce": 1 + 2 * 2, "all-gather": 2}
-    assert found["temporaries"] < 2**20
+    assert set(found["int4"]) <= {"parameter", "bitcast", "get-tuple-element"}
+    assert (
+        found["temporaries"] < 3 * 2**20
+    )  # an eighth of the state's and the weights' bytes; what is prefetched counts
     assert found["in place"] >= found["state"] // 2

@@ -47,6 +47,7 @@ def main() -> None:
             {
                 "kernels": Counter(re.findall(r"tpu_custom_call.*?op_name=\"[^\"]*/(\w+)/pallas_call\"", hlo)),
                 "collectives": Counter(re.findall(rf" ({names})(?:-start)?\(", hlo)),
+                "int4": Counter(re.findall(r" = \(?s4\[[^=]*?\} ([\w-]+)\(", hlo)),
                 "temporaries": memory.temp_size_in_bytes,
                 "in place": memory.alias_size_in_bytes,
                 "state": sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state)),
