@@ -255,9 +255,9 @@ def test_what_is_refused(arguments, reason, capsys):
 
 @LIBTPU
 def test_a_step_compiled_through_the_command(capsys, tmp_path):
-    # Given a small K2, and the mesh that splits everything there is
+    # Given a small K2 with a long cache, so that the largest batch is small too, and a mesh that splits all there is
     (tmp_path / "config.json").write_text(json.dumps(toy_config("k2", **TOY)))
-    mesh = ["--mesh", "data=2,tensor=2,sequence=2", "--batch", "8", "--context", "512"]
+    mesh = ["--mesh", "data=2,tensor=2,sequence=2", "--batch", "8", "--context", "131072"]
     assert main(["plan", "--model", str(tmp_path), "--topology", "v5e:2x4", *mesh, "--json"]) == 0
     out, err = capsys.readouterr()
     (made,) = json.loads(out)
@@ -266,6 +266,7 @@ def test_a_step_compiled_through_the_command(capsys, tmp_path):
     compiled, memory = made["compiled"], made["memory"]
     weights = sum(memory[kind] for kind in ("experts", "attention", "embeddings", "other_weights"))
     assert abs(compiled["arguments"] - weights - memory["cache"]) < 0.03 * weights
+    assert made["largest"]["confirmed"] is True and 8 < made["largest"]["batch"] < 300
     assert made["warnings"] == [] and compiled["moved"] == []
     assert err.count("compiling decode of ") == 2
     # and messages are activations, five a layer with a split cache, beside the embeddings' sum

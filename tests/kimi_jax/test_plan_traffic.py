@@ -42,6 +42,11 @@ HloModule jit__step, is_scheduled=true, input_output_alias={ {1}: (2, {}, may-al
   ROOT %arg.5 = f32[8,128]{1,0:T(8,128)} parameter(0)
 }
 
+%fused.6 (arg.6: f32[8,128]) -> f32[32,128] {
+  %arg.6 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %gather.6 = f32[32,128]{1,0:T(8,128)} all-gather(%arg.6), channel_id=10, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}
+
 ENTRY %main (param.0: bf16[1024,1024], param.1: s4[8,1024,512], param.2: f32[8,128], param.3: s32[]) -> (f32[8,128], f32[8,128]) {
   %param.0 = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(0), metadata={op_name="arrays[0]"}
   %param.1 = s4[8,1024,512]{2,1,0:T(64,128)(8,1)E(4)} parameter(1), metadata={op_name="arrays[1]"}
@@ -62,6 +67,7 @@ ENTRY %main (param.0: bf16[1024,1024], param.1: s4[8,1024,512], param.2: f32[8,1
   %x.1 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%while.2), index=1
   %choice.1 = f32[8,128]{1,0:T(8,128)} conditional(%param.3, %x.1, %x.1), branch_computations={%branch.4, %branch.5}
   %scatter.1 = f32[2,128]{1,0:T(8,128)} reduce-scatter(%choice.1), channel_id=9, replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}, to_apply=%region_0.1
+  %started.1 = f32[32,128]{1,0:T(8,128)} fusion(%choice.1), kind=kCustom, calls=%fused.6
   ROOT %tuple.9 = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) tuple(%choice.1, %param.2)
 }
 """  # noqa: E501 - as XLA writes it
@@ -72,6 +78,7 @@ def test_messages_have_their_axes_sizes_and_counts():
     block = 8 * 128 * 4
     assert found == {
         Collective("all-gather", ("data",), 2, 2**21, 1),
+        Collective("all-gather", ("tensor", "sequence"), 4, block, 1),
         Collective("all-reduce", ("tensor", "sequence"), 4, block, 2),
         Collective("all-reduce", ("data", "tensor", "sequence"), 8, block, 1),
         Collective("collective-permute", ("sequence",), 2, block, 3),
@@ -175,8 +182,8 @@ def test_what_goes_to_and_from_hbm():
     block, weights = 8 * 128 * 4, 2**21
     loops = 2 * 2 * (block + 4) + 4  # the first loop's tuple has a number more
     sums = 3 * 2 * block
-    choice, scatter = 3 * block + 4, block + block // 4
-    assert hbm_bytes(parse(TEXT)) == 2**21 + 2 * weights + 3 * weights + sums + loops + choice + scatter
+    choice, scatter, fusion = 3 * block + 4, block + block // 4, 5 * block
+    assert hbm_bytes(parse(TEXT)) == 2**21 + 2 * weights + 3 * weights + sums + loops + choice + scatter + fusion
 
 
 def test_what_a_fusion_only_picks_from_is_not_read_whole():
