@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from kimi_jax import config_json
 
 # What fills some arrays, in any order and by several threads.
 Reads = Iterator[Callable[[], object]]
+# An array, and the part that it is of what is read.
+Cut = tuple[np.ndarray, tuple[slice, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +61,21 @@ class ConvertedSource:
     layouts: Mapping[str, Layout]
 
     def blocks(self, leaf: Leaf, boxes: Iterable[Box]) -> tuple[dict[Box, np.ndarray], Reads]:
-        """As `PublishedSource.blocks`."""
+        """As `PublishedSource.blocks`. A byte range that several parts want some columns of is read once."""
         arrays = {box: _empty(box, leaf.dtype) for box in boxes}
-        return arrays, (read for box, array in arrays.items() for read in self._reads(leaf, box, array))
-
-    def _reads(self, leaf: Leaf, box: Box, array: np.ndarray) -> Reads:
         layout = self.layouts[leaf.path]
-        for number, offset, shape, where in layout.ranges(box):
-            overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, where, strict=True)]
-            target = array[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(overlap, box, strict=True))]
-            kept = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(overlap, where, strict=True))
-
-            file = self.folder / leaf.path / layout.file(number)
-            yield partial(self._fill, leaf, file, offset, shape, target, kept)
+        wanted: defaultdict[tuple[int, int, tuple[int, ...]], list[Cut]] = defaultdict(list)
+        for box, array in arrays.items():
+            for number, offset, shape, where in layout.ranges(box):
+                overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, where, strict=True)]
+                target = array[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(overlap, box, strict=True))]
+                kept = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(overlap, where, strict=True))
+                wanted[number, offset, shape].append((target, kept))
+        folder = self.folder / leaf.path
+        return arrays, (
+            partial(self._fill, leaf, folder / layout.file(number), offset, shape, cuts)
+            for (number, offset, shape), cuts in wanted.items()
+        )
 
     def _fill(
         self,
@@ -78,11 +83,11 @@ class ConvertedSource:
         file: Place,
         offset: int,
         shape: tuple[int, ...],
-        target: np.ndarray,
-        kept: tuple[slice, ...],
+        cuts: list[Cut],
     ) -> None:
-        """Reads what lies at `offset`, of `shape`, and has `target` take the part `kept` of it."""
-        whole = target.shape == shape and target.flags.c_contiguous
+        """Reads what lies at `offset`, of `shape`, and has the arrays of `cuts` take their parts of it."""
+        target, _ = cuts[0]
+        whole = len(cuts) == 1 and target.shape == shape and target.flags.c_contiguous
         into = target if whole else np.empty(shape, leaf.dtype)
         data = into.reshape(-1).view(np.uint8).data
         try:
@@ -91,7 +96,7 @@ class ConvertedSource:
             complete = False
         if not complete:
             raise CheckpointError(f"{self.folder}: leaf {leaf.path} is damaged or not there, in {file.name}")
-        if not whole:
+        for target, kept in [] if whole else cuts:
             target[...] = into[kept]
 
 

@@ -2,8 +2,7 @@
 attention.
 
 Stands alone: needs JAX and nothing of the models. Each op has a folder: `api` (what to call), `reference` (what it
-means, in numpy), `xla` (plain JAX, fast), `mosaic_tpu` (the Pallas kernel, where there is one: matmuls and
-latent attention), `shapes` (what tests and benchmarks share).
+means, in numpy), `xla` (plain JAX, fast), `mosaic_tpu` (the Pallas kernel), `shapes` (what tests and benchmarks share).
 """
 
 from pallas_kernels.grouped_matmul import grouped_matmul as grouped_matmul

@@ -48,7 +48,7 @@ def spec(
         if axis == "expert_mlp" and "expert" in axes:
             wanted = left
         taken, rest = divided(wanted, size, mesh)
-        if axis == "expert" and "expert_mlp" in axes:
+        if axis == "expert":
             left = rest
         elif rest and axis == "latent":
             taken = []

@@ -160,7 +160,7 @@ def test_replicas_do_not_read_twice(published: dict[str, Path], monkeypatch: pyt
     read = Published.read
 
     def counting(self: Published, *args: Any) -> np.ndarray:
-        counts[args] += 1
+        counts[args[:3]] += 1  # name, first row, end
         return read(self, *args)
 
     monkeypatch.setattr(Published, "read", counting)
@@ -300,18 +300,22 @@ def _filled(source: Any, leaf: Any, boxes: Any) -> dict[Any, np.ndarray]:
     return blocks
 
 
-def test_two_processes_read_half_each(published: dict[str, Path], converted: dict[str, Path]) -> None:
-    """On a mesh whose `data` axis parts the processes: both hold all experts, neither reads more than half of them."""
+def test_two_processes_read_half_each(
+    published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a mesh whose `data` axis parts the processes, which hold alike what is not split over it."""
+    monkeypatch.setattr(layout, "PART_BYTES", 16)  # a toy's columns are shorter than a read is worth
+    folder = convert(published["k2"], tmp_path / "fine").destination
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     driver = Path(__file__).parents[2] / "benchmarks" / "restoring.py"
-    commands = [[sys.executable, driver, converted["k2"], str(process), "2x4", port] for process in range(2)]
+    commands = [[sys.executable, driver, folder, str(process), "2x4", port] for process in range(2)]
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
     outputs = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
-    total = sum(leaf.nbytes for leaf in sources.open_checkpoint(converted["k2"]).contents.leaves)
+    total = sum(leaf.nbytes for leaf in sources.open_checkpoint(folder).contents.leaves)
     for found in (first, second):
         assert sum(found["by_leaf"].values()) == total // 2
     model = variables(load(published["k2"], make_mesh("2x4")))

@@ -41,9 +41,9 @@ def test_published_names_of_the_specification(published: dict[str, Path]) -> Non
     k25 = {leaf.path: leaf for leaf in of(published["k2.5"]).leaves}
     experts = k25["model.layers.1.mlp.experts.down_proj.weight_packed"]
     assert experts.names[5] == "language_model.model.layers.1.mlp.experts.5.down_proj.weight_packed"
-    assert (experts.shape, experts.axes, experts.dtype) == ((8, 128, 8), ("expert", "embed", "mlp"), np.int32)
+    assert (experts.shape, experts.axes, experts.dtype) == ((8, 128, 8), ("expert", "embed", "expert_mlp"), np.int32)
     scales = k25["model.layers.1.mlp.experts.gate_proj.weight_scale"]
-    assert (scales.shape, scales.axes, scales.dtype) == ((8, 64, 4), ("expert", "mlp", "embed"), BF16)
+    assert (scales.shape, scales.axes, scales.dtype) == ((8, 64, 4), ("expert", "expert_mlp", "embed"), BF16)
     assert k25["lm_head.weight"].names == ("language_model.lm_head.weight",)
     assert k25["mm_projector.proj.2.weight"].names == ("mm_projector.proj.2.weight",)
     assert k25["model.layers.0.mlp.gate_proj.weight"].names == ("language_model.model.layers.0.mlp.gate_proj.weight",)

@@ -370,7 +370,7 @@ def unknown_model(folder):
 
 
 DAMAGE = {
-    truncate: [SECOND, "truncated: tensor vision_tower.patch_embed.proj.weight ends at byte"],
+    truncate: [SECOND, "truncated: tensor mm_projector.pre_norm.bias ends at byte"],
     remove: [SECOND, "shard is missing"],
     name_an_absent_tensor: ["model.safetensors.index.json", "places tensor model.nowhere.weight", "does not hold it"],
     contradict_a_weight_shape: [".safetensors", f"tensor {EXPERT}.weight_shape says [64, 32], expected [32, 64]"],
