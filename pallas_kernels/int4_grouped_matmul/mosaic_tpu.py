@@ -13,8 +13,8 @@ rounds the float32 product. Float32 x is multiplied at HIGHEST precision, bf16 x
 Groups of at most 8 rows of bf16 go another way on v5: `block_diagonal`.
 
 Windows of more than 64 rows spill: their product is larger than the register file, and the spills fit beside the matrix
-unit's work. (Fewer rows at a time leave it idle for longer.) So do large parts of few rows, a few hundred of their
-thousands of bundles' slots: they are cut as large as that because every part begins and ends with idle units.
+unit's work. (Fewer rows at a time leave it idle for longer.) So do large parts of few rows, up to 1,400 stores and
+loads in loops of thousands of bundles: they are as large as that because every part begins and ends with idle units.
 """
 
 import functools
