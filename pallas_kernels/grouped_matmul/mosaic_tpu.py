@@ -4,6 +4,10 @@
 is (N tiles, visits), the number of visits dynamic. A step takes all K inputs of a tile of the visit's matrix, up to 4
 MiB, and multiplies the group's rows of the block by it, a window at a time. Rows of other groups in a window are
 multiplied too and not written. A block of x stays in vector memory for all its visits; a matrix is read once per visit.
+
+Windows of more than 64 rows spill: their product is larger than the register file. With 512 rows an expert, in windows
+of 256, SwiGLU has 2,719 stores and loads on v5e and 3,891 on v6e. They fit beside the matrix unit's work (98 % of the
+window's bundles on v5e), which smaller windows would add to: a matrix is loaded into the unit once per window.
 """
 
 import functools

@@ -2,18 +2,19 @@
 
 Rows are cut in blocks; a *visit* is a pair of a block and a group with rows in it, and the grid is (N tiles, visits),
 the number of visits dynamic. A step takes all K rows of an N tile of the visit's group, as half bytes: up to 4 MiB, so
-that the 280 or so bundles of a step's own cost little. Part after part is unpacked and scaled in vector memory, and the
-group's rows of the block are multiplied by it, a window at a time, into a float32 accumulator of the whole block: rows
-of other groups enter as zeros, so that nothing has to be merged and groups may begin anywhere. A block of x stays in
-vector memory for all its visits; weights are streamed once per visit.
+that the 220 to 290 bundles of a step's own cost little. Part after part is unpacked and scaled in vector memory, and
+the group's rows of the block are multiplied by it, a window at a time, into a float32 accumulator of the whole block:
+rows of other groups enter as zeros, so that nothing has to be merged and groups may begin anywhere. The accumulator is
+zeroed at a block's first visit and written at its last. A block of x stays in vector memory for all its visits; weights
+are streamed once per visit.
 
 A weight is bf16(code * scale). In bf16 arithmetic (v6e on) the product rounds to that by itself; v5 has none, and
 rounds the float32 product. Float32 x is multiplied at HIGHEST precision, bf16 x in one pass with float32 accumulation.
 Groups of at most 8 rows of bf16 go another way on v5: `block_diagonal`.
 
 Windows of more than 64 rows spill: their product is larger than the register file, and the spills fit beside the matrix
-unit's work. (Fewer rows at a time leave it idle for longer.) So do large parts of few rows, a few hundred of their
-thousands of bundles' slots: they are cut as large as that because every part begins and ends with idle units.
+unit's work. (Fewer rows at a time leave it idle for longer.) So do large parts of few rows, up to 1,400 stores and
+loads in loops of thousands of bundles: they are as large as that because every part begins and ends with idle units.
 """
 
 import functools
@@ -214,10 +215,16 @@ def _kernel(
     begins = (v == 0) | (block_ref[v] != block_ref[jnp.maximum(v - 1, 0)])
     ends = last_visit | (block_ref[v] != block_ref[jnp.where(last_visit, v, v + 1)])
 
-    @pl.when(begins)
-    def _zero() -> None:
+    def over_block(wanted: Array, use: Callable[[Any], None]) -> None:
+        """A window at a time: less code, and a loop whose turns can be counted, unlike a branch."""
+        turns = jnp.where(wanted, tile.block // tile.rows, 0)
+        lax.fori_loop(0, turns, lambda j, _: use(pl.ds(pl.multiple_of(j * tile.rows, tile.rows), tile.rows)), None)
+
+    def zero(window: Any) -> None:
         for total in totals:
-            total[...] = jnp.zeros_like(total)
+            total[window, :] = jnp.zeros((tile.rows, tile.N), jnp.float32)
+
+    over_block(begins, zero)
 
     start, end = (
         jnp.clip(edge[group_ref[v]] - block_ref[v] * tile.block, 0, tile.block) for edge in (start_ref, end_ref)
@@ -280,9 +287,10 @@ def _kernel(
         pl.when(~is_few & (high - low == 1))(one_window)
         pl.when(~is_few & (high - low > 1))(windows)
 
-    @pl.when(ends)
-    def _write() -> None:
-        out_ref[...] = combine(*(total[...] for total in totals)).astype(out_ref.dtype)
+    def write(window: Any) -> None:
+        out_ref[window, :] = combine(*(total[window, :] for total in totals)).astype(out_ref.dtype)
+
+    over_block(ends, write)
 
 
 def _dequantise(codes: Array, scales: Array, rows_ref: Any, dtype: Any, bf16: bool) -> Array:

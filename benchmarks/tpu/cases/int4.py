@@ -24,20 +24,22 @@ def _arguments(K: int, N: int, rows: int, groups: int | None) -> tuple[Any, tupl
 
 
 def _trips(K: int, N: int, rows: int, groups: int, matrices: int) -> tuple[int, ...]:
-    """The grid; the parts of a step whose group has few rows, by their number; of one that lies in one window; of one
-    that does not, and its windows.
+    """The grid; windows of a block to zero; the parts of a step whose group has few rows, by their number; of one that
+    lies in one window; of one that does not, and its windows; windows of a block to write.
 
     A group's rows begin at a multiple of their number here, so that all visits are of one kind.
     """
     tile = mosaic_tpu.tiles(rows * groups, K, N, groups, jnp.bfloat16)
-    steps = N // tile.N * max(groups, -(-rows * groups // tile.block))
+    columns, blocks = N // tile.N, -(-rows * groups // tile.block)
+    steps, block_windows = columns * max(groups, blocks), columns * blocks * tile.block // tile.rows
     parts, shared_parts = steps * K // tile.K_part, steps * K // tile.K_shared
     windows = min(rows, tile.block) // tile.rows
     few = [shared_parts * (rows <= mosaic_tpu.FEW_ROWS)] if mosaic_tpu.apart(tile, jnp.bfloat16) else []
     if few and rows * groups <= mosaic_tpu.FEW_ROWS:
-        return (steps, *few)
+        return (steps, block_windows, *few, block_windows)
     one, shared = (0, 0) if any(few) else (parts, 0) if windows <= 1 else (0, shared_parts)
-    return (steps, *few, one, shared, *[shared * windows for _ in range(matrices)])
+    multiplied = [shared * windows] * matrices
+    return (steps, block_windows, *few, one, shared, *multiplied, block_windows)
 
 
 def _case(op: Callable[..., Any], name: str, K: int, N: int, rows: int, groups: int | None) -> Case:
