@@ -4,12 +4,14 @@ On CPU `ragged_dot` multiplies every row with every group. The loop's derivative
 dynamic bounds has none: dx is a grouped matmul with the transposed weights, dW sums dyᵀ x over each group's rows.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.grouped_matmul.blocks import (
     dot,
@@ -30,7 +32,7 @@ def grouped_matmul(
     x: Float[Array, "T K"],
     weights: Float[Array, "E N K"],
     group_sizes: Int32[Array, "groups"],
-    group_offset: Int[Array, ""],
+    group_offset: Any,  # int32 []; a constant may come as NumPy's (JAX 0.12)
 ) -> Float[Array, "T N"]:
     """See `api.grouped_matmul`."""
     return lax.platform_dependent(x, weights, group_sizes, group_offset, cpu=_loop, default=_ragged)
@@ -41,7 +43,7 @@ def grouped_swiglu(
     gate: Float[Array, "E N K"],
     up: Float[Array, "E N K"],
     group_sizes: Int32[Array, "groups"],
-    group_offset: Int[Array, ""],
+    group_offset: Any,  # int32 []; a constant may come as NumPy's (JAX 0.12)
 ) -> Float[Array, "T N"]:
     """See `api.grouped_swiglu`."""
     return _grouped_swiglu(x, gate, up, group_sizes, group_offset)

@@ -4,10 +4,12 @@ time.
 The same on every platform, since nothing else keeps the weights at half a byte.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Int4, Int32
+from jaxtyping import Array, Float, Int4, Int32
 
 from pallas_kernels.grouped_matmul.blocks import dot, local_groups, map_rows, swiglu, take
 from pallas_kernels.grouped_matmul.xla import no_gradient
@@ -20,7 +22,7 @@ def int4_grouped_matmul(
     codes: Int4[Array, "E K N"],
     scales: Float[Array, "E groups N"],
     group_sizes: Int32[Array, "all"],
-    group_offset: Int[Array, ""],
+    group_offset: Any,  # int32 []; a constant may come as NumPy's (JAX 0.12)
 ) -> Float[Array, "T N"]:
     """See `api.int4_grouped_matmul`."""
     edges = local_groups(group_sizes, group_offset, codes.shape[0])
@@ -48,7 +50,7 @@ def int4_grouped_swiglu(
     gate: tuple[Int4[Array, "E K N"], Float[Array, "E groups N"]],
     up: tuple[Int4[Array, "E K N"], Float[Array, "E groups N"]],
     group_sizes: Int32[Array, "all"],
-    group_offset: Int[Array, ""],
+    group_offset: Any,  # int32 []; a constant may come as NumPy's (JAX 0.12)
 ) -> Float[Array, "T N"]:
     """See `api.int4_grouped_swiglu`."""
     edges = local_groups(group_sizes, group_offset, gate[0].shape[0])

@@ -1,32 +1,16 @@
 """What a decode step of K2.5 sends between devices: a few activations a layer, and no weight, state or cache."""
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 import kimi_jax
 from kimi_jax import decoding
+from kimi_jax.plan.hlo import parse
+from kimi_jax.plan.traffic import collectives
 from sharding import make_mesh
 
-KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all"
-COLLECTIVE = re.compile(rf" = (.*?) ({KINDS})(?:-start)?\(.*?replica_groups=(?:\{{\{{([\d,]*)|\[\d+,(\d+)\])")
-SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-BYTES = {"f32": 4, "s32": 4, "bf16": 2, "u32": 4, "pred": 1}
 BATCH = 8
-
-
-def collectives(text):
-    """[(kind, bytes of its operands on a device)] of a compiled module."""
-    found = []
-    for result, kind, group, size in COLLECTIVE.findall(text):
-        devices = int(size) if size else len(group.split(","))
-        sizes = ((BYTES[dtype], map(int, filter(None, dims.split(",")))) for dtype, dims in SHAPE.findall(result))
-        total = sum(width * math.prod(dims) for width, dims in sizes)
-        found.append((kind, {"all-gather": total // devices, "reduce-scatter": total * devices}.get(kind, total)))
-    return found
 
 
 @pytest.mark.parametrize(
@@ -42,7 +26,8 @@ def test_a_decode_step_sends_a_few_activations_a_layer(checkpoint, shape, most):
     # When a step is compiled
     tokens = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     step = decoding._step.lower(runner.program, runner.arrays, runner.state_shapes(BATCH, 1024), tokens)
-    sent = collectives(step.compile().as_text())
+    messages = collectives(parse(step.compile().as_text()), dict(mesh.shape))
+    sent = [(message.kind, message.nbytes) for message in messages for _ in range(message.count)]
 
     # Then the embeddings take one message and each layer at most so many
     assert len(sent) <= 1 + most * text.num_hidden_layers, sent
