@@ -32,7 +32,7 @@ def grouped_matmul(
     x: Float[Array, "T K"],
     weights: Float[Array, "E N K"],
     group_sizes: Int32[Array, "groups"],
-    group_offset: Any,  # int32 []; a constant may come as NumPy's (JAX 0.12)
+    group_offset: Any,  # int32 []; a constant may come as NumPy's
 ) -> Float[Array, "T N"]:
     """See `api.grouped_matmul`."""
     return lax.platform_dependent(x, weights, group_sizes, group_offset, cpu=_loop, default=_ragged)
@@ -43,7 +43,7 @@ def grouped_swiglu(
     gate: Float[Array, "E N K"],
     up: Float[Array, "E N K"],
     group_sizes: Int32[Array, "groups"],
-    group_offset: Any,  # int32 []; a constant may come as NumPy's (JAX 0.12)
+    group_offset: Any,  # int32 []; a constant may come as NumPy's
 ) -> Float[Array, "T N"]:
     """See `api.grouped_swiglu`."""
     return _grouped_swiglu(x, gate, up, group_sizes, group_offset)

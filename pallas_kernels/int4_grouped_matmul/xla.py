@@ -22,7 +22,7 @@ def int4_grouped_matmul(
     codes: Int4[Array, "E K N"],
     scales: Float[Array, "E groups N"],
     group_sizes: Int32[Array, "all"],
-    group_offset: Any,  # int32 []; a constant may come as NumPy's (JAX 0.12)
+    group_offset: Any,  # int32 []; a constant may come as NumPy's
 ) -> Float[Array, "T N"]:
     """See `api.int4_grouped_matmul`."""
     edges = local_groups(group_sizes, group_offset, codes.shape[0])
@@ -50,7 +50,7 @@ def int4_grouped_swiglu(
     gate: tuple[Int4[Array, "E K N"], Float[Array, "E groups N"]],
     up: tuple[Int4[Array, "E K N"], Float[Array, "E groups N"]],
     group_sizes: Int32[Array, "all"],
-    group_offset: Any,  # int32 []; a constant may come as NumPy's (JAX 0.12)
+    group_offset: Any,  # int32 []; a constant may come as NumPy's
 ) -> Float[Array, "T N"]:
     """See `api.int4_grouped_swiglu`."""
     edges = local_groups(group_sizes, group_offset, gate[0].shape[0])
