@@ -165,7 +165,7 @@ class _Conversion:
             metadata.write_json(self.partial / MANIFEST, self.manifest(digests))
             self.partial.rename(self.dst)
             fsync(self.dst.parent)
-        shutil.rmtree(self.dst / journal.FOLDER)
+        shutil.rmtree(self.dst / journal.FOLDER, ignore_errors=True)  # another process may be removing it too
         return True
 
     def manifest(self, digests: Mapping[tuple[str, int], str]) -> dict[str, Any]:
