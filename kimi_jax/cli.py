@@ -109,7 +109,8 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--mesh",
         metavar="DxExTxS",
-        help="devices over data, experts, tensors and sequence, like 1x1x8x1 (default: one device)",
+        help="devices over data, experts, tensors and sequence, like 1x1x8x1; `auto` shares all devices out by the "
+        "model's heads (default: one device)",
     )
     sub.add_argument(
         "--distributed",
@@ -233,17 +234,23 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     """Generates; prints only where `aloud`."""
+    import jax
+
     import checkpoints
-    from kimi_jax import decoding, prompts
+    from kimi_jax import config_json, decoding, prompts
     from kimi_jax.sampling import Sampling
     from kimi_jax.text import StreamDecoder, Tokenizer
-    from sharding import make_mesh
+    from sharding import default_shape, make_mesh
 
     log = Console(stderr=True, highlight=False, quiet=not aloud)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
     messages, tools = _messages(arguments)
     tokenizer = Tokenizer.from_folder(arguments.path)
-    mesh = None if arguments.mesh is None else make_mesh(arguments.mesh)
+    shape = arguments.mesh
+    if shape == "auto":
+        heads = config_json.from_folder(arguments.path).text.num_attention_heads
+        shape = default_shape(len(jax.devices()), heads)
+    mesh = None if shape is None else make_mesh(shape)
     began = time.perf_counter()
     model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
     prompt = prompts.prepare(

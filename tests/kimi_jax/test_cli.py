@@ -18,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 import checkpoints
 import kimi_jax
 from checkpoints.toy import toy_config, write_toy
-from kimi_jax import prompts
+from kimi_jax import config_json, prompts
 from kimi_jax.cli import main
+from sharding import default_shape
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
@@ -190,12 +191,14 @@ def test_generate_looks_at_an_image_and_reads_a_chat(published, kimi, loads, pic
 
 
 def test_mesh_and_dtype_go_to_load(published, loads, capsys):
-    for flags in ([], ["--mesh", "2x4", "--dtype", "bfloat16"]):
+    for flags in ([], ["--mesh", "2x4", "--dtype", "bfloat16"], ["--mesh", "auto"]):
         assert generate(published, "--prompt", "Hello", "--max-new-tokens", 1, *flags) == 0
         assert len(capsys.readouterr().out) > 1
-    (plain, (_, mesh, dtype)) = loads
+    (plain, (_, mesh, dtype), (_, auto, _)) = loads
     assert plain == (published, None, None)
     assert (mesh.devices.shape, dtype) == ((2, 4, 1, 1), "bfloat16")
+    heads = config_json.from_folder(published).text.num_attention_heads
+    assert auto.devices.shape == default_shape(8, heads) and auto.shape["tensor"] > 1
 
 
 # --- export, verify and make-toy --------------------------------------------------------------------------------------
