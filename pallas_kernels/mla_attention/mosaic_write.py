@@ -43,9 +43,6 @@ def mla_write(
     chosen = jnp.take_along_axis(page_table, jnp.where(listed, entry, 0), axis=1)
     chosen = jnp.where(listed & (chosen >= 0) & (chosen < pages), chosen, -1)
     rows = latents.astype(cache.dtype).reshape(-1, 1, width)
-    if not interpret:
-        # Else XLA moves a cache that fits to vector memory and back, all of it.
-        cache = pltpu.with_memory_space_constraint(cache, pltpu.HBM)
     return pl.pallas_call(
         _write_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -61,7 +58,7 @@ def mla_write(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype) if interpret else pltpu.HBM(cache.shape, cache.dtype),
+        out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         # Counting the two scalar operands.
         input_output_aliases={3: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),

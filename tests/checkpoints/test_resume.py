@@ -196,7 +196,7 @@ def test_stopped_while_it_is_made_whole(
         if step == "rename":
             patch.setattr(Path, "rename", after(Path.rename))
         elif step == "rmtree":
-            patch.setattr(shutil, "rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         else:
             patch.setattr(metadata, step, after(getattr(metadata, step)))
         with pytest.raises(KeyboardInterrupt):
