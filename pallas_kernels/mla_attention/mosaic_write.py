@@ -1,10 +1,13 @@
 """New rows into a paged cache, as one TPU kernel that writes in place.
 
-XLA's scatter wants the cache in another layout and copies all of it, there and back. Here a grid step is a row: its
-page comes to VMEM unless it is there, the row, turned into a column, takes its lane, and the page goes back when
-another is wanted. While a row is worked on, the page of the next is on its way to the other half of the buffer, and the
-one before on its way back. A half is read into only when what was in it is written, so whatever pages rows share,
-nothing is lost.
+XLA's scatter wants the cache in another layout and copies all of it, there and back. Here rows are cut into *runs*:
+rows one after another whose tokens are too, in one block of 128 rows and one *unit* of the cache, 128 tokens of a page.
+A prompt's runs are whole blocks, or two to a block if it begins within a unit; a decoding sequence's is one row.
+
+A block is turned once, so that its rows are columns; these, rotated to a run's lanes, are merged into the unit in VMEM.
+Runs one after another in one unit make a *visit*: the unit is read ahead, unless the first run fills it, and written
+back while others go on, `SLOTS` of them at once. A unit is read only when what an earlier visit put in it is written,
+so whatever units rows share, nothing is lost, and of two rows for one token the later stays.
 """
 
 import jax
@@ -15,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 LANES = 128
+SLOTS = 8  # units in VMEM: 147 kB each of Kimi's, so that a megabyte is on its way there and back
 
 
 def unsupported(cache: Array, latents: Array) -> str | None:
@@ -41,21 +45,26 @@ def mla_write(
     entry = positions // page
     listed = (positions >= 0) & (entry < page_table.shape[1])
     chosen = jnp.take_along_axis(page_table, jnp.where(listed, entry, 0), axis=1)
-    chosen = jnp.where(listed & (chosen >= 0) & (chosen < pages), chosen, -1)
-    rows = latents.astype(cache.dtype).reshape(-1, 1, width)
+    places = jnp.where(listed & (chosen >= 0) & (chosen < pages), chosen * page + positions % page, -1)
+    blocks = pl.cdiv(places.size, LANES)
+    places = jnp.pad(places.reshape(-1), (0, -places.size % LANES), constant_values=-1)
+    rows = latents.astype(cache.dtype).reshape(-1, width)
+    # The last of several blocks may reach past the rows, a block may not be larger than all of them.
+    rows = jnp.pad(rows, ((0, max(0, LANES - rows.shape[0])), (0, 0)))
+    words = width * cache.dtype.itemsize // 4
     return pl.pallas_call(
         _write_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(rows.shape[0],),
-            in_specs=[pl.BlockSpec((1, 1, width), lambda i, *_: (i, 0, 0)), pl.BlockSpec(memory_space=pltpu.HBM)],
+            grid=(blocks,),
+            in_specs=[pl.BlockSpec((LANES, width), lambda i, *_: (i, 0)), pl.BlockSpec(memory_space=pltpu.HBM)],
             out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
             scratch_shapes=[
-                pltpu.VMEM((2, width, page), cache.dtype),
+                pltpu.VMEM((words, LANES), jnp.int32),
+                pltpu.VMEM((SLOTS, width, LANES), cache.dtype),
+                pltpu.SMEM((SLOTS,), jnp.int32),
                 pltpu.SMEM((3,), jnp.int32),
-                pltpu.SMEM((2,), jnp.int32),
-                pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((SLOTS,)),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
@@ -65,75 +74,129 @@ def mla_write(
         cost_estimate=pl.CostEstimate(
             flops=0,
             transcendentals=0,
-            bytes_accessed=rows.nbytes + 2 * rows.shape[0] * width * page * cache.dtype.itemsize,
+            # As of one row per sequence, or of prompts.
+            bytes_accessed=rows.nbytes + 2 * max(positions.shape[0], blocks) * width * LANES * cache.dtype.itemsize,
         ),
         interpret=interpret,
         name="mla_write",
-    )(chosen.reshape(-1), (positions % page).reshape(-1), rows, cache)
+    )(jnp.pad(places, 1, constant_values=-1), _ends(places), rows, cache)
 
 
-def _write_kernel(chosen, lanes, row, _before, cache, buffer, state, writing, arrived, left):
-    """`state`: the half of the buffer in hand, its page (-1 is none), and whether the next row's page is on its way to
-    the other half; `writing`: which halves are on their way back."""
-    half, held, coming = range(3)
-    step, last = pl.program_id(0), pl.num_programs(0) - 1
-    target, following = chosen[step], chosen[jnp.minimum(step + 1, last)]
+def _ends(places: Int[Array, "rows"]) -> Int[Array, "rows"]:
+    """The first row after each one's run. Rows without a place make runs too."""
+    block, row = places.reshape(-1, LANES), jnp.arange(LANES, dtype=jnp.int32)
+    expected = jnp.where(block < 0, -1, block + 1)[:, :-1]
+    begins = (block[:, 1:] != expected) | (block[:, 1:] % LANES == 0)
+    last = jnp.pad(begins, ((0, 0), (0, 1)), constant_values=True)
+    # One fusion; a cumulative minimum is several on TPU.
+    ends = 1 + jnp.min(jnp.where(last[:, None, :] & (row >= row[:, None]), row, LANES - 1), axis=-1)
+    return (ends + LANES * jnp.arange(len(block), dtype=jnp.int32)[:, None]).reshape(-1)
 
-    def bring(page, half):
-        return pltpu.make_async_copy(cache.at[page], buffer.at[half], arrived.at[half])
 
-    def put_back(page, half):
-        return pltpu.make_async_copy(buffer.at[half], cache.at[page], left.at[half])
+def _write_kernel(places, ends, rows, _before, cache, columns, buffer, units, cursor, moved):
+    """`places` has a -1 before the first row and after the last; `columns`: the block, a token to a lane, as words of
+    32 bits; `units`: the unit in each slot, -1 once it is written; `cursor`: how many visits are closed (their writing
+    has begun), how many opened (their reading has), and the first row not looked at yet for more."""
+    closed, opened, ahead = range(3)
+    first, total = pl.program_id(0) * LANES, pl.num_programs(0) * LANES
 
-    def finish_writing(half):
-        @pl.when(writing[half] != 0)
+    def unit_of(row):
+        return places[row + 1] >> 7  # log2(LANES): -1 stays
+
+    def is_read(row):
+        return ends[row] - row < LANES
+
+    def opens(row):
+        return unit_of(row) != unit_of(row - 1)
+
+    def window(unit):
+        tiles = cache.shape[2] // LANES
+        lane = pl.multiple_of(lax.rem(unit, tiles) * LANES, LANES)
+        return cache.at[lax.div(unit, tiles), :, pl.ds(lane, LANES)]
+
+    def read(unit, slot):
+        return pltpu.make_async_copy(window(unit), buffer.at[slot], moved.at[slot])
+
+    def write(unit, slot):
+        return pltpu.make_async_copy(buffer.at[slot], window(unit), moved.at[slot])
+
+    def finish_writing(slot):
+        @pl.when(units[slot] >= 0)
         def _():
-            put_back(0, half).wait()
-            writing[half] = 0
+            write(0, slot).wait()
+            units[slot] = -1
 
-    @pl.when(step == 0)
-    def _():
-        state[half], state[held], state[coming] = 0, -1, 0
-        writing[0] = writing[1] = 0
+    def look_ahead():
+        """Opens visits to come, until there is no slot or one is of a unit that another open one will yet write."""
 
-    @pl.when((target >= 0) & (target != state[held]))
-    def _():
-        before, now = state[half], 1 - state[half]
+        def look(state):
+            row, visit, _ = state
+            unit = unit_of(row)
+            new = (unit >= 0) & opens(row)
+            taken = new & (sum((units[slot] == unit).astype(jnp.int32) for slot in range(SLOTS)) > 0)
+            none_open = visit == cursor[closed]
 
-        @pl.when(state[held] >= 0)
+            @pl.when(taken & none_open)
+            def _():
+                for slot in range(SLOTS):
+                    finish_writing(slot)
+
+            goes = new & (none_open | ~taken)
+
+            @pl.when(goes)
+            def _():
+                slot = lax.rem(visit, SLOTS)
+                finish_writing(slot)
+                units[slot] = unit
+
+                @pl.when(is_read(row))
+                def _():
+                    read(unit, slot).start()
+
+            waits = new & ~goes
+            return jnp.where(waits, row, ends[row]), visit + goes.astype(jnp.int32), waits
+
+        def more(state):
+            row, visit, waits = state
+            return (row < total) & (visit - cursor[closed] < SLOTS) & ~waits
+
+        cursor[ahead], cursor[opened], _ = lax.while_loop(more, look, (cursor[ahead], cursor[opened], jnp.bool_(False)))
+
+    def merge(row):
+        unit, end, slot = unit_of(row), ends[row], lax.rem(cursor[closed], SLOTS)
+
+        @pl.when(opens(row) & is_read(row))
         def _():
-            put_back(state[held], before).start()
-            writing[before] = 1
+            read(unit, slot).wait()
 
-        @pl.when(state[coming] == 0)
+        lane = places[row + 1] & (LANES - 1)
+        turned = pltpu.roll(columns[...], (lane - row) & (LANES - 1), 1)
+        at = lax.broadcasted_iota(jnp.int32, turned.shape, 1)
+        old = pltpu.bitcast(buffer[slot], jnp.int32)
+        new = jnp.where((at >= lane) & (at < lane + end - row), turned, old)
+        buffer[slot] = pltpu.bitcast(new, buffer.dtype)
+
+        @pl.when(unit_of(end) != unit)
         def _():
-            finish_writing(now)
-            bring(target, now).start()
+            write(unit, slot).start()
+            cursor[closed] += 1
 
-        bring(target, now).wait()
-        state[half], state[held], state[coming] = now, target, 0
-
-    @pl.when((step < last) & (following >= 0) & (following != state[held]))
+    @pl.when(first == 0)
     def _():
-        finish_writing(1 - state[half])  # perhaps of this very page
-        bring(following, 1 - state[half]).start()
-        state[coming] = 1
+        cursor[closed] = cursor[opened] = cursor[ahead] = 0
+        for slot in range(SLOTS):
+            units[slot] = -1
 
-    @pl.when(target >= 0)
+    columns[...] = pltpu.bitcast(rows[...].T, jnp.int32)
+
+    def run(row):
+        look_ahead()
+        pl.when(places[row + 1] >= 0)(lambda: merge(row))
+        return ends[row]
+
+    lax.while_loop(lambda row: row < first + LANES, run, first)
+
+    @pl.when(first + LANES == total)
     def _():
-        now, (_, width, page) = state[half], buffer.shape
-        columns = jnp.broadcast_to(row[0].astype(jnp.float32), (LANES, width)).T
-        for at in range(0, page, LANES):
-            lane = at + lax.broadcasted_iota(jnp.int32, columns.shape, 1)
-            old = buffer[now, :, at : at + LANES].astype(jnp.float32)
-            buffer[now, :, at : at + LANES] = jnp.where(lane == lanes[step], columns, old).astype(buffer.dtype)
-
-    @pl.when(step == last)
-    def _():
-        @pl.when(state[held] >= 0)
-        def _():
-            put_back(state[held], state[half]).start()
-            writing[state[half]] = 1
-
-        finish_writing(0)
-        finish_writing(1)
+        for slot in range(SLOTS):
+            finish_writing(slot)

@@ -248,28 +248,67 @@ def test_prefill_says_why_it_cannot_serve(heads, width, values, reason):
         PREFILL(q, q, v, q_positions=positions, kv_positions=positions)
 
 
-def rows_and_cache(dtype):
-    """Rows of two sequences that cross a page, go back, are dropped, or name a page that is not there."""
-    cache, latents = jnp.asarray(normal(1, 4, 32, PAGE), dtype), jnp.asarray(normal(2, 2, 5, 32))
-    table = jnp.array([[2, 0], [3, 9]], jnp.int32)
-    positions = jnp.array([[126, 127, 128, 3, -1], [-1, 5, 130, 300, 6]], jnp.int32)
-    return cache, jnp.where((positions < 0)[..., None], jnp.nan, latents), table, positions
+def run(first, count, padding=0):
+    return [*range(first, first + count), *[-1] * padding]
+
+
+# Positions of each sequence's rows; a page of 256 tokens is two of 128.
+WRITES = {
+    "over pages, back, dropped, and of no page": [[126, 127, 128, 3, -1], [-1, 5, 130, 300, 6]],
+    "from a page's first token": [run(0, 256), run(0, 130, 126)],
+    "within a page, over its end, padded": [run(70, 200), run(0, 30, 170)],
+    "holes, each other's neighbours, and all dropped": [[*run(3, 60), -1, -1, *run(65, 70)], [-1] * 132],
+    "parts of two devices": [[*[-1] * 128, *run(0, 128), *[-1] * 44], [*run(100, 28), *[-1] * 128, *run(128, 144)]],
+    "backwards, and twice": [run(120, 30)[::-1], [*run(40, 100), *run(50, 20)[::-1]]],
+    "more rows at once than there are slots": [list(range(0, 256, 128)) * 10, list(range(5, 250, 40)) * 2 + [1, 2] * 3],
+}
+
+
+def rows_and_cache(positions, dtype=jnp.float32, page=PAGE, table=((2, 0), (3, 9))):
+    """Rows at these positions and dropped ones up to 270; NaN in all that is dropped."""
+    positions = jnp.array([row + [-1] * (270 - len(row)) for row in positions], jnp.int32)
+    cache, latents = jnp.asarray(normal(1, 4, 32, page), dtype), jnp.asarray(normal(2, *positions.shape, 32))
+    return cache, jnp.where((positions < 0)[..., None], jnp.nan, latents), jnp.array(table, jnp.int32), positions
+
+
+def written_in_turn(cache, latents, table, positions):
+    """The cache with one row after another put in: of two for one token the later stays."""
+    rows, cache = np.asarray(latents.astype(cache.dtype)), np.array(cache)
+    pages, _, page = cache.shape
+    for b, s in np.ndindex(positions.shape):
+        entry, lane = divmod(int(positions[b, s]), page)
+        if 0 <= entry < table.shape[1] and 0 <= table[b, entry] < pages:
+            cache[table[b, entry], :, lane] = rows[b, s]
+    return cache
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("one_each", [False, True])
-def test_rows_are_written_where_the_plain_form_writes_them(dtype, one_each):
-    cache, latents, table, positions = rows_and_cache(dtype)
-    if one_each:
-        latents, positions = latents[:, 1:2], positions[:, 1:2]
-    written = mosaic_write.mla_write(cache, latents, table, positions, interpret=True)
-    np.testing.assert_array_equal(written, xla.mla_write(cache, latents, table, positions))
+@pytest.mark.parametrize("page", [128, 256])
+@pytest.mark.parametrize("positions", WRITES.values(), ids=WRITES)
+def test_rows_are_written_where_one_after_another_would_be(positions, page, dtype):
+    arguments = rows_and_cache(positions, dtype, page)
+    np.testing.assert_array_equal(WRITE_JIT(*arguments), written_in_turn(*arguments))
 
 
-def test_write_races_with_nothing_and_stays_in_bounds():
-    arguments = rows_and_cache(jnp.float32)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_row_each_is_written_where_the_plain_form_writes_it(dtype):
+    # Given 200 sequences, more than a block's rows, of pages shared by some
+    table = np.random.default_rng(5).integers(-1, 31, (200, 2)).astype(np.int32)
+    places = np.random.default_rng(6).permutation(256)[:200].astype(np.int32)[:, None]
+    places[7::20] = -1
+    cache, latents = jnp.asarray(normal(1, 30, 32, PAGE), dtype), jnp.asarray(normal(2, 200, 1, 32))
+    arguments = cache, latents, jnp.asarray(table), jnp.asarray(places)
+
+    # When they are written, then it is as the plain form writes them
+    np.testing.assert_array_equal(WRITE_JIT(*arguments), xla.mla_write(*arguments))
+
+
+@pytest.mark.parametrize("kind", ["within a page, over its end, padded", "more rows at once than there are slots"])
+def test_write_races_with_nothing_and_stays_in_bounds(kind):
+    # Given sequences that share their pages
+    arguments = rows_and_cache(WRITES[kind], table=((2, 0), (0, 2)))
     written = mosaic_write.mla_write(*arguments, interpret=STRICT)
-    np.testing.assert_array_equal(written, xla.mla_write(*arguments))
+    np.testing.assert_array_equal(written, written_in_turn(*arguments))
     assert not interpret_pallas_call.races.races_found
 
 

@@ -105,11 +105,14 @@ def _prefill(heads: int, queries: int, keys: int) -> Case:
     )
 
 
-def _write(batch: int, rows: int, tokens: int) -> Case:
-    """`rows` consecutive tokens of each of `batch` sequences, whose pages `tokens` would fill."""
+def _write(batch: int, rows: int, tokens: int, start: int = 0) -> Case:
+    """`rows` consecutive tokens from `start` on of each of `batch` sequences, whose pages `tokens` would fill."""
     max_pages = -(-tokens // PAGE)
     width = LATENT + ROPE
-    pages = batch * (-(-rows // PAGE))  # that are read and written back
+    pages = batch * (-(-(start + rows) // PAGE))
+    blocks = -(-batch * rows // PAGE)
+    runs = batch if rows == 1 else blocks * (2 if start else 1)
+    whole = rows > 1 and start == 0  # pages are written, and not read before
 
     def build():
         bf16 = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -123,14 +126,15 @@ def _write(batch: int, rows: int, tokens: int) -> Case:
         )
 
     return Case(
-        name=f"mla_write {batch} sequences, {rows} rows",
+        name=f"mla_write {batch} sequences, {rows} rows" + (f" from {start}" if start else ""),
         kernel="mla_write",
         build=build,
-        # Rows, and the steps that fill and drain the pipeline.
-        trips=lambda: (batch * rows + 2,),
+        # Blocks of rows (and the steps that fill and drain the pipeline), a loop where there are several; their runs,
+        # and the looks ahead.
+        trips=lambda: (*([blocks + 2] if blocks > 1 else []), runs, runs),
         units=batch * rows,
         unit="rows",
-        hbm_bytes=2.0 * (2 * pages * width * PAGE + batch * rows * width),
+        hbm_bytes=2.0 * ((1 if whole else 2) * pages * width * PAGE + batch * rows * width),
         flops=0.0,
         donate=(0,),
     )
@@ -150,4 +154,5 @@ CASES = [
     _prefill(64, 2048, 32768),
     _write(64, 1, 8192),
     _write(1, 2048, 8192),
+    _write(1, 2048, 8192, start=64),
 ]
