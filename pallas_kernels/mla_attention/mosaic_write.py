@@ -130,7 +130,7 @@ def _write_kernel(places, ends, rows, _before, cache, columns, buffer, units, cu
         """Opens visits to come, until there is no slot or one is of a unit that another open one will yet write."""
 
         def look(state):
-            row, visit, _ = state
+            row, visit = state[:2]
             unit = unit_of(row)
             new = (unit >= 0) & opens(row)
             taken = new & (sum((units[slot] == unit).astype(jnp.int32) for slot in range(SLOTS)) > 0)
