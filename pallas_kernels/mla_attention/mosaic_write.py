@@ -52,7 +52,10 @@ def mla_write(
     # The last of several blocks may reach past the rows, a block may not be larger than all of them.
     rows = jnp.pad(rows, ((0, max(0, LANES - rows.shape[0])), (0, 0)))
     words = width * cache.dtype.itemsize // 4
-    return pl.pallas_call(
+    if not interpret:
+        # Else XLA moves a cache that fits to vector memory and back, all of it.
+        cache = pltpu.with_memory_space_constraint(cache, pltpu.HBM)
+    written = pl.pallas_call(
         _write_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -80,6 +83,8 @@ def mla_write(
         interpret=interpret,
         name="mla_write",
     )(jnp.pad(places, 1, constant_values=-1), _ends(places), rows, cache)
+    # libtpu 0.0.42 refuses a program's result whose memory is constrained.
+    return lax.optimization_barrier(written)
 
 
 def _ends(places: Int[Array, "rows"]) -> Int[Array, "rows"]:

@@ -28,6 +28,7 @@ class Case:
     seed: int = 0
 
 
+LINEAR_LAYERS = toy_config("kimi-linear")["linear_attn_config"] | {"kda_layers": [1, 2, 4], "full_attn_layers": [3]}
 CASES = {
     # INT4 experts and the vision tower.
     "k2.5": Case("k2.5", {"hidden_size": 128}),
@@ -39,8 +40,10 @@ CASES = {
         {"model_type": "deepseek_v3", "hidden_size": 128, "n_group": 4, "topk_group": 2, "q_lora_rank": None},
         seed=2,
     ),
-    # KDA on layers 1, 2, 3, 5 and NoPE MLA on 4, 6 (counted from 1).
-    "kimi-linear": Case("kimi-linear", {"hidden_size": 128}, seed=3),
+    # KDA before and after NoPE MLA, which is layer 3 (counted from 1).
+    "kimi-linear": Case(
+        "kimi-linear", {"hidden_size": 128, "num_hidden_layers": 4, "linear_attn_config": LINEAR_LAYERS}, seed=3
+    ),
 }
 
 # Patches of the position table in "k2.5": 8 x 8. Its own size, larger, smaller, and one of each.

@@ -38,8 +38,10 @@ def test_greedy_continuation_of_a_ragged_batch(model, name):
     np.testing.assert_array_equal(new, golden["greedy_tokens"])
 
 
-@pytest.mark.parametrize("chunk", [200, 37])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "chunk"),
+    [("k2.5", 200), ("k2.5", 37), ("k2", 37), ("deepseek-v3", 37), ("kimi-linear", 200), ("kimi-linear", 37)],
+)
 def test_prefill_in_chunks_and_decoding_give_the_logits_of_one_pass(model, name, chunk):
     # Given a prompt and its logits in one pass (which test_text_logits holds to the reference)
     kimi, golden = model(name), cases.golden(name)

@@ -1,4 +1,5 @@
-"""The golden models on meshes: what one device computes, wherever heads, experts, tokens and the cache lie."""
+"""The golden models on meshes: what one device computes, wherever heads, experts, tokens and the cache lie; and what a
+decode step sends between devices, a few activations a layer and no weight, state or cache."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,14 @@ import pytest
 import kimi_jax
 from kimi_jax import decoding
 from kimi_jax.model.mla import MLA
+from kimi_jax.plan.hlo import parse
+from kimi_jax.plan.traffic import collectives
 from sharding import make_mesh
 
 ATOL = 5e-5  # of logits of unit scale; the issue's bound is 2e-4
 BATCH, TOKENS, CHUNK = 8, 144, 128
-# data x expert x tensor x sequence
-MESHES = ["1x8x1x1", "2x4x1x1", "1x2x4x1", "2x2x2x1", "1x1x1x8", "1x2x2x2"]
+# data x expert x tensor x sequence, and the messages that a layer of K2.5 may send in a decode step
+MESHES = [("1x8x1x1", 2), ("2x4x1x1", 2), ("1x2x4x1", 3), ("2x2x2x1", 3), ("1x1x1x8", 5), ("1x2x2x2", 5)]
 NAMES = ["k2.5", "kimi-linear"]
 
 
@@ -26,11 +29,13 @@ def prompts():
 
 
 def prefill_and_steps(model, tokens, lengths):
-    """Logits after the prompts, which take two calls, and after one more token."""
+    """Logits after the prompts, which take two calls, and after one more token; and the compiled step's text."""
     runner = decoding.Runner(model)
     logits, state = runner.prefill(runner.start(BATCH, 300), tokens, lengths, chunk=CHUNK)
-    after, _ = runner.step(state, jnp.asarray(tokens[:, 0]))
-    return np.stack([logits, after])
+    more = jnp.asarray(tokens[:, 0])
+    step = decoding._step.lower(runner.program, runner.arrays, state, more).compile().as_text()
+    after, _ = runner.step(state, more)  # does not compile again
+    return np.stack([logits, after]), step
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +45,35 @@ def alone(model, prompts):
 
     def of(name):
         if name not in found:
-            found[name] = prefill_and_steps(model(name), *prompts)
+            found[name], _ = prefill_and_steps(model(name), *prompts)
         return found[name]
 
     return of
 
 
-@pytest.mark.parametrize("shape", MESHES)
+def check_messages(hlo, text, mesh, most):
+    """A step of `text` sends one message for the embeddings and at most `most` a layer, of activations alone."""
+    messages = collectives(parse(hlo), dict(mesh.shape))
+    sent = [(message.kind, message.nbytes) for message in messages for _ in range(message.count)]
+    assert 1 + text.num_hidden_layers <= len(sent) <= 1 + most * text.num_hidden_layers, sent
+    # None is larger than the batch's hidden vectors, but the partial softmaxes of the heads of a sequence group
+    largest = BATCH * text.hidden_size * 4
+    heads = text.num_attention_heads // mesh.shape["tensor"]
+    partials = BATCH // mesh.shape["data"] * heads * (text.kv_lora_rank + 2) * 4
+    for kind, size in sent:
+        assert size <= (partials if kind == "all-to-all" else largest), sent
+    assert [kind for kind, _ in sent].count("all-to-all") == (text.num_hidden_layers if most == 5 else 0), sent
+
+
+@pytest.mark.parametrize(("shape", "most"), MESHES)
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_and_decoding_on_a_mesh(checkpoint, alone, prompts, name, shape):
+def test_prefill_and_decoding_on_a_mesh(checkpoint, alone, prompts, name, shape, most):
     mesh = make_mesh(shape)
     model = kimi_jax.load(checkpoint(name), mesh=mesh, dtype=jnp.float32)
-    np.testing.assert_allclose(prefill_and_steps(model, *prompts), alone(name), rtol=0, atol=ATOL)
+    logits, step = prefill_and_steps(model, *prompts)
+    np.testing.assert_allclose(logits, alone(name), rtol=0, atol=ATOL)
+    if name == "k2.5":
+        check_messages(step, model.config.text, mesh, most)
     # And each device holds its share: two of 16 experts, its heads' part of the attention, its words
     attention = next(layer.self_attn for layer in model.model.layers if isinstance(layer.self_attn, MLA))
     down = model.model.layers[1].mlp.experts.down_proj
@@ -70,16 +92,18 @@ def test_prefill_and_decoding_on_a_mesh(checkpoint, alone, prompts, name, shape)
 
 
 def test_a_whole_pass_and_odd_numbers_on_a_mesh(checkpoint, model):
-    # Given three rows of 31 tokens: neither divides by two
+    # Given three rows of 31 tokens (neither divides by two), continued by two tokens
     name = "kimi-linear"
     tokens = jnp.asarray(np.random.RandomState(1).randint(0, 500, (3, 31)), jnp.int32)
     meshed = kimi_jax.load(checkpoint(name), mesh=make_mesh("2x1x2x2"), dtype=jnp.float32)
+    new = kimi_jax.generate(meshed, np.asarray(tokens), max_new_tokens=2)
+    longer = jnp.concatenate([tokens, new[:, :1]], axis=1)
+    alone = np.asarray(model(name)(longer))
     # Then a whole pass has the logits of one device, and so does one with two rows of 32, which are split
-    for part in (tokens, jnp.pad(tokens[:2], ((0, 0), (0, 1)))):
-        np.testing.assert_allclose(meshed(part), model(name)(part), rtol=0, atol=ATOL)
-    # And rows that are no multiple of the data axis are continued alike
-    new = kimi_jax.generate(meshed, np.asarray(tokens), max_new_tokens=3)
-    np.testing.assert_array_equal(new, kimi_jax.generate(model(name), np.asarray(tokens), max_new_tokens=3))
+    np.testing.assert_allclose(meshed(tokens), alone[:, :31], rtol=0, atol=ATOL)
+    np.testing.assert_allclose(meshed(longer[:2]), alone[:2], rtol=0, atol=ATOL)
+    # And the new tokens are one device's
+    np.testing.assert_array_equal(new, alone[:, 30:].argmax(-1))
 
 
 def test_a_batch_that_cannot_be_sharded(checkpoint):

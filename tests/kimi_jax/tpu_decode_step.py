@@ -20,8 +20,10 @@ from kimi_jax import config_json, decoding
 from kimi_jax.model.kimi import abstract
 from kimi_jax.plan.hlo import FREE, Instruction, nbytes, parse, result
 from kimi_jax.plan.traffic import collectives
+from kimi_jax.state import PAGE
 from sharding import make_mesh
 
+LATENTS = 576  # of both models
 BATCH, CAPACITY = 8, 512
 # Less than any weight or state, more than anything else that a step makes.
 LARGE = 2**18
@@ -71,9 +73,11 @@ def main(preset: str) -> None:
 
 
 def _copies(instruction: Instruction) -> bool:
-    """Whether it writes something large to HBM, and not in place. (To VMEM and back is how a TPU reads and writes.)"""
+    """Whether it writes something large to HBM, and not in place. (A KDA state may go to VMEM and back whole, which is
+    how a step uses it; the pages of a cache may not.)"""
     between_memories = instruction.op == "copy-start" and "S(1)" in instruction.shape
-    if instruction.op in FREE or instruction.op.endswith(("-done", "-update")) or between_memories:
+    state = between_memories and f"{LATENTS},{PAGE}]" not in instruction.shape
+    if instruction.op in FREE or instruction.op.endswith(("-done", "-update")) or state:
         return False
     in_place = "output_to_operand_aliasing" in instruction.attributes
     return not in_place and nbytes(result(instruction), hbm_only=True) >= LARGE
