@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/kimi-jax demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
