@@ -77,7 +77,6 @@ class Benchmark:
         self.folder, self.memory, self.console = folder, memory, console
         self.source, self.converted = folder / "published", folder / "orbax"
         self.table = Table("what", "time", "to the disk", "processor", "GB/s", "peak memory")
-        self.facts: list[str] = []
 
     def row(self, what: str, result: Run, nbytes: int) -> None:
         self.table.add_row(
@@ -89,6 +88,9 @@ class Benchmark:
             f"{result.peak / GiB:.2f} GiB",
         )
         self.console.print(f"{what}: {result.seconds:.1f} s, peak {result.peak / GiB:.2f} GiB; load {_load()}")
+
+    def fact(self, words: str) -> None:
+        self.console.print(words, highlight=False)
 
     def make(self, experts: int) -> None:
         if not (self.source / "config.json").exists():
@@ -113,7 +115,7 @@ class Benchmark:
             times.append((copied, made))
         best = min(copied.seconds for copied, _ in times) / min(made.seconds for _, made in times)
         safe = min(copied.until_safe for copied, _ in times) / min(made.until_safe for _, made in times)
-        self.facts.append(f"convert at {best:.0%} of cp's speed; with everything on the disk at {safe:.0%}")
+        self.fact(f"convert at {best:.0%} of cp's speed; with everything on the disk at {safe:.0%}")
 
     def export(self) -> None:
         again = self.folder / "again"
@@ -150,7 +152,7 @@ class Benchmark:
         manifests = [json.loads((f / "kimi_manifest.json").read_text()) for f in (target, self.converted)]
         same = manifests[0] == manifests[1]
         run(*KIMI, "verify", target, "--memory", self.memory)
-        self.facts.append(
+        self.fact(
             f"killed {killed} times: {'identical result' if same else 'ANOTHER RESULT'}, "
             f"{(written - total) / total / kills:.2%} of the work repeated per kill"
         )
@@ -166,7 +168,7 @@ class Benchmark:
         running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for c in commands]
         for index, process in enumerate(running):
             found = json.loads(process.communicate()[0].splitlines()[-1])
-            self.facts.append(f"restore on {mesh}, process {index}: {_shares(self.converted, found)}")
+            self.fact(f"restore on {mesh}, process {index}: {_shares(self.converted, found)}")
 
 
 def _shares(folder: Path, found: dict[str, Any]) -> str:
@@ -224,8 +226,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "restore" in parts:
         bench.restore(arguments.mesh)
     console.print(bench.table)
-    for fact in bench.facts:
-        console.print(fact)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,10 @@ class _Reader:
         sharding, boxes = self.read[leaf.path], self._boxes(leaf)
         shards = [jax.device_put(blocks[box], device) for device, box in boxes.items()]
         array = jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
-        return array if sharding == self.lies[leaf.path] else _gathered(self.lies[leaf.path])(array)
+        if sharding == self.lies[leaf.path]:
+            return array
+        # One at a time: with many under way, processes on CPU wait for each other for ever.
+        return jax.block_until_ready(_gathered(self.lies[leaf.path])(array))
 
     def _boxes(self, leaf: Leaf) -> dict[jax.Device, Box]:
         devices = self.read[leaf.path].addressable_devices_indices_map(leaf.shape)
