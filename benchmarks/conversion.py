@@ -165,9 +165,14 @@ class Benchmark:
             port = str(free.getsockname()[1])
         driver = Path(__file__).with_name("restoring.py")
         commands = [[sys.executable, driver, self.converted, str(i), mesh, port, "--no-digests"] for i in range(2)]
-        running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for c in commands]
+        running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
         for index, process in enumerate(running):
-            found = json.loads(process.communicate()[0].splitlines()[-1])
+            out, err = process.communicate()
+            if process.returncode:
+                running[1 - index].kill()
+                last = err.strip().splitlines()[-1:]
+                raise SystemExit(f"restore, process {index}: status {process.returncode} {' '.join(last)}")
+            found = json.loads(out.splitlines()[-1])
             self.fact(f"restore on {mesh}, process {index}: {_shares(self.converted, found)}")
 
 

@@ -1,6 +1,8 @@
 """Fixtures that more than one test folder uses; eight CPU devices; and shapes and types checked at run time."""
 
+import gc
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,12 @@ from jaxtyping import install_import_hook
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile far more than they run: without LLVM's costlier passes that takes a quarter of the time.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if version("jaxlib").startswith("0.10."):  # newer ones do not know it
+    QUICK_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK_COMPILE]
 )
+gc.set_threshold(20_000, 20, 20)  # traces make and keep millions of objects, which are looked through less often so
 install_import_hook(["kimi_jax", "pallas_kernels", "sharding", "checkpoints"], "beartype.beartype")
 
 

@@ -56,14 +56,14 @@ def check_messages(hlo, text, mesh, most):
     messages = collectives(parse(hlo), dict(mesh.shape))
     sent = [(message.kind, message.nbytes) for message in messages for _ in range(message.count)]
     assert 1 + text.num_hidden_layers <= len(sent) <= 1 + most * text.num_hidden_layers, sent
-    # None is larger than the batch's hidden vectors (or, in this narrow model, a device's heads' queries), but the
-    # partial softmaxes of the heads of a sequence group
-    heads = text.num_attention_heads // mesh.shape["tensor"]
-    queries = heads // mesh.shape["sequence"] * (text.kv_lora_rank + text.qk_rope_head_dim)
-    largest = BATCH * max(text.hidden_size, queries if most == 5 else 0) * 4
-    partials = BATCH // mesh.shape["data"] * heads * (text.kv_lora_rank + 2) * 4
+    # None is larger than the batch's hidden vectors, but the partial softmaxes of the heads of a sequence group, and in
+    # this narrow model the queries of a device's heads
+    rows, heads = BATCH // mesh.shape["data"], text.num_attention_heads // mesh.shape["tensor"]
+    hidden = BATCH * text.hidden_size * 4
+    queries = rows * heads // mesh.shape["sequence"] * (text.kv_lora_rank + text.qk_rope_head_dim) * 4
+    largest = {"all-to-all": rows * heads * (text.kv_lora_rank + 2) * 4, "all-gather": max(hidden, queries)}
     for kind, size in sent:
-        assert size <= (partials if kind == "all-to-all" else largest), sent
+        assert size <= largest.get(kind, hidden), sent
     assert [kind for kind, _ in sent].count("all-to-all") == (text.num_hidden_layers if most == 5 else 0), sent
 
 

@@ -1,99 +1,21 @@
-"""The `kimi-jax` command, in process: what it prints, where, its exit codes, and one clear line for every bad input."""
+"""The `kimi-jax` command, in process: what it prints, where, and its exit codes."""
 
 import dataclasses
 import json
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
+from calls import answer, generate, refused, user
 from flax import nnx
-from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import checkpoints
 import kimi_jax
-from checkpoints.toy import toy_config, write_toy
 from kimi_jax import config_json, prompts
 from kimi_jax.cli import main
 from sharding import default_shape
-
-SIZES = {
-    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "vt_num_hidden_layers": 1, "vt_intermediate_size": 32, "max_position_embeddings": 128,
-}  # fmt: skip
-SECOND = "model-00002-of-000003.safetensors"
-EXPERT = "language_model.model.layers.1.mlp.experts.2.up_proj"
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """A K2.5 of two layers in the published layout."""
-    return write_toy(tmp_path_factory.mktemp("cli") / "k2.5", toy_config("k2.5", **SIZES))
-
-
-@pytest.fixture(scope="module")
-def kimi(published):
-    return kimi_jax.load(published, dtype=jnp.float32)
-
-
-@pytest.fixture
-def loads(kimi, monkeypatch):
-    """What `checkpoints.load` is asked for from here on; it gives the model that is there, and nothing is compiled
-    twice."""
-    asked = []
-
-    def load(path, mesh, dtype, verify):
-        asked.append((path, mesh, dtype))
-        return kimi
-
-    monkeypatch.setattr(checkpoints, "load", load)
-    return asked
-
-
-@pytest.fixture
-def damaged(published, tmp_path):
-    """A copy to spoil."""
-    return Path(shutil.copytree(published, tmp_path / "damaged"))
-
-
-@pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "picture.png"
-    Image.fromarray(np.random.RandomState(0).randint(0, 256, (56, 84, 3)).astype(np.uint8)).save(path)
-    return path
-
-
-def generate(folder, *arguments):
-    return main(["generate", str(folder), *map(str, arguments)])
-
-
-def answer(kimi, folder, messages, *, tools=None, thinking=True, **options):
-    """What the command should print: the text of `kimi_jax.generate`'s tokens, up to the stop."""
-    tokenizer = kimi_jax.Tokenizer.from_folder(folder)
-    prompt = prompts.prepare(folder, kimi.config, tokenizer, messages, tools=tools, thinking=thinking)
-    stops = kimi.config.stop_ids
-    new = kimi_jax.generate(kimi, prompt.tokens, media=prompt.media, stop_ids=stops, **options)[0].tolist()
-    end = next((i for i, token in enumerate(new) if token in stops), len(new))
-    return tokenizer.decode(new[:end]) + "\n", end + (end < len(new))
-
-
-def user(content):
-    return [{"role": "user", "content": content}]
-
-
-def refused(capsys, code):
-    """The one line that a refusal writes, and nothing on standard output but what a progress bar leaves."""
-    assert code == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("kimi-jax: "), lines
-    return lines[0]
-
 
 # --- convert and inspect ----------------------------------------------------------------------------------------------
 
@@ -299,152 +221,6 @@ def test_the_commands_are_listed(capsys):
     assert exit_.value.code == 0
     out = capsys.readouterr().out
     assert all(f"\n    {command} " in out for command in COMMANDS)
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        [],
-        ["fly"],
-        ["convert", "only-one"],
-        ["convert", "a", "b", "--experts", "int8"],
-        ["export", "only-one"],
-        ["export", "a", "b", "--shard-size", "huge"],
-        ["verify"],
-        ["make-toy", "folder"],
-        ["make-toy", "folder", "--like", "k3"],
-        ["make-toy", "folder", "--like", "k2", "--from", "other"],
-        ["make-toy", "folder", "--like", "k2", "--set", "hidden_size"],
-        ["inspect"],
-        ["inspect", "folder", "--preset", "kimi-k2"],
-        ["generate", "folder"],
-        ["generate", "folder", "--prompt", "a", "--chat", "b"],
-        ["generate", "folder", "--prompt", "a", "--dtype", "float8"],
-        ["generate", "folder", "--prompt", "a", "--top-k", "many"],
-    ],
-)
-def test_wrong_usage_is_exit_code_2(argv, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(argv)
-    assert exit_.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("usage: kimi-jax")
-
-
-# --- bad input --------------------------------------------------------------------------------------------------------
-
-
-def truncate(folder):
-    file = folder / SECOND
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def remove(folder):
-    (folder / SECOND).unlink()
-
-
-def name_an_absent_tensor(folder):
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"]["model.nowhere.weight"] = SECOND
-    path.write_text(json.dumps(index))
-
-
-def contradict_a_weight_shape(folder):
-    name = f"{EXPERT}.weight_shape"
-    path = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
-    tensors = load_file(path)
-    tensors[name] = tensors[name][::-1].copy()
-    save_file(tensors, path)
-
-
-def odd_groups(folder):
-    path = folder / "config.json"
-    path.write_text(path.read_text().replace('"group_size": 32', '"group_size": 33'))
-
-
-def another_model(folder):
-    (folder / "config.json").write_text(json.dumps(toy_config("kimi-linear")))
-
-
-def unknown_model(folder):
-    path = folder / "config.json"
-    path.write_text(path.read_text().replace('"kimi_k25"', '"llama"'))
-
-
-DAMAGE = {
-    truncate: [SECOND, "truncated: tensor mm_projector.pre_norm.bias ends at byte"],
-    remove: [SECOND, "shard is missing"],
-    name_an_absent_tensor: ["model.safetensors.index.json", "places tensor model.nowhere.weight", "does not hold it"],
-    contradict_a_weight_shape: [".safetensors", f"tensor {EXPERT}.weight_shape says [64, 32], expected [32, 64]"],
-    odd_groups: ["config.json", "group_size is 33; only 32 is supported"],
-    another_model: ["tensors are missing: language_model.model.layers.0.self_attn.A_log, "],
-    unknown_model: ["config.json", "model_type 'llama'"],
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_a_bad_checkpoint_ends_every_command_in_one_line(damaged, tmp_path, capsys, damage):
-    damage(damaged)
-    (tmp_path / "out").mkdir()
-    commands = (["convert", damaged, tmp_path / "out" / "x"], ["inspect", damaged], ["generate", damaged, "--prompt=a"])
-    for command in commands:
-        line = refused(capsys, main([*map(str, command)]))
-        assert str(damaged) in line
-        for part in DAMAGE[damage]:
-            assert part in line
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_convert_never_writes_over_anything(published, tmp_path, capsys):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "file").write_text("kept")
-    line = refused(capsys, main(["convert", str(published), str(tmp_path / "there")]))
-    assert line == f"kimi-jax: {tmp_path / 'there'}: destination exists, and is no checkpoint of ours"
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
-    assert (tmp_path / "there" / "file").read_text() == "kept"
-
-
-def test_a_folder_that_is_not_there(tmp_path, capsys):
-    missing = str(tmp_path / "none")
-    assert missing in refused(capsys, main(["convert", missing, str(tmp_path / "out")]))
-    assert missing in refused(capsys, main(["inspect", missing]))
-    assert missing in refused(capsys, generate(missing, "--prompt", "a"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_image_that_is_none(published, loads, tmp_path, capsys):
-    (tmp_path / "notes.png").write_text("words")
-    line = refused(capsys, generate(published, "--prompt", "a", "--image", tmp_path / "notes.png"))
-    assert line == f"kimi-jax: {tmp_path / 'notes.png'}: not an image that can be read"
-    assert "gone.png: no such file" in refused(capsys, generate(published, "--prompt=a", "--image=gone.png"))
-
-
-def test_a_prompt_that_is_too_long(published, loads, capsys):
-    line = refused(capsys, generate(published, "--prompt", "1 " * 200, "--max-new-tokens", 1))
-    assert line.startswith("kimi-jax: a prompt of ") and "max_position_embeddings = 128" in line
-
-
-def test_a_chat_file_that_is_none(published, tmp_path, capsys):
-    chat = tmp_path / "chat.json"
-    chat.write_text("[")
-    assert f"{chat}: not JSON" in refused(capsys, generate(published, "--chat", chat))
-    chat.write_text("[]")
-    line = refused(capsys, generate(published, "--chat", chat, "--image", "a.png"))
-    assert "--image and --video go with --prompt" in line
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--top-p", "0"], "top_p is 0.0, expected above 0 and at most 1"),
-        (["--temperature", "-1"], "temperature is -1.0"),
-        (["--mesh", "3x3"], "mesh '3x3' asks for 9 devices, there are 8"),
-        (["--mesh", "wide"], "mesh 'wide': expected two to four positive numbers"),
-    ],
-)
-def test_a_bad_flag_is_named(published, capsys, flags, message):
-    assert message in refused(capsys, generate(published, "--prompt", "a", *flags))
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------

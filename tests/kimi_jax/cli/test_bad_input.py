@@ -1,0 +1,156 @@
+"""Bad input to the `kimi-jax` command: exit code 2 with its usage, or 1 with one clear line."""
+
+import json
+
+import pytest
+from calls import generate, refused
+from safetensors.numpy import load_file, save_file
+
+from checkpoints.toy import toy_config
+from kimi_jax.cli import main
+
+SECOND = "model-00002-of-000003.safetensors"
+EXPERT = "language_model.model.layers.1.mlp.experts.2.up_proj"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["fly"],
+        ["convert", "only-one"],
+        ["convert", "a", "b", "--experts", "int8"],
+        ["export", "only-one"],
+        ["export", "a", "b", "--shard-size", "huge"],
+        ["verify"],
+        ["make-toy", "folder"],
+        ["make-toy", "folder", "--like", "k3"],
+        ["make-toy", "folder", "--like", "k2", "--from", "other"],
+        ["make-toy", "folder", "--like", "k2", "--set", "hidden_size"],
+        ["inspect"],
+        ["inspect", "folder", "--preset", "kimi-k2"],
+        ["generate", "folder"],
+        ["generate", "folder", "--prompt", "a", "--chat", "b"],
+        ["generate", "folder", "--prompt", "a", "--dtype", "float8"],
+        ["generate", "folder", "--prompt", "a", "--top-k", "many"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: kimi-jax")
+
+
+def truncate(folder):
+    file = folder / SECOND
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def remove(folder):
+    (folder / SECOND).unlink()
+
+
+def name_an_absent_tensor(folder):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.nowhere.weight"] = SECOND
+    path.write_text(json.dumps(index))
+
+
+def contradict_a_weight_shape(folder):
+    name = f"{EXPERT}.weight_shape"
+    path = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(path)
+    tensors[name] = tensors[name][::-1].copy()
+    save_file(tensors, path)
+
+
+def odd_groups(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"group_size": 32', '"group_size": 33'))
+
+
+def another_model(folder):
+    (folder / "config.json").write_text(json.dumps(toy_config("kimi-linear")))
+
+
+def unknown_model(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"kimi_k25"', '"llama"'))
+
+
+DAMAGE = {
+    truncate: [SECOND, "truncated: tensor mm_projector.pre_norm.bias ends at byte"],
+    remove: [SECOND, "shard is missing"],
+    name_an_absent_tensor: ["model.safetensors.index.json", "places tensor model.nowhere.weight", "does not hold it"],
+    contradict_a_weight_shape: [".safetensors", f"tensor {EXPERT}.weight_shape says [64, 32], expected [32, 64]"],
+    odd_groups: ["config.json", "group_size is 33; only 32 is supported"],
+    another_model: ["tensors are missing: language_model.model.layers.0.self_attn.A_log, "],
+    unknown_model: ["config.json", "model_type 'llama'"],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_bad_checkpoint_ends_every_command_in_one_line(damaged, tmp_path, capsys, damage):
+    damage(damaged)
+    (tmp_path / "out").mkdir()
+    commands = (["convert", damaged, tmp_path / "out" / "x"], ["inspect", damaged], ["generate", damaged, "--prompt=a"])
+    for command in commands:
+        line = refused(capsys, main([*map(str, command)]))
+        assert str(damaged) in line
+        for part in DAMAGE[damage]:
+            assert part in line
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_convert_never_writes_over_anything(published, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("kept")
+    line = refused(capsys, main(["convert", str(published), str(tmp_path / "there")]))
+    assert line == f"kimi-jax: {tmp_path / 'there'}: destination exists, and is no checkpoint of ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there" / "file").read_text() == "kept"
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    missing = str(tmp_path / "none")
+    assert missing in refused(capsys, main(["convert", missing, str(tmp_path / "out")]))
+    assert missing in refused(capsys, main(["inspect", missing]))
+    assert missing in refused(capsys, generate(missing, "--prompt", "a"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_is_none(published, loads, tmp_path, capsys):
+    (tmp_path / "notes.png").write_text("words")
+    line = refused(capsys, generate(published, "--prompt", "a", "--image", tmp_path / "notes.png"))
+    assert line == f"kimi-jax: {tmp_path / 'notes.png'}: not an image that can be read"
+    assert "gone.png: no such file" in refused(capsys, generate(published, "--prompt=a", "--image=gone.png"))
+
+
+def test_a_prompt_that_is_too_long(published, loads, capsys):
+    line = refused(capsys, generate(published, "--prompt", "1 " * 200, "--max-new-tokens", 1))
+    assert line.startswith("kimi-jax: a prompt of ") and "max_position_embeddings = 128" in line
+
+
+def test_a_chat_file_that_is_none(published, tmp_path, capsys):
+    chat = tmp_path / "chat.json"
+    chat.write_text("[")
+    assert f"{chat}: not JSON" in refused(capsys, generate(published, "--chat", chat))
+    chat.write_text("[]")
+    line = refused(capsys, generate(published, "--chat", chat, "--image", "a.png"))
+    assert "--image and --video go with --prompt" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top-p", "0"], "top_p is 0.0, expected above 0 and at most 1"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--mesh", "3x3"], "mesh '3x3' asks for 9 devices, there are 8"),
+        (["--mesh", "wide"], "mesh 'wide': expected two to four positive numbers"),
+    ],
+)
+def test_a_bad_flag_is_named(published, capsys, flags, message):
+    assert message in refused(capsys, generate(published, "--prompt", "a", *flags))
