@@ -233,7 +233,8 @@ def test_demo(picture):
     assert done.returncode == 0, done.stderr
     out = " ".join(done.stdout.split())
     assert "the weights are random" in out
-    assert "kimi_k25 (safetensors)" in out and "MB of safetensors in" in out and "MB in" in out
+    assert "kimi_k25 (safetensors): 1 x mla + dense, 3 x mla + moe, 2 vision layers" in out
+    assert re.search(r"Converted to Orbax: 19\.\d\d MB in 380 tensors -> 19\.\d\d MB in 110 leaves", out)
     assert "mesh of {'data': 2, 'expert': 4, 'tensor': 1, 'sequence': 1}. Bytes on each of its 8 devices:" in out
     assert [f"cpu:{i}: " in out for i in range(8)] == [True] * 8
     assert "picture.png: grid (t, h, w) = (1, 4, 6) in patches, 6 tokens" in out
