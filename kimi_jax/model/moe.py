@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kimi_jax.axes import Float32, Hidden, Int32, Rows
+from kimi_jax.axes import Float, Float32, Hidden, Int32, Rows
 from kimi_jax.config import TextConfig
 from kimi_jax.model.param import Init, Linear, columns_as
 from pallas_kernels import (
@@ -24,6 +24,8 @@ from sharding import ALONE, Residual, exchanged, first_expert
 ExpertWeight = jax.Array | tuple[jax.Array, jax.Array]
 # Pairs of a token and an expert of its whose vectors exist at one time.
 BLOCK = 8192
+# So many tokens are summed by one matrix product: a TPU that gathers a row reads the seven others of its tile too.
+FEW_TOKENS = 256
 # gate, up, down
 ExpertWeights = tuple[ExpertWeight, ExpertWeight, ExpertWeight]
 
@@ -177,16 +179,15 @@ def weighted_sum(
     if flat.size <= BLOCK:
         flat = jnp.where(flat < 0, num_experts, flat)
         order = jnp.argsort(flat, stable=True)
-        group_sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
+        # (jnp.bincount would scatter, which a TPU sends to its SparseCore and back)
+        group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
         y = feed_forward(x[order // chosen.shape[1]], experts, group_sizes, first)
-        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-        y = y[back].reshape(*chosen.shape, -1)
-        return jnp.einsum("tjd,tj->td", y, weights, preferred_element_type=jnp.float32)
+        return _summed(y, order, weights)
 
     held = jax.tree.leaves(experts)[0].shape[0]
     local = jnp.where((flat >= first) & (flat < first + held), flat - first, held)
     order = jnp.argsort(local, stable=True)
-    ends = jnp.cumsum(jnp.bincount(local, length=held))
+    ends = jnp.sum(local[:, None] <= jnp.arange(held), axis=0, dtype=jnp.int32)
     order = jnp.pad(order, (0, -order.size % BLOCK))
 
     @jax.checkpoint
@@ -202,3 +203,16 @@ def weighted_sum(
         return jax.lax.cond(begin < ends[-1], lambda total: total + block(begin), lambda total: total, total), None
 
     return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), jnp.arange(0, order.size, BLOCK))[0]
+
+
+def _summed(
+    y: Float[jax.Array, "pairs d"], order: Int32[jax.Array, "pairs"], weights: Float32[jax.Array, "t j"]
+) -> Float32[jax.Array, "t d"]:
+    """Each token's weighted sum over its experts; y has the pairs of a token and an expert in this `order`."""
+    tokens, choices = weights.shape
+    if tokens <= FEW_TOKENS:
+        share = jnp.where(order // choices == jnp.arange(tokens)[:, None], weights.reshape(-1)[order], 0)
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum("tp,pd->td", share, y, precision=exact, preferred_element_type=jnp.float32)
+    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    return jnp.einsum("tjd,tj->td", y[back].reshape(tokens, choices, -1), weights, preferred_element_type=jnp.float32)

@@ -151,9 +151,10 @@ def check_routed(moe, x):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("tokens", [33, moe.FEW_TOKENS + 1])
 @pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])
-def test_routed_experts_are_the_sum_over_the_chosen(int4):
-    check_routed(MoE(init(), text(int4=int4)), rows(33))
+def test_routed_experts_are_the_sum_over_the_chosen(int4, tokens):
+    check_routed(MoE(init(), text(int4=int4)), rows(tokens))
 
 
 @pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])

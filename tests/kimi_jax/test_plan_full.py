@@ -27,6 +27,8 @@ DECODE = [
     ("kimi-linear-48b", "v5e:2x4", None, 1, 1_048_576),
 ]
 COMPILE_CPU_SECONDS = 600  # five minutes on two quiet cores
+# a layer: XLA keeps the small table of each of some 46 tuples, 16 KiB apart, and about as much again
+BOOKKEEPING = 2 << 20
 
 
 def job(model, slice_, mesh, batch, context, phase="decode", chunk=1):
@@ -54,7 +56,8 @@ def test_a_decode_step(model, slice_, mesh, batch, context):
     assert made.moved == ()
     if text.quantization is not None:
         mixtures = sum(text.is_moe(layer) for layer in range(text.num_hidden_layers))
-        assert made.temporaries < analytic.memory(here).experts // mixtures  # what a device has of a layer's experts
+        of_a_layer = analytic.memory(here).experts // mixtures  # what a device has of a layer's experts
+        assert made.temporaries < of_a_layer + BOOKKEEPING * text.num_hidden_layers
     # and messages are activations: three a layer, five where the cache is split over `sequence`
     each = 5 if here.mesh["sequence"] > 1 else 3
     assert sum(message.count for message in made.collectives) <= each * text.num_hidden_layers + 1
