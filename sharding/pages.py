@@ -6,6 +6,7 @@ softmax; parts are merged by their log-sum-exp (arXiv 2205.14135, section 3.1).
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32, Int32
 
 from sharding.collectives import over, part_of, parts, split
@@ -57,9 +58,11 @@ def merged(out: Float[Array, "b heads v"], lse: Float32[Array, "b heads"]) -> Fl
     (batch, heads, width), count = out.shape, parts("row_pages")
     both = jnp.concatenate([out.astype(jnp.float32), lse[..., None]], axis=-1)
     both = lax.all_to_all(both.reshape(batch, count, heads // count, width + 1), names, 1, 0)
-    outs, lses = both[..., :width], both[..., width]
+    # Left to itself a TPU puts the width first, where slices of it are free and tiles almost empty.
+    both = with_layout_constraint(both.reshape(count, -1, width + 1), Layout(major_to_minor=(0, 1, 2)))
+    outs, lses = both[..., :width], both[..., width:]
     top = jnp.max(lses, axis=0)
     weights = jnp.exp(lses - jnp.where(jnp.isneginf(top), 0, top))
     share = jnp.sum(weights, axis=0)
-    joined = jnp.einsum("pbh,pbhv->bhv", weights, outs, precision=lax.Precision.HIGHEST)
-    return (joined / jnp.where(share == 0, 1, share)[..., None]).astype(out.dtype)
+    joined = jnp.sum(weights * outs, axis=0) / jnp.where(share == 0, 1, share)
+    return joined.reshape(batch, heads // count, width).astype(out.dtype)
