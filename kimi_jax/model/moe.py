@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kimi_jax.axes import Float, Float32, Hidden, Int32, Rows
+from kimi_jax.axes import Float32, Hidden, Int32, Rows
 from kimi_jax.config import TextConfig
 from kimi_jax.model.param import Init, Linear, columns_as
 from pallas_kernels import (
@@ -175,14 +175,20 @@ def weighted_sum(
     Many tokens are taken in blocks of `BLOCK` pairs of a token and one of its experts, those held here first, so that
     memory and work are bounded by the pairs that there are.
     """
-    flat = chosen.reshape(-1)
+    (tokens, choices), flat = chosen.shape, chosen.reshape(-1)
     if flat.size <= BLOCK:
         flat = jnp.where(flat < 0, num_experts, flat)
-        order = jnp.argsort(flat, stable=True)
+        pairs = jnp.arange(flat.size, dtype=jnp.int32)
+        _, order, share = jax.lax.sort((flat, pairs, weights.reshape(-1)), num_keys=1)
         # (jnp.bincount would scatter, which a TPU sends to its SparseCore and back)
         group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-        y = feed_forward(x[order // chosen.shape[1]], experts, group_sizes, first)
-        return _summed(y, order, weights)
+        y = feed_forward(x[order // choices], experts, group_sizes, first)
+        if tokens <= FEW_TOKENS:
+            shares = jnp.where(order // choices == jnp.arange(tokens)[:, None], share, 0)
+            exact = jax.lax.Precision.HIGHEST
+            return jnp.einsum("tp,pd->td", shares, y, precision=exact, preferred_element_type=jnp.float32)
+        back = jnp.zeros_like(order).at[order].set(pairs)
+        return jnp.einsum("tjd,tj->td", y[back].reshape(*chosen.shape, -1), weights, preferred_element_type=jnp.float32)
 
     held = jax.tree.leaves(experts)[0].shape[0]
     local = jnp.where((flat >= first) & (flat < first + held), flat - first, held)
@@ -194,25 +200,12 @@ def weighted_sum(
     def block(begin: jax.Array) -> jax.Array:
         pairs = jax.lax.dynamic_slice_in_dim(order, begin, BLOCK)
         sizes = jnp.diff(jnp.clip(ends - begin, 0, BLOCK), prepend=0).astype(jnp.int32)
-        tokens = pairs // chosen.shape[1]
-        y = feed_forward(x[tokens], experts, sizes)
+        rows = pairs // choices
+        y = feed_forward(x[rows], experts, sizes)
         share = jnp.where(begin + jnp.arange(BLOCK) < ends[-1], weights.reshape(-1)[pairs], 0)
-        return jnp.zeros(x.shape, jnp.float32).at[tokens].add(share[:, None] * y.astype(jnp.float32))
+        return jnp.zeros(x.shape, jnp.float32).at[rows].add(share[:, None] * y.astype(jnp.float32))
 
     def add(total: jax.Array, begin: jax.Array) -> tuple[jax.Array, None]:
         return jax.lax.cond(begin < ends[-1], lambda total: total + block(begin), lambda total: total, total), None
 
     return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), jnp.arange(0, order.size, BLOCK))[0]
-
-
-def _summed(
-    y: Float[jax.Array, "pairs d"], order: Int32[jax.Array, "pairs"], weights: Float32[jax.Array, "t j"]
-) -> Float32[jax.Array, "t d"]:
-    """Each token's weighted sum over its experts; y has the pairs of a token and an expert in this `order`."""
-    tokens, choices = weights.shape
-    if tokens <= FEW_TOKENS:
-        share = jnp.where(order // choices == jnp.arange(tokens)[:, None], weights.reshape(-1)[order], 0)
-        exact = jax.lax.Precision.HIGHEST
-        return jnp.einsum("tp,pd->td", share, y, precision=exact, preferred_element_type=jnp.float32)
-    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-    return jnp.einsum("tjd,tj->td", y[back].reshape(tokens, choices, -1), weights, preferred_element_type=jnp.float32)
