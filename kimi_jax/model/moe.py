@@ -57,7 +57,9 @@ class Router(nnx.Module):
         scores = jax.nn.sigmoid(jnp.einsum("td,ed->te", x, w, precision=jax.lax.Precision.HIGHEST))
         choice = self.eligible(scores + self.e_score_correction_bias[...].astype(jnp.float32))
         _, chosen = jax.lax.top_k(choice, config.num_experts_per_tok)
-        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        # (jnp.take_along_axis would gather number by number)
+        is_chosen = chosen[:, :, None] == jnp.arange(config.n_routed_experts)
+        weights = jnp.sum(jnp.where(is_chosen, scores[:, None], 0), axis=-1)
         if config.norm_topk_prob:
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
         return chosen, weights * config.routed_scaling_factor
