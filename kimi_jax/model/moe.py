@@ -24,7 +24,8 @@ from sharding import ALONE, Residual, exchanged, first_expert
 ExpertWeight = jax.Array | tuple[jax.Array, jax.Array]
 # Pairs of a token and an expert of its whose vectors exist at one time.
 BLOCK = 8192
-# So many tokens are summed by one matrix product: a TPU that gathers a row reads the seven others of its tile too.
+# Up to so many tokens are summed by one matrix product: a TPU that gathers a row reads the seven others of its tile
+# too. (A row that is not finite then reaches every sum.)
 FEW_TOKENS = 256
 # gate, up, down
 ExpertWeights = tuple[ExpertWeight, ExpertWeight, ExpertWeight]

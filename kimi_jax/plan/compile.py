@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from kimi_jax.plan.hbm import hbm_bytes
-from kimi_jax.plan.hlo import parse
+from kimi_jax.plan.hlo import parse, small_cycles
 from kimi_jax.plan.job import Job
 from kimi_jax.plan.traffic import Collective, MovedWeight, collectives, moved_weights
 
@@ -25,7 +25,8 @@ from kimi_jax.plan.traffic import Collective, MovedWeight, collectives, moved_we
 class Compiled:
     """What the compiler says of a device's program. `arguments` are weights, cache and tokens, of which `in_place` are
     results too; `results` come beside them. `hbm_bytes` goes to and from HBM (`plan.hbm`); `accessed` is the
-    compiler's own count, of all memories together. `cpu_seconds` beside `seconds` shows how busy the machine was."""
+    compiler's own count, of all memories together. `small_cycles` is its estimate for what is neither kernel nor
+    message (`plan.hlo`). `cpu_seconds` beside `seconds` shows how busy the machine was."""
 
     arguments: int
     results: int
@@ -34,6 +35,7 @@ class Compiled:
     program: int
     hbm_bytes: int
     accessed: float
+    small_cycles: int
     collectives: tuple[Collective, ...]
     moved: tuple[MovedWeight, ...]
     seconds: float
@@ -133,6 +135,7 @@ def _compile(job: Job) -> Compiled:
         program=held.generated_code_size_in_bytes,
         hbm_bytes=hbm_bytes(hlo),
         accessed=made.cost_analysis().get("bytes accessed", 0.0),
+        small_cycles=small_cycles(hlo),
         collectives=tuple(collectives(hlo, job.mesh)),
         moved=tuple(moved_weights(hlo, "arrays[")),
         seconds=seconds,

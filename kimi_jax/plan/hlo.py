@@ -14,6 +14,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"\b(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # These make a name for what is there, and move nothing.
 FREE = frozenset({"parameter", "bitcast", "tuple", "get-tuple-element", "constant", "optimization-barrier"})
@@ -108,6 +109,14 @@ def _closing(text: str, begin: int) -> int:
         if depth == 0:
             return match.start()
     raise ValueError(f"unbalanced brackets in {text[:80]!r}")
+
+
+def small_cycles(program: Program) -> int:
+    """Cycles that the compiler expects a run of the entry computation to take beside kernels and messages, of which it
+    writes no estimate, nor of sorts, gathers and loops: they count nothing here."""
+    found = (_CYCLES.search(one.attributes) for one in program.computations[program.entry].values())
+    cycles = (int(one[1]) for one in found if one)
+    return sum(count for count in cycles if count < 2**62)  # more stands for not known
 
 
 def result(instruction: Instruction) -> str:

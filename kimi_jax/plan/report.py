@@ -73,7 +73,9 @@ def _show(console: Console, plan: Plan) -> None:
             f"Compiled in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} s of CPU time), not run: "
             f"{compiled.arguments / GIB:.3f} GiB of arguments ({(plan.memory.weights + plan.memory.cache) / GIB:.3f} "
             f"itemised above), {compiled.temporaries / 1e6:.1f} MB of temporaries, {compiled.program / 1e6:.1f} MB of "
-            f"program; {compiled.hbm_bytes / 1e9:.3f} GB go to and from HBM",
+            f"program; {compiled.hbm_bytes / 1e9:.3f} GB go to and from HBM; what is neither kernel nor message takes "
+            f"{compiled.small_cycles:,} cycles by the compiler's estimate, "
+            f"{_ms(compiled.small_cycles / job.topology.chip.clock)}, which the lower bound leaves out",
             highlight=False,
         )
     for warning in plan.warnings:

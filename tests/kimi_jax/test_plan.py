@@ -1,17 +1,19 @@
 """Plans: bytes against closed forms, the choice of a mesh, what is refused, and a step compiled for a TPU slice."""
 
 import dataclasses
+import io
 import json
 import math
 import re
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from checkpoints.toy import toy_config
 from kimi_jax import config_json, plan
 from kimi_jax.cli import main
-from kimi_jax.plan import analytic, search
+from kimi_jax.plan import analytic, report, search
 from kimi_jax.plan.compile import Compiled, DoesNotFitError
 from kimi_jax.plan.traffic import MovedWeight
 from sharding import AXES, mesh_sizes
@@ -152,13 +154,17 @@ def test_what_the_compiler_says_is_told():
     held = analytic.memory(dataclasses.replace(here, sizes=sizes))
     made = Compiled(
         arguments=held.weights + held.cache, results=10, in_place=4, temporaries=2**30, program=2**20, hbm_bytes=1,
-        accessed=1.0, collectives=(), moved=(MovedWeight("all-gather", "gather.1", 2**22),), seconds=1.0,
-        cpu_seconds=1.0,
+        accessed=1.0, small_cycles=3_500_000, collectives=(), moved=(MovedWeight("all-gather", "gather.1", 2**22),),
+        seconds=1.0, cpu_seconds=1.0,
     )  # fmt: skip
     told = plan.plan("K2.5", here, sizes=sizes, compile_step=fake(made))
     assert told.warnings == ("a gather of weights: all-gather gather.1 of 4.2 MB",)
     assert told.memory.temporaries == 2**30 + 2**20 + 6 and told.collectives == ()
     assert told.confirmed is False and told.largest_batch > 100
+    out = io.StringIO()
+    report.show_all(Console(file=out, width=1000), [told], {})
+    # 3.5e6 cycles at v6e's 1.75 GHz
+    assert "takes 3,500,000 cycles by the compiler's estimate, 2.000 ms" in out.getvalue()
     # and where its count is not ours
     other = dataclasses.replace(made, arguments=int(1.04 * made.arguments), moved=(MovedWeight("copy", "c.1", 2**22),))
     said = plan.plan("K2.5", here, sizes=sizes, compile_step=fake(other)).warnings

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kimi_jax.plan.hbm import hbm_bytes
-from kimi_jax.plan.hlo import nbytes, parse
+from kimi_jax.plan.hlo import nbytes, parse, small_cycles
 from kimi_jax.plan.traffic import Collective, MovedWeight, collectives, moved_weights
 
 MESH = {"data": 2, "expert": 1, "tensor": 2, "sequence": 2}
@@ -207,3 +207,21 @@ ENTRY %main.1 (table: bf16[20480,7168], rows: s32[8], pages: bf16[512,576,128]) 
     rows, pages = 8 * 7168 * 2, 512 * 576 * 128 * 2
     picked, written, fetched = 2 * rows + 32, rows + 32, pages
     assert hbm_bytes(parse(text)) == picked + written + fetched
+
+
+def test_small_cycles_are_those_of_the_entry_that_are_known():
+    text = """\
+%body.1 (x: f32[8]) -> f32[8] {
+  %x.1 = f32[8]{0} parameter(0)
+  ROOT %double.1 = f32[8]{0} add(%x.1, %x.1), backend_config={"estimated_cycles":"100"}
+}
+
+ENTRY %main.1 (x: f32[8]) -> f32[8] {
+  %x.2 = f32[8]{0} parameter(0)
+  %a.2 = f32[8]{0} fusion(%x.2), kind=kLoop, calls=%body.1, backend_config={"flags":[],"estimated_cycles":"2124"}
+  %b.2 = f32[8]{0} custom-call(%a.2), custom_call_target="tpu_custom_call"
+  %c.2 = f32[8]{0} fusion(%b.2), kind=kLoop, calls=%body.1, backend_config={"estimated_cycles":"9223372036854775807"}
+  ROOT %d.2 = f32[8]{0} fusion(%c.2), kind=kLoop, calls=%body.1, backend_config={"estimated_cycles":"76","x":"1"}
+}
+"""
+    assert small_cycles(parse(text)) == 2200
