@@ -1,5 +1,5 @@
-"""Ops of Kimi-shaped models that plain array code does slowly: INT4 and grouped matmuls, the KDA delta rule, latent
-attention.
+"""Ops of Kimi-shaped models that plain array code does slowly: INT4 and grouped matmuls, mixtures of experts, the KDA
+delta rule, latent attention.
 
 Stands alone: needs JAX and nothing of the models. Each op has a folder: `api` (what to call), `reference` (what it
 means, in numpy), `xla` (plain JAX, fast), `mosaic_tpu` (the Pallas kernel), `shapes` (what tests and benchmarks share).
@@ -16,6 +16,7 @@ from pallas_kernels.int4_matmul import quantize_int4 as quantize_int4
 from pallas_kernels.int4_matmul import unpack_int4 as unpack_int4
 from pallas_kernels.kda import kda as kda
 from pallas_kernels.kda import kda_step as kda_step
+from pallas_kernels.mixture import mixture as mixture
 from pallas_kernels.mla_attention import merge_partials as merge_partials
 from pallas_kernels.mla_attention import mla_decode as mla_decode
 from pallas_kernels.mla_attention import mla_prefill as mla_prefill

@@ -1,7 +1,7 @@
 """Feed-forward layers: SwiGLU, and the mixture of experts of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
 
-Tokens are sorted by expert and go through grouped matmuls (`pallas_kernels`), so that an expert nobody chose costs
-nothing and no token meets an expert it did not choose.
+Tokens go through grouped matmuls (`pallas_kernels`), sorted by expert, few of them through one kernel of their own; an
+expert nobody chose costs nothing, and no token meets an expert it did not choose.
 """
 
 import jax
@@ -16,6 +16,7 @@ from pallas_kernels import (
     grouped_swiglu,
     int4_grouped_matmul,
     int4_grouped_swiglu,
+    mixture,
     quantize_int4,
 )
 from sharding import ALONE, Residual, exchanged, first_expert
@@ -24,9 +25,8 @@ from sharding import ALONE, Residual, exchanged, first_expert
 ExpertWeight = jax.Array | tuple[jax.Array, jax.Array]
 # Pairs of a token and an expert of its whose vectors exist at one time.
 BLOCK = 8192
-# Up to so many tokens are summed by one matrix product: a TPU that gathers a row reads the seven others of its tile
-# too. (A row that is not finite then reaches every sum.)
-FEW_TOKENS = 256
+# Up to so many tokens go through one kernel, unsorted.
+FEW_TOKENS = 128
 # gate, up, down
 ExpertWeights = tuple[ExpertWeight, ExpertWeight, ExpertWeight]
 
@@ -175,22 +175,19 @@ def weighted_sum(
     """The part of each token's sum that comes from `experts`, those from number `first` on of `num_experts`; a `chosen`
     of -1 is no expert.
 
-    Many tokens are taken in blocks of `BLOCK` pairs of a token and one of its experts, those held here first, so that
-    memory and work are bounded by the pairs that there are.
+    Few tokens go through one kernel. Very many are taken in blocks of `BLOCK` pairs of a token and one of its experts,
+    those held here first, so that memory and work are bounded by the pairs that there are.
     """
-    (tokens, choices), flat = chosen.shape, chosen.reshape(-1)
+    if x.shape[0] <= FEW_TOKENS:
+        return mixture(x, chosen, weights, *experts, first=first)
+    choices, flat = chosen.shape[1], chosen.reshape(-1)
     if flat.size <= BLOCK:
         flat = jnp.where(flat < 0, num_experts, flat)
-        pairs = jnp.arange(flat.size, dtype=jnp.int32)
-        _, order, share = jax.lax.sort((flat, pairs, weights.reshape(-1)), num_keys=1)
+        order = jnp.argsort(flat)
         # (jnp.bincount would scatter, which a TPU sends to its SparseCore and back)
         group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
         y = feed_forward(x[order // choices], experts, group_sizes, first)
-        if tokens <= FEW_TOKENS:
-            shares = jnp.where(order // choices == jnp.arange(tokens)[:, None], share, 0)
-            exact = jax.lax.Precision.HIGHEST
-            return jnp.einsum("tp,pd->td", shares, y, precision=exact, preferred_element_type=jnp.float32)
-        back = jnp.zeros_like(order).at[order].set(pairs)
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
         return jnp.einsum("tjd,tj->td", y[back].reshape(*chosen.shape, -1), weights, preferred_element_type=jnp.float32)
 
     held = jax.tree.leaves(experts)[0].shape[0]

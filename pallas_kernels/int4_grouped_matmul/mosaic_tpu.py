@@ -19,7 +19,7 @@ loads in loops of thousands of bundles: they are as large as that because every 
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,28 +31,16 @@ from jaxtyping import Array, Float, Int, Int4, Int32
 from pallas_kernels.chip import chip
 from pallas_kernels.grouped_matmul.visits import WINDOWS, rows_at_once, visits
 from pallas_kernels.int4_grouped_matmul import block_diagonal
+from pallas_kernels.int4_grouped_matmul.product import FEW_ROWS, Operand, Rows, Tiles, add_products, scale_rows
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE
 
 Quantised = tuple[Int4[Array, "E K N"], Float[Array, "E K32 N"]]
 
 # A part's scales must fill a tile of memory: 16 rows of 32 inputs each.
 K_PART = 512
-LANES = 128
 LARGEST_ODD_K = 2048
 # Of x in a block and of codes in a step; weights unpacked at a time, for one window of rows and for several.
 BLOCK_BYTES, STEP_BYTES, PART_WEIGHTS, SHARED_PART_WEIGHTS = 2**23, 2**22, 2**22, 2**20
-FEW_ROWS = 8
-
-
-class Tiles(NamedTuple):
-    """Rows of a block, rows multiplied at once, outputs of a step, and inputs unpacked at once: for one window of rows,
-    and for several."""
-
-    block: int
-    rows: int
-    N: int
-    K_part: int
-    K_shared: int
 
 
 def unsupported(x: Array, codes: Array) -> str | None:
@@ -69,11 +57,13 @@ def unsupported(x: Array, codes: Array) -> str | None:
     return None
 
 
-def tiles(tokens: int, K: int, N: int, groups: int, dtype: Any) -> Tiles:
-    """Sizes for `tokens` rows over `groups` groups. Rows are multiplied in numbers near a group's mean."""
+def tiles(tokens: int, K: int, N: int, groups: int, dtype: Any, step_bytes: int | None = None) -> Tiles:
+    """Sizes for `tokens` rows over `groups` groups. Rows are multiplied in numbers near a group's mean. A step takes
+    `step_bytes` of codes."""
+    step_bytes = STEP_BYTES if step_bytes is None else step_bytes
     rows = rows_at_once(tokens, groups)
     most = max(rows, BLOCK_BYTES // (K * jnp.dtype(dtype).itemsize) // rows * rows)
-    outputs = max(n for n in range(128, N + 1, 128) if N % n == 0 and (n == 128 or K * n <= 2 * STEP_BYTES))
+    outputs = max(n for n in range(128, N + 1, 128) if N % n == 0 and (n == 128 or K * n <= 2 * step_bytes))
 
     def largest_part(weights: int) -> int:
         parts = [part for part in range(K_PART, K + 1, K_PART) if K % part == 0 and part * outputs <= weights]
@@ -146,7 +136,6 @@ def _call(
 
     bf16 = chip().bf16_vpu
     accumulator = pltpu.VMEM((tile.block, tile.N), jnp.float32)
-    scale_rows = pltpu.VMEM((tile.N // LANES, tile.K_part // GROUP_SIZE, LANES), jnp.uint32 if bf16 else jnp.float32)
     if not interpret:
         # Else XLA, which sees no more than an operand, copies all experts' weights to vector memory beforehand.
         weights = [
@@ -177,7 +166,7 @@ def _call(
             scratch_shapes=[
                 pltpu.VMEM((tile.K_shared, tile.N), dtype),
                 *[accumulator] * len(weights),
-                *[scale_rows] * len(weights),
+                *[scale_rows(tile, bf16)] * len(weights),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((blocks * tile.block, N), dtype),
@@ -208,8 +197,8 @@ def _kernel(
 ) -> None:
     num_weights = (len(refs) - 2) // 4
     weights, (out_ref, scaled_ref, *scratch) = refs[: 2 * num_weights], refs[2 * num_weights :]
-    totals, scale_rows = scratch[:num_weights], scratch[num_weights:]
-    operands = tuple(zip(weights[::2], weights[1::2], totals, scale_rows, strict=True))
+    totals, scale_scratch = scratch[:num_weights], scratch[num_weights:]
+    operands = tuple(map(Operand, weights[::2], weights[1::2], totals, scale_scratch))
     v = pl.program_id(1)
     last_visit = v == count_ref[0] - 1
     begins = (v == 0) | (block_ref[v] != block_ref[jnp.maximum(v - 1, 0)])
@@ -233,86 +222,16 @@ def _kernel(
     low = start // tile.rows
     high = jnp.where(end > start, pl.cdiv(end, tile.rows), low)
     first_few = pl.multiple_of(start // FEW_ROWS * FEW_ROWS, FEW_ROWS)
-    is_few = (end - first_few <= FEW_ROWS) & few
 
     def own(first: Array, count: int, inputs: Any) -> Array:
         """The group's rows of a window, and zeros for those of others."""
         number = first + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
         return jnp.where((number >= start) & (number < end), x_ref[pl.ds(first, count), inputs], 0)
 
-    def multiply(window: Array, inputs: Any, matrix: Array, total: Any) -> None:
-        first = pl.multiple_of(window * tile.rows, tile.rows)
-        left = own(first, tile.rows, inputs).astype(dtype)
-        precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-        total[pl.ds(first, tile.rows), :] += jnp.dot(
-            left, matrix, precision=precision, preferred_element_type=jnp.float32
-        )
-
-    def over_parts(size: int, use: Callable[[Any, Any], None]) -> None:
-        groups = size // GROUP_SIZE
-
-        def part(k: Array, _: None) -> None:
-            use(pl.ds(pl.multiple_of(k * size, size), size), pl.ds(pl.multiple_of(k * groups, groups), groups))
-
-        lax.fori_loop(0, x_ref.shape[1] // size, part, None)
-
-    def few_rows() -> None:
-        def use(inputs: Any, of_groups: Any) -> None:
-            left = block_diagonal.operand(own(first_few, FEW_ROWS, inputs))
-            for codes, scales, total, _ in operands:
-                total[pl.ds(first_few, FEW_ROWS), :] += block_diagonal.product(
-                    left, codes[inputs, :], scales[of_groups, :]
-                )
-
-        over_parts(tile.K_shared, use)
-
-    def one_window() -> None:
-        def use(inputs: Any, of_groups: Any) -> None:
-            for codes, scales, total, rows in operands:
-                multiply(low, inputs, _dequantise(codes[inputs, :], scales[of_groups, :], rows, dtype, bf16), total)
-
-        over_parts(tile.K_part, use)
-
-    def windows() -> None:
-        def use(inputs: Any, of_groups: Any) -> None:
-            for codes, scales, total, rows in operands:
-                scaled_ref[...] = _dequantise(codes[inputs, :], scales[of_groups, :], rows, dtype, bf16)
-                lax.fori_loop(low, high, lambda j, _, total=total: multiply(j, inputs, scaled_ref[...], total), None)
-
-        over_parts(tile.K_shared, use)
-
-    if few:
-        pl.when(is_few & (end > start))(few_rows)
-    if more:
-        pl.when(~is_few & (high - low == 1))(one_window)
-        pl.when(~is_few & (high - low > 1))(windows)
+    rows = Rows(own, low, high, first_few, (end > start) & (end - first_few <= FEW_ROWS))
+    add_products(rows, operands, scaled_ref, tile, few=few, more=more, dtype=dtype, bf16=bf16)
 
     def write(window: Any) -> None:
         out_ref[window, :] = combine(*(total[window, :] for total in totals)).astype(out_ref.dtype)
 
     over_block(ends, write)
-
-
-def _dequantise(codes: Array, scales: Array, rows_ref: Any, dtype: Any, bf16: bool) -> Array:
-    """bf16(code * scale) in `dtype`, [K part, N tile]."""
-    K, N = codes.shape
-    groups = K // GROUP_SIZE
-    wide = scales.astype(jnp.float32)
-    if bf16:  # twice in a word
-        bits = pltpu.bitcast(wide, jnp.uint32)
-        wide = bits | bits >> 16
-    # A row is broadcast to all sublanes without arithmetic when it is loaded, from rows as wide as a register.
-    columns = range(N // LANES)
-    for i in columns:
-        rows_ref[i, :groups] = wide[:, i * LANES : (i + 1) * LANES]
-    spread = [
-        jnp.concatenate([jnp.broadcast_to(rows_ref[i, pl.ds(g, 1)], (8, LANES)) for i in columns], axis=1)
-        for g in range(groups)
-    ]
-    factors = jnp.concatenate(spread)
-    if bf16:
-        factors = pltpu.bitcast(factors, jnp.bfloat16)
-    per_group = factors.shape[0] // groups
-    grouped = codes.astype(factors.dtype).reshape(groups, GROUP_SIZE // per_group, per_group, N)
-    product = grouped * factors.reshape(groups, 1, per_group, N)
-    return product.reshape(K, N).astype(jnp.bfloat16).astype(dtype)

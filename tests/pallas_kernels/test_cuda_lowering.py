@@ -11,6 +11,7 @@ from pallas_kernels.grouped_matmul import shapes as grouped
 from pallas_kernels.int4_grouped_matmul import shapes as int4_grouped
 from pallas_kernels.int4_matmul import shapes as int4
 from pallas_kernels.kda import shapes as kda
+from pallas_kernels.mixture import shapes as mixtures
 from pallas_kernels.mla_attention import shapes as mla
 
 INT4, INT32, BF16, F32 = (
@@ -47,6 +48,21 @@ def grouped_matmul(shape):
 def grouped_swiglu(shape):
     weight = BF16((len(shape.sizes), shape.N, shape.K))
     return of_groups(ops.grouped_swiglu, shape, weight, weight)
+
+
+def mixture(shape):
+    into, out_of = BF16((shape.held, shape.N, shape.K)), BF16((shape.held, shape.K, shape.N))
+    tokens = INT32((shape.T, shape.J)), F32((shape.T, shape.J))
+    return ops.mixture, (BF16((shape.T, shape.K)), *tokens, into, into, out_of)
+
+
+def int4_mixture(shape):
+    def codes(in_, out):
+        return INT4((shape.held, in_, out)), BF16((shape.held, in_ // 32, out))
+
+    op, (x, chosen, weights, *_) = mixture(shape)
+    into, out_of = codes(shape.K, shape.N), codes(shape.N, shape.K)
+    return op, (x, chosen, weights, into, into, out_of)
 
 
 def kda_row(shape):
@@ -100,6 +116,7 @@ CASES = [
         for shape in int4_grouped.KIMI + int4_grouped.AWKWARD
     ],
     *[(op, shape) for op in (grouped_matmul, grouped_swiglu) for shape in grouped.KIMI + grouped.AWKWARD],
+    *[(op, shape) for op in (mixture, int4_mixture) for shape in mixtures.KIMI + mixtures.AWKWARD],
     *[(kda_row, shape) for shape in kda.KIMI + kda.AWKWARD],
     (kda_gradient, kda.KIMI[0]),
     *[(kda_step, shape) for shape in kda.STEP],

@@ -1,0 +1,77 @@
+"""A decode step's mixture: 64 tokens, experts of K2 (INT4) and of Kimi Linear (bf16) with two rows each; HBM bytes are
+those of the experts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import mixture
+from pallas_kernels.mixture.stages import Int4Stage, stage
+from tpu.case import Case
+
+TOKENS, CHOICES, HELD, ROWS = 64, 8, 8, 2
+
+
+def _weight(in_: int, out: int, int4: bool) -> Any:
+    if not int4:
+        return jax.ShapeDtypeStruct((HELD, out, in_), jnp.bfloat16)
+    codes = jax.ShapeDtypeStruct((HELD, in_, out), jnp.int4)
+    return codes, jax.ShapeDtypeStruct((HELD, in_ // 32, out), jnp.bfloat16)
+
+
+def _products(of: Any, steps: int, matrices: int) -> list[int]:
+    """Parts of the steps for groups of few rows, on chips that take them apart; for one window; for several, none."""
+    if not isinstance(of, Int4Stage):
+        return [steps]
+    few = [steps * of.inputs // of.tiles.K_shared] if of.few else []
+    return [*few, 0 if few else steps * of.inputs // of.tiles.K_part, 0, *[0] * matrices]
+
+
+def _trips(K: int, N: int, int4: bool) -> tuple[int, ...]:
+    """The grid; windows of the sums to zero; rows to gather; of gate and up, windows to zero, products and windows to
+    write; of down, windows to zero, products, and rows to add."""
+    into, out_of = (stage(_weight(*size, int4), jnp.bfloat16, n) for size, n in (((K, N), 2), ((N, K), 1)))
+    steps = HELD * N // into.tile, HELD * K // out_of.tile
+    into_loops, out_loops = _products(into, steps[0], 2), _products(out_of, steps[1], 1)
+    rows = HELD * ROWS
+    return (
+        sum(steps),
+        TOKENS // 16,
+        rows,
+        *[steps[0]] * 2,
+        *into_loops,
+        steps[0],
+        steps[1],
+        *out_loops,
+        rows * steps[1] // HELD,
+    )
+
+
+def _case(name: str, K: int, N: int, int4: bool) -> Case:
+    def build() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        def run(*arrays: Any) -> Any:
+            return mixture(*arrays, implementation="mosaic_tpu")
+
+        into, out_of = _weight(K, N, int4), _weight(N, K, int4)
+        tokens = [jax.ShapeDtypeStruct((TOKENS, CHOICES), dtype) for dtype in (jnp.int32, jnp.float32)]
+        return run, (jax.ShapeDtypeStruct((TOKENS, K), jnp.bfloat16), *tokens, into, into, out_of)
+
+    moved = HELD * 3 * K * N * (0.5625 if int4 else 2.0)
+    return Case(
+        name=name,
+        kernel="mixture",
+        build=build,
+        trips=lambda: _trips(K, N, int4),
+        units=moved / 1024,
+        unit="KiB of weights",
+        hbm_bytes=moved,
+        flops=2.0 * HELD * ROWS * 3 * K * N,
+    )
+
+
+CASES = [
+    _case(f"mixture of {HELD} INT4 experts, 7168x2048", 7168, 2048, True),
+    _case(f"mixture of {HELD} experts, 2304x1024", 2304, 1024, False),
+]

@@ -1,0 +1,136 @@
+"""Inside a Pallas kernel: rows of a group times a step's INT4 weights, unpacked and scaled a part at a time."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels.int4_grouped_matmul import block_diagonal
+from pallas_kernels.int4_matmul.packing import GROUP_SIZE
+
+LANES, FEW_ROWS = 128, 8
+
+
+class Tiles(NamedTuple):
+    """Rows of a block, rows multiplied at once, outputs of a step, and inputs unpacked at once: for one window of rows,
+    and for several."""
+
+    block: int
+    rows: int
+    N: int
+    K_part: int
+    K_shared: int
+
+
+class Rows(NamedTuple):
+    """`take(first, count, inputs)` gives a group's rows, which lie in windows [low, high); if they are `few`, also in
+    the `FEW_ROWS` from `first_few` on."""
+
+    take: Callable[[Any, int, Any], Array]
+    low: Array | int
+    high: Array
+    first_few: Array | int
+    few: Array
+
+
+class Operand(NamedTuple):
+    """A matrix of the group: codes [K, N] and scales [K//32, N]; the float32 sum [rows, N] to add to; and scratch of
+    `scale_rows`'s shape."""
+
+    codes: Any
+    scales: Any
+    total: Any
+    scale_rows: Any
+
+
+def scale_rows(tile: Tiles, bf16: bool) -> Any:
+    """Scratch in which a part's scales lie in rows as wide as a register."""
+    shape = (tile.N // LANES, tile.K_part // GROUP_SIZE, LANES)
+    return pltpu.VMEM(shape, jnp.uint32 if bf16 else jnp.float32)
+
+
+def add_products(
+    rows: Rows,
+    operands: Sequence[Operand],
+    scaled_ref: Any,
+    tile: Tiles,
+    *,
+    few: bool,
+    more: bool,
+    dtype: Any,
+    bf16: bool,
+) -> None:
+    """total += rows times the matrix, for each operand. `scaled_ref` [K_shared, N] is scratch; `few` and `more` say
+    whether there is code for few rows (block-diagonal) and for others; `bf16` whether the chip multiplies bf16."""
+
+    def multiply(window: Array | int, inputs: Any, matrix: Array, total: Any) -> None:
+        first = pl.multiple_of(jnp.asarray(window) * tile.rows, tile.rows)
+        left = rows.take(first, tile.rows, inputs).astype(dtype)
+        precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+        total[pl.ds(first, tile.rows), :] += jnp.dot(
+            left, matrix, precision=precision, preferred_element_type=jnp.float32
+        )
+
+    def over_parts(wanted: Array, size: int, use: Callable[[Any, Any], None]) -> None:
+        """A loop whose turns can be counted, even if there is one, unlike a branch."""
+        groups = size // GROUP_SIZE
+
+        def part(k: Array, _: None) -> None:
+            use(pl.ds(pl.multiple_of(k * size, size), size), pl.ds(pl.multiple_of(k * groups, groups), groups))
+
+        lax.fori_loop(0, jnp.where(wanted, operands[0].codes.shape[0] // size, 0), part, None)
+
+    def few_rows(inputs: Any, of_groups: Any) -> None:
+        left = block_diagonal.operand(rows.take(rows.first_few, FEW_ROWS, inputs))
+        here = pl.ds(rows.first_few, FEW_ROWS)
+        for codes, scales, total, _ in operands:
+            total[here, :] += block_diagonal.product(left, codes[inputs, :], scales[of_groups, :])
+
+    def one_window(inputs: Any, of_groups: Any) -> None:
+        for codes, scales, total, scratch in operands:
+            matrix = _dequantise(codes[inputs, :], scales[of_groups, :], scratch, dtype, bf16)
+            multiply(rows.low, inputs, matrix, total)
+
+    def windows(inputs: Any, of_groups: Any) -> None:
+        for codes, scales, total, scratch in operands:
+            scaled_ref[...] = _dequantise(codes[inputs, :], scales[of_groups, :], scratch, dtype, bf16)
+            lax.fori_loop(
+                rows.low, rows.high, lambda j, _, total=total: multiply(j, inputs, scaled_ref[...], total), None
+            )
+
+    count = rows.high - rows.low
+    apart = rows.few & few
+    if few:
+        over_parts(apart, tile.K_shared, few_rows)
+    if more:
+        over_parts(~apart & (count == 1), tile.K_part, one_window)
+        over_parts(~apart & (count > 1), tile.K_shared, windows)
+
+
+def _dequantise(codes: Array, scales: Array, rows_ref: Any, dtype: Any, bf16: bool) -> Array:
+    """bf16(code * scale) in `dtype`, [K part, N tile]."""
+    K, N = codes.shape
+    groups = K // GROUP_SIZE
+    wide = scales.astype(jnp.float32)
+    if bf16:  # twice in a word
+        bits = pltpu.bitcast(wide, jnp.uint32)
+        wide = bits | bits >> 16
+    # A row is broadcast to all sublanes without arithmetic when it is loaded, from rows as wide as a register.
+    columns = range(N // LANES)
+    for i in columns:
+        rows_ref[i, :groups] = wide[:, i * LANES : (i + 1) * LANES]
+    spread = [
+        jnp.concatenate([jnp.broadcast_to(rows_ref[i, pl.ds(g, 1)], (8, LANES)) for i in columns], axis=1)
+        for g in range(groups)
+    ]
+    factors = jnp.concatenate(spread)
+    if bf16:
+        factors = pltpu.bitcast(factors, jnp.bfloat16)
+    per_group = factors.shape[0] // groups
+    grouped = codes.astype(factors.dtype).reshape(groups, GROUP_SIZE // per_group, per_group, N)
+    product = grouped * factors.reshape(groups, 1, per_group, N)
+    return product.reshape(K, N).astype(jnp.bfloat16).astype(dtype)

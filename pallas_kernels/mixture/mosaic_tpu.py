@@ -1,0 +1,201 @@
+"""A mixture of experts for few tokens as one Pallas kernel for TPUs: what a decode step asks of its experts.
+
+The experts held here that somebody chose are visited one after the other; the grid is (cores, visits, steps). A visit's
+first step gathers its tokens' rows out of x, which lies in vector memory whole; its steps then take tiles of gate and
+up, together as many bytes as one of down, which the last steps take. What lies between, silu(gate x) * up x, stays
+in vector memory. Each row of the result is added, with its weight, to its token's sum, of which every core has its own.
+
+While a visit multiplies, the next tile is under way: no tile of down is fetched before gate and up have been, and none
+of the next expert's before the last of down, so that every step fetches alike.
+
+Weights are multiplied as in `int4_grouped_matmul` or `grouped_matmul`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from pallas_kernels.chip import chip
+from pallas_kernels.grouped_matmul.blocks import swiglu
+from pallas_kernels.mixture.stages import WINDOW, DenseStage, Int4Stage, Weight, stage, unsupported_weights
+from pallas_kernels.mixture.visits import visits
+
+# x lies in vector memory three times, in float32: as it is, gathered, and as the sums.
+MOST_TOKENS, MOST_INPUTS = 128, 8192
+
+
+def unsupported(x: Array, gate: Weight, down: Weight) -> str | None:
+    """Why the kernel cannot take these shapes and dtypes."""
+    tokens, K = x.shape
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x is {x.dtype}, expected bfloat16 or float32"
+    if tokens == 0:
+        return "x has no rows"
+    if tokens > MOST_TOKENS or K > MOST_INPUTS:
+        return f"x is [{tokens}, {K}], expected at most [{MOST_TOKENS}, {MOST_INPUTS}]"
+    return unsupported_weights(gate) or unsupported_weights(down)
+
+
+def mixture(
+    x: Float[Array, "T K"],
+    chosen: Int32[Array, "T J"],
+    weights: Float32[Array, "T J"],
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    first: Int[Array, ""],
+    *,
+    interpret: Any = False,
+) -> Float32[Array, "T K"]:
+    """See `api.mixture`."""
+    (tokens, K), cores = x.shape, chip().cores
+    rows = -(-tokens // WINDOW) * WINDOW
+    # The first stage's step has two matrices.
+    into, out_of = stage(gate, x.dtype, 2), stage(down, x.dtype, 1)
+    middle, steps = into.outputs, (into.outputs // into.tile, out_of.outputs // out_of.tile)
+    visit, each = visits(chosen, first, into.held, cores)
+    if not interpret:
+        # Else XLA, which sees no more than an operand, copies all experts' weights to vector memory beforehand.
+        gate, up, down = (
+            jax.tree.map(lambda array: pltpu.with_memory_space_constraint(array, pltpu.HBM), weight)
+            for weight in (gate, up, down)
+        )
+    operands = jax.tree.leaves((gate, up, down))
+
+    def expert(c: Array, v: Array, experts: Any) -> Array:
+        return jnp.minimum(experts[jnp.maximum(v, 0) * cores + c], into.held - 1)
+
+    def of_gate(c: Array, v: Array, s: Array, experts: Any, *_: Any) -> tuple[Array, Array]:
+        return expert(c, v, experts), jnp.minimum(s, steps[0] - 1)
+
+    def of_down(c: Array, v: Array, s: Array, experts: Any, *_: Any) -> tuple[Array, Array]:
+        waits = s < steps[0]
+        tile = jnp.where(v > 0, steps[1] - 1, 0)
+        return expert(c, v - waits, experts), jnp.where(waits, tile, s - steps[0])
+
+    out = pl.pallas_call(
+        functools.partial(
+            _kernel, into=into, out_of=out_of, steps=steps, cores=cores, choices=chosen.shape[1], dtype=x.dtype
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(cores, each, sum(steps)),
+            in_specs=[
+                pl.BlockSpec((rows, K), lambda *_: (0, 0)),
+                *into.specs(of_gate) * 2,
+                *out_of.specs(of_down),
+            ],
+            out_specs=pl.BlockSpec((None, rows, K), lambda c, *_: (c, 0, 0)),
+            scratch_shapes=[
+                pltpu.VMEM((rows, K), jnp.float32),
+                pltpu.VMEM((rows, middle), jnp.float32),
+                *[pltpu.VMEM((rows, into.tile), jnp.float32)] * 2,
+                pltpu.VMEM((rows, out_of.tile), jnp.float32),
+                *into.scratch(2),
+                *out_of.scratch(1),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((cores, rows, K), jnp.float32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=56 * 2**20
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=6 * chosen.size * K * middle,
+            transcendentals=chosen.size * middle,
+            bytes_accessed=sum(
+                array.size // 2 if array.dtype == jnp.int4 else array.nbytes for array in map(jnp.asarray, operands)
+            )
+            + (1 + cores) * rows * K * 4,
+        ),
+        name="mixture",
+        interpret=interpret,
+    )(
+        *visit,
+        weights.reshape(-1).astype(jnp.float32),
+        jnp.pad(x.astype(jnp.float32), [(0, rows - tokens), (0, 0)]),
+        *operands,
+    )
+    return jnp.sum(out, axis=0)[:tokens]
+
+
+def _kernel(
+    expert_ref: Any,
+    start_ref: Any,
+    end_ref: Any,
+    pair_ref: Any,
+    share_ref: Any,
+    x_ref: Any,
+    *refs: Any,
+    into: Int4Stage | DenseStage,
+    out_of: Int4Stage | DenseStage,
+    steps: tuple[int, int],
+    cores: int,
+    choices: int,
+    dtype: Any,
+) -> None:
+    n = into.arrays
+    gate, up, down = refs[:n], refs[n : 2 * n], refs[2 * n : 3 * n]
+    out_ref, rows_ref, middle_ref, gate_total, up_total, total, *scratch = refs[3 * n :]
+    into_scratch, out_scratch = scratch[: len(into.scratch(2))], scratch[len(into.scratch(2)) :]
+    v, s = pl.program_id(1), pl.program_id(2)
+    visit, pairs = v * cores + pl.program_id(0), pair_ref.shape[0]
+    expert = jnp.minimum(expert_ref[visit], into.held - 1)
+    start = start_ref[expert]
+    # (A token has an expert once.)
+    count = jnp.minimum(jnp.where(expert_ref[visit] < into.held, end_ref[expert] - start, 0), rows_ref.shape[0])
+    windows = pl.cdiv(count, WINDOW)
+
+    def each_row(use: Any) -> None:
+        """use(row, the number of its pair of a token and an expert)."""
+        lax.fori_loop(0, count, lambda i, _: use(i, pair_ref[start + i] % pairs), None)
+
+    def over(windows: Array | int, use: Any) -> None:
+        def window(i: Array, _: None) -> None:
+            use(pl.ds(pl.multiple_of(i * WINDOW, WINDOW), WINDOW))
+
+        lax.fori_loop(0, windows, window, None)
+
+    def zero(ref: Any, windows: Array | int) -> None:
+        over(windows, lambda rows: ref.__setitem__((rows, slice(None)), jnp.zeros((WINDOW, ref.shape[1]), ref.dtype)))
+
+    @pl.when((v == 0) & (s == 0))
+    def _begin() -> None:
+        zero(out_ref, out_ref.shape[0] // WINDOW)
+
+    @pl.when(s == 0)
+    def _gather() -> None:
+        def copy(row: Array, pair: Array) -> None:
+            rows_ref[pl.ds(row, 1), :] = x_ref[pl.ds(pair // choices, 1), :]
+
+        each_row(copy)
+
+    @pl.when(s < steps[0])
+    def _into() -> None:
+        zero(gate_total, windows)
+        zero(up_total, windows)
+        into.add(rows_ref, count, (gate, up), (gate_total, up_total), into_scratch)
+        columns = pl.ds(pl.multiple_of(s * into.tile, into.tile), into.tile)
+
+        def write(rows: Any) -> None:
+            value = swiglu(gate_total[rows, :], up_total[rows, :])
+            middle_ref[rows, columns] = value.astype(dtype).astype(jnp.float32)
+
+        over(windows, write)
+
+    @pl.when(s >= steps[0])
+    def _out_of() -> None:
+        zero(total, windows)
+        out_of.add(middle_ref, count, (down,), (total,), out_scratch)
+        columns = pl.ds(pl.multiple_of((s - steps[0]) * out_of.tile, out_of.tile), out_of.tile)
+
+        def add(row: Array, pair: Array) -> None:
+            token = pl.ds(pair // choices, 1)
+            out_ref[token, columns] += share_ref[pair] * total[pl.ds(row, 1), :]
+
+        each_row(add)

@@ -1,0 +1,137 @@
+"""A stage of the mixture's kernel: rows in vector memory times a tile of an expert's matrix, INT4 or as published."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int4
+
+from pallas_kernels.chip import chip
+from pallas_kernels.int4_grouped_matmul import mosaic_tpu as int4
+from pallas_kernels.int4_grouped_matmul.product import FEW_ROWS, Operand, Rows, Tiles, add_products, scale_rows
+from pallas_kernels.int4_matmul.packing import GROUP_SIZE
+
+# [e, out, in] as published, or codes [e, in, out] and scales [e, in/32, out]
+Weight = Float[Array, "E _ _"] | tuple[Int4[Array, "E _ _"], Float[Array, "E _ _"]]
+
+# Rows multiplied at once: more than most experts of a decode step have.
+WINDOW = 16
+LANES, STEP_BYTES = 128, 2**22
+
+
+def unsupported_weights(weight: Weight) -> str | None:
+    """Why the kernel cannot take this matrix."""
+    if isinstance(weight, tuple):
+        codes = weight[0]
+        return int4.unsupported(jnp.zeros((1, codes.shape[1]), jnp.bfloat16), codes)
+    N, K = weight.shape[1:]
+    return f"weights are [{N}, {K}], expected multiples of {LANES}" if N % LANES or K % LANES else None
+
+
+def stage(weight: Weight, dtype: Any, matrices: int) -> "Int4Stage | DenseStage":
+    """For a matrix like this one, `matrices` of which a step takes a tile of."""
+    if isinstance(weight, tuple):
+        held, K, N = weight[0].shape
+        tile = int4.tiles(WINDOW, K, N, 1, dtype, STEP_BYTES // matrices)
+        return Int4Stage(held, K, N, tile, dtype, int4.apart(tile, dtype), chip().bf16_vpu)
+    held, N, K = weight.shape
+    bytes_each = K * weight.dtype.itemsize * matrices
+    fit = [n for n in range(LANES, N + 1, LANES) if N % n == 0 and (n == LANES or n * bytes_each <= STEP_BYTES)]
+    return DenseStage(held, K, N, max(fit), dtype)
+
+
+@dataclass(frozen=True)
+class Int4Stage:
+    """`held` matrices [inputs, outputs]; see `int4_grouped_matmul`."""
+
+    held: int
+    inputs: int
+    outputs: int
+    tiles: Tiles
+    dtype: Any
+    few: bool
+    bf16: bool
+
+    arrays = 2  # of a matrix
+
+    @property
+    def tile(self) -> int:
+        return self.tiles.N
+
+    def specs(self, at: Callable[..., tuple[Array, Array]]) -> list[pl.BlockSpec]:
+        """Of a matrix's arrays; `at` gives an expert and a tile."""
+
+        def block(rows: int) -> pl.BlockSpec:
+            def index(*grid: Any) -> tuple[Array, int, Array]:
+                expert, tile = at(*grid)
+                return expert, 0, tile
+
+            return pl.BlockSpec((None, rows, self.tile), index)
+
+        return [block(self.inputs), block(self.inputs // GROUP_SIZE)]
+
+    def scratch(self, matrices: int) -> list[Any]:
+        return [
+            pltpu.VMEM((self.tiles.K_shared, self.tile), self.dtype),
+            *[scale_rows(self.tiles, self.bf16)] * matrices,
+        ]
+
+    def add(
+        self, rows_ref: Any, count: Array, weights: Sequence[Any], totals: Sequence[Any], scratch: Sequence[Any]
+    ) -> None:
+        """totals += the first `count` rows times each matrix."""
+        scaled, *scratches = scratch
+        operands = [
+            Operand(codes, scales, total, scale_rows)
+            for (codes, scales), total, scale_rows in zip(weights, totals, scratches, strict=True)
+        ]
+        rows = Rows(
+            lambda first, size, inputs: rows_ref[pl.ds(first, size), inputs],
+            low=0,
+            high=pl.cdiv(count, WINDOW),
+            first_few=0,
+            few=(count > 0) & (count <= FEW_ROWS),
+        )
+        add_products(rows, operands, scaled, self.tiles, few=self.few, more=True, dtype=self.dtype, bf16=self.bf16)
+
+
+@dataclass(frozen=True)
+class DenseStage:
+    """`held` matrices [outputs, inputs], of which a step takes `tile` outputs; see `grouped_matmul`."""
+
+    held: int
+    inputs: int
+    outputs: int
+    tile: int
+    dtype: Any
+
+    arrays = 1
+
+    def specs(self, at: Callable[..., tuple[Array, Array]]) -> list[pl.BlockSpec]:
+        def index(*grid: Any) -> tuple[Array, Array, int]:
+            return *at(*grid), 0
+
+        return [pl.BlockSpec((None, self.tile, self.inputs), index)]
+
+    def scratch(self, matrices: int) -> list[Any]:
+        return []
+
+    def add(
+        self, rows_ref: Any, count: Array, weights: Sequence[Any], totals: Sequence[Any], scratch: Sequence[Any]
+    ) -> None:
+        precision = lax.Precision.HIGHEST if self.dtype == jnp.float32 else lax.Precision.DEFAULT
+        contract_last = (((1,), (1,)), ((), ()))
+
+        def window(i: Array, _: None) -> None:
+            rows = pl.ds(pl.multiple_of(i * WINDOW, WINDOW), WINDOW)
+            left = rows_ref[rows, :].astype(self.dtype)
+            for (weight,), total in zip(weights, totals, strict=True):
+                total[rows, :] += lax.dot_general(
+                    left, weight[...], contract_last, precision=precision, preferred_element_type=jnp.float32
+                )
+
+        lax.fori_loop(0, pl.cdiv(count, WINDOW), window, None)
