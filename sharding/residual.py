@@ -80,8 +80,8 @@ class Residual:
         if self.whole and self.batch:
             if not names:
                 return lax.all_gather(y.astype(dtype), self.batch, axis=0, tiled=True)
-            everyone = jnp.zeros((y.shape[0] * size(self.batch), *y.shape[1:]), y.dtype)
-            placed = lax.dynamic_update_slice_in_dim(everyone, y, index(self.batch) * y.shape[0], axis=0)
+            here = jnp.arange(size(self.batch)) == index(self.batch)
+            placed = jnp.where(here[:, None, None, None], y, 0).reshape(-1, *y.shape[1:])
             return total(placed, self.batch + names).astype(dtype)
         if self.tokens:
             y = lax.psum_scatter(y, self.tokens, scatter_dimension=1, tiled=True)

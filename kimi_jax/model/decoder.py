@@ -34,7 +34,7 @@ class Layer(nnx.Module):
         page_table: PageTable | None = None,
         residual: Residual = ALONE,
     ) -> tuple[Stream, MLACache | KDAState | None]:
-        mixed, after = self.mix(self.input_layernorm(x), positions, state, page_table, residual)
+        mixed, after = self.mix(x, positions, state, page_table, residual)
         x = x + mixed
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
@@ -42,14 +42,15 @@ class Layer(nnx.Module):
         return x + residual.summed(self.mlp(residual.mine(h)), "mlp", x.dtype), after
 
     def mix(
-        self, h: Stream, positions: Positions, state: Any, page_table: PageTable | None, residual: Residual
+        self, x: Stream, positions: Positions, state: Any, page_table: PageTable | None, residual: Residual
     ) -> tuple[Stream, Any]:
         """The token mixer. KDA takes the tokens where they lie, MLA's heads those of the whole row."""
+        h = self.input_layernorm(residual.mine(x) if residual.whole else x)
         if isinstance(self.self_attn, KDA):
-            h = residual.mine(h) if residual.whole else h
             y, after = self.self_attn(h, residual.my_tokens(positions) >= 0, state, residual.tokens)
             return residual.summed_in_place(y, "kda_heads", h.dtype), after
-        heads, cache = self.self_attn(residual.mine(h), positions, state, page_table)
+        h = h if residual.whole else residual.mine(h)
+        heads, cache = self.self_attn(h, positions, state, page_table)
         return residual.summed(heads, "heads", h.dtype), cache
 
 

@@ -28,7 +28,7 @@ from kimi_jax.model import rope
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, Linear
 from kimi_jax.state import PAGE, MLACache
-from pallas_kernels import merge_partials, mla_decode, mla_prefill, mla_write
+from pallas_kernels import merge_partials, mla_decode, mla_output, mla_prefill, mla_query, mla_write
 from sharding import from_all, gathered, held, longest, merged, own_positions, page_numbers, parts
 
 # Pages of history that a prefill expands into keys and values at a time.
@@ -63,27 +63,32 @@ class MLA(nnx.Module):
         """x [b, t, d] at `positions` (-1 is padding, which nothing attends to) -> what the heads held here add to the
         stream, and the cache with these tokens in it. One token attends in the absorbed form, more in the expanded
         one."""
-        q, latents = self.project(x, positions)
         if cache is None or page_table is None:
+            q, latents = self.project(x, positions)
             out, _ = self.expanded(q, latents, positions, positions)
             return self.output(out), None
-        cache = MLACache(mla_write(cache.pages, latents, page_table, own_positions(positions, PAGE)))
         if x.shape[1] == 1:
-            out = self.absorbed(q[:, 0], cache, page_table, positions[:, 0] + 1)[:, None]
-        else:
-            out = self.with_history(q, latents, positions, cache, page_table)
-        return self.output(out), cache
+            out, cache = self.absorbed(x[:, 0], positions[:, 0], cache, page_table)
+            return out[:, None], cache
+        q, latents = self.project(x, positions)
+        cache = MLACache(mla_write(cache.pages, latents, page_table, own_positions(positions, PAGE)))
+        return self.output(self.with_history(q, latents, positions, cache, page_table)), cache
+
+    def low_ranks(self, x: Float[jax.Array, "... d"]) -> tuple[jax.Array, jax.Array]:
+        """What queries are made of, before its norm where it has one, and [latent | k_pe] before theirs."""
+        config = self.config
+        if config.q_lora_rank is None:
+            (kv,) = gathered([self.kv_a_proj_with_mqa(x)], [config.latent_dim], "latent")
+            return x, kv
+        low = [self.q_a_proj(x), self.kv_a_proj_with_mqa(x)]
+        q_a, kv = gathered(low, [config.q_lora_rank, config.latent_dim], "latent")
+        return q_a, kv
 
     def project(self, x: Hidden, positions: Positions) -> tuple[Queries, Latents]:
         """[nope | rotated] of every head held here, and [normed latent | rotated k_pe], what the cache keeps."""
         config = self.config
-        if config.q_lora_rank is None:
-            (kv,) = gathered([self.kv_a_proj_with_mqa(x)], [config.latent_dim], "latent")
-            flat = self.q_proj(x)
-        else:
-            low = [self.q_a_proj(x), self.kv_a_proj_with_mqa(x)]
-            q_a, kv = gathered(low, [config.q_lora_rank, config.latent_dim], "latent")
-            flat = self.q_b_proj(self.q_a_layernorm(q_a))
+        q_a, kv = self.low_ranks(x)
+        flat = self.q_proj(q_a) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_a))
         q = rearrange(flat, "b t (h k) -> b t h k", k=config.qk_head_dim)
         nope, q_pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         c, k_pe = jnp.split(kv, [config.kv_lora_rank], axis=-1)
@@ -140,15 +145,28 @@ class MLA(nnx.Module):
         return jax.lax.fori_loop(0, pieces, piece, own)[0]
 
     def absorbed(
-        self, q: Float[jax.Array, "b h k"], cache: MLACache, page_table: PageTable, lengths: Lengths
-    ) -> Float[jax.Array, "b h v"]:
-        """One query per row over the first `lengths` cached tokens."""
-        kv_b = rearrange(self.kv_b_proj.weight[...], "(h kv) c -> h kv c", h=q.shape[1])
-        w_uk, w_uv = jnp.split(kv_b, [self.config.qk_nope_head_dim], axis=1)
-        nope, pe = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
-        q_latent = jnp.einsum("bhn,hnc->bhc", nope, w_uk, preferred_element_type=jnp.float32).astype(q.dtype)
-        q_latent, pe = jnp.split(from_all(jnp.concatenate([q_latent, pe], -1)), [q_latent.shape[-1]], axis=-1)
-        scale, own = rope.softmax_scale(self.config), held(lengths, PAGE)
-        o, lse = mla_decode(q_latent, pe, cache.pages, page_table, own, scale=scale, return_lse=True)
-        o = merged(o, lse)
-        return jnp.einsum("bhc,hvc->bhv", o, w_uv, preferred_element_type=jnp.float32).astype(q.dtype)
+        self, x: Float[jax.Array, "b d"], positions: Lengths, cache: MLACache, page_table: PageTable
+    ) -> tuple[Float32[jax.Array, "b d"], MLACache]:
+        """One token of each row: it enters the cache, and attends to that and to those before it."""
+        config, (q_a, kv) = self.config, self.low_ranks(x)
+        q_b, norm = (
+            (self.q_proj, None) if config.q_lora_rank is None else (self.q_b_proj, self.q_a_layernorm.weight[...])
+        )
+        kv_b = self.kv_b_proj.weight[...]
+        q_latent, q_rope, latents = mla_query(
+            q_a,
+            kv,
+            rope.rotation(positions, config),
+            norm,
+            self.kv_a_layernorm.weight[...],
+            q_b.weight[...],
+            kv_b,
+            heads=kv_b.shape[0] // (config.qk_nope_head_dim + config.v_head_dim),
+            eps=config.mla_inner_norm_eps,
+        )
+        own = own_positions(positions[:, None], PAGE)
+        cache = MLACache(mla_write(cache.pages, latents[:, None], page_table, own))
+        q_latent, q_rope = jnp.split(from_all(jnp.concatenate([q_latent, q_rope], -1)), [config.kv_lora_rank], axis=-1)
+        scale, lengths = rope.softmax_scale(config), held(positions + 1, PAGE)
+        o, lse = mla_decode(q_latent, q_rope, cache.pages, page_table, lengths, scale=scale, return_lse=True)
+        return mla_output(merged(o, lse), kv_b, self.o_proj.weight[...]), cache

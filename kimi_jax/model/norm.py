@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kimi_jax.model.param import Init
+from pallas_kernels import rms_norm
 
 
 class RMSNorm(nnx.Module):
@@ -16,9 +17,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., width] -> the same shape and dtype."""
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.weight[...]
+        return rms_norm(x, self.weight[...], self.eps)
 
 
 class LayerNorm(nnx.Module):

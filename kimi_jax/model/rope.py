@@ -13,6 +13,7 @@ import numpy as np
 
 from kimi_jax.axes import Float, Float32, Int32
 from kimi_jax.config import TextConfig, YarnConfig
+from pallas_kernels import rotate_pairs
 
 
 def inv_freq(config: TextConfig) -> np.ndarray:
@@ -49,15 +50,23 @@ def amplitude(yarn: YarnConfig | None) -> float:
 
 def rotate(x: Float[jax.Array, "... r"], angles: Float32[jax.Array, "... half"], scale: float = 1.0) -> jax.Array:
     """Turns pair i of x by `angles[..., i]` radians: [first members | second members], in x's dtype."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    first, second = pairs[..., 0], pairs[..., 1]
-    cos, sin = scale * jnp.cos(angles), scale * jnp.sin(angles)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return rotate_pairs(x, *_cos_sin(angles, scale))
+
+
+def _cos_sin(angles: Float32[jax.Array, "... half"], scale: float) -> tuple[jax.Array, jax.Array]:
+    twice = jnp.concatenate([angles, angles], axis=-1)
+    return scale * jnp.cos(twice), scale * jnp.sin(twice)
+
+
+def rotation(positions: Int32[jax.Array, "..."], config: TextConfig) -> tuple[jax.Array, jax.Array] | None:
+    """cos and sin for each position, each pair's twice: float32 [..., qk_rope_head_dim]; None for NoPE models."""
+    if config.mla_use_nope:
+        return None
+    angles = positions[..., None].astype(jnp.float32) * inv_freq(config)
+    return _cos_sin(angles, amplitude(config.rope_scaling))
 
 
 def apply(x: Float[jax.Array, "b t h r"], positions: Int32[jax.Array, "b t"], config: TextConfig) -> jax.Array:
     """Rotates heads of width `qk_rope_head_dim` at `positions`; NoPE models (`mla_use_nope`) are left as they are."""
-    if config.mla_use_nope:
-        return x
-    angles = positions[:, :, None, None].astype(jnp.float32) * inv_freq(config)
-    return rotate(x, angles, amplitude(config.rope_scaling))
+    turn = rotation(positions[:, :, None], config)
+    return x if turn is None else rotate_pairs(x, *turn)

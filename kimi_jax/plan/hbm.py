@@ -27,6 +27,9 @@ def _moved(instruction: Instruction, entry: dict[str, Instruction], program: Pro
         return read + made
     if "output_to_operand_aliasing" in instruction.attributes:
         return max(0, sum(nbytes(source.shape, hbm_only=True) for source in sources) - made)
+    if instruction.op == "dynamic-update-slice":  # in place: what has to be copied first, XLA has copied
+        slice_ = sources[1].shape
+        return (nbytes(slice_) if made else 0) + nbytes(slice_, hbm_only=True)
     if instruction.op in _PARTIAL:
         return made + min(made, nbytes(sources[0].shape, hbm_only=True))
     return made + sum(_read(source, i, instruction, program) for i, source in enumerate(sources))

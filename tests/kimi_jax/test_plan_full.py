@@ -78,8 +78,8 @@ def test_a_prefill_of_32k_tokens(slice_, chunk):
 
 def test_a_layer_of_k25_moves_less_than_its_peer():
     """Per mixture layer and device of a v6e:8x8, by the difference of two depths; jax-llm-examples' kimi_k2, compiled
-    the same way, has 0.437 GB resident and 0.906 GB accessed."""
-    for mesh, resident, moved in (("data=8,tensor=8", 0.26e9, 0.33e9), ("data=8,sequence=8", 0.20e9, 0.27e9)):
+    the same way, has 0.469 GB (0.437 GiB) resident and 0.910 GB accessed by XLA's own count."""
+    for mesh, resident, accessed in (("data=8,tensor=8", 0.26e9, 0.33e9), ("data=8,sequence=8", 0.20e9, 0.27e9)):
         made = []
         for layers in (3, 5):
             here = job("kimi-k2.5", "v6e:8x8", mesh, 64, 8192)
@@ -87,4 +87,5 @@ def test_a_layer_of_k25_moves_less_than_its_peer():
             short = dataclasses.replace(here, config=dataclasses.replace(here.config, text=text))
             made.append(plan.compiled(short))
         assert (made[1].arguments - made[0].arguments) / 2 <= resident
-        assert (made[1].hbm_bytes - made[0].hbm_bytes) / 2 <= moved
+        assert (made[1].accessed - made[0].accessed) / 2 <= accessed
+        assert (made[1].hbm_bytes - made[0].hbm_bytes) / 2 <= 1.02 * resident

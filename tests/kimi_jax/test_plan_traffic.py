@@ -209,6 +209,21 @@ ENTRY %main.1 (table: bf16[20480,7168], rows: s32[8], pages: bf16[512,576,128]) 
     assert hbm_bytes(parse(text)) == picked + written + fetched
 
 
+def test_a_slice_is_written_in_place():
+    text = """\
+ENTRY %main.1 (pages: s8[64,8192,128], token: s8[64,1,128], at: s32[]) -> s8[64,8192,128] {
+  %pages.1 = s8[64,8192,128]{2,1,0} parameter(0)
+  %token.1 = s8[64,1,128]{2,1,0} parameter(1)
+  %at.1 = s32[] parameter(2)
+  %near.1 = s8[64,1,128]{2,1,0:S(1)} copy-start(%token.1)
+  %first.1 = s8[64,8192,128]{2,1,0} dynamic-update-slice(%pages.1, %token.1, %at.1, %at.1, %at.1)
+  ROOT %second.1 = s8[64,8192,128]{2,1,0} dynamic-update-slice(%first.1, %near.1, %at.1, %at.1, %at.1)
+}
+"""
+    token = 64 * 128
+    assert hbm_bytes(parse(text)) == token + 2 * token + token  # fetched; read and written; written out of VMEM
+
+
 def test_small_cycles_are_those_of_the_entry_that_are_known():
     text = """\
 %body.1 (x: f32[8]) -> f32[8] {

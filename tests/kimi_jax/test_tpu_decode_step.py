@@ -16,10 +16,10 @@ import pytest
 @pytest.mark.parametrize(
     "preset,kernels,gathers",
     [
-        ("kimi-k2.5", {"mla_write": 2, "mla_decode": 2, "mixture": 1}, 2),
+        ("kimi-k2.5", {"mla_query": 2, "mla_write": 2, "mla_decode": 2, "mla_output": 2, "mixture": 1}, 2),
         (
             "kimi-linear-48b",
-            {"kda_step": 1, "mla_write": 1, "mla_decode": 1, "mixture": 1},
+            {"kda_step": 1, "mla_query": 1, "mla_write": 1, "mla_decode": 1, "mla_output": 1, "mixture": 1},
             1,
         ),
     ],

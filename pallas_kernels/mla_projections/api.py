@@ -1,0 +1,117 @@
+"""The projections around `mla_decode`, for one token a sequence, in the absorbed form.
+
+Source of the formulas: DeepSeek-V2 (arXiv 2405.04434, section 2.1); RMSNorm as arXiv 1910.07467, RoPE as arXiv
+2104.09864 over interleaved pairs.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments
+from pallas_kernels.dispatch import choose, with_gradient
+from pallas_kernels.mla_projections import mosaic_tpu, xla
+
+_QUERY: dict[str, Callable[..., Any]] = {"xla": xla.mla_query, "mosaic_tpu": mosaic_tpu.mla_query}
+_OUTPUT: dict[str, Callable[..., Array]] = {"xla": xla.mla_output, "mosaic_tpu": mosaic_tpu.mla_output}
+
+
+@checks_arguments
+def mla_query(
+    q_a: Float[Array, "B C"],
+    kv_a: Float[Array, "B latent_rope"],
+    rotation: tuple[Float32[Array, "B R"], Float32[Array, "B R"]] | None,
+    q_norm: Float[Array, "C"] | None,
+    kv_norm: Float[Array, "L"],
+    q_b: Float[Array, "heads_key C"],
+    kv_b: Float[Array, "heads_keyvalue L"],
+    *,
+    heads: int,
+    eps: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B H L"], Float[Array, "B H R"], Float[Array, "B latent_rope"]]:
+    """Absorbed queries, and what the cache keeps of the token.
+
+    Args:
+      q_a: [B, C], what queries are made of: the low rank before its norm, or (`q_norm` None) the hidden vector itself.
+      kv_a: [B, L + R], the latent before its norm, then the keys' part that is rotated.
+      rotation: cos and sin, float32 [B, R] each, the angles of the R/2 pairs twice; None leaves these channels alone.
+      q_norm, kv_norm: RMSNorm weights [C] and [L].
+      q_b: [H (N + R), C], of each head the N channels that meet the latent and the R that are rotated.
+      kv_b: [H (N + V), L], of each head what makes N channels of a key and V of a value.
+      heads: H.
+      eps: of both norms.
+      implementation: "mosaic_tpu" (bf16 or float32; C, L and N multiples of 128, V as N, H one of 1, 2, 4 or a multiple
+        of 8, B at most 128), "xla", or None for the best that the platform has.
+
+    Returns:
+      q_latent [B, H, L], the queries folded into the latent's space; q_rope [B, H, R]; and the cached [normed latent |
+      rotated] [B, L + R], in q_a's dtype. What is rotated comes out de-interleaved: first members, then second ones.
+
+    Raises:
+      ValueError: shapes or dtypes other than these.
+    """
+    op = "mla_query"
+    arrays = {"q_a": q_a, "kv_a": kv_a, "kv_norm": kv_norm, "q_b": q_b, "kv_b": kv_b}
+    check_dtype(op, "q_a", q_a, jnp.floating)
+    for name, array in arrays.items():
+        check_dtype(op, name, array, jnp.result_type(q_a))
+    sizes = bind_shapes(op, q_a=(q_a, "B C"), kv_norm=(kv_norm, "L"), q_b=(q_b, "rows C"), kv_b=(kv_b, "both L"))
+    rope = jnp.shape(kv_a)[-1] - sizes["L"]
+    bind_shapes(op, q_a=(q_a, "B C"), kv_a=(kv_a, f"B {sizes['L'] + max(rope, 0)}"))
+    if heads < 1 or sizes["rows"] % heads or sizes["both"] % heads or sizes["rows"] // heads <= rope:
+        raise ValueError(
+            f"{op}: q_b has {sizes['rows']} rows and kv_b {sizes['both']}, expected multiples of {heads} heads, "
+            f"of more than the {rope} rotated channels each"
+        )
+    for name, array in zip(("cos", "sin"), rotation or (), strict=False):
+        check_dtype(op, name, array, jnp.float32)
+        bind_shapes(op, q_a=(q_a, "B C"), **{name: (array, f"B {rope}")})
+    if q_norm is not None:
+        check_dtype(op, "q_norm", q_norm, jnp.result_type(q_a))
+        bind_shapes(op, q_a=(q_a, "B C"), q_norm=(q_norm, "C"))
+    arguments = (q_a, kv_a, rotation, q_norm, kv_norm, q_b, kv_b)
+    options = {"heads": heads, "eps": eps}
+    available = {name: partial(function, **options) for name, function in _QUERY.items()}
+    run = choose(op, implementation, available, mosaic_tpu.query_unsupported(*arguments, heads))
+    return with_gradient(run, available["xla"])(*arguments)
+
+
+@checks_arguments
+def mla_output(
+    o: Float[Array, "B H L"],
+    kv_b: Float[Array, "heads_keyvalue L"],
+    o_proj: Float[Array, "D heads_value"],
+    *,
+    implementation: str | None = None,
+) -> Float32[Array, "B D"]:
+    """What attention over latents adds to the stream: each head's values out of its sum of latents, then `o_proj`.
+
+    Args:
+      o: [B, H, L], `mla_decode`'s.
+      kv_b: [H (N + V), L], see `mla_query`.
+      o_proj: [D, H V].
+      implementation: "mosaic_tpu" (bf16 or float32; L, V and D multiples of 128, N as V, B at most 128), "xla", or None
+        for the best that the platform has.
+
+    Returns:
+      float32 [B, D]; the values are rounded to o's dtype in between.
+
+    Raises:
+      ValueError: shapes or dtypes other than these.
+    """
+    op = "mla_output"
+    check_dtype(op, "o", o, jnp.floating)
+    check_dtype(op, "kv_b", kv_b, jnp.result_type(o))
+    check_dtype(op, "o_proj", o_proj, jnp.result_type(o))
+    sizes = bind_shapes(op, o=(o, "B H L"), kv_b=(kv_b, "both L"), o_proj=(o_proj, "D values"))
+    if sizes["both"] % sizes["H"] or sizes["values"] % sizes["H"] or sizes["both"] <= sizes["values"]:
+        raise ValueError(
+            f"{op}: kv_b has {sizes['both']} rows and o_proj {sizes['values']} columns, expected keys and values, and "
+            f"values, of {sizes['H']} heads"
+        )
+    run = choose(op, implementation, _OUTPUT, mosaic_tpu.output_unsupported(o, kv_b, o_proj))
+    return with_gradient(run, xla.mla_output)(o, kv_b, o_proj)

@@ -1,0 +1,231 @@
+"""The projections around `mla_decode` as Pallas kernels for TPUs: a decode step's rows are few, and weights streamed.
+
+`mla_query`: the grid is (blocks of heads, heads of a block). Norms, the rotation and the product with a head's `kv_b`
+stay in vector memory between the products, where XLA makes some twenty operations of them. De-interleaving is a product
+with zeros and ones, exact in any precision that takes x as it is. A block's results are collected and written at its
+last head.
+
+`mla_output`: the grid is (cores, tiles of `o_proj`); the heads' values are made at a core's first.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels.chip import chip
+from pallas_kernels.mla_projections.xla import Rotation
+
+LANES, MOST_ROWS, HEADS, STEP_BYTES = 128, 128, 8, 2**21
+
+
+def query_unsupported(
+    q_a: Array,
+    kv_a: Array,
+    rotation: Rotation | None,
+    q_norm: Array | None,
+    kv_norm: Array,
+    q_b: Array,
+    kv_b: Array,
+    heads: int,
+) -> str | None:
+    """Why the kernel cannot take these shapes and dtypes."""
+    latent = kv_norm.shape[0]
+    nope = q_b.shape[0] // heads - (kv_a.shape[1] - latent)
+    sizes = {"C": q_a.shape[1], "L": latent, "N": nope}
+    return _unsupported(q_a, sizes, heads, nope, kv_b)
+
+
+def output_unsupported(o: Array, kv_b: Array, o_proj: Array) -> str | None:
+    """Why the kernel cannot take these shapes and dtypes."""
+    value = o_proj.shape[1] // o.shape[1]
+    return _unsupported(o, {"L": o.shape[2], "V": value, "D": o_proj.shape[0]}, o.shape[1], value, kv_b)
+
+
+def _unsupported(x: Array, sizes: dict[str, int], heads: int, half: int, kv_b: Array) -> str | None:
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x is {x.dtype}, expected bfloat16 or float32"
+    if not 0 < x.shape[0] <= MOST_ROWS:
+        return f"B is {x.shape[0]}, expected 1 to {MOST_ROWS}"
+    for name, size in sizes.items():
+        if size % LANES or not size:
+            return f"{name} is {size}, expected a multiple of {LANES}"
+    if kv_b.shape[0] != 2 * half * heads:
+        return f"kv_b has {kv_b.shape[0]} rows, expected keys and values of {half} channels for each of {heads} heads"
+    return f"there are {heads} heads, expected 1, 2, 4 or a multiple of 8" if HEADS % heads and heads % HEADS else None
+
+
+def mla_query(
+    q_a: Float[Array, "B C"],
+    kv_a: Float[Array, "B latent_rope"],
+    rotation: Rotation | None,
+    q_norm: Float[Array, "C"] | None,
+    kv_norm: Float[Array, "L"],
+    q_b: Float[Array, "heads_key C"],
+    kv_b: Float[Array, "heads_keyvalue L"],
+    *,
+    heads: int,
+    eps: float,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B H L"], Float[Array, "B H R"], Float[Array, "B latent_rope"]]:
+    """See `api.mla_query`."""
+    (batch, width), latent, dtype = q_a.shape, kv_norm.shape[0], q_a.dtype
+    rope = kv_a.shape[1] - latent
+    key, block = q_b.shape[0] // heads, min(heads, HEADS)
+    q_b, kv_b = q_b.reshape(heads, key, width), kv_b.reshape(heads, 2, key - rope, latent)
+    if not interpret:
+        q_b, kv_b = (pltpu.with_memory_space_constraint(weight, pltpu.HBM) for weight in (q_b, kv_b))
+    small = [q_a, kv_a, kv_norm, *(rotation or ()), *([] if q_norm is None else [q_norm])]
+
+    def whole(array: Array) -> pl.BlockSpec:
+        return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
+
+    q_latent, q_rope, latents = pl.pallas_call(
+        partial(_query_kernel, eps=eps, latent=latent, rotates=rotation is not None, norms=q_norm is not None),
+        grid=(heads // block, block),
+        in_specs=[
+            *map(whole, small),
+            pl.BlockSpec((None, key, width), lambda i, j: (i * block + j, 0, 0)),
+            pl.BlockSpec((None, None, key - rope, latent), lambda i, j: (i * block + j, 0, 0, 0)),
+        ],
+        out_specs=[
+            pl.BlockSpec((batch, block, latent), lambda i, j: (0, i, 0)),
+            pl.BlockSpec((batch, block, rope), lambda i, j: (0, i, 0)),
+            pl.BlockSpec((batch, latent + rope), lambda i, j: (0, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, latent), dtype),
+            jax.ShapeDtypeStruct((batch, heads, rope), dtype),
+            jax.ShapeDtypeStruct((batch, latent + rope), dtype),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((batch, width), dtype),
+            pltpu.VMEM((block, batch, latent), dtype),
+            pltpu.VMEM((block, batch, rope), dtype),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=48 * 2**20
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * batch * (q_b.size + kv_b.size // 2),
+            transcendentals=2 * batch,
+            bytes_accessed=q_b.nbytes + kv_b.nbytes // 2 + batch * (heads + 1) * (latent + rope) * dtype.itemsize,
+        ),
+        name="mla_query",
+        interpret=interpret,
+    )(*small, q_b, kv_b)
+    return q_latent, q_rope, latents
+
+
+def _query_kernel(
+    q_a_ref: Any, kv_a_ref: Any, kv_norm_ref: Any, *refs: Any, eps: float, latent: int, rotates: bool, norms: bool
+) -> None:
+    *optional, q_b_ref, w_uk_ref, q_latent_ref, q_rope_ref, latents_ref, low_ref, of_latent, of_rope = refs
+    cos_sin, q_norm = optional[: 2 * rotates], optional[2 * rotates :]
+    i, j = pl.program_id(0), pl.program_id(1)
+    dtype = q_a_ref.dtype
+
+    def turned(x: Array) -> Array:
+        if not rotates:
+            return x
+        cos, sin = (ref[...] for ref in cos_sin)
+        apart, beside = (_dot(x, _pairs(x.shape[1], x.dtype, second), 0) for second in (False, True))
+        return (apart * cos + beside * sin).astype(dtype)
+
+    @pl.when((i == 0) & (j == 0))
+    def _once() -> None:
+        low_ref[...] = _normed(q_a_ref[...], q_norm[0][...], eps) if norms else q_a_ref[...]
+        latents_ref[:, :latent] = _normed(kv_a_ref[:, :latent], kv_norm_ref[...], eps)
+        latents_ref[:, latent:] = turned(kv_a_ref[:, latent:])
+
+    q = _dot(low_ref[...], q_b_ref[...], 1).astype(dtype)
+    nope = q_b_ref.shape[0] - of_rope.shape[2]
+    of_latent[j] = _dot(q[:, :nope], w_uk_ref[...], 0).astype(dtype)
+    of_rope[j] = turned(q[:, nope:])
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _write() -> None:
+        for head in range(of_latent.shape[0]):
+            q_latent_ref[:, head, :] = of_latent[head]
+            q_rope_ref[:, head, :] = of_rope[head]
+
+
+def _pairs(width: int, dtype: Any, second: bool) -> Array:
+    """Of interleaved pairs [first | second], or [-second | first]: what x is to be multiplied by."""
+    row, column = (lax.broadcasted_iota(jnp.int32, (width, width), axis) for axis in (0, 1))
+    late = column >= width // 2
+    pair = jnp.where(late, column - width // 2, column)
+    if not second:
+        return jnp.where(row == 2 * pair + late.astype(jnp.int32), 1.0, 0.0).astype(dtype)
+    other = row == 2 * pair + 1 - late.astype(jnp.int32)
+    return jnp.where(other, jnp.where(late, 1.0, -1.0), 0.0).astype(dtype)
+
+
+def _normed(x: Array, weight: Array, eps: float) -> Array:
+    y = x.astype(jnp.float32)
+    y = (y * lax.rsqrt(jnp.mean(y * y, axis=1, keepdims=True) + eps)).astype(x.dtype)
+    return (y.astype(jnp.float32) * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def mla_output(
+    o: Float[Array, "B H L"],
+    kv_b: Float[Array, "heads_keyvalue L"],
+    o_proj: Float[Array, "D heads_value"],
+    *,
+    interpret: Any = False,
+) -> Float32[Array, "B D"]:
+    """See `api.mla_output`."""
+    (batch, heads, latent), (outputs, values) = o.shape, o_proj.shape
+    cores = chip().cores if outputs // LANES % chip().cores == 0 else 1
+    of_core = outputs // cores
+    fit = [n for n in range(LANES, of_core + 1, LANES) if of_core % n == 0]
+    tile = max(n for n in fit if n == LANES or n * values * o_proj.dtype.itemsize <= STEP_BYTES)
+    kv_b = kv_b.reshape(heads, 2, values // heads, latent)
+    if not interpret:
+        kv_b, o_proj = (pltpu.with_memory_space_constraint(weight, pltpu.HBM) for weight in (kv_b, o_proj))
+    tiles = of_core // tile
+    return pl.pallas_call(
+        _output_kernel,
+        grid=(cores, tiles),
+        in_specs=[
+            pl.BlockSpec(o.shape, lambda c, n: (0, 0, 0)),
+            pl.BlockSpec((heads, None, values // heads, latent), lambda c, n: (0, 1, 0, 0)),
+            pl.BlockSpec((tile, values), lambda c, n: (c * tiles + n, 0)),
+        ],
+        out_specs=pl.BlockSpec((batch, tile), lambda c, n: (0, c * tiles + n)),
+        out_shape=jax.ShapeDtypeStruct((batch, outputs), jnp.float32),
+        scratch_shapes=[pltpu.VMEM((batch, values), o.dtype)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * batch * (kv_b.size // 2 + o_proj.size),
+            transcendentals=0,
+            bytes_accessed=kv_b.nbytes // 2 + o_proj.nbytes + o.nbytes + 4 * batch * outputs,
+        ),
+        name="mla_output",
+        interpret=interpret,
+    )(o, kv_b, o_proj)
+
+
+def _output_kernel(o_ref: Any, w_uv_ref: Any, o_proj_ref: Any, out_ref: Any, values_ref: Any) -> None:
+    @pl.when(pl.program_id(1) == 0)
+    def _once() -> None:
+        heads, width, _ = w_uv_ref.shape
+        for head in range(heads):
+            value = _dot(o_ref[:, head, :], w_uv_ref[head], 1)
+            values_ref[:, head * width : (head + 1) * width] = value.astype(values_ref.dtype)
+
+    out_ref[...] = _dot(values_ref[...], o_proj_ref[...], 1)
+
+
+def _dot(x: Array, weight: Array, axis: int) -> Array:
+    """x times the weight, whose `axis` is contracted, in float32."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    contract = (((1,), (axis,)), ((), ()))
+    return lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,65 @@
+"""The projections around `mla_decode` in plain JAX."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+Rotation = tuple[Float32[Array, "..."], Float32[Array, "..."]]
+
+
+def rms_norm(x: Float[Array, "... d"], weight: Float[Array, "d"], eps: float) -> Float[Array, "... d"]:
+    """x / sqrt(mean(x²) + eps), in float32 and cast back to x's dtype, times `weight`."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * weight
+
+
+def rotate_pairs(x: Float[Array, "... R"], cos: Float32[Array, "..."], sin: Float32[Array, "..."]) -> Array:
+    """Interleaved pairs of x turned by the angles whose cos and sin these are, each of the R/2 twice: [first members |
+    second members], in x's dtype."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    first, second = pairs[..., 0], pairs[..., 1]
+    turned = jnp.concatenate([first, second], -1) * cos + jnp.concatenate([-second, first], -1) * sin
+    return turned.astype(x.dtype)
+
+
+def mla_query(
+    q_a: Float[Array, "B C"],
+    kv_a: Float[Array, "B latent_rope"],
+    rotation: Rotation | None,
+    q_norm: Float[Array, "C"] | None,
+    kv_norm: Float[Array, "L"],
+    q_b: Float[Array, "heads_key C"],
+    kv_b: Float[Array, "heads_keyvalue L"],
+    *,
+    heads: int,
+    eps: float,
+) -> tuple[Float[Array, "B H L"], Float[Array, "B H R"], Float[Array, "B latent_rope"]]:
+    """See `api.mla_query`."""
+    latent = kv_norm.shape[0]
+    rope = kv_a.shape[1] - latent
+    low = q_a if q_norm is None else rms_norm(q_a, q_norm, eps)
+    q = _product("bc,oc->bo", low, q_b).reshape(q_a.shape[0], heads, -1)
+    nope, pe = jnp.split(q, [q.shape[-1] - rope], axis=-1)
+    c, k_pe = jnp.split(kv_a, [latent], axis=-1)
+    if rotation is not None:
+        cos, sin = rotation
+        pe, k_pe = rotate_pairs(pe, cos[:, None], sin[:, None]), rotate_pairs(k_pe, cos, sin)
+    w_uk = kv_b.reshape(heads, -1, latent)[:, : nope.shape[-1]]
+    # (The other way round, XLA on CPU has no product of bf16.)
+    q_latent = _product("hnc,bhn->bhc", w_uk, nope)
+    return q_latent, pe, jnp.concatenate([rms_norm(c, kv_norm, eps), k_pe], axis=-1)
+
+
+def mla_output(
+    o: Float[Array, "B H L"], kv_b: Float[Array, "heads_keyvalue L"], o_proj: Float[Array, "D heads_value"]
+) -> Float32[Array, "B D"]:
+    """See `api.mla_output`."""
+    batch, heads, latent = o.shape
+    w_uv = kv_b.reshape(heads, -1, latent)[:, -(o_proj.shape[1] // heads) :]
+    values = _product("bhc,hvc->bhv", o, w_uv).reshape(batch, -1)
+    return jnp.einsum("bv,dv->bd", values, o_proj, preferred_element_type=jnp.float32)
+
+
+def _product(terms: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(terms, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
