@@ -6,7 +6,7 @@ same kernel interpreted elsewhere; `"xla"` is plain JAX and runs everywhere; Non
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -34,7 +34,21 @@ def choose(
         raise ValueError(f"{op}: the mosaic_tpu kernel cannot serve this call: {unsupported}")
     kernel = available["mosaic_tpu"]
     elsewhere = available["xla"] if implementation is None else partial(kernel, interpret=True)
-    return lambda *arrays: jax.lax.platform_dependent(*arrays, tpu=partial(kernel, interpret=False), default=elsewhere)
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, tpu=_compiled(kernel), default=elsewhere)
+
+
+def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, traced, lowered and compiled once for all layers of a model that call it alike; one that is made anew
+    for every call, as a closure, each time."""
+    function, options = (kernel.func, kernel.keywords) if isinstance(kernel, partial) else (kernel, {})
+    if getattr(function, "__closure__", None):
+        return partial(kernel, interpret=False)
+    return _once(function, tuple(sorted(options.items())))
+
+
+@cache
+def _once(kernel: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(partial(kernel, **dict(options), interpret=False))
 
 
 def with_gradient(run: Callable[..., Any], twin: Callable[..., Any]) -> Callable[..., Any]:

@@ -57,10 +57,12 @@ def unsupported(x: Array, codes: Array) -> str | None:
     return None
 
 
-def tiles(tokens: int, K: int, N: int, groups: int, dtype: Any, step_bytes: int | None = None) -> Tiles:
+def tiles(
+    tokens: int, K: int, N: int, groups: int, dtype: Any, step_bytes: int | None = None, part_weights: int | None = None
+) -> Tiles:
     """Sizes for `tokens` rows over `groups` groups. Rows are multiplied in numbers near a group's mean. A step takes
-    `step_bytes` of codes."""
-    step_bytes = STEP_BYTES if step_bytes is None else step_bytes
+    `step_bytes` of codes, and of one window's weights `part_weights` at a time."""
+    step_bytes, part_weights = step_bytes or STEP_BYTES, part_weights or PART_WEIGHTS
     rows = rows_at_once(tokens, groups)
     most = max(rows, BLOCK_BYTES // (K * jnp.dtype(dtype).itemsize) // rows * rows)
     outputs = max(n for n in range(128, N + 1, 128) if N % n == 0 and (n == 128 or K * n <= 2 * step_bytes))
@@ -72,7 +74,7 @@ def tiles(tokens: int, K: int, N: int, groups: int, dtype: Any, step_bytes: int 
     block = min(-(-tokens // rows) * rows, most, 512)
     shared = largest_part(SHARED_PART_WEIGHTS)
     # With many rows the matrix unit has enough to do, and the code of a large part would be very long.
-    return Tiles(block, rows, outputs, largest_part(PART_WEIGHTS) if rows == WINDOWS[0] else shared, shared)
+    return Tiles(block, rows, outputs, largest_part(part_weights) if rows == WINDOWS[0] else shared, shared)
 
 
 def apart(tile: Tiles, dtype: Any) -> bool:

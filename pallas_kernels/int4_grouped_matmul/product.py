@@ -1,6 +1,7 @@
 """Inside a Pallas kernel: rows of a group times a step's INT4 weights, unpacked and scaled a part at a time."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -64,8 +65,9 @@ def add_products(
     dtype: Any,
     bf16: bool,
 ) -> None:
-    """total += rows times the matrix, for each operand. `scaled_ref` [K_shared, N] is scratch; `few` and `more` say
-    whether there is code for few rows (block-diagonal) and for others; `bf16` whether the chip multiplies bf16."""
+    """total += rows times the matrix, for each operand. `scaled_ref` [K_shared, N] is scratch for several windows; None
+    unpacks the weights anew for each. `few` and `more` say whether there is code for few rows (block-diagonal) and for
+    others; `bf16` whether the chip multiplies bf16."""
 
     def multiply(window: Array | int, inputs: Any, matrix: Array, total: Any) -> None:
         first = pl.multiple_of(jnp.asarray(window) * tile.rows, tile.rows)
@@ -90,10 +92,10 @@ def add_products(
         for codes, scales, total, _ in operands:
             total[here, :] += block_diagonal.product(left, codes[inputs, :], scales[of_groups, :])
 
-    def one_window(inputs: Any, of_groups: Any) -> None:
+    def one_window(inputs: Any, of_groups: Any, window: Any = rows.low) -> None:
         for codes, scales, total, scratch in operands:
             matrix = _dequantise(codes[inputs, :], scales[of_groups, :], scratch, dtype, bf16)
-            multiply(rows.low, inputs, matrix, total)
+            multiply(window, inputs, matrix, total)
 
     def windows(inputs: Any, of_groups: Any) -> None:
         for codes, scales, total, scratch in operands:
@@ -106,7 +108,11 @@ def add_products(
     apart = rows.few & few
     if few:
         over_parts(apart, tile.K_shared, few_rows)
-    if more:
+    if more and scaled_ref is None:
+        each = partial(over_parts, count > 0, tile.K_part)
+        high = jnp.where(apart, rows.low, rows.high)
+        lax.fori_loop(rows.low, high, lambda j, _: each(partial(one_window, window=j)), None)
+    elif more:
         over_parts(~apart & (count == 1), tile.K_part, one_window)
         over_parts(~apart & (count > 1), tile.K_shared, windows)
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int4
 
 from pallas_kernels.chip import chip
@@ -20,7 +19,8 @@ Weight = Float[Array, "E _ _"] | tuple[Int4[Array, "E _ _"], Float[Array, "E _ _
 
 # Rows multiplied at once: more than most experts of a decode step have.
 WINDOW = 16
-LANES, STEP_BYTES = 128, 2**22
+# Of a step's tiles, and unpacked at a time: larger parts take the compiler minutes, over a model's layers.
+LANES, STEP_BYTES, PART_WEIGHTS = 128, 2**22, 2**21
 
 
 def unsupported_weights(weight: Weight) -> str | None:
@@ -36,7 +36,7 @@ def stage(weight: Weight, dtype: Any, matrices: int) -> "Int4Stage | DenseStage"
     """For a matrix like this one, `matrices` of which a step takes a tile of."""
     if isinstance(weight, tuple):
         held, K, N = weight[0].shape
-        tile = int4.tiles(WINDOW, K, N, 1, dtype, STEP_BYTES // matrices)
+        tile = int4.tiles(WINDOW, K, N, 1, dtype, STEP_BYTES // matrices, PART_WEIGHTS)
         return Int4Stage(held, K, N, tile, dtype, int4.apart(tile, dtype), chip().bf16_vpu)
     held, N, K = weight.shape
     bytes_each = K * weight.dtype.itemsize * matrices
@@ -75,19 +75,15 @@ class Int4Stage:
         return [block(self.inputs), block(self.inputs // GROUP_SIZE)]
 
     def scratch(self, matrices: int) -> list[Any]:
-        return [
-            pltpu.VMEM((self.tiles.K_shared, self.tile), self.dtype),
-            *[scale_rows(self.tiles, self.bf16)] * matrices,
-        ]
+        return [scale_rows(self.tiles, self.bf16)] * matrices
 
     def add(
         self, rows_ref: Any, count: Array, weights: Sequence[Any], totals: Sequence[Any], scratch: Sequence[Any]
     ) -> None:
         """totals += the first `count` rows times each matrix."""
-        scaled, *scratches = scratch
         operands = [
             Operand(codes, scales, total, scale_rows)
-            for (codes, scales), total, scale_rows in zip(weights, totals, scratches, strict=True)
+            for (codes, scales), total, scale_rows in zip(weights, totals, scratch, strict=True)
         ]
         rows = Rows(
             lambda first, size, inputs: rows_ref[pl.ds(first, size), inputs],
@@ -96,7 +92,7 @@ class Int4Stage:
             first_few=0,
             few=(count > 0) & (count <= FEW_ROWS),
         )
-        add_products(rows, operands, scaled, self.tiles, few=self.few, more=True, dtype=self.dtype, bf16=self.bf16)
+        add_products(rows, operands, None, self.tiles, few=self.few, more=True, dtype=self.dtype, bf16=self.bf16)
 
 
 @dataclass(frozen=True)

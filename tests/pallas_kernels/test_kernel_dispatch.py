@@ -1,5 +1,7 @@
 """Which implementation runs, and how bad arguments are refused."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,35 @@ def kernel(x, interpret):
 
 
 BOTH = {"xla": lambda x: x + 1, "mosaic_tpu": kernel}
+
+
+def scaled(x, scale, interpret):
+    return scale * x
+
+
+def test_layers_that_call_a_kernel_alike_share_it():
+    # Given layers that each bind the options of their own call
+    def model(x, scales):
+        for scale in scales:
+            x = choose("op", None, {"xla": jnp.sin, "mosaic_tpu": partial(scaled, scale=scale)})(x)
+        return x
+
+    def kernels(*scales):
+        text = jax.jit(lambda x: model(x, scales)).trace(jnp.ones(3)).lower(lowering_platforms=("tpu",)).as_text()
+        return text.count("stablehlo.multiply"), text.count("call @scaled")
+
+    # Then one function serves all that are alike, and others have theirs
+    assert kernels(2.0, 2.0, 2.0) == (1, 3)
+    assert kernels(2.0, 3.0, 2.0) == (2, 3)
+
+
+def test_a_kernel_made_for_one_call_is_not_kept():
+    def run(x, factor):
+        return choose("op", None, {"xla": jnp.sin, "mosaic_tpu": lambda x, interpret: factor * x})(x)
+
+    for factor in (2.0, 3.0):
+        text = jax.jit(run, static_argnums=1).trace(jnp.ones(3), factor).lower(lowering_platforms=("tpu",)).as_text()
+        assert f"{factor:.6e}" in text
 
 
 def test_none_is_settled_by_the_platform_lowered_for():

@@ -72,9 +72,16 @@ def test_against_float64(shape, dtype, tolerance, int4):
         np.testing.assert_array_equal(found[(expected == 0).all(-1)], 0)
 
 
-@FORMS
-@DTYPES
-@pytest.mark.parametrize("chip", [V5E, V5P], ids=["v5e", "v5p"])
+@pytest.mark.parametrize(
+    ("chip", "dtype", "tolerance", "int4"),
+    [
+        (V5E, jnp.bfloat16, 4e-3, True),
+        (V5P, jnp.bfloat16, 4e-3, True),
+        (V5P, jnp.float32, 1e-6, True),
+        (V5P, jnp.bfloat16, 4e-3, False),
+    ],
+    ids=["v5e-int4", "v5p-int4", "v5p-float32-int4", "v5p-dense"],
+)
 def test_on_chips_without_bf16_arithmetic_and_with_two_cores(chip, dtype, tolerance, int4, monkeypatch):
     # Groups of up to 8 rows, of up to 16 and of more; an odd number of visits, and none
     on(chip, monkeypatch)
@@ -124,9 +131,8 @@ def test_any_choices(data):
 def test_steps_in_tiles_and_parts(chip, int4, monkeypatch):
     if chip:
         on(chip, monkeypatch)
-    monkeypatch.setattr(MODULES[1], "STEP_BYTES", 2**16)
-    for name in ("PART_WEIGHTS", "SHARED_PART_WEIGHTS"):
-        monkeypatch.setattr(MODULES[2], name, 2**16)
+    for module, name in ((1, "STEP_BYTES"), (1, "PART_WEIGHTS"), (2, "SHARED_PART_WEIGHTS")):
+        monkeypatch.setattr(MODULES[module], name, 2**16)
     shape = shapes.Shape("", 40, 2, 1024, 512, 6, 1, 4)
     given = arguments(shape, jnp.bfloat16, int4)
     assert relative_rmse(run("mosaic_tpu")(*given, 1), reference.mixture(*given, 1)) <= 4e-3

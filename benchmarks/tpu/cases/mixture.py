@@ -21,12 +21,13 @@ def _weight(in_: int, out: int, int4: bool) -> Any:
     return codes, jax.ShapeDtypeStruct((HELD, in_ // 32, out), jnp.bfloat16)
 
 
-def _products(of: Any, steps: int, matrices: int) -> list[int]:
-    """Parts of the steps for groups of few rows, on chips that take them apart; for one window; for several, none."""
+def _products(of: Any, steps: int) -> list[int]:
+    """Parts of the steps for groups of few rows, on chips that take them apart; windows of others, and their parts."""
     if not isinstance(of, Int4Stage):
         return [steps]
-    few = [steps * of.inputs // of.tiles.K_shared] if of.few else []
-    return [*few, 0 if few else steps * of.inputs // of.tiles.K_part, 0, *[0] * matrices]
+    if of.few:
+        return [steps * of.inputs // of.tiles.K_shared, 0, 0]
+    return [steps, steps * of.inputs // of.tiles.K_part]
 
 
 def _trips(K: int, N: int, int4: bool) -> tuple[int, ...]:
@@ -34,7 +35,7 @@ def _trips(K: int, N: int, int4: bool) -> tuple[int, ...]:
     write; of down, windows to zero, products, and rows to add."""
     into, out_of = (stage(_weight(*size, int4), jnp.bfloat16, n) for size, n in (((K, N), 2), ((N, K), 1)))
     steps = HELD * N // into.tile, HELD * K // out_of.tile
-    into_loops, out_loops = _products(into, steps[0], 2), _products(out_of, steps[1], 1)
+    into_loops, out_loops = _products(into, steps[0]), _products(out_of, steps[1])
     rows = HELD * ROWS
     return (
         sum(steps),
