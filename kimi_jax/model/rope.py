@@ -54,8 +54,8 @@ def rotate(x: Float[jax.Array, "... r"], angles: Float32[jax.Array, "... half"],
 
 
 def _cos_sin(angles: Float32[jax.Array, "... half"], scale: float) -> tuple[jax.Array, jax.Array]:
-    twice = jnp.concatenate([angles, angles], axis=-1)
-    return scale * jnp.cos(twice), scale * jnp.sin(twice)
+    cos, sin = scale * jnp.cos(angles), scale * jnp.sin(angles)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
 
 
 def rotation(positions: Int32[jax.Array, "..."], config: TextConfig) -> tuple[jax.Array, jax.Array] | None:
