@@ -16,7 +16,6 @@ from kimi_jax.axes import (
     Hidden,
     Int32,
     Latents,
-    Lengths,
     LogSumExp,
     PageTable,
     Positions,
@@ -145,7 +144,7 @@ class MLA(nnx.Module):
         return jax.lax.fori_loop(0, pieces, piece, own)[0]
 
     def absorbed(
-        self, x: Float[jax.Array, "b d"], positions: Lengths, cache: MLACache, page_table: PageTable
+        self, x: Float[jax.Array, "b d"], positions: Int32[jax.Array, "b"], cache: MLACache, page_table: PageTable
     ) -> tuple[Float32[jax.Array, "b d"], MLACache]:
         """One token of each row: it enters the cache, and attends to that and to those before it."""
         config, (q_a, kv) = self.config, self.low_ranks(x)

@@ -19,6 +19,7 @@ from pallas_kernels import (
     mixture,
     quantize_int4,
 )
+from pallas_kernels.mixture import MOST_TOKENS
 from sharding import ALONE, Residual, exchanged, first_expert
 
 # One projection of some experts: weight [e, out, in], or codes [e, in, out] and scales [e, in/32, out]
@@ -26,7 +27,7 @@ ExpertWeight = jax.Array | tuple[jax.Array, jax.Array]
 # Pairs of a token and an expert of its whose vectors exist at one time.
 BLOCK = 8192
 # Up to so many tokens go through one kernel, unsorted.
-FEW_TOKENS = 128
+FEW_TOKENS = MOST_TOKENS
 # gate, up, down
 ExpertWeights = tuple[ExpertWeight, ExpertWeight, ExpertWeight]
 

@@ -162,7 +162,10 @@ def _kernel(
         lax.fori_loop(0, windows, window, None)
 
     def zero(ref: Any, windows: Array | int) -> None:
-        over(windows, lambda rows: ref.__setitem__((rows, slice(None)), jnp.zeros((WINDOW, ref.shape[1]), ref.dtype)))
+        def window(rows: Any) -> None:
+            ref[rows, :] = jnp.zeros((WINDOW, ref.shape[1]), ref.dtype)
+
+        over(windows, window)
 
     @pl.when((v == 0) & (s == 0))
     def _begin() -> None:

@@ -1,4 +1,4 @@
-"""Published models at full size, compiled for TPU slices that are not here: minutes each (`make slow`)."""
+"""Published models at full size, compiled for TPU slices that are not here: a minute or two each (`make slow`)."""
 
 import dataclasses
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.checks import bind_shapes, check_dtype
 from pallas_kernels.chip import chip
@@ -37,6 +38,21 @@ def test_layers_that_call_a_kernel_alike_share_it():
     # Then one function serves all that are alike, and others have theirs
     assert kernels(2.0, 2.0, 2.0) == (1, 3)
     assert kernels(2.0, 3.0, 2.0) == (2, 3)
+
+
+def test_chips_do_not_share_a_kernel():
+    def lowered(kind):
+        mesh = AbstractMesh((), (), abstract_device=AbstractDevice(kind, 1, "tpu"))
+        with jax.sharding.use_abstract_mesh(mesh):
+            run = jax.jit(lambda x: choose("op", None, {"xla": jnp.sin, "mosaic_tpu": wide_as_the_mxu})(x))
+            return run.trace(jnp.ones(3)).lower(lowering_platforms=("tpu",)).as_text()
+
+    for _ in range(2):
+        assert "1.280000e+02" in lowered("TPU v5 lite") and "2.560000e+02" in lowered("TPU v6 lite")
+
+
+def wide_as_the_mxu(x, interpret):
+    return x * float(chip().mxu)
 
 
 def test_a_kernel_made_for_one_call_is_not_kept():
