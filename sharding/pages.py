@@ -4,13 +4,20 @@ So all devices have about as many tokens of every row, however long it has grown
 softmax; parts are merged by their log-sum-exp (arXiv 2205.14135, section 3.1).
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32, Int32
 
-from sharding.collectives import over, part_of, parts, split
+from sharding.collectives import index, over, part_of, parts, size, split
 from sharding.mesh import AXES
+
+# Where so many devices are all there are, libtpu makes a sum of a gather of less than some megabytes among them: its
+# operand is then as large as its result.
+SUMMED_FROM = 64
 
 
 def own_positions(positions: Int32[Array, "..."], page: int) -> Int32[Array, "..."]:
@@ -39,8 +46,21 @@ def page_numbers(first: Array | int, count: int) -> Int32[Array, "part pages"]:
 
 def from_all(x: Array) -> Array:
     """The parts of x [b, n, ...] that the devices with a row's pages have, one after another along the second axis."""
-    names = over("row_pages")
-    return lax.all_gather(x, names, axis=1, tiled=True) if names else x
+    if not (names := over("row_pages")):
+        return x
+    gather = partial(lax.all_gather, axis_name=names, axis=1, tiled=True)
+    if size(names) < max(SUMMED_FROM, jax.sharding.get_abstract_mesh().size):
+        return gather(x)
+    return lax.platform_dependent(x, tpu=partial(by_ragged, names), default=gather)
+
+
+def by_ragged(names: tuple[str, ...], x: Array) -> Array:
+    """`from_all` by a `ragged_all_to_all` in which each device sends every other one the same, all that it has."""
+    rows, devices = jnp.moveaxis(x, 1, 0), size(names)
+    count = jnp.full(devices, len(rows), jnp.int32)
+    room = jnp.zeros((devices * len(rows), *rows.shape[1:]), x.dtype)
+    found = lax.ragged_all_to_all(rows, room, 0 * count, count, index(names) * count, count, axis_name=names)
+    return jnp.moveaxis(found, 0, 1)
 
 
 def longest(lengths: Int32[Array, "b"]) -> Int32[Array, ""]:

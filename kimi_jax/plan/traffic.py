@@ -48,7 +48,9 @@ def collectives(program: Program, mesh: dict[str, int]) -> list[Collective]:
         if kind in KINDS and not (chain and chain[1] in chains):
             chains |= {chain[1]} if chain else set()
             axes, group = _axes(instruction.attributes, mesh)
-            operand = sum(nbytes(body[name].shape) for name in instruction.operands if name in body)
+            # what a ragged message is to fill, and from where to where, are operands too
+            sent = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands
+            operand = sum(nbytes(body[name].shape) for name in sent if name in body)
             if group > 1:
                 found[kind, axes, group, operand, in_loop] += times
     listed = [Collective(*what[:4], count, what[4]) for what, count in found.items()]

@@ -67,6 +67,9 @@ ENTRY %main (param.0: bf16[1024,1024], param.1: s4[8,1024,512], param.2: f32[8,1
   %x.1 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%while.2), index=1
   %choice.1 = f32[8,128]{1,0:T(8,128)} conditional(%param.3, %x.1, %x.1), branch_computations={%branch.4, %branch.5}
   %scatter.1 = f32[2,128]{1,0:T(8,128)} reduce-scatter(%choice.1), channel_id=9, replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}, to_apply=%region_0.1
+  %room.1 = f32[32,128]{1,0:T(8,128)} broadcast(%param.3), dimensions={}
+  %at.1 = s32[4]{0:T(128)} broadcast(%param.3), dimensions={}
+  %ragged.1 = f32[32,128]{1,0:T(8,128)} ragged-all-to-all(%choice.1, %room.1, %at.1, %at.1, %at.1, /*index=5*/%at.1), channel_id=11, replica_groups={{0,1,2,3},{4,5,6,7}}
   %started.1 = f32[32,128]{1,0:T(8,128)} fusion(%choice.1), kind=kCustom, calls=%fused.6
   ROOT %tuple.9 = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) tuple(%choice.1, %param.2)
 }
@@ -85,6 +88,7 @@ def test_messages_have_their_axes_sizes_and_counts():
         Collective("collective-permute", ("sequence",), 2, block, 1, in_loop=True),
         Collective("all-to-all", ("tensor",), 2, block, 1),
         Collective("reduce-scatter", ("tensor",), 2, block, 1),
+        Collective("ragged-all-to-all", ("tensor", "sequence"), 4, block, 1),
     }
 
 
@@ -183,7 +187,9 @@ def test_what_goes_to_and_from_hbm():
     loops = 2 * 2 * (block + 4) + 4  # the first loop's tuple has a number more
     sums = 3 * 2 * block
     choice, scatter, fusion = 3 * block + 4, block + block // 4, 5 * block
-    assert hbm_bytes(parse(TEXT)) == 2**21 + 2 * weights + 3 * weights + sums + loops + choice + scatter + fusion
+    ragged = (4 * block + 4) + (4 * 4 + 4) + (9 * block + 4 * 4 * 4)  # with the room and the places that it is given
+    others = sums + loops + choice + scatter + ragged + fusion
+    assert hbm_bytes(parse(TEXT)) == 2**21 + 2 * weights + 3 * weights + others
 
 
 def test_what_a_fusion_only_picks_from_is_not_read_whole():

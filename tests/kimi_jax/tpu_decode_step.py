@@ -1,5 +1,5 @@
-"""Compiles a decode step of a small model of a preset's kind (its name is the argument) for a mesh of eight v5e cores
-that are not here, and prints what is in it.
+"""Compiles a decode step of a small model of a preset's kind for a mesh of TPU cores that are not here, and prints what
+is in it. Its arguments: the preset, the slice, the mesh, the batch.
 
 Run by test_tpu_decode_step.py in a process of its own: libtpu reads flags that the tests set for simulated devices.
 """
@@ -21,46 +21,48 @@ from kimi_jax.model.kimi import abstract
 from kimi_jax.plan.hlo import FREE, Instruction, nbytes, parse, result
 from kimi_jax.plan.traffic import collectives
 from kimi_jax.state import PAGE
-from sharding import make_mesh
+from sharding import make_mesh, mesh_sizes
 
 LATENTS = 576  # of both models
-BATCH, CAPACITY = 8, 512
+CAPACITY = 512  # tokens, at least
 # Less than any weight or state, more than anything else that a step makes.
 LARGE = 2**18
 
 
-def main(preset: str) -> None:
+def main(preset: str, slice_: str, shape: str, batch: int) -> None:
     published = config_json.preset(preset)
     linear = published.text.linear_attn
     text = dataclasses.replace(
         published.text,
         num_hidden_layers=2,
-        hidden_size=1024,
+        hidden_size=2048,
         intermediate_size=1024,
         moe_intermediate_size=512,
-        n_routed_experts=16,
-        num_attention_heads=8,
+        n_routed_experts=64,
+        num_attention_heads=max(8, mesh_sizes(shape)[-1]),
         vocab_size=2048,
         linear_attn=linear and dataclasses.replace(linear, kda_layers=(1,), full_attn_layers=(2,)),
     )
     config = dataclasses.replace(published, text=text, vision=None)
-    mesh = make_mesh("2x1x4", topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
+    mesh = make_mesh(shape, topologies.get_topology_desc(platform="tpu", topology_name=slice_).devices)
 
     runner = decoding.Runner(abstract(config, mesh=mesh))
-    state = runner.state_shapes(BATCH, CAPACITY)
-    tokens = jax.ShapeDtypeStruct((BATCH,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    state = runner.state_shapes(batch, max(CAPACITY, PAGE * mesh.shape["sequence"]))
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
     step = decoding._step.trace(runner.program, runner.arrays, state, tokens)
     compiled = step.lower(lowering_platforms=("tpu",)).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     program = parse(hlo)
+    sent = collectives(program, dict(mesh.shape))
     messages: Counter[str] = Counter()
-    for message in collectives(program, dict(mesh.shape)):
+    for message in sent:
         messages[message.kind] += message.count
     print(
         json.dumps(
             {
                 "kernels": Counter(re.findall(r"tpu_custom_call.*?op_name=\"[^\"]*/(\w+)/pallas_call\"", hlo)),
                 "collectives": messages,
+                "largest": max(message.nbytes for message in sent if message.kind != "all-to-all"),
                 "copies": [one.name for one in program.computations[program.entry].values() if _copies(one)],
                 "in place": memory.alias_size_in_bytes,
                 "state": sum(
@@ -84,4 +86,4 @@ def _copies(instruction: Instruction) -> bool:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:4], batch=int(sys.argv[4]))

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from ragged_messages import ragged_all_to_all
 
 from checkpoints.toy import toy_config
 from kimi_jax.config_json import from_dict
 from kimi_jax.model.moe import MoE
 from kimi_jax.model.param import Init, weight_specs
-from sharding import Residual, make_mesh, over_mesh, using
+from sharding import Residual, experts, make_mesh, over_mesh, using
 
 HIDDEN, WIDTH, EXPERTS, CHOSEN = 64, 32, 8, 2
 TEXT = from_dict(
@@ -62,7 +63,7 @@ def on_mesh(moe, x, shape, exchange):
     return run(*jax.device_put((params, x), NamedSharding(mesh, PartitionSpec())))
 
 
-@pytest.mark.parametrize("exchange", [False, True], ids=["replicated", "exchanged"])
+@pytest.mark.parametrize("how", ["replicated", "in rounds", "by ragged messages"])
 @pytest.mark.parametrize("shape", ["1x8", "2x1x2x2"])
 @pytest.mark.parametrize(
     ("rows", "tokens", "choice"),
@@ -75,11 +76,14 @@ def on_mesh(moe, x, shape, exchange):
         (1, 13, "none to the first half"),
     ],
 )
-def test_each_token_gets_the_sum_over_its_experts(shape, rows, tokens, choice, exchange):
+def test_each_token_gets_the_sum_over_its_experts(monkeypatch, shape, rows, tokens, choice, how):
+    if how == "by ragged messages":
+        monkeypatch.setattr(experts, "in_rounds", experts.by_ragged)
+        monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
     moe = layer(choice)
     x = jnp.asarray(np.random.RandomState(0).standard_normal((rows, tokens, HIDDEN)), jnp.float32)
     expected = np.asarray(moe(x))
-    found = on_mesh(moe, x, shape, exchange)
+    found = on_mesh(moe, x, shape, exchange=how != "replicated")
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

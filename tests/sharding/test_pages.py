@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from ragged_messages import ragged_all_to_all
 
-from sharding import held, make_mesh, merged, over_mesh, own_positions, page_numbers, passed_on, using
+from sharding import from_all, held, make_mesh, merged, over_mesh, own_positions, page_numbers, pages, passed_on, using
 
 PAGE, DEVICES = 4, 4
 PARTS, ALL = PartitionSpec("sequence"), PartitionSpec()
@@ -47,6 +48,15 @@ def test_every_token_lies_on_one_device_and_first_in_its_pages():
             expected = [position // PAGE // DEVICES * PAGE + position % PAGE for position in here]
             assert own[device, row][own[device, row] >= 0].tolist() == expected == list(range(len(here)))
             assert np.flatnonzero(own[device, row] >= 0).tolist() == here
+
+
+@pytest.mark.parametrize("gather", [from_all, lambda x: pages.by_ragged(("sequence",), x)], ids=["gather", "ragged"])
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 2)])
+def test_what_all_devices_have_in_their_order(monkeypatch, gather, batch, rows):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+    x = np.random.RandomState(2).standard_normal((batch, DEVICES * rows, 2, 5)).astype(np.float32)
+    found = on_devices(lambda x: gather(x)[None], PartitionSpec(None, "sequence"), PARTS, x)
+    np.testing.assert_array_equal(found, np.broadcast_to(x, (DEVICES, *x.shape)))
 
 
 def test_partial_softmaxes_are_merged_as_if_over_all_tokens():
