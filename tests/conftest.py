@@ -20,6 +20,14 @@ gc.set_threshold(20_000, 20, 20)  # traces make and keep millions of objects, wh
 install_import_hook(["kimi_jax", "pallas_kernels", "sharding", "checkpoints"], "beartype.beartype")
 
 
+# Begun first, lest one of two processes be left with them at the end
+LONGEST = ("test_tpu_schedule.py", "test_meshes.py", "test_goldens.py", "test_decoding.py", "test_mixture.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def real_tokenizer_dir() -> Path:
     """The folder of Kimi's published tokenizer files, which are not ours to commit."""

@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "benchmarks" / "tpu_schedule.py"
 BUDGETS = ROOT / "benchmarks" / "tpu" / "budgets"
+# Their code is in others too, and they take the compiler long.
+REST = {"int4_grouped_swiglu 7168x2048 M=8 x 8", "mla_write 1 sequences, 2048 rows from 64"}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed (Linux x86-64 only)"
@@ -36,11 +38,15 @@ def recorded() -> Path:
     return path
 
 
-def test_no_kernel_costs_more_than_its_budget():
-    budget = recorded()
-    done = run("--budget", str(budget))
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["a case each", "the rest"])
+def test_no_kernel_costs_more_than_its_budget(tmp_path, slow):
+    listed = {case: chips for case, chips in json.loads(recorded().read_text()).items() if (case in REST) == slow}
+    path = tmp_path / "budget.json"
+    path.write_text(json.dumps(listed))
+    done = run("--budget", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
-    for case in json.loads(budget.read_text()):
+    assert listed
+    for case in listed:
         assert case in done.stdout
 
 
