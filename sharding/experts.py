@@ -23,12 +23,15 @@ from sharding.collectives import index, size, split
 from sharding.mesh import AXES
 from sharding.rules import WEIGHTS, divided
 
-# compute(tokens [n, d], their experts [n, j], their weights [n, j]) -> the part of their sums that is made here
-Compute = Callable[[Array, Array, Array], Float32[Array, "n d"]]
+# compute(tokens [n, *d], their experts [n, j], their weights [n, j]) -> the part of their sums that is made here
+Compute = Callable[[Array, Array, Array], Float32[Array, "n *d"]]
 
-# What an exchange must save a device, in bytes, to be worth its further messages: some 10 µs each on links of 100 GB/s
-# and more. benchmarks/expert_exchange.py compares the estimates below with what programs send.
-WORTH_EXCHANGING = 2**23
+# What an exchange must save a device, in bytes, to be worth its further messages and the layouts that they ask for: by
+# the compiler's cycles a decode step's mixture of 1,024 tokens takes less time replicated on a v6e, as long on a v5e.
+# benchmarks/expert_exchange.py compares the estimates below with what programs send.
+WORTH_EXCHANGING = 2**26
+# A TPU sends rows one by one, and lays out anew what does not have them in one piece each: these numbers are a tile.
+SUBLANES, LANES = 8, 128
 # Tokens of a block over those that a pair of devices exchanges on average.
 SLACK = 1.25
 
@@ -157,7 +160,7 @@ def by_ragged(names: tuple[str, ...], compute: Compute, copies: int, x: Array, h
         return jnp.full(room, tokens, jnp.int32).at[place].set(listed, mode="drop")
 
     def exchange(rows: Array, room: int, begin: Array, count: Array, at: Array, coming: Array) -> Array:
-        target = jnp.zeros((room, rows.shape[1]), rows.dtype)
+        target = jnp.zeros((room, *rows.shape[1:]), rows.dtype)
         return lax.ragged_all_to_all(rows, target, begin, count, at, coming, axis_name=names)
 
     leaving = tokens * min(devices, here.chosen.shape[-1] * copies)
@@ -166,10 +169,12 @@ def by_ragged(names: tuple[str, ...], compute: Compute, copies: int, x: Array, h
     theirs = packed(flat, before_at_receiver[:, me], here.receiving, devices * tokens)
     comes = jnp.arange(devices * tokens) < jnp.sum(here.receiving)
 
+    if x.shape[1] % (SUBLANES * LANES) == 0:
+        x = x.reshape(len(x), SUBLANES, -1)
     sent = x.at[mine].get(mode="fill", fill_value=0)
     rows = exchange(sent, devices * tokens, before_of_sender[me], here.sending, before_at_receiver[me], here.receiving)
     of_all = (array.reshape(devices * tokens, -1) for array in (here.chosen, here.weights))
     chosen, weights = (array[jnp.where(comes, theirs, 0)] for array in of_all)
     part = compute(rows, jnp.where(comes[:, None], chosen, -1), weights)
     back = exchange(part, leaving, before_at_receiver[:, me], here.receiving, before_of_sender[:, me], here.sending)
-    return jnp.zeros(x.shape, jnp.float32).at[mine].add(back, mode="drop")
+    return jnp.zeros(x.shape, jnp.float32).at[mine].add(back, mode="drop").reshape(len(x), -1)

@@ -5,8 +5,8 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile far more than they run: without LLVM's costlier passes that takes a quarter of the time.
@@ -17,7 +17,16 @@ os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK_COMPILE]
 )
 gc.set_threshold(20_000, 20, 20)  # traces make and keep millions of objects, which are looked through less often so
-install_import_hook(["kimi_jax", "pallas_kernels", "sharding", "checkpoints"], "beartype.beartype")
+
+
+def checked_if_lasting(*, typechecker, check=jaxtyping.jaxtyped):
+    """`jaxtyping.jaxtyped`, but for functions that others make anew at every call: to wrap one takes milliseconds."""
+    wrap = check(typechecker=typechecker)
+    return lambda made: made if "<locals>" in getattr(made, "__qualname__", "") else wrap(made)
+
+
+jaxtyping.jaxtyped = checked_if_lasting  # where the hook's code looks it up
+jaxtyping.install_import_hook(["kimi_jax", "pallas_kernels", "sharding", "checkpoints"], "beartype.beartype")
 
 
 # Begun first, lest one of two processes be left with them at the end

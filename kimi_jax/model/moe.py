@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kimi_jax.axes import Float32, Hidden, Int32, Rows
+from kimi_jax.axes import Float, Float32, Hidden, Int32, Rows
 from kimi_jax.config import TextConfig
 from kimi_jax.model.param import Init, Linear, columns_as
 from pallas_kernels import (
@@ -19,15 +19,15 @@ from pallas_kernels import (
     mixture,
     quantize_int4,
 )
-from pallas_kernels.mixture import MOST_TOKENS
+from pallas_kernels.mixture import fits
 from sharding import ALONE, Residual, exchanged, first_expert
 
 # One projection of some experts: weight [e, out, in], or codes [e, in, out] and scales [e, in/32, out]
 ExpertWeight = jax.Array | tuple[jax.Array, jax.Array]
-# Pairs of a token and an expert of its whose vectors exist at one time.
+# Pairs of a token and an expert of its whose vectors exist at one time, at most.
 BLOCK = 8192
-# Up to so many tokens go through one kernel, unsorted.
-FEW_TOKENS = MOST_TOKENS
+# Blocks are multiples of it.
+WINDOW = 128
 # gate, up, down
 ExpertWeights = tuple[ExpertWeight, ExpertWeight, ExpertWeight]
 
@@ -109,20 +109,13 @@ class Experts(nnx.Module):
         return self.gate_proj.arrays(), self.up_proj.arrays(), self.down_proj.arrays()
 
 
-def feed_forward(
-    x: Rows, experts: ExpertWeights, group_sizes: Int32[jax.Array, "e"], first: jax.Array | int = 0
-) -> Rows:
-    """x [t, d], sorted by expert, `group_sizes[i]` rows to expert i -> [t, d].
-
-    `experts` holds those from number `first` on; the rows of others are zero.
-    """
+def feed_forward(x: Rows, experts: ExpertWeights, group_sizes: Int32[jax.Array, "e"]) -> Rows:
+    """x [t, d], sorted by expert, `group_sizes[i]` rows to expert i -> [t, d]; rows past the last are zero."""
     gate, up, down = experts
     if isinstance(gate, tuple) and isinstance(up, tuple) and isinstance(down, tuple):
-        h = int4_grouped_swiglu(x, gate, up, group_sizes, group_offset=first)
-        return int4_grouped_matmul(h, *down, group_sizes, group_offset=first)
+        return int4_grouped_matmul(int4_grouped_swiglu(x, gate, up, group_sizes), *down, group_sizes)
     assert not isinstance(gate, tuple) and not isinstance(up, tuple) and not isinstance(down, tuple)
-    h = grouped_swiglu(x, gate, up, group_sizes, group_offset=first)
-    return grouped_matmul(h, down, group_sizes, group_offset=first)
+    return grouped_matmul(grouped_swiglu(x, gate, up, group_sizes), down, group_sizes)
 
 
 class MoE(nnx.Module):
@@ -158,55 +151,52 @@ class MoE(nnx.Module):
         return self.part(x, *self.gate(x))
 
     def part(
-        self, x: Rows, chosen: Int32[jax.Array, "t j"], weights: Float32[jax.Array, "t j"]
-    ) -> Float32[jax.Array, "t d"]:
+        self, x: Float[jax.Array, "t *d"], chosen: Int32[jax.Array, "t j"], weights: Float32[jax.Array, "t j"]
+    ) -> Float32[jax.Array, "t *d"]:
         experts, count = self.experts.weights(), self.gate.config.n_routed_experts
         first = first_expert(jax.tree.leaves(experts)[0].shape[0], count)
         return weighted_sum(x, chosen, weights, experts, count, first)
 
 
 def weighted_sum(
-    x: Rows,
+    x: Float[jax.Array, "t *d"],
     chosen: Int32[jax.Array, "t j"],
     weights: Float32[jax.Array, "t j"],
     experts: ExpertWeights,
     num_experts: int,
     first: jax.Array | int,
-) -> Float32[jax.Array, "t d"]:
+) -> Float32[jax.Array, "t *d"]:
     """The part of each token's sum that comes from `experts`, those from number `first` on of `num_experts`; a `chosen`
-    of -1 is no expert.
+    of -1 is no expert. A token's vector may have any shape.
 
-    Few tokens go through one kernel. Very many are taken in blocks of `BLOCK` pairs of a token and one of its experts,
-    those held here first, so that memory and work are bounded by the pairs that there are.
+    Few tokens go through one kernel. Of many the pairs of a token and one of its experts are sorted, those held here
+    first, and taken in blocks, so that memory and work are bounded by the pairs that there are. The first block has
+    room for twice as many as are here if all choices are alike.
     """
-    if x.shape[0] <= FEW_TOKENS:
-        return mixture(x, chosen, weights, *experts, first=first)
-    choices, flat = chosen.shape[1], chosen.reshape(-1)
-    if flat.size <= BLOCK:
-        flat = jnp.where(flat < 0, num_experts, flat)
-        order = jnp.argsort(flat)
-        # (jnp.bincount would scatter, which a TPU sends to its SparseCore and back)
-        group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-        y = feed_forward(x[order // choices], experts, group_sizes, first)
-        back = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
-        return jnp.einsum("tjd,tj->td", y[back].reshape(*chosen.shape, -1), weights, preferred_element_type=jnp.float32)
-
-    held = jax.tree.leaves(experts)[0].shape[0]
+    if fits(len(x), x.size // len(x)):
+        return mixture(x.reshape(len(x), -1), chosen, weights, *experts, first=first).reshape(x.shape)
+    held, choices, flat = jax.tree.leaves(experts)[0].shape[0], chosen.shape[1], chosen.reshape(-1)
+    size = min(BLOCK, flat.size, -(-2 * flat.size * held // num_experts // WINDOW) * WINDOW)
     local = jnp.where((flat >= first) & (flat < first + held), flat - first, held)
     order = jnp.argsort(local, stable=True)
+    # (jnp.bincount would scatter, which a TPU sends to its SparseCore and back)
     ends = jnp.sum(local[:, None] <= jnp.arange(held), axis=0, dtype=jnp.int32)
-    order = jnp.pad(order, (0, -order.size % BLOCK))
+    order = jnp.pad(order, (0, -order.size % size))
 
     @jax.checkpoint
-    def block(begin: jax.Array) -> jax.Array:
-        pairs = jax.lax.dynamic_slice_in_dim(order, begin, BLOCK)
-        sizes = jnp.diff(jnp.clip(ends - begin, 0, BLOCK), prepend=0).astype(jnp.int32)
+    def block(begin: jax.Array | int) -> jax.Array:
+        pairs = jax.lax.dynamic_slice_in_dim(order, begin, size)
+        sizes = jnp.diff(jnp.clip(ends - begin, 0, size), prepend=0).astype(jnp.int32)
         rows = pairs // choices
-        y = feed_forward(x[rows], experts, sizes)
-        share = jnp.where(begin + jnp.arange(BLOCK) < ends[-1], weights.reshape(-1)[pairs], 0)
-        return jnp.zeros(x.shape, jnp.float32).at[rows].add(share[:, None] * y.astype(jnp.float32))
+        y = feed_forward(x[rows].reshape(size, -1), experts, sizes)
+        share = jnp.where(begin + jnp.arange(size) < ends[-1], weights.reshape(-1)[pairs], 0)
+        y = (share[:, None] * y.astype(jnp.float32)).reshape(size, *x.shape[1:])
+        return jnp.zeros(x.shape, jnp.float32).at[rows].add(y)
 
     def add(total: jax.Array, begin: jax.Array) -> tuple[jax.Array, None]:
         return jax.lax.cond(begin < ends[-1], lambda total: total + block(begin), lambda total: total, total), None
 
-    return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), jnp.arange(0, order.size, BLOCK))[0]
+    def others(total: jax.Array) -> jax.Array:
+        return jax.lax.scan(add, total, jnp.arange(size, order.size, size))[0]
+
+    return jax.lax.cond(ends[-1] > size, others, lambda total: total, block(0))

@@ -1,4 +1,4 @@
 """A mixture of experts for few tokens."""
 
 from pallas_kernels.mixture.api import mixture as mixture
-from pallas_kernels.mixture.mosaic_tpu import MOST_TOKENS as MOST_TOKENS
+from pallas_kernels.mixture.mosaic_tpu import fits as fits

@@ -40,8 +40,9 @@ def mixture(
       gate, up: [E, N, K] in x's dtype, as Linears are published, or INT4 codes [E, K, N] and scales [E, K//32, N].
       down: [E, K, N], or codes [E, N, K] and scales [E, N//32, K].
       first: the matrices are those of experts [first, first + E).
-      implementation: "mosaic_tpu" (x bf16 or float32, T at most 128 and K 8192; dense K and N multiples of 128, INT4 as
-        `int4_grouped_matmul`), "xla", or None for the best that the platform has.
+      implementation: "mosaic_tpu" (x bf16 or float32, T at most 512, K 8192, and in float32 an eighth of the chip's
+        vector memory; dense K and N multiples of 128, INT4 as `int4_grouped_matmul`), "xla", or None for the best that
+        the platform has.
 
     Returns:
       float32 [T, K]: products accumulated in float32, silu(gate x) * up x rounded to x's dtype between the two.

@@ -1,9 +1,10 @@
 """A mixture of experts for few tokens as one Pallas kernel for TPUs: what a decode step asks of its experts.
 
-The experts held here that somebody chose are visited one after the other; the grid is (cores, visits, steps). A visit's
-first step gathers its tokens' rows out of x, which lies in vector memory whole; its steps then take tiles of gate and
-up, together as many bytes as one of down, which the last steps take. What lies between, silu(gate x) * up x, stays
-in vector memory. Each row of the result is added, with its weight, to its token's sum, of which every core has its own.
+The experts held here that somebody chose are visited one after the other, again for every `VISIT_ROWS` of their rows;
+the grid is (cores, visits, steps). A visit's first step gathers its tokens' rows out of x, which lies in vector memory
+whole; its steps then take tiles of gate and up, together as many bytes as one of down, which the last steps take. What
+lies between, silu(gate x) * up x, stays in vector memory. Each row of the result is added, with its weight, to its
+token's sum, of which every core has its own.
 
 While a visit multiplies, the next tile is under way: no tile of down is fetched before gate and up have been, and none
 of the next expert's before the last of down, so that every step fetches alike.
@@ -26,8 +27,14 @@ from pallas_kernels.grouped_matmul.blocks import swiglu
 from pallas_kernels.mixture.stages import WINDOW, DenseStage, Int4Stage, Weight, stage, unsupported_weights
 from pallas_kernels.mixture.visits import visits
 
-# x lies in vector memory three times, in float32: as it is, gathered, and as the sums.
-MOST_TOKENS, MOST_INPUTS = 128, 8192
+# With more tokens most experts have more rows than are multiplied at once, and sorting them is worth it.
+MOST_TOKENS, MOST_INPUTS = 512, 8192
+VISIT_ROWS = 128
+
+
+def fits(tokens: int, inputs: int) -> bool:
+    """Whether the kernel takes so many tokens: x lies in vector memory twice, in float32, as it is and as the sums."""
+    return tokens <= MOST_TOKENS and inputs <= MOST_INPUTS and tokens * inputs * 4 <= chip().vmem // 8
 
 
 def unsupported(x: Array, gate: Weight, down: Weight) -> str | None:
@@ -37,8 +44,10 @@ def unsupported(x: Array, gate: Weight, down: Weight) -> str | None:
         return f"x is {x.dtype}, expected bfloat16 or float32"
     if tokens == 0:
         return "x has no rows"
-    if tokens > MOST_TOKENS or K > MOST_INPUTS:
-        return f"x is [{tokens}, {K}], expected at most [{MOST_TOKENS}, {MOST_INPUTS}]"
+    if not fits(tokens, K):
+        return (
+            f"x is [{tokens}, {K}], expected at most [{MOST_TOKENS}, {MOST_INPUTS}] and {chip().vmem // 32:,} numbers"
+        )
     return unsupported_weights(gate) or unsupported_weights(down)
 
 
@@ -56,10 +65,11 @@ def mixture(
     """See `api.mixture`."""
     (tokens, K), cores = x.shape, chip().cores
     rows = -(-tokens // WINDOW) * WINDOW
+    gathered = min(rows, VISIT_ROWS)
     # The first stage's step has two matrices.
     into, out_of = stage(gate, x.dtype, 2), stage(down, x.dtype, 1)
     middle, steps = into.outputs, (into.outputs // into.tile, out_of.outputs // out_of.tile)
-    visit, each = visits(chosen, first, into.held, cores)
+    visit, each = visits(chosen, first, into.held, gathered, cores)
     if not interpret:
         # Else XLA, which sees no more than an operand, copies all experts' weights to vector memory beforehand.
         gate, up, down = (
@@ -84,26 +94,26 @@ def mixture(
             _kernel, into=into, out_of=out_of, steps=steps, cores=cores, choices=chosen.shape[1], dtype=x.dtype
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=6,
             grid=(cores, each, sum(steps)),
             in_specs=[
-                pl.BlockSpec((rows, K), lambda *_: (0, 0)),
+                pl.BlockSpec((rows, K), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)),
                 *into.specs(of_gate) * 2,
                 *out_of.specs(of_down),
             ],
             out_specs=pl.BlockSpec((None, rows, K), lambda c, *_: (c, 0, 0)),
             scratch_shapes=[
-                pltpu.VMEM((rows, K), jnp.float32),
-                pltpu.VMEM((rows, middle), jnp.float32),
-                *[pltpu.VMEM((rows, into.tile), jnp.float32)] * 2,
-                pltpu.VMEM((rows, out_of.tile), jnp.float32),
+                pltpu.VMEM((gathered, K), jnp.float32),
+                pltpu.VMEM((gathered, middle), jnp.float32),
+                *[pltpu.VMEM((gathered, into.tile), jnp.float32)] * 2,
+                pltpu.VMEM((gathered, out_of.tile), jnp.float32),
                 *into.scratch(2),
                 *out_of.scratch(1),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((cores, rows, K), jnp.float32),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=56 * 2**20
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=chip().vmem // 8 * 7
         ),
         cost_estimate=pl.CostEstimate(
             flops=6 * chosen.size * K * middle,
@@ -126,6 +136,7 @@ def mixture(
 
 def _kernel(
     expert_ref: Any,
+    visit_ref: Any,
     start_ref: Any,
     end_ref: Any,
     pair_ref: Any,
@@ -146,9 +157,9 @@ def _kernel(
     v, s = pl.program_id(1), pl.program_id(2)
     visit, pairs = v * cores + pl.program_id(0), pair_ref.shape[0]
     expert = jnp.minimum(expert_ref[visit], into.held - 1)
-    start = start_ref[expert]
-    # (A token has an expert once.)
-    count = jnp.minimum(jnp.where(expert_ref[visit] < into.held, end_ref[expert] - start, 0), rows_ref.shape[0])
+    start = start_ref[expert] + (visit - visit_ref[expert]) * rows_ref.shape[0]
+    left = jnp.minimum(end_ref[expert] - start, rows_ref.shape[0])
+    count = jnp.where(expert_ref[visit] < into.held, left, 0)
     windows = pl.cdiv(count, WINDOW)
 
     def each_row(use: Any) -> None:

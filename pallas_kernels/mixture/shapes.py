@@ -22,5 +22,5 @@ AWKWARD = (
     Shape("one token, none of whose experts are here", 1, 1, 128, 128, 64, 60, 2),
     Shape("an expert with more rows than a window", 23, 2, 256, 128, 3, 0, 3),
     Shape("an odd number of tokens, experts elsewhere before and after", 37, 3, 256, 384, 12, 4, 5),
-    Shape("as many tokens as there may be", 128, 2, 128, 256, 9, 1, 8),
+    Shape("more rows of an expert than a visit takes", 290, 1, 128, 256, 2, 0, 2),
 )

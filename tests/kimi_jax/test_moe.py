@@ -14,6 +14,7 @@ from kimi_jax.config_json import from_dict
 from kimi_jax.model import moe
 from kimi_jax.model.moe import MLP, MoE, Router
 from kimi_jax.model.param import Init
+from pallas_kernels.mixture.mosaic_tpu import MOST_TOKENS
 
 HIDDEN, WIDTH, EXPERTS = 64, 32, 8
 SIZES = {"hidden_size": HIDDEN, "moe_intermediate_size": WIDTH, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2}
@@ -151,7 +152,7 @@ def check_routed(moe, x):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("tokens", [33, moe.FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [33, MOST_TOKENS + 1])
 @pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])
 def test_routed_experts_are_the_sum_over_the_chosen(int4, tokens):
     check_routed(MoE(init(), text(int4=int4)), rows(tokens))
@@ -205,7 +206,7 @@ def test_pairs_in_blocks_give_the_same(int4, monkeypatch):
     # Given 66 pairs of a token and an expert, and blocks of 16 that groups begin and end anywhere in
     layer, x = MoE(init(), text(int4=int4)), rows(33)
     monkeypatch.setattr(moe, "BLOCK", 16)
-    monkeypatch.setattr(moe, "FEW_TOKENS", 0)
+    monkeypatch.setattr(moe, "fits", lambda *_: False)
     expected = dense_routed(layer, x)
     found = jax.jit(lambda x: layer.routed(x))(x)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
@@ -215,6 +216,6 @@ def test_pairs_in_blocks_have_the_same_gradient(monkeypatch):
     layer, x = MoE(init(), text()), rows(17)
     direct = jax.jit(jax.grad(lambda x: jnp.sum(layer.routed(x) ** 2)))(x)
     monkeypatch.setattr(moe, "BLOCK", 8)
-    monkeypatch.setattr(moe, "FEW_TOKENS", 0)
+    monkeypatch.setattr(moe, "fits", lambda *_: False)
     found = jax.jit(jax.grad(lambda x: jnp.sum(layer.routed(x) ** 2)))(x)
     np.testing.assert_allclose(found, direct, rtol=0, atol=1e-5 * np.abs(direct).max())

@@ -14,14 +14,14 @@ from kernel_numerics import relative_rmse
 
 from pallas_kernels import mixture, quantize_int4
 from pallas_kernels.chip import Chip
-from pallas_kernels.mixture import reference, shapes
+from pallas_kernels.mixture import fits, reference, shapes
 
 MODULES = [
     importlib.import_module(f"pallas_kernels.{name}")
     for name in ("mixture.mosaic_tpu", "mixture.stages", "int4_grouped_matmul.mosaic_tpu")
 ]
 KERNEL = MODULES[0]
-V5E, V5P = (Chip(bf16_vpu=False, mxu=128, vmem=128 * 2**20, cores=cores) for cores in (1, 2))
+V5E, V5P = (Chip(bf16_vpu=False, mxu=128, vmem=128 * 2**20 // cores, cores=cores) for cores in (1, 2))
 FORMS = pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])
 DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)])
 
@@ -138,6 +138,20 @@ def test_steps_in_tiles_and_parts(chip, int4, monkeypatch):
     assert relative_rmse(run("mosaic_tpu")(*given, 1), reference.mixture(*given, 1)) <= 4e-3
 
 
+def test_visits_of_as_many_rows_as_are_gathered_at_once(monkeypatch):
+    # Given two cores, and experts with up to three times as many rows, so that a core has some of an expert's visits
+    on(V5P, monkeypatch)
+    monkeypatch.setattr(KERNEL, "VISIT_ROWS", 16)
+    shape = shapes.Shape("", 60, 2, 128, 128, 5, 1, 3)
+    given = arguments(shape, jnp.float32, int4=False)
+    assert relative_rmse(run("mosaic_tpu")(*given, 1), reference.mixture(*given, 1)) <= 1e-6
+
+
+def test_what_fits_a_chip_with_less_vector_memory(monkeypatch):
+    on(V5P, monkeypatch)
+    assert fits(292, 7168) and not fits(293, 7168) and fits(512, 2304)
+
+
 @FORMS
 @pytest.mark.parametrize("chip", [V5E, None], ids=["v5e", "v6e"])
 def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised(chip, int4, monkeypatch):
@@ -217,7 +231,7 @@ def test_bad_arguments_are_refused(change, message):
 @pytest.mark.parametrize(
     ("tokens", "inputs", "dtype", "reason"),
     [
-        (129, 128, BF16, "x is [129, 128], expected at most [128, 8192]"),
+        (513, 128, BF16, "x is [513, 128], expected at most [512, 8192] and 4,194,304 numbers"),
         (4, 96, BF16, "weights are [128, 96], expected multiples of 128"),
         (4, 128, jnp.float16, "x is float16, expected bfloat16 or float32"),
         (0, 128, BF16, "x has no rows"),

@@ -1,5 +1,5 @@
-"""A decode step's mixture: 64 tokens, experts of K2 (INT4) and of Kimi Linear (bf16) with two rows each; HBM bytes are
-those of the experts."""
+"""A decode step's mixture: 64 tokens, experts of K2 (INT4) and of Kimi Linear (bf16) with two rows each, and 256 tokens
+with 16; HBM bytes are those of the experts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mixture
+from pallas_kernels.int4_grouped_matmul.product import FEW_ROWS
 from pallas_kernels.mixture.stages import Int4Stage, stage
 from tpu.case import Case
 
-TOKENS, CHOICES, HELD, ROWS = 64, 8, 8, 2
+CHOICES, HELD = 8, 8
 
 
 def _weight(in_: int, out: int, int4: bool) -> Any:
@@ -21,58 +22,59 @@ def _weight(in_: int, out: int, int4: bool) -> Any:
     return codes, jax.ShapeDtypeStruct((HELD, in_ // 32, out), jnp.bfloat16)
 
 
-def _products(of: Any, steps: int) -> list[int]:
+def _products(of: Any, steps: int, rows: int) -> list[int]:
     """Parts of the steps for groups of few rows, on chips that take them apart; windows of others, and their parts."""
     if not isinstance(of, Int4Stage):
         return [steps]
-    if of.few:
-        return [steps * of.inputs // of.tiles.K_shared, 0, 0]
-    return [steps, steps * of.inputs // of.tiles.K_part]
+    windows = [steps, steps * of.inputs // of.tiles.K_part]
+    if not of.few:
+        return windows
+    return [steps * of.inputs // of.tiles.K_shared, 0, 0] if rows <= FEW_ROWS else [0, *windows]
 
 
-def _trips(K: int, N: int, int4: bool) -> tuple[int, ...]:
+def _trips(K: int, N: int, int4: bool, tokens: int, rows: int) -> tuple[int, ...]:
     """The grid; windows of the sums to zero; rows to gather; of gate and up, windows to zero, products and windows to
     write; of down, windows to zero, products, and rows to add."""
     into, out_of = (stage(_weight(*size, int4), jnp.bfloat16, n) for size, n in (((K, N), 2), ((N, K), 1)))
     steps = HELD * N // into.tile, HELD * K // out_of.tile
-    into_loops, out_loops = _products(into, steps[0]), _products(out_of, steps[1])
-    rows = HELD * ROWS
+    into_loops, out_loops = _products(into, steps[0], rows), _products(out_of, steps[1], rows)
     return (
         sum(steps),
-        TOKENS // 16,
-        rows,
+        tokens // 16,
+        HELD * rows,
         *[steps[0]] * 2,
         *into_loops,
         steps[0],
         steps[1],
         *out_loops,
-        rows * steps[1] // HELD,
+        rows * steps[1],
     )
 
 
-def _case(name: str, K: int, N: int, int4: bool) -> Case:
+def _case(name: str, K: int, N: int, int4: bool, tokens: int, rows: int) -> Case:
     def build() -> tuple[Callable[..., Any], tuple[Any, ...]]:
         def run(*arrays: Any) -> Any:
             return mixture(*arrays, implementation="mosaic_tpu")
 
         into, out_of = _weight(K, N, int4), _weight(N, K, int4)
-        tokens = [jax.ShapeDtypeStruct((TOKENS, CHOICES), dtype) for dtype in (jnp.int32, jnp.float32)]
-        return run, (jax.ShapeDtypeStruct((TOKENS, K), jnp.bfloat16), *tokens, into, into, out_of)
+        routes = [jax.ShapeDtypeStruct((tokens, CHOICES), dtype) for dtype in (jnp.int32, jnp.float32)]
+        return run, (jax.ShapeDtypeStruct((tokens, K), jnp.bfloat16), *routes, into, into, out_of)
 
     moved = HELD * 3 * K * N * (0.5625 if int4 else 2.0)
     return Case(
         name=name,
         kernel="mixture",
         build=build,
-        trips=lambda: _trips(K, N, int4),
+        trips=lambda: _trips(K, N, int4, tokens, rows),
         units=moved / 1024,
         unit="KiB of weights",
         hbm_bytes=moved,
-        flops=2.0 * HELD * ROWS * 3 * K * N,
+        flops=2.0 * HELD * rows * 3 * K * N,
     )
 
 
 CASES = [
-    _case(f"mixture of {HELD} INT4 experts, 7168x2048", 7168, 2048, True),
-    _case(f"mixture of {HELD} experts, 2304x1024", 2304, 1024, False),
+    _case(f"mixture of {HELD} INT4 experts, 7168x2048", 7168, 2048, True, 64, 2),
+    _case(f"mixture of {HELD} INT4 experts of 16 rows, 7168x2048", 7168, 2048, True, 256, 16),
+    _case(f"mixture of {HELD} experts, 2304x1024", 2304, 1024, False, 64, 2),
 ]
