@@ -26,9 +26,9 @@ from sharding.rules import WEIGHTS, divided
 # compute(tokens [n, *d], their experts [n, j], their weights [n, j]) -> the part of their sums that is made here
 Compute = Callable[[Array, Array, Array], Float32[Array, "n *d"]]
 
-# What an exchange must save a device, in bytes, to be worth its further messages and the layouts that they ask for: of a
-# layer of K2.5 on a v6e:8x8, messages, HBM and the compiler's cycles of the rest together take as long either way with
-# some 2,000 tokens. benchmarks/expert_exchange.py compares the estimates below with what programs send.
+# What an exchange must save a device, in bytes, to be worth its further messages and the layouts that they ask for. A
+# layer of K2.5 on a v6e:8x8 takes about as long either way with some 2,000 tokens: messages, HBM and the compiler's
+# cycles of the rest. benchmarks/expert_exchange.py compares the estimates below with what programs send.
 WORTH_EXCHANGING = 2**26
 # A TPU sends rows one by one, and lays out anew what does not have them in one piece each: these numbers are a tile.
 SUBLANES, LANES = 8, 128

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Float32, Int32
 from sharding.collectives import index, over, part_of, parts, size, split
 from sharding.mesh import AXES
 
-# Where so many devices are all there are, libtpu makes a sum of a gather of less than some megabytes among them: its
-# operand is then as large as its result.
-SUMMED_FROM = 64
+# Where so many devices are all there are, libtpu makes a sum of a gather among them if its result has fewer bytes (it
+# does of 9 MB, not of 18): the operand is then as large as the result.
+SUMMED_FROM, SUMMED_BELOW = 64, 2**24
 
 
 def own_positions(positions: Int32[Array, "..."], page: int) -> Int32[Array, "..."]:
@@ -49,18 +49,19 @@ def from_all(x: Array) -> Array:
     if not (names := over("row_pages")):
         return x
     gather = partial(lax.all_gather, axis_name=names, axis=1, tiled=True)
-    if size(names) < max(SUMMED_FROM, jax.sharding.get_abstract_mesh().size):
+    devices, all_devices = size(names), jax.sharding.get_abstract_mesh().size
+    if devices < max(SUMMED_FROM, all_devices) or devices * x.size * x.dtype.itemsize >= SUMMED_BELOW:
         return gather(x)
     return lax.platform_dependent(x, tpu=partial(by_ragged, names), default=gather)
 
 
 def by_ragged(names: tuple[str, ...], x: Array) -> Array:
     """`from_all` by a `ragged_all_to_all` in which each device sends every other one the same, all that it has."""
-    rows, devices = jnp.moveaxis(x, 1, 0), size(names)
-    count = jnp.full(devices, len(rows), jnp.int32)
-    room = jnp.zeros((devices * len(rows), *rows.shape[1:]), x.dtype)
-    found = lax.ragged_all_to_all(rows, room, 0 * count, count, index(names) * count, count, axis_name=names)
-    return jnp.moveaxis(found, 0, 1)
+    devices = size(names)
+    one = jnp.ones(devices, jnp.int32)  # row, x as a whole
+    room = jnp.zeros((devices, *x.shape), x.dtype)
+    found = lax.ragged_all_to_all(x[None], room, 0 * one, one, index(names) * one, one, axis_name=names)
+    return jnp.moveaxis(found, 0, 1).reshape(len(x), -1, *x.shape[2:])
 
 
 def longest(lengths: Int32[Array, "b"]) -> Int32[Array, ""]:

@@ -26,7 +26,7 @@ from sharding import ALONE, Residual, exchanged, first_expert
 ExpertWeight = jax.Array | tuple[jax.Array, jax.Array]
 # Pairs of a token and an expert of its whose vectors exist at one time, at most.
 BLOCK = 8192
-# Blocks are multiples of it.
+# A block is a multiple of it, if there are as many pairs.
 WINDOW = 128
 # gate, up, down
 ExpertWeights = tuple[ExpertWeight, ExpertWeight, ExpertWeight]
