@@ -1,0 +1,122 @@
+"""Reads JSON that others wrote: configuration files, headers, indexes, manifests, conversations.
+
+Python's `json` module takes more than the standard (NaN, Infinity, numbers that overflow to infinity, a name given
+twice, of which the last wins) and leaves its recursion limit to the input. Everything read here is bounded in size and
+depth and holds finite numbers only, so whoever uses a value need not ask.
+"""
+
+import json
+import math
+from collections import Counter
+from typing import Any, Protocol, runtime_checkable
+
+from kimi_jax.printable import printable
+
+MAX_BYTES = 128 * 2**20  # the index of a release with 200,000 tensors has 20 MB
+MAX_DEPTH = 64  # tool schemas are the deepest that is written by hand, some ten levels
+_MAX_DIGITS = 400  # of a number; the largest float64 has 309
+
+
+class JSONError(ValueError):
+    """JSON that cannot be read, or is not what it should be; the message names where it comes from."""
+
+
+@runtime_checkable
+class File(Protocol):
+    """A `Path`, or a file behind a URL."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+def read_object(file: File, *, max_bytes: int = MAX_BYTES, error: type[ValueError] = JSONError) -> dict[str, Any]:
+    """Returns the JSON object in `file`. Raises what `parse_object` raises, and OSError where `file` cannot be read."""
+    return parse_object(_bytes(file, max_bytes, error), str(file), error=error)
+
+
+def read(file: File, *, max_bytes: int = MAX_BYTES, error: type[ValueError] = JSONError) -> Any:
+    """Returns the JSON value in `file`. Raises what `parse` raises, and OSError where `file` cannot be read."""
+    return parse(_bytes(file, max_bytes, error), str(file), error=error)
+
+
+def parse_object(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) -> dict[str, Any]:
+    """Returns the JSON object that `data` holds. Raises `error` as `parse` does, and for any other kind of value."""
+    value = parse(data, name, error=error)
+    if not isinstance(value, dict):
+        raise error(f"{printable(name)}: expected a JSON object, found {_kind(value)}")
+    return value
+
+
+def parse(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) -> Any:
+    """Returns the JSON value that `data` holds; `name` says in errors where it comes from.
+
+    Raises `error` where `data` is not UTF-8 or not JSON, gives a name twice in one object, nests deeper than
+    `MAX_DEPTH`, or holds a number that is not finite or has more than some hundred digits, or a lone surrogate.
+    """
+
+    def wrong(found: str) -> ValueError:
+        return error(f"{printable(name)}: {printable(found)}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise wrong(f"gives the name {twice!r} twice")
+        return values
+
+    def finite(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise wrong(f"holds the number {text}, which is not finite in float64")
+        return value
+
+    def whole(text: str) -> int:
+        if len(text) > _MAX_DIGITS:
+            raise wrong(f"holds a number of {len(text)} digits")
+        return int(text)
+
+    def refuse(text: str) -> None:
+        raise wrong(f"holds {text}, which is not JSON")
+
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_int=whole, parse_constant=refuse)
+        text.encode("utf-8")
+        if "\\u" in text:  # half of a surrogate pair, which no encoder takes, may be written as an escape
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as failure:
+        raise wrong(f"not JSON ({failure})") from None
+    except UnicodeError as failure:
+        raise wrong(f"not UTF-8 text ({failure})") from None
+    except RecursionError:
+        raise wrong(f"nests deeper than {MAX_DEPTH} levels") from None
+    if _deeper(value, MAX_DEPTH):
+        raise wrong(f"nests deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def _bytes(file: File, max_bytes: int, error: type[ValueError]) -> bytes:
+    size = getattr(getattr(file, "stat", lambda: None)(), "st_size", 0)
+    data = file.read_bytes() if size <= max_bytes else b""
+    if (found := max(size, len(data))) > max_bytes:
+        raise error(f"{printable(file)}: has {found:,} bytes, expected at most {max_bytes:,}")
+    return data
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Says whether lists and objects nest more than `depth` times; without recursion."""
+    level = [value]
+    for _ in range(depth):
+        level = [
+            one
+            for outer in level
+            if isinstance(outer, dict | list)
+            for one in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(one, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(type(value), "a number")
