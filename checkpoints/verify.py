@@ -10,7 +10,7 @@ from checkpoints.converted import Chunk, Converted
 from checkpoints.metadata import MANIFEST
 from checkpoints.pipeline import MEMORY, WORKERS
 from checkpoints.progress import Counter, Progress
-from checkpoints.reading import Remote
+from checkpoints.reading import Remote, at
 from checkpoints.safetensors import CheckpointError, Published
 
 
@@ -68,7 +68,7 @@ def check(path: str | Path | Remote, *, process_index: int = 0, num_processes: i
 
 
 def _open(path: str | Path) -> Published | Converted:
-    return Converted.open(path) if (Path(path) / MANIFEST).is_file() else Published.open(path)
+    return Converted.open(path) if (at(path) / MANIFEST).is_file() else Published.open(path)
 
 
 def _checksums(source: Converted, workers: int, limit: int, progress: Progress | None) -> Iterator[Finding]:

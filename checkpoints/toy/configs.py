@@ -79,7 +79,7 @@ def toy_config(like: str, **overrides: Any) -> dict[str, Any]:
     to agree follows it: the token ids sit in the last 256 of `vocab_size`, the vision tower's `text_hidden_size` is
     the text model's `hidden_size`, and `mm_hidden_size` the tower's. `quantization_config=None` gives bf16 experts.
 
-    Raises ValueError for an unknown name, KeyError for a field that its config does not have.
+    Raises ValueError for an unknown name, and for a field that its config does not have.
     """
     small = {"k2.5": _K25, "k2": _K2, "kimi-linear": _LINEAR}
     presets = resources.files("kimi_jax") / "presets"
@@ -94,7 +94,7 @@ def toy_config(like: str, **overrides: Any) -> dict[str, Any]:
     for name, value in overrides.items():
         homes = [part for part in parts if name in part]
         if not homes:
-            raise KeyError(f"toy_config: a {like} config has no field {name!r}")
+            raise ValueError(f"toy_config: a {like} config has no field {name!r}")
         for part in homes:
             part[name] = deepcopy(value)
     text = config.get("text_config", config)

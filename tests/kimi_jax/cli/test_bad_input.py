@@ -146,8 +146,6 @@ def test_a_chat_file_that_is_none(published, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--top-p", "0"], "top_p is 0.0, expected above 0 and at most 1"),
-        (["--temperature", "-1"], "temperature is -1.0"),
         (["--mesh", "3x3"], "mesh '3x3' asks for 9 devices, there are 8"),
         (["--mesh", "wide"], "mesh 'wide': expected two to four positive numbers"),
     ],

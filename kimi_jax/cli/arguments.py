@@ -1,0 +1,124 @@
+"""Arguments that several commands have, and the types of all: what is out of range is refused before any work."""
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from kimi_jax import json_reader
+from kimi_jax.printable import printable
+
+FORMS = ("int4", "fp8", "bf16")
+INT32_MAX = 2**31 - 1
+SEED_MAX = 2**32 - 1  # of a key of JAX
+
+
+def whole(low: int, high: int = INT32_MAX) -> Callable[[str], int]:
+    """Returns an argument's type: a whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        if re.fullmatch(r"[+-]?[0-9]{1,20}", text) and low <= int(text) <= high:
+            return int(text)
+        raise _refused(text, f"a whole number from {low:,} to {high:,}")
+
+    return parse
+
+
+def number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
+    """Returns an argument's type: a number from `low` (with `above`, larger than it) to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if low <= value <= high and not (above and value == low):
+            return value
+        raise _refused(
+            text, f"a number {'above' if above else 'from'} {low:g}{' and at most' if above else ' to'} {high:g}"
+        )
+
+    return parse
+
+
+def nbytes(text: str) -> int:
+    """Parses a size like 4GiB or 500MB, from one byte to an exabyte."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([KMGT])(i?)B", text)
+    size = 0 if found is None else float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2]))
+    if not 1 <= size <= 1e18:
+        raise _refused(text, "a size like 4GiB or 500MB, above 0 and at most 1,000,000TB")
+    return int(size)
+
+
+def place(text: str) -> Path | str:
+    """Returns the path of a local folder or file, also of one that a `file://` URL names, or any other URL as it is."""
+    scheme, found, _ = text.partition("://")
+    if not found:
+        return Path(text)
+    if scheme.lower() != "file":
+        return text
+    url = urlsplit(text)
+    if url.netloc not in ("", "localhost") or url.query or url.fragment or not url.path:
+        raise _refused(text, "file:// and the absolute path of a folder on this machine, like file:///models/kimi")
+    return Path(unquote(url.path))
+
+
+def local(text: str) -> Path:
+    """Returns the path of a local folder or file; refuses URLs of other machines."""
+    found = place(text)
+    if isinstance(found, str):
+        raise _refused(text, "a path on this machine: nothing is written to URLs")
+    return found
+
+
+def field(text: str) -> tuple[str, Any]:
+    """Parses FIELD=VALUE, the value as in JSON."""
+    name, found, value = text.partition("=")
+    if not found or not name:
+        raise _refused(text, "FIELD=VALUE with a value as in JSON")
+    try:
+        return name, json_reader.parse(value, name)
+    except json_reader.JSONError as error:
+        raise argparse.ArgumentTypeError(f"{error}; expected FIELD=VALUE with a value as in JSON") from None
+
+
+def host_and_port(text: str) -> str:
+    """Returns `text` where it is HOST:PORT."""
+    if re.fullmatch(r"\S+:[0-9]{1,5}", text) and 0 < int(text.rpartition(":")[2]) < 2**16:
+        return text
+    raise _refused(text, "HOST:PORT with a port from 1 to 65,535")
+
+
+def _refused(text: str, expected: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"{printable(text)!r}, expected {expected}")
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of long work on files: memory, threads, and progress as JSON."""
+    parser.add_argument(
+        "--memory", type=nbytes, default="4GiB", metavar="SIZE", help="the process stays below this (default 4GiB)"
+    )
+    parser.add_argument(
+        "--workers", type=whole(1, 1024), default=4, metavar="N", help="threads that read and write (default 4)"
+    )
+    add_json(parser)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print progress and result as JSON, an object a line")
+
+
+def add_shard_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shard-size", type=nbytes, default="5GB", metavar="SIZE", help="largest size of a shard (default 5GB)"
+    )
+
+
+def progress(arguments: argparse.Namespace, what: str) -> Any:
+    """Returns a context that gives the `progress` of a long work: JSON lines with `--json`, a bar otherwise."""
+    import checkpoints
+
+    return checkpoints.progress_events(what) if arguments.json else checkpoints.progress_bar(what)

@@ -1,0 +1,72 @@
+"""`kimi-jax convert`: a published folder becomes an Orbax checkpoint."""
+
+import argparse
+import dataclasses
+import json
+
+from kimi_jax.cli.arguments import FORMS, add_limits, local, place, progress, whole
+from kimi_jax.cli.terminal import print_line
+
+NAME = "convert"
+SUMMARY = (
+    "Turn a published safetensors folder into an Orbax checkpoint, INT4 kept, one chunk per expert. The same command "
+    "goes on with a conversion that was stopped."
+)
+EXAMPLE = "kimi-jax convert ~/models/Kimi-K2.5 ~/models/kimi-k2.5-orbax --memory 4GiB"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "src", type=place, help="folder or URL (gs://, s3://, hf://) with config.json and *.safetensors"
+    )
+    parser.add_argument("dst", type=local, help="folder to write")
+    parser.add_argument(
+        "--experts", choices=FORMS, help="form of the routed experts (default: as published, FP8 as bf16)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="dtype of everything else (default: as published, FP8 as bfloat16)",
+    )
+    add_limits(parser)
+    parser.add_argument(
+        "--process-index",
+        type=whole(0),
+        default=0,
+        metavar="I",
+        help="which of several processes that share dst this one is, from 0 (default 0)",
+    )
+    parser.add_argument(
+        "--num-processes", type=whole(1), default=1, metavar="N", help="processes that split the work (default 1)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # which shapes a model has is all that is asked of it
+    import checkpoints
+
+    with progress(arguments, "converting") as show:
+        report = checkpoints.convert(
+            arguments.src,
+            arguments.dst,
+            experts=arguments.experts,
+            dtype=arguments.dtype,
+            memory=arguments.memory,
+            workers=arguments.workers,
+            process_index=arguments.process_index,
+            num_processes=arguments.num_processes,
+            progress=show,
+        )
+    if arguments.json:
+        print(json.dumps({"event": "converted", **dataclasses.asdict(report)}, default=str))
+        return
+    state = "was there already" if not report.made_bytes else f"{report.made_bytes:,} bytes written"
+    if not report.whole:
+        state += f"; the share of process {arguments.process_index} is done, others are still missing"
+    elif report.made_bytes and report.found_bytes:
+        state += f", {report.found_bytes:,} found from before"
+    print_line(f"{report.destination}: {report.tensors:,} tensors in {report.leaves:,} leaves; {state}")
+    if report.skipped:
+        print_line(f"skipped {len(report.skipped)} tensors that the model does not use, like {report.skipped[0]}")

@@ -1,0 +1,84 @@
+"""`kimi-jax make-toy`: a small checkpoint in the published layout."""
+
+import argparse
+import json
+
+from kimi_jax import json_reader
+from kimi_jax.cli.arguments import FORMS, SEED_MAX, add_json, add_shard_size, field, local, place, progress, whole
+from kimi_jax.cli.terminal import print_line
+
+NAME = "make-toy"
+SUMMARY = (
+    "Write a checkpoint of real widths in the published layout, cut to a few layers and experts, with random weights "
+    "or those of a published folder."
+)
+EXAMPLE = (
+    "kimi-jax make-toy /tmp/k2.5 --like k2.5 --layers 2 --experts 16\n"
+    "  kimi-jax make-toy /tmp/k2 --like k2 --form fp8 --layers 2 --experts 8 --set vocab_size=2048"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dst", type=local, help="folder to write; must not exist, or be empty")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument(
+        "--like", choices=["k2", "k2-thinking", "k2.5", "kimi-linear"], help="model to resemble, with random weights"
+    )
+    weights.add_argument(
+        "--from", dest="source", type=place, metavar="FOLDER", help="published folder or URL to copy weights from"
+    )
+    parser.add_argument("--layers", type=whole(1), metavar="N", help="keep the first N layers (default: all)")
+    parser.add_argument(
+        "--experts", type=whole(1), metavar="N", help="keep each layer's first N experts (default: all)"
+    )
+    parser.add_argument(
+        "--vision-layers", type=whole(1), metavar="N", help="keep the vision tower's first N layers (default: all)"
+    )
+    parser.add_argument("--form", choices=FORMS, help="with --like: form of the weights (default: as released)")
+    parser.add_argument(
+        "--set",
+        dest="fields",
+        type=field,
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="with --like: change a field of config.json, like hidden_size=256; may be repeated",
+    )
+    parser.add_argument(
+        "--seed", type=whole(0, SEED_MAX), default=0, metavar="N", help="seed of the random weights (default 0)"
+    )
+    add_shard_size(parser)
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from checkpoints.quantization_config import described
+    from checkpoints.reading import at
+    from checkpoints.toy import cut_config, make_toy, toy_config
+
+    if arguments.source is not None and (arguments.form or arguments.fields):
+        raise ValueError("--form and --set go with --like; with --from, the weights are as they are")
+    if arguments.source is not None:
+        config = json_reader.read_object(at(arguments.source) / "config.json")
+    else:
+        preset = {"kimi-linear": "kimi-linear-48b"}.get(arguments.like, f"kimi-{arguments.like}")
+        config = toy_config(preset, **dict(arguments.fields))
+        if arguments.form:
+            config = described(config, arguments.form)
+    config = cut_config(
+        config, layers=arguments.layers, experts=arguments.experts, vision_layers=arguments.vision_layers
+    )
+    with progress(arguments, "writing") as show:
+        folder = make_toy(
+            arguments.dst,
+            config,
+            seed=arguments.seed,
+            source=arguments.source,
+            shard_bytes=arguments.shard_size,
+            progress=show,
+        )
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    if arguments.json:
+        print(json.dumps({"event": "written", "destination": str(folder), "nbytes": size}))
+    else:
+        print_line(f"{folder}: {size:,} bytes")

@@ -1,0 +1,115 @@
+"""`kimi-jax plan`: will a model fit, and what bounds a step."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from kimi_jax.cli.arguments import local, place, whole
+
+NAME = "plan"
+SUMMARY = (
+    "Will a model fit on a TPU slice, with how much context and batch, and what does a step move? Compiles the step "
+    "for the slice where libtpu is installed; no TPU is needed."
+)
+EXAMPLE = "kimi-jax plan --model k2.5 --topology v5p:4x4x4 --batch 64 --context 32768 --plot plan.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=place,
+        required=True,
+        metavar="NAME",
+        help="a preset like k2.5, or a folder or URL with a config.json",
+    )
+    parser.add_argument(
+        "--topology",
+        action="append",
+        required=True,
+        metavar="SLICE",
+        help="a slice like v5p:4x4x4, or `all` that are known; may be repeated",
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="devices of each axis, like data=4,expert=8,tensor=2 (default: the fastest)",
+    )
+    parser.add_argument("--batch", type=whole(1), default=1, metavar="N", help="number of rows (default %(default)s)")
+    parser.add_argument(
+        "--context", type=whole(1), default=8192, metavar="N", help="tokens of each row (default %(default)s)"
+    )
+    parser.add_argument(
+        "--phase", choices=["decode", "prefill"], default="decode", help="kind of step (default %(default)s)"
+    )
+    parser.add_argument(
+        "--chunk",
+        type=whole(1),
+        metavar="N",
+        help="tokens of each row in a step of prefill (default 2,048 or the context)",
+    )
+    parser.add_argument(
+        "--no-compile",
+        dest="compile",
+        action="store_false",
+        help="plan by arithmetic alone: takes seconds, needs no libtpu",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, a list with an object for each slice")
+    parser.add_argument("--plot", type=local, metavar="FILE.png", help="draw memory and lower bounds")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a plan needs no accelerator, and leaves one to others
+    from kimi_jax import decoding
+    from kimi_jax import plan as planning
+    from kimi_jax.cli.console import console
+    from kimi_jax.plan import plot, report
+    from sharding import mesh_sizes
+    from sharding.topologies import topologies, topology
+
+    model, config = _named_config(arguments.model)
+    slices = topologies() if arguments.topology == ["all"] else [topology(name) for name in arguments.topology]
+    sizes = None if arguments.mesh is None else mesh_sizes(arguments.mesh)
+    log = console(stderr=True)
+    chunk = 1 if arguments.phase == "decode" else arguments.chunk or min(decoding.PREFILL_CHUNK, arguments.context)
+    compiles = arguments.compile and planning.available()
+    if arguments.compile and not compiles:
+        log.print("libtpu, the TPU compiler, is not installed (Linux x86-64: pip install libtpu): arithmetic alone")
+
+    def compile_step(job: planning.Job) -> planning.Compiled:
+        log.print(f"compiling {job.phase} of {job.batch} x {job.context:,} tokens for {job.topology.name} ...")
+        return planning.compiled(job)
+
+    plans, refused = [], {}
+    for slice_ in slices:
+        job = planning.Job(config, slice_, (), arguments.phase, arguments.batch, arguments.context, chunk)
+        try:
+            plans.append(planning.plan(model, job, sizes=sizes, compile_step=compile_step if compiles else None))
+        except ValueError as error:
+            if len(slices) == 1:
+                raise
+            refused[slice_.name] = str(error)
+    if not plans:
+        raise ValueError("; ".join(refused.values()))
+    if arguments.plot is not None:
+        plot.save(plans, arguments.plot)
+    if arguments.json:
+        errors = [{"topology": name, "error": reason} for name, reason in refused.items()]
+        print(json.dumps([plan.as_json() for plan in plans] + errors, indent=2))
+    else:
+        report.show_all(console(), plans, refused)
+
+
+def _named_config(model: Path | str) -> tuple[str, Any]:
+    """Returns name and configuration of a preset, whose `kimi-` may be left out, or of the folder or URL `model`."""
+    from checkpoints.reading import at
+    from kimi_jax import config_json
+
+    folder = at(model)
+    if isinstance(model, str) or (folder / "config.json").is_file():
+        return folder.name, config_json.from_folder(folder)
+    names = config_json.preset_names()
+    full = next((full for full in names if str(model) in (full, full.removeprefix("kimi-"))), str(model))
+    return full, config_json.preset(full)

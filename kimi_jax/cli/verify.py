@@ -1,0 +1,61 @@
+"""`kimi-jax verify`: two checkpoints, or one and its checksums, held against each other."""
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from kimi_jax.cli.arguments import add_limits, number, place, progress
+from kimi_jax.cli.terminal import print_line
+
+NAME = "verify"
+SUMMARY = (
+    "Hold two checkpoints against each other, published or converted, tensor by tensor; or a converted one against "
+    "the checksums of its conversion. Exit code 1 where they differ."
+)
+EXAMPLE = (
+    "kimi-jax verify ~/models/kimi-k2.5-orbax\n"
+    "  kimi-jax verify ~/models/Kimi-K2.5 ~/models/kimi-k2.5-orbax\n"
+    "  kimi-jax verify ~/models/kimi-k2-int4 ~/models/Kimi-K2 --tolerance 0.08"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", type=place, help="a checkpoint's folder or URL")
+    parser.add_argument("b", type=place, nargs="?", help="another one (default: the checksums of A)")
+    parser.add_argument(
+        "--tolerance",
+        type=number(0.0, sys.float_info.max),
+        metavar="X",
+        help="compare values, whatever the form: errors up to X times a weight's largest (default: every byte)",
+    )
+    add_limits(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import checkpoints
+
+    with progress(arguments, "verifying") as show:
+        verdict = checkpoints.verify(
+            arguments.a,
+            arguments.b,
+            tolerance=arguments.tolerance,
+            memory=arguments.memory,
+            workers=arguments.workers,
+            progress=show,
+        )
+    for finding in verdict.findings if arguments.json else verdict.problems:
+        if arguments.json:
+            print(json.dumps({"event": "tensor", **dataclasses.asdict(finding)}))
+        else:
+            print_line(f"{finding.name} {finding.problem}")
+    against = "their checksums" if arguments.b is None else str(arguments.b)
+    if verdict.problems:
+        raise ValueError(f"{arguments.a}: {len(verdict.problems):,} of {len(verdict.findings):,} differ from {against}")
+    if not arguments.json:
+        worst = max(verdict.findings, key=lambda finding: finding.max_error)
+        errors = f"; the largest error is {worst.max_error:.3g} of a weight's largest, in {worst.name}"
+        print_line(
+            f"{arguments.a}: {len(verdict.findings):,} tensors, none differs from {against}"
+            + (errors if arguments.tolerance is not None else "")
+        )
