@@ -3,8 +3,8 @@
     python benchmarks/expert_exchange.py [TOKENS ...]
 
 One K2.5-like mixture (64 experts, 8 chosen, width 1024) with tokens split over `sequence`: bytes that a device
-receives and FLOPs of one round, beside the estimates by which `sharding.experts` chooses. (A round is all there is,
-unless a pair of devices exchanges a quarter more than the average. XLA's CPU compiler gathers bf16 as float32.)
+receives and FLOPs of one round, beside the estimates by which `sharding.expert_dispatch` chooses. (A round is all there
+is, unless a pair of devices exchanges a quarter more than the average. XLA's CPU compiler gathers bf16 as float32.)
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kimi_jax import config_json
 from kimi_jax.model.moe import MoE
 from kimi_jax.model.param import Init, weight_specs
-from sharding import Residual, make_mesh, over_mesh, using
-from sharding.experts import bytes_exchanged, bytes_replicated
+from sharding import StreamLayout, make_mesh, shard_over_mesh, use_mesh
+from sharding.expert_dispatch import dispatch_bytes, replicate_bytes
 
 DEVICES, WIDTH, CHOSEN = 8, 1024, 8
 COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(")
@@ -55,22 +55,22 @@ def main(counts: list[int]) -> None:
     print("tokens  way         MB received  estimate  GFLOP a device")
     for tokens in counts:
         for exchange in (False, True):
-            residual = Residual(tokens=("sequence",), exchange=exchange)
+            layout = StreamLayout(token_axes=("sequence",), dispatch=exchange)
 
-            def run(params, x, residual=residual):
+            def run(params, x, layout=layout):
                 def part(params, x):
-                    return nnx.merge(graph, params)(x, residual)
+                    return nnx.merge(graph, params)(x, layout)
 
                 lies = PartitionSpec(None, "sequence")
-                with using(mesh.abstract_mesh):
-                    return over_mesh(part, (weight_specs(params), lies), lies)(params, x)
+                with use_mesh(mesh.abstract_mesh):
+                    return shard_over_mesh(part, (weight_specs(params), lies), lies)(params, x)
 
             whole = NamedSharding(mesh, PartitionSpec(None, "sequence"))
             x = jax.ShapeDtypeStruct((1, tokens, WIDTH), jnp.bfloat16, sharding=whole)
             compiled = jax.jit(run).lower(params, x).compile()
-            estimate = bytes_replicated(tokens, WIDTH)
+            estimate = replicate_bytes(tokens, WIDTH)
             if exchange:
-                estimate = bytes_exchanged(tokens, WIDTH, CHOSEN, DEVICES, 1)
+                estimate = dispatch_bytes(tokens, WIDTH, CHOSEN, DEVICES, 1)
             way, sent = "exchanged" if exchange else "replicated", received(compiled.as_text())
             flops = compiled.cost_analysis()["flops"] / 1e9
             print(f"{tokens:6d}  {way:10s}  {sent / 1e6:11.2f}  {estimate / 1e6:8.2f}  {flops:14.2f}")

@@ -22,7 +22,7 @@ PageTable = Int32[Array, "b row_pages"]
 Lengths = Int32[Array, "b"]
 Valid = Bool[Array, "b t"]
 Hidden = Float[Array, "b t d"]
-# The residual stream: on a mesh of other rows and tokens than those that a device's mixers see (`sharding.Residual`).
+# The residual stream on a device; on a mesh its mixers may see other rows and tokens (`sharding.StreamLayout`).
 Stream = Float[Array, "rows tokens d"]
 Rows = Float[Array, "t d"]
 Queries = Float[Array, "b t h k"]

@@ -22,7 +22,7 @@ from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media, media_index
 from kimi_jax.sampling import Sampling, sample
 from kimi_jax.state import State
-from sharding import using
+from sharding import use_mesh
 
 PREFILL_CHUNK = 2048
 
@@ -114,7 +114,7 @@ class _Program:
     def extend(self, arrays: list[jax.Array], *arguments: Any) -> tuple[LastLogits, State]:
         """`Kimi.extend` of the model with these arrays, on its mesh."""
         model = nnx.merge(self.graph, jax.tree.unflatten(self.tree, arrays))
-        with using(self.mesh):
+        with use_mesh(self.mesh):
             return model.extend(*arguments)
 
 

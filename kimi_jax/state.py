@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from kimi_jax.axes import Array, Float, Float32, Lengths, PageTable
 from kimi_jax.config import KimiConfig
-from sharding import specs_of
+from sharding import tree_specs
 
 PAGE = 128
 
@@ -34,8 +34,8 @@ class KDAState(NamedTuple):
 class State(NamedTuple):
     """`lengths`: tokens held per row. `page_table`: the pages of each row, in order, shared by all layers.
 
-    On a mesh a row's pages lie where the row does, in turn over the devices of the `sequence` axis (`sharding.pages`);
-    a device's part of the table numbers the pages of its own part.
+    On a mesh a row's pages lie where the row does, in turn over the devices of the `sequence` axis
+    (`sharding.page_ring`); a device's part of the table numbers the pages of its own part.
     """
 
     lengths: Lengths
@@ -91,4 +91,4 @@ def specs(state: State, mesh: Mesh | AbstractMesh | None = None) -> Any:
     kda: Any = KDAState(("batch", None, "kda_heads"), ("batch", "kda_heads", None, None))  # type: ignore[arg-type]
     layers = tuple(mla if isinstance(kept, MLACache) else kda for kept in state.layers)
     axes = State(("batch",), ("batch", "row_pages"), layers)  # type: ignore[arg-type]
-    return specs_of(state, axes, mesh)
+    return tree_specs(state, axes, mesh)

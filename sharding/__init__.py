@@ -1,43 +1,53 @@
-"""Meshes, how logical axes lie on them, and what devices send each other: all that a model's code calls is here."""
+"""Meshes, the rules that shard arrays over them, and the messages that devices send each other.
 
-from sharding.collectives import gathered, over, over_mesh, part_of, parts
-from sharding.experts import exchanged, first_expert
-from sharding.mesh import AXES, default_shape, make_mesh, mesh_of, mesh_sizes, using
-from sharding.pages import from_all, held, longest, merged, own_positions, page_numbers
-from sharding.recurrence import from_left, of_last, passed_on
-from sharding.residual import ALONE, Residual
-from sharding.rules import DECODE, EVERYWHERE, PREFILL, TRAIN, Rules, spec, specs_of
+A model's code imports everything that it needs of these from here.
+"""
+
+from sharding.collectives import gather_columns, mesh_axes, num_shards, shard_index, shard_over_mesh
+from sharding.expert_dispatch import dispatch_and_combine, first_local_expert
+from sharding.layouts import SINGLE_DEVICE, StreamLayout
+from sharding.mesh import AXES, array_mesh, default_shape, make_mesh, mesh_sizes, use_mesh
+from sharding.page_ring import (
+    gather_pages,
+    local_lengths,
+    local_positions,
+    longest_length,
+    merge_shards,
+    ring_page_numbers,
+)
+from sharding.rules import DECODE, PREFILL, REPLICATED, TRAIN, Rules, spec, tree_specs
+from sharding.shard_scan import scan_shards, select_last, shift_right
 
 __all__ = [
-    "ALONE",
     "AXES",
     "DECODE",
-    "EVERYWHERE",
     "PREFILL",
+    "REPLICATED",
+    "SINGLE_DEVICE",
     "TRAIN",
-    "Residual",
     "Rules",
+    "StreamLayout",
+    "array_mesh",
     "default_shape",
-    "exchanged",
-    "first_expert",
-    "from_all",
-    "from_left",
-    "gathered",
-    "held",
-    "longest",
+    "dispatch_and_combine",
+    "first_local_expert",
+    "gather_columns",
+    "gather_pages",
+    "local_lengths",
+    "local_positions",
+    "longest_length",
     "make_mesh",
-    "merged",
-    "mesh_of",
+    "merge_shards",
+    "mesh_axes",
     "mesh_sizes",
-    "of_last",
-    "over",
-    "over_mesh",
-    "own_positions",
-    "page_numbers",
-    "part_of",
-    "parts",
-    "passed_on",
+    "num_shards",
+    "ring_page_numbers",
+    "scan_shards",
+    "select_last",
+    "shard_index",
+    "shard_over_mesh",
+    "shift_right",
     "spec",
-    "specs_of",
-    "using",
+    "tree_specs",
+    "use_mesh",
 ]

@@ -1,7 +1,7 @@
-"""What devices send each other, in terms of logical axes. Everything here is the identity on a single device.
+"""Messages between devices, named by logical axes. On a single device every function here returns its argument.
 
-A model's step runs under one `shard_map` (`over_mesh`): its code sees each device's part of every array, and nothing
-moves but what a function of this package moves.
+A model's step runs under one `shard_map` (`shard_over_mesh`): its code sees each device's shard of every array, and
+data moves between devices only where a function of this package moves it.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,9 @@ from sharding.rules import PREFILL
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def over_mesh(compute: Function, in_specs: Any, out_specs: Any) -> Function:
-    """`compute` on every device of the mesh in use, each with its part of the arguments; as it is without a mesh."""
+def shard_over_mesh(compute: Function, in_specs: Any, out_specs: Any) -> Function:
+    """Returns `compute` run on every device of the mesh in use with that device's shards; `compute` itself without a
+    mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return compute
@@ -27,52 +28,54 @@ def over_mesh(compute: Function, in_specs: Any, out_specs: Any) -> Function:
     return jax.shard_map(compute, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def split(names: Sequence[str]) -> tuple[str, ...]:
-    """Those of the mesh axes that split something here."""
+def active_axes(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of those mesh axes that have several devices under the `shard_map` that is being traced."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name in names if name in mesh.manual_axes and mesh.shape[name] > 1)
 
 
-def over(axis: str) -> tuple[str, ...]:
-    """The mesh axes over which a logical axis is split here."""
-    return split(PREFILL.get(axis, ()))
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """Returns the mesh axes over which a logical axis is sharded."""
+    return active_axes(PREFILL.get(axis, ()))
 
 
-def size(names: Sequence[str]) -> int:
-    """Devices along these mesh axes."""
+def num_devices(names: Sequence[str]) -> int:
+    """Returns the number of devices along these mesh axes."""
     return prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
 
 
-def index(names: tuple[str, ...]) -> Array | int:
-    """This device's number along these mesh axes, the first outermost."""
+def device_index(names: tuple[str, ...]) -> Array | int:
+    """Returns this device's number along these mesh axes, the first outermost."""
     return lax.axis_index(names) if names else 0
 
 
-def parts(axis: str) -> int:
-    """In how many parts a logical axis is split here."""
-    return size(over(axis))
+def num_shards(axis: str) -> int:
+    """Returns the number of shards of a logical axis."""
+    return num_devices(mesh_axes(axis))
 
 
-def part_of(axis: str) -> Array | int:
-    """Which of them this device has."""
-    return index(over(axis))
+def shard_index(axis: str) -> Array | int:
+    """Returns the number of this device's shard of a logical axis."""
+    return device_index(mesh_axes(axis))
 
 
-def total(x: Array, names: Sequence[str]) -> Array:
-    """The sum over these mesh axes."""
+def all_reduce(x: Array, names: Sequence[str]) -> Array:
+    """Sums `x` over these mesh axes."""
     return lax.psum(x, tuple(names)) if names else x
 
 
-def gathered(columns: Sequence[Array], widths: Sequence[int], axis: str) -> list[Array]:
-    """Whole arrays, of which each device has some columns of the `widths` there are, by one message for all of them."""
-    if all(part.shape[-1] == width for part, width in zip(columns, widths, strict=True)):
-        return list(columns)
-    names = over(axis)
-    whole = [part.shape[-1] == width for part, width in zip(columns, widths, strict=True)]
-    sent = [part for part, done in zip(columns, whole, strict=True) if not done]
-    blocks = lax.all_gather(jnp.concatenate(sent, axis=-1), names)
-    ends = [sum(part.shape[-1] for part in sent[: i + 1]) for i in range(len(sent) - 1)]
-    joined = iter(
+def gather_columns(shards: Sequence[Array], widths: Sequence[int], axis: str) -> list[Array]:
+    """All-gathers column shards of several arrays [..., columns] over logical axis `axis`, in one message.
+
+    `widths` are the whole arrays' numbers of columns; an array that has as many is returned as it is.
+    """
+    whole = [shard.shape[-1] == width for shard, width in zip(shards, widths, strict=True)]
+    if all(whole):
+        return list(shards)
+    sent = [shard for shard, complete in zip(shards, whole, strict=True) if not complete]
+    blocks = lax.all_gather(jnp.concatenate(sent, axis=-1), mesh_axes(axis))
+    ends = [sum(shard.shape[-1] for shard in sent[: i + 1]) for i in range(len(sent) - 1)]
+    gathered = iter(
         jnp.moveaxis(block, 0, -2).reshape(*block.shape[1:-1], -1) for block in jnp.split(blocks, ends, axis=-1)
     )
-    return [part if done else next(joined) for part, done in zip(columns, whole, strict=True)]
+    return [shard if complete else next(gathered) for shard, complete in zip(shards, whole, strict=True)]

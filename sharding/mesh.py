@@ -1,9 +1,9 @@
-"""Device meshes: four axes, of which any may be 1.
+"""Device meshes with four axes, each of any size from 1.
 
-data      the batch's rows, with their cache; experts
-expert    experts, dense feed-forward layers and the vocabulary; attention is the same on all its devices
-tensor    heads as well
-sequence  heads as well, a prompt's tokens and the tokens of the cache: long contexts
+data      shards the batch's rows with their cache, and experts
+expert    shards experts, dense feed-forward layers and the vocabulary; attention is replicated over it
+tensor    shards these and attention heads
+sequence  shards these, a prompt's tokens and the pages of the cache, for long contexts
 """
 
 import math
@@ -17,11 +17,11 @@ AXES = ("data", "expert", "tensor", "sequence")
 
 
 def make_mesh(shape: str | Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `devices` (default: all), in an order that follows their torus where they have one.
+    """Makes a mesh of `devices` (default: all), in an order that follows their torus where they have one.
 
-    `shape` is sizes in the order of `AXES`, at least two of them and 1 for the rest, as numbers or as text ("2x4",
+    `shape` gives sizes in the order of `AXES`, at least two of them and 1 for the rest, as numbers or as text ("2x4",
     "1x2x4x1"), or names with sizes ("data=4,tensor=2").
-    Raises ValueError where the shape is no such thing or does not multiply to the number of devices.
+    Raises ValueError where `shape` is of none of these forms or does not multiply to the number of devices.
     """
     sizes = mesh_sizes(shape)
     devices = jax.devices() if devices is None else devices
@@ -31,7 +31,7 @@ def make_mesh(shape: str | Sequence[int], devices: Sequence[jax.Device] | None =
 
 
 def mesh_sizes(shape: str | Sequence[int]) -> tuple[int, ...]:
-    """The sizes that a shape names, as `make_mesh` takes it: one for each of `AXES`."""
+    """Reads a shape that `make_mesh` takes: one size for each of `AXES`. Raises ValueError for any other."""
     try:
         if isinstance(shape, str) and "=" in shape:
             pairs = [part.split("=") for part in shape.split(",")]
@@ -51,18 +51,20 @@ def mesh_sizes(shape: str | Sequence[int]) -> tuple[int, ...]:
 
 
 def default_shape(devices: int, heads: int, batch: int = 1) -> tuple[int, int, int, int]:
-    """A mesh shape for `devices`: heads over up to eight of them, the batch over as many as it divides by of the rest,
-    and what then is left to the experts alone."""
+    """Chooses a mesh shape for `devices`.
+
+    Heads are sharded over up to eight of them, the batch over as many of the rest as it divides by, experts over all.
+    """
     tensor = math.gcd(devices, heads, 8)
     data = math.gcd(devices // tensor, batch)
     return data, devices // tensor // data, tensor, 1
 
 
-def mesh_of(array: jax.Array) -> AbstractMesh | None:
-    """The mesh that the array lies on, None for a single device."""
+def array_mesh(array: jax.Array) -> AbstractMesh | None:
+    """Returns the mesh that the array is sharded over, None for an array on a single device."""
     return array.sharding.mesh.abstract_mesh if isinstance(array.sharding, NamedSharding) else None
 
 
-def using(mesh: AbstractMesh | None) -> AbstractContextManager[object]:
-    """While tracing in this context, `over_mesh` splits over `mesh`."""
+def use_mesh(mesh: AbstractMesh | None) -> AbstractContextManager[object]:
+    """Makes `mesh` the one in use, over which `shard_over_mesh` shards, for code that is traced in this context."""
     return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh)

@@ -13,7 +13,7 @@ from kimi_jax.model.moe import MLP, MoE
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init
 from kimi_jax.state import KDAState, MLACache, State
-from sharding import ALONE, Residual, part_of
+from sharding import SINGLE_DEVICE, StreamLayout, shard_index
 
 
 class Layer(nnx.Module):
@@ -32,26 +32,26 @@ class Layer(nnx.Module):
         positions: Positions,
         state: MLACache | KDAState | None = None,
         page_table: PageTable | None = None,
-        residual: Residual = ALONE,
+        layout: StreamLayout = SINGLE_DEVICE,
     ) -> tuple[Stream, MLACache | KDAState | None]:
-        mixed, after = self.mix(x, positions, state, page_table, residual)
+        mixed, after = self.mix(x, positions, state, page_table, layout)
         x = x + mixed
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            return x + self.mlp(h, residual), after
-        return x + residual.summed(self.mlp(residual.mine(h)), "mlp", x.dtype), after
+            return x + self.mlp(h, layout), after
+        return x + layout.reduce_rows(self.mlp(layout.gather_tokens(h)), "mlp", x.dtype), after
 
     def mix(
-        self, x: Stream, positions: Positions, state: Any, page_table: PageTable | None, residual: Residual
+        self, x: Stream, positions: Positions, state: Any, page_table: PageTable | None, layout: StreamLayout
     ) -> tuple[Stream, Any]:
         """The token mixer. KDA takes the tokens where they lie, MLA's heads those of the whole row."""
-        h = self.input_layernorm(residual.mine(x) if residual.whole else x)
+        h = self.input_layernorm(layout.gather_tokens(x) if layout.replicated else x)
         if isinstance(self.self_attn, KDA):
-            y, after = self.self_attn(h, residual.my_tokens(positions) >= 0, state, residual.tokens)
-            return residual.summed_in_place(y, "kda_heads", h.dtype), after
-        h = h if residual.whole else residual.mine(h)
+            y, after = self.self_attn(h, layout.slice_tokens(positions) >= 0, state, layout.token_axes)
+            return layout.reduce_tokens(y, "kda_heads", h.dtype), after
+        h = h if layout.replicated else layout.gather_tokens(h)
         heads, cache = self.self_attn(h, positions, state, page_table)
-        return residual.summed(heads, "heads", h.dtype), cache
+        return layout.reduce_rows(heads, "heads", h.dtype), cache
 
 
 class Embedding(nnx.Module):
@@ -62,7 +62,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Tokens) -> Hidden:
         words = self.weight.shape[0]
-        local = tokens - words * part_of("vocab")
+        local = tokens - words * shard_index("vocab")
         x = self.weight[...][jnp.clip(local, 0, words - 1)]
         return jnp.where(((local >= 0) & (local < words))[:, :, None], x, 0)
 
@@ -76,17 +76,17 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(init, config.hidden_size, config.rms_norm_eps, "embed")
 
     def __call__(
-        self, x: Stream, positions: Positions, state: State | None = None, residual: Residual = ALONE
+        self, x: Stream, positions: Positions, state: State | None = None, layout: StreamLayout = SINGLE_DEVICE
     ) -> tuple[Stream, State | None]:
         """The stream x [b, t, d], its rows' `positions` (-1 is padding, after a row's tokens) -> the same shape, and
         the new state."""
         if state is None:
             for layer in self.layers:
-                x, _ = layer(x, positions, residual=residual)
+                x, _ = layer(x, positions, layout=layout)
             return self.norm(x), None
         carried = []
         for layer, before in zip(self.layers, state.layers, strict=True):
-            x, after = layer(x, positions, before, state.page_table, residual)
+            x, after = layer(x, positions, before, state.page_table, layout)
             assert after is not None
             carried.append(after)
         lengths = state.lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)

@@ -17,7 +17,7 @@ from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, Linear
 from kimi_jax.state import KDAState
 from pallas_kernels import kda, kda_step
-from sharding import from_left, of_last, passed_on
+from sharding import scan_shards, select_last, shift_right
 
 
 class ShortConv(nnx.Module):
@@ -62,12 +62,12 @@ class KDA(nnx.Module):
         return dt + jnp.log(-jnp.expm1(-dt))
 
     def __call__(
-        self, x: Hidden, valid: Valid, state: KDAState | None = None, tokens: tuple[str, ...] = ()
+        self, x: Hidden, valid: Valid, state: KDAState | None = None, token_axes: tuple[str, ...] = ()
     ) -> tuple[Float32[jax.Array, "b t d"], KDAState | None]:
         """x [b, t, d] -> what the heads held here add to the stream, and the state after the `valid` tokens (which come
-        first in each row). `tokens`: the mesh axes over which the rows' tokens are split."""
+        first in each row). `token_axes`: the mesh axes over which the rows' tokens are split."""
         raw = jnp.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
-        mixed, tail = self.convolve(raw, valid, state, tokens)
+        mixed, tail = self.convolve(raw, valid, state, token_axes)
         q, k, v = (rearrange(part, "b t (h k) -> b t h k", k=self.head_dim) for part in jnp.split(mixed, 3, axis=-1))
         g, beta = self.gates(x, valid)
         scale = self.head_dim**-0.5
@@ -77,29 +77,29 @@ class KDA(nnx.Module):
         else:
             run = functools.partial(kda, q, k, v, g, beta, normalize_qk=True, scale=scale)
             before, last = None if state is None else state.S, None
-            if tokens:
+            if token_axes:
                 _, update, transition = run(return_transition=True)
-                before, last = passed_on(
-                    jnp.zeros_like(update) if before is None else before, transition, update, tokens
+                before, last = scan_shards(
+                    jnp.zeros_like(update) if before is None else before, transition, update, token_axes
                 )
             o, S = run(initial_state=before)
             S = S if last is None else last
         return self.gated_output(o, x), None if state is None else KDAState(tail, S)
 
     def convolve(
-        self, raw: jax.Array, valid: Valid, state: KDAState | None, tokens: tuple[str, ...] = ()
+        self, raw: jax.Array, valid: Valid, state: KDAState | None, token_axes: tuple[str, ...] = ()
     ) -> tuple[jax.Array, jax.Array]:
         """SiLU(conv(raw)), and the raw values that the next call's first tokens will reach back to."""
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         w = jnp.concatenate([conv.weight[...] for conv in convs]).astype(jnp.float32)
         t, reach = raw.shape[1], w.shape[-1] - 1
         before = jnp.zeros((raw.shape[0], reach, raw.shape[2]), raw.dtype) if state is None else state.tail
-        before = from_left(raw[:, -reach:].astype(before.dtype), before, tokens)
+        before = shift_right(raw[:, -reach:].astype(before.dtype), before, token_axes)
         padded = jnp.concatenate([before.astype(raw.dtype), raw], axis=1)
         y = sum(padded[:, j : j + t].astype(jnp.float32) * w[:, 0, j] for j in range(reach + 1))
         counts = jnp.sum(valid, axis=1, dtype=jnp.int32)
         tail = jnp.take_along_axis(padded, (counts[:, None] + jnp.arange(reach))[:, :, None], axis=1)
-        return jax.nn.silu(y).astype(raw.dtype), of_last(tail.astype(before.dtype), counts, t, tokens)
+        return jax.nn.silu(y).astype(raw.dtype), select_last(tail.astype(before.dtype), counts, t, token_axes)
 
     def gates(self, x: Hidden, valid: Valid) -> tuple[Float32[jax.Array, "b t h k"], Float32[jax.Array, "b t h"]]:
         """Log-decay g <= 0 per key channel and step size beta in (0, 1) per head; padding neither decays nor writes."""

@@ -22,7 +22,7 @@ from kimi_jax.model.splice import Media, media_index, tokens_per_item
 from kimi_jax.model.vision import Projector, VisionTower
 from kimi_jax.model.vision_layout import Layout, layout
 from kimi_jax.state import State
-from sharding import EVERYWHERE, Residual, mesh_of, over_mesh, part_of, using
+from sharding import REPLICATED, StreamLayout, array_mesh, shard_index, shard_over_mesh, use_mesh
 
 
 class Kimi(nnx.Module):
@@ -44,7 +44,7 @@ class Kimi(nnx.Module):
     @property
     def mesh(self) -> AbstractMesh | None:
         """The mesh that the weights lie on; None on a single device."""
-        return mesh_of(self.model.embed_tokens.weight.get_value())
+        return array_mesh(self.model.embed_tokens.weight.get_value())
 
     def __call__(self, tokens: Tokens, media: Media | None = None) -> Logits:
         """Logits at every position: tokens int32 [b, t], right-padded, -> float32 [b, t, vocab_size].
@@ -74,14 +74,14 @@ class Kimi(nnx.Module):
         return _encode(self, jnp.asarray(patches, self.dtype), jax.tree.map(jnp.asarray, where), self.mesh)
 
     def embed(
-        self, tokens: Tokens, index: Int32[jax.Array, "b t"] | None, media: MediaTokens | None, residual: Residual
+        self, tokens: Tokens, index: Int32[jax.Array, "b t"] | None, media: MediaTokens | None, layout: StreamLayout
     ) -> Stream:
         """Word embeddings, and `media[index]` where `index` is not -1, as the residual stream lies."""
         x = self.model.embed_tokens(tokens)
         if index is not None and media is not None:
-            here = jnp.where(part_of("vocab") == 0, media[jnp.maximum(index, 0)].astype(x.dtype), 0)
+            here = jnp.where(shard_index("vocab") == 0, media[jnp.maximum(index, 0)].astype(x.dtype), 0)
             x = jnp.where((index >= 0)[:, :, None], here, x)
-        return residual.summed(x, "vocab", x.dtype)
+        return layout.reduce_rows(x, "vocab", x.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden vectors [..., d] -> float32 [..., words], of the words held here."""
@@ -91,21 +91,23 @@ class Kimi(nnx.Module):
         self, tokens: Tokens, index: Int32[jax.Array, "b t"] | None = None, media: MediaTokens | None = None
     ) -> Logits:
         """Logits of whole prompts at every position, with nothing carried; over the mesh in use."""
-        residual = self.residual(*tokens.shape)
+        layout = self.stream_layout(*tokens.shape)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
         def part(model: Kimi, tokens: Any, positions: Any, index: Any, media: Any) -> jax.Array:
-            x, _ = model.model(model.embed(tokens, index, media, residual), positions, residual=residual)
-            return model.logits(residual.mine(x))
+            x, _ = model.model(model.embed(tokens, index, media, layout), positions, layout=layout)
+            return model.logits(layout.gather_tokens(x))
 
-        rows = residual.rows()
-        in_specs = (rows, rows, rows, EVERYWHERE)
-        return self.on_mesh(part, (tokens, positions, index, media), in_specs, residual.rows(None, "vocab"))
+        rows = layout.row_spec()
+        in_specs = (rows, rows, rows, REPLICATED)
+        return self.on_mesh(part, (tokens, positions, index, media), in_specs, layout.row_spec(None, "vocab"))
 
-    def residual(self, rows: int, tokens: int) -> Residual:
+    def stream_layout(self, rows: int, tokens: int) -> StreamLayout:
         """How the residual stream of such a call lies on the mesh in use."""
         text = self.config.text
-        return Residual.of(rows, tokens, text.hidden_size, text.num_experts_per_tok if text.n_routed_experts else 0)
+        return StreamLayout.choose(
+            rows, tokens, text.hidden_size, text.num_experts_per_tok if text.n_routed_experts else 0
+        )
 
     def on_mesh(self, compute: Callable[..., Any], arguments: tuple[Any, ...], in_specs: Any, out_specs: Any) -> Any:
         """compute(model, *arguments) on every device of the mesh in use, with its part of the weights."""
@@ -114,7 +116,7 @@ class Kimi(nnx.Module):
         def part(params: Any, *arguments: Any) -> Any:
             return compute(nnx.merge(graph, params), *arguments)
 
-        return over_mesh(part, (weight_specs(params), *in_specs), out_specs)(params, *arguments)
+        return shard_over_mesh(part, (weight_specs(params), *in_specs), out_specs)(params, *arguments)
 
     def extend(
         self,
@@ -129,25 +131,25 @@ class Kimi(nnx.Module):
         Returns the logits after each row's last token, float32 [b, vocab_size] (meaningless where `counts` is 0), and
         the state. A row must have room: `state.lengths + counts <= state.capacity`.
         """
-        residual = self.residual(*tokens.shape)
+        layout = self.stream_layout(*tokens.shape)
 
         def part(model: Kimi, state: State, tokens: Any, counts: Any, index: Any, media: Any) -> tuple[Any, State]:
             offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             positions = jnp.where(offsets < counts[:, None], state.lengths[:, None] + offsets, -1)
-            x, after = model.model(model.embed(tokens, index, media, residual), positions, state, residual)
+            x, after = model.model(model.embed(tokens, index, media, layout), positions, state, layout)
             assert after is not None
-            return model.logits(residual.at(x, jnp.maximum(counts - 1, 0))), after
+            return model.logits(layout.take_token(x, jnp.maximum(counts - 1, 0))), after
 
-        rows, lies = residual.rows(), states.specs(state)
-        in_specs = (lies, rows, rows, rows, EVERYWHERE)
-        return self.on_mesh(part, (state, tokens, counts, index, media), in_specs, (residual.rows("vocab"), lies))
+        rows, lies = layout.row_spec(), states.specs(state)
+        in_specs = (lies, rows, rows, rows, REPLICATED)
+        return self.on_mesh(part, (state, tokens, counts, index, media), in_specs, (layout.row_spec("vocab"), lies))
 
 
 @nnx.jit(static_argnums=4)
 def _logits(
     model: Kimi, tokens: jax.Array, index: jax.Array | None, media: jax.Array | None, mesh: AbstractMesh | None
 ) -> jax.Array:
-    with using(mesh):
+    with use_mesh(mesh):
         return model.forward(tokens, index, media)
 
 
@@ -160,8 +162,8 @@ def _encode(model: Kimi, patches: jax.Array, where: Layout, mesh: AbstractMesh |
         tower, projector = nnx.merge(graph, weights)
         return projector(tower(*media))
 
-    with using(mesh):
-        return over_mesh(encode, (EVERYWHERE, EVERYWHERE), EVERYWHERE)(weights, (patches, where))
+    with use_mesh(mesh):
+        return shard_over_mesh(encode, (REPLICATED, REPLICATED), REPLICATED)(weights, (patches, where))
 
 
 def abstract(config: KimiConfig, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None) -> Kimi:
@@ -171,7 +173,7 @@ def abstract(config: KimiConfig, dtype: jax.typing.DTypeLike | None = None, mesh
     if mesh is None:
         return model
     graph, params = nnx.split(model)
-    with using(mesh.abstract_mesh):
+    with use_mesh(mesh.abstract_mesh):
         lies = weight_specs(params)
     laid = jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), params, lies

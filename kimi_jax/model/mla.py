@@ -28,7 +28,16 @@ from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, Linear
 from kimi_jax.state import PAGE, MLACache
 from pallas_kernels import merge_partials, mla_decode, mla_output, mla_prefill, mla_query, mla_write
-from sharding import from_all, gathered, held, longest, merged, own_positions, page_numbers, parts
+from sharding import (
+    gather_columns,
+    gather_pages,
+    local_lengths,
+    local_positions,
+    longest_length,
+    merge_shards,
+    num_shards,
+    ring_page_numbers,
+)
 
 # Pages of history that a prefill expands into keys and values at a time.
 HISTORY_PAGES = 16
@@ -70,17 +79,17 @@ class MLA(nnx.Module):
             out, cache = self.absorbed(x[:, 0], positions[:, 0], cache, page_table)
             return out[:, None], cache
         q, latents = self.project(x, positions)
-        cache = MLACache(mla_write(cache.pages, latents, page_table, own_positions(positions, PAGE)))
+        cache = MLACache(mla_write(cache.pages, latents, page_table, local_positions(positions, PAGE)))
         return self.output(self.with_history(q, latents, positions, cache, page_table)), cache
 
     def low_ranks(self, x: Float[jax.Array, "... d"]) -> tuple[jax.Array, jax.Array]:
         """What queries are made of, before its norm where it has one, and [latent | k_pe] before theirs."""
         config = self.config
         if config.q_lora_rank is None:
-            (kv,) = gathered([self.kv_a_proj_with_mqa(x)], [config.latent_dim], "latent")
+            (kv,) = gather_columns([self.kv_a_proj_with_mqa(x)], [config.latent_dim], "latent")
             return x, kv
         low = [self.q_a_proj(x), self.kv_a_proj_with_mqa(x)]
-        q_a, kv = gathered(low, [config.q_lora_rank, config.latent_dim], "latent")
+        q_a, kv = gather_columns(low, [config.q_lora_rank, config.latent_dim], "latent")
         return q_a, kv
 
     def project(self, x: Hidden, positions: Positions) -> tuple[Queries, Latents]:
@@ -125,21 +134,21 @@ class MLA(nnx.Module):
         self, q: Queries, latents: Latents, positions: Positions, cache: MLACache, page_table: PageTable
     ) -> Values:
         """Attention over these tokens and over the cached ones before them, a few pages at a time."""
-        start, devices = positions[:, 0], parts("row_pages")
+        start, devices = positions[:, 0], num_shards("row_pages")
         span = min(-(-HISTORY_PAGES // devices), page_table.shape[1])  # of each device's pages
 
         def piece(i: jax.Array, merged: tuple[Values, LogSumExp]) -> tuple[Values, LogSumExp]:
             # the last piece may begin early, so as to stay inside the table; what an earlier one covered is masked
             first = jnp.minimum(i * span, page_table.shape[1] - span)
             pages = cache.pages[jax.lax.dynamic_slice_in_dim(page_table, first, span, axis=1)]
-            history = from_all(rearrange(pages, "b n c page -> b (n page) c").astype(q.dtype))
-            number = page_numbers(first, span).reshape(-1, 1)
+            history = gather_pages(rearrange(pages, "b n c page -> b (n page) c").astype(q.dtype))
+            number = ring_page_numbers(first, span).reshape(-1, 1)
             at = (number * PAGE + jnp.arange(PAGE)).reshape(-1)
             seen = (at >= i * span * devices * PAGE) & (at < start[:, None])
             part = self.expanded(q, history, positions, jnp.where(seen, at, -1))
             return merge_partials(merged, part)
 
-        pieces = -(-longest(start) // (span * devices * PAGE))
+        pieces = -(-longest_length(start) // (span * devices * PAGE))
         own = self.expanded(q, latents, positions, positions)
         return jax.lax.fori_loop(0, pieces, piece, own)[0]
 
@@ -163,9 +172,11 @@ class MLA(nnx.Module):
             heads=kv_b.shape[0] // (config.qk_nope_head_dim + config.v_head_dim),
             eps=config.mla_inner_norm_eps,
         )
-        own = own_positions(positions[:, None], PAGE)
+        own = local_positions(positions[:, None], PAGE)
         cache = MLACache(mla_write(cache.pages, latents[:, None], page_table, own))
-        q_latent, q_rope = jnp.split(from_all(jnp.concatenate([q_latent, q_rope], -1)), [config.kv_lora_rank], axis=-1)
-        scale, lengths = rope.softmax_scale(config), held(positions + 1, PAGE)
+        q_latent, q_rope = jnp.split(
+            gather_pages(jnp.concatenate([q_latent, q_rope], -1)), [config.kv_lora_rank], axis=-1
+        )
+        scale, lengths = rope.softmax_scale(config), local_lengths(positions + 1, PAGE)
         o, lse = mla_decode(q_latent, q_rope, cache.pages, page_table, lengths, scale=scale, return_lse=True)
-        return mla_output(merged(o, lse), kv_b, self.o_proj.weight[...]), cache
+        return mla_output(merge_shards(o, lse), kv_b, self.o_proj.weight[...]), cache

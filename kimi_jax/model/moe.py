@@ -10,7 +10,7 @@ from flax import nnx
 
 from kimi_jax.axes import Float, Float32, Hidden, Int32, Rows
 from kimi_jax.config import TextConfig
-from kimi_jax.model.param import Init, Linear, columns_as
+from kimi_jax.model.param import Init, Linear, reshard_columns
 from pallas_kernels import (
     grouped_matmul,
     grouped_swiglu,
@@ -20,7 +20,7 @@ from pallas_kernels import (
     quantize_int4,
 )
 from pallas_kernels.mixture import fits
-from sharding import ALONE, Residual, exchanged, first_expert
+from sharding import SINGLE_DEVICE, StreamLayout, dispatch_and_combine, first_local_expert
 
 # One projection of some experts: weight [e, out, in], or codes [e, in, out] and scales [e, in/32, out]
 ExpertWeight = jax.Array | tuple[jax.Array, jax.Array]
@@ -127,24 +127,24 @@ class MoE(nnx.Module):
         width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = MLP(init, config.hidden_size, width, "shared_mlp") if width else None
 
-    def __call__(self, x: Hidden, residual: Residual = ALONE) -> Hidden:
-        if residual.exchange:
-            return self.exchanged(x, residual)
-        tokens = residual.everyone(x)
+    def __call__(self, x: Hidden, layout: StreamLayout = SINGLE_DEVICE) -> Hidden:
+        if layout.dispatch:
+            return self.dispatched(x, layout)
+        tokens = layout.gather_all(x)
         y = self.routed(tokens)
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
-        return residual.back(y, x)
+        return layout.reduce_all(y, x)
 
-    def exchanged(self, x: Hidden, residual: Residual) -> Hidden:
+    def dispatched(self, x: Hidden, layout: StreamLayout) -> Hidden:
         """The same, tokens travelling to their experts. Shared experts have the tokens of their rows instead of all."""
-        mine = residual.alone(x)
+        unique = layout.scatter_unique(x)
         held, count = jax.tree.leaves(self.experts.weights())[0].shape[0], self.gate.config.n_routed_experts
-        y = residual.rejoined(exchanged(mine, *self.gate(mine), self.part, held, count), x)
+        y = layout.gather_unique(dispatch_and_combine(unique, *self.gate(unique), self.part, held, count), x)
         if self.shared_experts is None:
             return y
-        shared = columns_as(self.shared_experts, "shared_mlp", like="mlp")
-        return y + residual.summed(shared(residual.mine(x)), "mlp", x.dtype)
+        shared = reshard_columns(self.shared_experts, "shared_mlp", like="mlp")
+        return y + layout.reduce_rows(shared(layout.gather_tokens(x)), "mlp", x.dtype)
 
     def routed(self, x: Rows) -> Float32[jax.Array, "t d"]:
         """The part of each token's weighted sum over its experts that comes from those held here."""
@@ -154,7 +154,7 @@ class MoE(nnx.Module):
         self, x: Float[jax.Array, "t *d"], chosen: Int32[jax.Array, "t j"], weights: Float32[jax.Array, "t j"]
     ) -> Float32[jax.Array, "t *d"]:
         experts, count = self.experts.weights(), self.gate.config.n_routed_experts
-        first = first_expert(jax.tree.leaves(experts)[0].shape[0], count)
+        first = first_local_expert(jax.tree.leaves(experts)[0].shape[0], count)
         return weighted_sum(x, chosen, weights, experts, count, first)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sharding import over, specs_of
+from sharding import mesh_axes, tree_specs
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -47,15 +47,15 @@ def weight_specs(params: Any) -> Any:
     """The PartitionSpec of every parameter, on the mesh in use."""
 
     def of(variable: nnx.Variable) -> nnx.Variable:
-        return variable.replace(specs_of(variable.get_value(), variable.get_metadata()["axes"]))
+        return variable.replace(tree_specs(variable.get_value(), variable.get_metadata()["axes"]))
 
     return jax.tree.map(of, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def columns_as(module: Module, axis: str, like: str) -> Module:
+def reshard_columns(module: Module, axis: str, like: str) -> Module:
     """The module with logical axis `axis` of its weights split as `like` is, gathered over the mesh's other axes."""
     graph, params = nnx.split(module)
-    names = tuple(name for name in over(axis) if name not in over(like))
+    names = tuple(name for name in mesh_axes(axis) if name not in mesh_axes(like))
 
     def joined(variable: nnx.Variable) -> nnx.Variable:
         if not names:

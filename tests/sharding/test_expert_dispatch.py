@@ -15,7 +15,7 @@ from kimi_jax.config_json import from_dict
 from kimi_jax.model import moe as moe_module
 from kimi_jax.model.moe import MoE
 from kimi_jax.model.param import Init, weight_specs
-from sharding import Residual, experts, make_mesh, over_mesh, using
+from sharding import StreamLayout, expert_dispatch, make_mesh, shard_over_mesh, use_mesh
 
 HIDDEN, WIDTH, EXPERTS, CHOSEN = 64, 32, 8, 2
 TEXT = from_dict(
@@ -49,17 +49,17 @@ def on_mesh(moe, x, shape, exchange):
 
     @jax.jit
     def run(params, x):
-        with using(mesh.abstract_mesh):
-            residual = Residual.of(*x.shape[:2])
+        with use_mesh(mesh.abstract_mesh):
+            layout = StreamLayout.choose(*x.shape[:2])
             if exchange:
-                residual = dataclasses.replace(residual, whole=False, exchange=True)
+                layout = dataclasses.replace(layout, replicated=False, dispatch=True)
 
             def part(params, x):
-                return residual.mine(nnx.merge(graph, params)(residual.my_tokens(x), residual))
+                return layout.gather_tokens(nnx.merge(graph, params)(layout.slice_tokens(x), layout))
 
             # the stream of a decode step has all rows everywhere
-            lies = PartitionSpec() if residual.whole else residual.rows()
-            return over_mesh(part, (weight_specs(params), lies), residual.rows())(params, x)
+            lies = PartitionSpec() if layout.replicated else layout.row_spec()
+            return shard_over_mesh(part, (weight_specs(params), lies), layout.row_spec())(params, x)
 
     return run(*jax.device_put((params, x), NamedSharding(mesh, PartitionSpec())))
 
@@ -79,8 +79,8 @@ def on_mesh(moe, x, shape, exchange):
 )
 def test_each_token_gets_the_sum_over_its_experts(monkeypatch, shape, rows, tokens, choice, how):
     if how == "by ragged messages":
-        monkeypatch.setattr(experts, "in_rounds", experts.by_ragged)
-        monkeypatch.setattr(experts, "LANES", HIDDEN // experts.SUBLANES)
+        monkeypatch.setattr(expert_dispatch, "combine_in_rounds", expert_dispatch.combine_ragged)
+        monkeypatch.setattr(expert_dispatch, "LANES", HIDDEN // expert_dispatch.SUBLANES)
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
         if tokens > 1:  # by the way of many
             monkeypatch.setattr(moe_module, "fits", lambda *_: False)
@@ -99,7 +99,7 @@ def test_experts_and_their_width_split_together():
     expected = np.asarray(moe(x))
     for shape in ("2x4", "1x1x4x2"):
         mesh = make_mesh(shape)
-        with using(mesh.abstract_mesh):
+        with use_mesh(mesh.abstract_mesh):
             specs = weight_specs(nnx.split(moe)[1])
         down = specs["experts"]["down_proj"]
         # Then codes and scales are cut at the same inputs, between groups of 32

@@ -7,7 +7,18 @@ import pytest
 from jax.sharding import PartitionSpec
 from ragged_messages import ragged_all_to_all
 
-from sharding import from_all, held, make_mesh, merged, over_mesh, own_positions, page_numbers, pages, passed_on, using
+from sharding import (
+    gather_pages,
+    local_lengths,
+    local_positions,
+    make_mesh,
+    merge_shards,
+    page_ring,
+    ring_page_numbers,
+    scan_shards,
+    shard_over_mesh,
+    use_mesh,
+)
 
 PAGE, DEVICES = 4, 4
 PARTS, ALL = PartitionSpec("sequence"), PartitionSpec()
@@ -17,8 +28,8 @@ def on_devices(compute, in_specs, out_specs, *arguments):
     mesh = make_mesh("1x1x2x4")
 
     def run(*arguments):
-        with using(mesh.abstract_mesh):
-            return over_mesh(compute, in_specs, out_specs)(*arguments)
+        with use_mesh(mesh.abstract_mesh):
+            return shard_over_mesh(compute, in_specs, out_specs)(*arguments)
 
     with jax.set_mesh(mesh):
         return jax.tree.map(np.asarray, jax.jit(run)(*arguments))
@@ -30,9 +41,9 @@ def test_every_token_lies_on_one_device_and_first_in_its_pages():
     positions = np.where(np.arange(32) < lengths[:, None], np.arange(32), -1).astype(np.int32)
     own, count, numbers = on_devices(
         lambda lengths, positions: (
-            own_positions(positions, PAGE)[None],
-            held(lengths, PAGE)[None],
-            page_numbers(0, 2),
+            local_positions(positions, PAGE)[None],
+            local_lengths(lengths, PAGE)[None],
+            ring_page_numbers(0, 2),
         ),
         (ALL, ALL),
         (PARTS, PARTS, ALL),
@@ -50,7 +61,9 @@ def test_every_token_lies_on_one_device_and_first_in_its_pages():
             assert np.flatnonzero(own[device, row] >= 0).tolist() == here
 
 
-@pytest.mark.parametrize("gather", [from_all, lambda x: pages.by_ragged(("sequence",), x)], ids=["gather", "ragged"])
+@pytest.mark.parametrize(
+    "gather", [gather_pages, lambda x: page_ring.gather_ragged(("sequence",), x)], ids=["gather", "ragged"]
+)
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 2)])
 def test_what_all_devices_have_in_their_order(monkeypatch, gather, batch, rows):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
@@ -72,7 +85,7 @@ def test_partial_softmaxes_are_merged_as_if_over_all_tokens():
 
     # When each device has its own two heads of all
     found = on_devices(
-        lambda out, lse: merged(out[0], lse[0]),
+        lambda out, lse: merge_shards(out[0], lse[0]),
         (PARTS, PARTS),
         PartitionSpec(None, "sequence"),
         outs.astype(np.float32),
@@ -90,7 +103,7 @@ def test_states_are_passed_on_in_order(start):
     M, U = random.standard_normal((DEVICES, 2, 3, 5, 5)), random.standard_normal((DEVICES, 2, 3, 5, 4))
     state = start * random.standard_normal((2, 3, 5, 4))
     before, last = on_devices(
-        lambda state, M, U: tuple(s[None] for s in passed_on(state, M[0], U[0], ("sequence",))),
+        lambda state, M, U: tuple(s[None] for s in scan_shards(state, M[0], U[0], ("sequence",))),
         (ALL, PARTS, PARTS),
         (PARTS, PARTS),
         *(jnp.asarray(array, jnp.float32) for array in (state, M, U)),
