@@ -11,10 +11,12 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
+from rich.markup import escape
 
 import checkpoints
 from checkpoints.toy import toy_config, write_toy
 from kimi_jax import decoding, prompts
+from kimi_jax.printable import printable
 from kimi_jax.sampling import Sampling
 from kimi_jax.text import StreamDecoder, Tokenizer
 from sharding import make_mesh
@@ -83,7 +85,8 @@ def _show_and_ask(console: Console, folder: Path, picture: Path, max_new_tokens:
     assert prompt.media is not None
     (grid,) = prompt.media.grids.tolist()
     placeholders = int((prompt.tokens == model.config.media_placeholder_token_id).sum())
-    console.print(f"\nThe picture {picture.name}: grid (t, h, w) = {tuple(grid)} in patches, {placeholders} tokens.")
+    name = escape(printable(picture.name))
+    console.print(f"\nThe picture {name}: grid (t, h, w) = {tuple(grid)} in patches, {placeholders} tokens.")
     console.print(f"The prompt: {prompt.tokens.shape[1]} tokens. {QUESTION!r} Kimi answers:\n")
 
     text = StreamDecoder(tokenizer)

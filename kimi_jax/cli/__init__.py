@@ -5,6 +5,8 @@ why, `--trace` shows where); 2 wrong usage; 130 interrupted; 143 terminated.
 """
 
 import argparse
+import shutil
+import textwrap
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
@@ -63,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             command.NAME,
             help=command.SUMMARY,
-            description=command.SUMMARY,
+            description=textwrap.fill(command.SUMMARY, max(shutil.get_terminal_size().columns - 2, 40)),
             epilog=f"example:\n  {command.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

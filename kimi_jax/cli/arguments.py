@@ -67,10 +67,10 @@ def place(text: str) -> Path | str:
 
 
 def local(text: str) -> Path:
-    """Returns the path of a local folder or file; refuses URLs of other machines."""
+    """Returns the path of a folder or file on this machine; refuses URLs of others."""
     found = place(text)
     if isinstance(found, str):
-        raise _refused(text, "a path on this machine: nothing is written to URLs")
+        raise _refused(text, "a path on this machine")
     return found
 
 

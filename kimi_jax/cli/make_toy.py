@@ -59,7 +59,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.source is not None and (arguments.form or arguments.fields):
         raise ValueError("--form and --set go with --like; with --from, the weights are as they are")
     if arguments.source is not None:
-        config = json_reader.read_object(at(arguments.source) / "config.json")
+        file = at(arguments.source) / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file")
+        config = json_reader.read_object(file)
     else:
         preset = {"kimi-linear": "kimi-linear-48b"}.get(arguments.like, f"kimi-{arguments.like}")
         config = toy_config(preset, **dict(arguments.fields))

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kimi_jax.plan.analytic import PerLayer
 from kimi_jax.plan.planner import GIB, Plan, words
+from kimi_jax.printable import printable
 
 MEMORY = (
     ("experts", "experts"),
@@ -40,15 +42,15 @@ def show_all(console: Console, plans: Sequence[Plan], refused: Mapping[str, str]
         )
     console.print(table)
     for name, reason in refused.items():
-        console.print(f"{name}: {reason}", highlight=False)
+        console.print(f"{name}: {printable(reason, 1000)}", highlight=False, markup=False)
 
 
 def _show(console: Console, plan: Plan) -> None:
     job, compiled = plan.job, plan.compiled
-    what = f"{plan.model}, {job.phase} of {job.batch} x {job.context:,} tokens"
+    what = f"{printable(plan.model)}, {job.phase} of {job.batch} x {job.context:,} tokens"
     if job.phase == "prefill":
         what += f", {job.chunk:,} at a time"
-    console.print(f"[bold]{what} on {job.topology.name}[/] ({job.topology.devices} devices)")
+    console.print(f"[bold]{escape(what)} on {job.topology.name}[/] ({job.topology.devices} devices)")
     console.print(f"mesh {words(job.mesh)}: {plan.why}", highlight=False)
     for other in plan.alternatives:
         console.print(

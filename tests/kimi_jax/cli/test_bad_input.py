@@ -43,6 +43,47 @@ def test_wrong_usage_is_exit_code_2(argv, capsys):
     assert out == "" and err.startswith("usage: kimi-jax")
 
 
+GENERATE = ("generate", "folder", "--prompt", "a")
+PLAN = ("plan", "--model", "k2", "--topology", "v5e:2x4")
+MAKE_TOY = ("make-toy", "folder", "--like", "k2")
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "values"),
+    [
+        (GENERATE, "--seed", ["-1", "4294967296", "1" + "0" * 20, "9" * 5000, "1.5"]),
+        (GENERATE, "--max-new-tokens", ["0", "-1", "2147483648"]),
+        (GENERATE, "--temperature", ["-1", "nan", "inf", "warm"]),
+        (GENERATE, "--top-k", ["-1", "1e3"]),
+        (GENERATE, "--top-p", ["0", "1.1", "nan"]),
+        (GENERATE, "--min-p", ["-0.1", "1.1", "nan"]),
+        (GENERATE, "--num-processes", ["0"]),
+        (GENERATE, "--process-id", ["-1"]),
+        (GENERATE, "--coordinator", ["host", "host:0", "host:99999"]),
+        (PLAN, "--batch", ["0", "-1"]),
+        (PLAN, "--context", ["0", "-1"]),
+        (PLAN, "--chunk", ["0"]),
+        (MAKE_TOY, "--layers", ["0", "-1"]),
+        (MAKE_TOY, "--experts", ["0"]),
+        (MAKE_TOY, "--vision-layers", ["0"]),
+        (MAKE_TOY, "--seed", ["-1", "4294967296"]),
+        (MAKE_TOY, "--shard-size", ["0GB", "0.0000001KB", "9" * 400 + "GB"]),
+        (MAKE_TOY, "--set", ["a=NaN", "a=1e999", "a=" + "[" * 9999, "=1"]),
+        (("convert", "a", "b"), "--memory", ["0GB", "-1GB", "9999999999TB"]),
+        (("convert", "a", "b"), "--workers", ["0", "100000"]),
+        (("convert", "a", "b"), "--process-index", ["-1"]),
+        (("convert", "a", "b"), "--num-processes", ["0"]),
+        (("verify", "a", "b"), "--tolerance", ["-1", "nan", "inf"]),
+    ],
+)
+def test_a_value_out_of_range_is_refused_before_any_work(command, flag, values, capsys):
+    for value in values:
+        with pytest.raises(SystemExit) as exit_:
+            main([*command, f"{flag}={value}"])
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert exit_.value.code == 2 and f"argument {flag}" in err and "expected" in err and len(err) < 600
+
+
 def truncate(folder):
     file = folder / SECOND
     file.write_bytes(file.read_bytes()[:-1])

@@ -94,6 +94,14 @@ def test_generate_stops_at_a_stop_id(published, kimi, monkeypatch, capsys):
     assert out == tokenizer.decode(new[:2]) + "\n" and "3 tokens; the first" in err
 
 
+def test_an_answer_does_not_steer_a_terminal_and_reaches_a_pipe_as_it_is(published, loads, monkeypatch, capsys):
+    monkeypatch.setattr("kimi_jax.text.StreamDecoder.push", lambda self, ids: "\x1b[31m\u200d\n")
+    for is_terminal, shown in ((True, "\\x1b[31m\u200d\n\n"), (False, "\x1b[31m\u200d\n\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        assert generate(published, "--prompt", "Hello", "--max-new-tokens", 1) == 0
+        assert capsys.readouterr().out == shown
+
+
 def test_generate_looks_at_an_image_and_reads_a_chat(published, kimi, loads, picture, tmp_path, capsys):
     options = ("--dtype", "float32", "--max-new-tokens", 4)
     assert generate(published, "--prompt", "Describe.", "--image", picture, *options) == 0
