@@ -18,6 +18,7 @@ from flax import nnx
 
 from checkpoints.numerics import BLOCK, CODES_PER_WORD, F32, FP8
 from checkpoints.safetensors import CheckpointError, Published, Tensor
+from checkpoints.sizes import check_sizes
 from kimi_jax.config import KimiConfig, QuantizationConfig
 from kimi_jax.model.kimi import Kimi, abstract
 
@@ -26,6 +27,7 @@ SCALE_INV = "weight_scale_inv"
 _STORED_ENDINGS = {"codes": PACKED, "scales": SCALE}
 _TEXT = ("model.", "lm_head.")
 _PREFIX = "language_model."
+_MTP = "eh_proj.weight"  # joins the last hidden state and the next token's embedding
 _FLOATS = ("bfloat16", "float32", "float16")
 
 # Kimi Linear, path of the tree -> published name.
@@ -136,14 +138,16 @@ def contents(config: KimiConfig, published: Published) -> Contents:
 
     `rotary_emb.inv_freq` is ignored; tensors of the MTP layers that `num_nextn_predict_layers` announces are left out
     with a warning. Raises `CheckpointError` naming tensors that are missing, unknown, or not of the shape or dtype
-    that the configuration asks for, and a `weight_shape` that contradicts its weight.
+    that the configuration asks for, a `weight_shape` that contradicts its weight, and more layers or experts in the
+    configuration than in the tensors.
     """
     tensors = {name: t for name, t in published.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    skipped = _mtp(config, tensors)
+    skipped = _mtp(config, tensors, published)
     for name in skipped:
         del tensors[name]
     if skipped:
         warnings.warn(f"{published.folder}: {len(skipped)} tensors of MTP layers are left out", stacklevel=2)
+    check_sizes(config, {name: tensor.shape for name, tensor in tensors.items()}, str(published.folder))
     model = abstract_of_form(config, tensors)
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensors) else ""
     leaves = [_with_prefix(leaf, prefix) for leaf in stored(model)]
@@ -186,11 +190,23 @@ def _with_prefix(leaf: Leaf, prefix: str) -> Leaf:
     return dataclasses.replace(leaf, pattern=prefix + leaf.pattern) if leaf.pattern.startswith(_TEXT) else leaf
 
 
-def _mtp(config: KimiConfig, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _mtp(config: KimiConfig, tensors: Mapping[str, Tensor], published: Published) -> tuple[str, ...]:
+    """Returns the tensors of the announced layers for predicting further tokens, which come after the model's own.
+    Raises `CheckpointError` where one of these layers has no `eh_proj`: then it is one of the model's own."""
     first = config.text.num_hidden_layers
     layers = range(first, first + config.text.num_nextn_predict_layers)
-    layer = re.compile(rf"(?:{re.escape(_PREFIX)})?model\.layers\.(\d+)\.")
-    return tuple(name for name in tensors if (found := layer.match(name)) and int(found[1]) in layers)
+    if not layers:
+        return ()
+    layer = re.compile(rf"(?:{re.escape(_PREFIX)})?model\.layers\.(\d+)\.(.*)")
+    found = [(name, int(match[1]), match[2]) for name in tensors if (match := layer.match(name))]
+    skipped = {name: number for name, number, _ in found if number in layers}
+    joined = {number for _, number, rest in found if rest == _MTP}
+    for number in sorted(set(skipped.values()) - joined):
+        raise CheckpointError(
+            f"{published.folder}: layer {number} has no {_MTP}, so it is no MTP layer; "
+            f"config.json has num_hidden_layers {first}"
+        )
+    return tuple(skipped)
 
 
 def _check_names(published: Published, leaves: list[Leaf], tensors: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from checkpoints.metadata import MANIFEST
 from checkpoints.names import Contents, Leaf, abstract_of_form, as_stored, contents, stored, with_fp8
 from checkpoints.reading import Place, Remote, at, read_into
 from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.sizes import check_sizes
 from checkpoints.writing import aligned
 from kimi_jax import config_json
 
@@ -121,7 +122,9 @@ def open_checkpoint(path: str | Path | Remote) -> PublishedSource | ConvertedSou
         return PublishedSource(contents(config_json.from_folder(folder), published), published)
     manifest = json.loads((folder / MANIFEST).read_text())
     entries = manifest["leaves"]
-    model = abstract_of_form(config_json.from_folder(folder), entries)
+    config = config_json.from_folder(folder)
+    check_sizes(config, {name: entry["shape"] for name, entry in entries.items()}, str(folder))
+    model = abstract_of_form(config, entries)
     leaves_of_form = with_fp8(stored(model), lambda leaf: f"{leaf.path}_scale_inv" in entries)
     expected = {leaf.path: leaf for leaf in leaves_of_form}
     if wrong := sorted(expected.keys() ^ entries.keys()):

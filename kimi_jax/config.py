@@ -12,7 +12,8 @@ LayerKind = Literal["mla", "kda"]
 
 @dataclasses.dataclass(frozen=True)
 class YarnConfig:
-    """`rope_scaling` of type "yarn" (arXiv 2309.00071), static: applied whatever the sequence's length."""
+    """YaRN (arXiv 2309.00071), static: applied whatever the sequence's length. `attention_factor` is what cos and sin
+    are multiplied by; None leaves that to `mscale` and `mscale_all_dim`. `truncate` rounds the ramp to whole pairs."""
 
     factor: float
     original_max_position_embeddings: int
@@ -20,6 +21,8 @@ class YarnConfig:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,9 +26,11 @@ def inv_freq(config: TextConfig) -> np.ndarray:
     def corr(turns: float) -> float:
         return d * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(corr(yarn.beta_fast)), 0)
-    high = min(math.ceil(corr(yarn.beta_slow)), d - 1)
-    ramp = np.clip((np.arange(d // 2) - low) / max(high - low, 0.001), 0, 1)
+    low, high = corr(yarn.beta_fast), corr(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    ramp = np.clip((np.arange(d // 2) - low) / (high - low or 0.001), 0, 1)
     return (base / yarn.factor * ramp + base * (1 - ramp)).astype(np.float32)
 
 
@@ -44,8 +46,12 @@ def softmax_scale(config: TextConfig) -> float:
 
 
 def amplitude(yarn: YarnConfig | None) -> float:
-    """What cos and sin are multiplied by: 1 for every published Kimi, where `mscale` equals `mscale_all_dim`."""
-    return 1.0 if yarn is None else _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+    """Returns the factor of cos and sin: 1 for every published Kimi, where `mscale` equals `mscale_all_dim`."""
+    if yarn is None:
+        return 1.0
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
 
 
 def rotate(x: Float[jax.Array, "... r"], angles: Float32[jax.Array, "... half"], scale: float = 1.0) -> jax.Array:

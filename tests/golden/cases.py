@@ -46,6 +46,15 @@ CASES = {
     ),
 }
 
+# YaRN as transformers 5 spells it, for the checkpoint of "k2": its own, and with keys that no release has.
+_YARN = toy_config("k2")["rope_scaling"] | {"rope_type": "yarn", "rope_theta": toy_config("k2")["rope_theta"]}
+ROPE_PARAMETERS = {
+    "released": _YARN,
+    "attention_factor": _YARN | {"attention_factor": 1.5},
+    "not truncated": _YARN | {"truncate": False, "beta_fast": 32.0},
+    "default": {"rope_type": "default", "rope_theta": _YARN["rope_theta"]},
+}
+
 # Patches of the position table in "k2.5": 8 x 8. Its own size, larger, smaller, and one of each.
 IMAGE_GRIDS = np.array([[1, 8, 8], [1, 12, 10], [1, 4, 6], [1, 6, 12]], np.int32)
 VIDEO_GRIDS = np.array([[3, 8, 6], [4, 6, 10]], np.int32)

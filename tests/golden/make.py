@@ -115,12 +115,13 @@ def native_config(name: str) -> dict[str, Any]:
     return c
 
 
-def load(name: str, dtype: torch.dtype) -> torch.nn.Module:
+def load(name: str, dtype: torch.dtype, **fields: Any) -> torch.nn.Module:
+    """The case's model in transformers, `fields` replaced at the top of its config.json."""
     kinds = {"k2.5": "Kimi_K25ForConditionalGeneration", "kimi-linear": "KimiLinearForCausalLM"}
     model_class = getattr(transformers, kinds.get(name, "DeepseekV3ForCausalLM"))
     with tempfile.TemporaryDirectory() as folder, precision(dtype):
         save_file(dequantized(name), f"{folder}/model.safetensors", metadata={"format": "pt"})
-        (Path(folder) / "config.json").write_text(json.dumps(native_config(name)))
+        (Path(folder) / "config.json").write_text(json.dumps(native_config(name) | fields))
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **EAGER)
     assert not any(info.values()), info
     return model.to(dtype).eval()

@@ -2,11 +2,11 @@
 
 import copy
 import json
+from importlib import resources
 
 import pytest
 
 from checkpoints.toy import toy_config
-from kimi_jax import config_json
 from kimi_jax.config_json import ConfigError, from_dict, from_folder, preset
 
 
@@ -96,7 +96,7 @@ WEIGHTS = "text_config.quantization_config.config_groups.group_0.weights"
         ("k2", "n_group", 3, "n_routed_experts 16 is not a multiple of n_group 3"),
         ("k2", "num_experts_per_tok", 17, "num_experts_per_tok 17"),
         ("k2", "topk_group", 2, "topk_group 2"),
-        ("k2.5", "text_config.model_type", "qwen", "text_config.model_type 'qwen'"),
+        ("k2.5", "text_config.model_type", "qwen", "text_config: model_type 'qwen'"),
         ("k2.5", "text_config.moe_intermediate_size", 40, "moe_intermediate_size 40"),
         ("k2.5", WEIGHTS + ".group_size", 64, "group_size is 64"),
         ("k2.5", WEIGHTS + ".num_bits", 8, "num_bits 8"),
@@ -126,7 +126,7 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(ConfigError, match=f"{tmp_path}/config.json: not JSON"):
         from_folder(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match="expected a JSON object, found list"):
+    with pytest.raises(ConfigError, match="expected a JSON object, found a list"):
         from_folder(tmp_path)
 
 
@@ -136,5 +136,5 @@ def test_an_unknown_preset_lists_the_known():
 
 
 def test_a_preset_says_what_is_not_settled():
-    text = (config_json.resources.files("kimi_jax") / "presets" / "kimi-k2-thinking" / "config.json").read_text()
+    text = (resources.files("kimi_jax") / "presets" / "kimi-k2-thinking" / "config.json").read_text()
     assert "Not settled: rope_scaling.beta_fast" in json.loads(text)["_comment"]

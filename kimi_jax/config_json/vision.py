@@ -1,0 +1,58 @@
+"""Reads `vision_config`: MoonViT-3D and its projector."""
+
+from kimi_jax.config import TextConfig, VisionConfig
+from kimi_jax.config_json.fields import Fields
+from kimi_jax.config_json.keys import (
+    MAX_GRID,
+    MAX_HEADS,
+    MAX_KERNEL,
+    MAX_LAYERS,
+    MAX_WIDTH,
+    ONLY_VISION,
+)
+
+
+def vision(fields: Fields, text: TextConfig) -> VisionConfig:
+    """Returns the vision tower of a model whose language model is `text`. Raises `ConfigError` for a missing or
+    impossible field, and for one that asks for another tower."""
+    for name, values in ONLY_VISION.items():
+        fields.only(name, *values)
+    _only_own_rotation(fields)
+    merge = fields.integers("merge_kernel_size", least=1, most=MAX_KERNEL, longest=2)
+    fields.check(len(merge) == 2, f"merge_kernel_size is {list(merge)}, expected two positive numbers")
+    hidden = fields.integer("vt_hidden_size", least=1, most=MAX_WIDTH)
+    config = VisionConfig(
+        patch_size=fields.integer("patch_size", least=1, most=MAX_KERNEL),
+        vt_hidden_size=hidden,
+        vt_num_hidden_layers=fields.integer("vt_num_hidden_layers", least=1, most=MAX_LAYERS),
+        vt_num_attention_heads=fields.integer("vt_num_attention_heads", least=1, most=MAX_HEADS),
+        vt_intermediate_size=fields.integer("vt_intermediate_size", least=1, most=MAX_WIDTH),
+        init_pos_emb_height=fields.integer("init_pos_emb_height", least=1, most=MAX_GRID),
+        init_pos_emb_width=fields.integer("init_pos_emb_width", least=1, most=MAX_GRID),
+        init_pos_emb_time=fields.integer("init_pos_emb_time", least=1, most=MAX_GRID),
+        merge_kernel_size=(merge[0], merge[1]),
+        mm_hidden_size=fields.integer("mm_hidden_size", hidden, most=MAX_WIDTH),
+        text_hidden_size=fields.integer("text_hidden_size", text.hidden_size, most=MAX_WIDTH),
+        projector_ln_eps=fields.number("projector_ln_eps", 1e-5, most=1.0),
+    )
+    heads = config.vt_num_attention_heads
+    fields.check(
+        hidden % (4 * heads) == 0,
+        f"vt_hidden_size {hidden} does not give vt_num_attention_heads {heads} heads of a width that divides by 4",
+    )
+    fields.check(
+        config.mm_hidden_size == hidden, f"mm_hidden_size {config.mm_hidden_size} differs from vt_hidden_size {hidden}"
+    )
+    fields.check(
+        config.text_hidden_size == text.hidden_size,
+        f"text_hidden_size {config.text_hidden_size} differs from text_config.hidden_size {text.hidden_size}",
+    )
+    return config
+
+
+def _only_own_rotation(fields: Fields) -> None:
+    """Refuses anything but the tower's rotation along both axes with base 10000, as transformers 5 spells it."""
+    if (inner := fields.object("rope_parameters")) is not None:
+        inner.only("rope_type", "axial", "default")
+        inner.only("rope_theta", 10000.0)
+        inner.nothing_else()
