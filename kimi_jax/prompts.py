@@ -11,6 +11,7 @@ import numpy as np
 from kimi_jax import media as media_files
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.splice import Media
+from kimi_jax.printable import printable
 from kimi_jax.text import Tokenizer, chat
 from kimi_jax.text.template_choice import follows_k25
 from kimi_jax.text.template_files import has_template
@@ -35,7 +36,7 @@ def template_for(folder: str | Path, config: KimiConfig) -> str:
     if config.model_type == "kimi_k25":
         if follows_k25(folder):
             return "k2.5"
-        warnings.warn(f"{folder}: its own chat template is used, which differs from K2.5's", stacklevel=2)
+        warnings.warn(f"{printable(folder)}: its own chat template is used, which differs from K2.5's", stacklevel=2)
     return str(folder)
 
 
