@@ -1,6 +1,7 @@
 """A conversation made ready for a model: token ids with every media placeholder expanded, and the media themselves."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import numpy as np
 from kimi_jax import media as media_files
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.splice import Media
+from kimi_jax.printable import printable
 from kimi_jax.text import Tokenizer, chat
-from kimi_jax.text.folder_template import has_template
+from kimi_jax.text.template_choice import follows_k25
+from kimi_jax.text.template_files import has_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +26,18 @@ class Prompt:
 
 
 def template_for(folder: str | Path, config: KimiConfig) -> str:
-    """The chat template of the checkpoint in `folder`: K2.5's is built in; a text model's own, where it has one."""
+    """Returns the name of the chat template for the checkpoint in `folder`: "k2.5", "k2", or `folder` for its own.
+
+    A text model's own is used where it has one, K2.5's where it writes other prompts than the one built in, with a
+    warning. Raises ValueError, naming the file, where a template cannot be read.
+    """
+    if not has_template(folder):
+        return "k2.5" if config.model_type == "kimi_k25" else "k2"
     if config.model_type == "kimi_k25":
-        return "k2.5"
-    return str(folder) if has_template(folder) else "k2"
+        if follows_k25(folder):
+            return "k2.5"
+        warnings.warn(f"{printable(folder)}: its own chat template is used, which differs from K2.5's", stacklevel=2)
+    return str(folder)
 
 
 def prepare(

@@ -7,16 +7,18 @@ so nobody forges a turn. On text that spells no special token the ids are those 
 rendered prompt.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kimi_jax.media import VideoChunk
+from kimi_jax.printable import printable
 from kimi_jax.text import templates
 from kimi_jax.text.folder_template import FolderTemplate
-from kimi_jax.text.messages import MediaPart, Messages, check_messages, media_parts
+from kimi_jax.text.messages import MediaPart, Messages, media_parts, read_messages, unread_keys
 from kimi_jax.text.templates import VIDEO_PLACEHOLDER, Segment
 from kimi_jax.text.tokenizer import Tokenizer
-from kimi_jax.text.tools import Tools, check_tools, declare_tools
+from kimi_jax.text.tools import Tools, declare_tools, read_tools
 
 __all__ = ["MediaPart", "declare_tools", "encode", "media_parts", "render"]
 
@@ -24,14 +26,17 @@ __all__ = ["MediaPart", "declare_tools", "encode", "media_parts", "render"]
 def _segments(
     messages: Messages, tools: Tools, model: str | Path, tok: Tokenizer | None, **options: bool
 ) -> list[Segment]:
-    """The checked conversation in `model`'s template; without a tokenizer a folder's prompt is one piece."""
-    check_messages(messages)
-    check_tools(tools)
-    if model == "k2.5":
-        return templates.k25(messages, tools, **options)
-    if model == "k2":
+    """Returns the conversation in `model`'s template; without a tokenizer a folder's prompt is one piece."""
+    messages, tools = read_messages(messages), read_tools(tools)
+    folder = None if model in ("k2.5", "k2") else FolderTemplate(model, with_tools=bool(tools))
+    unread = [key for key in unread_keys(messages) if folder is None or key.split(".")[-1] not in folder.source]
+    if unread:
+        text = f"{printable(', '.join(unread))} in messages: not read by the chat template of {printable(model)}"
+        warnings.warn(text, stacklevel=3)
+    if folder is None:
+        if model == "k2.5":
+            return templates.k25(messages, tools, **options)
         return templates.k2(messages, tools, add_generation_prompt=options["add_generation_prompt"])
-    folder = FolderTemplate(model)
     if tok is None:
         return [Segment(folder.render(messages, tools, **options))]
     return folder.segments(messages, tools, tok.special_tokens, **options)
@@ -50,7 +55,8 @@ def render(
 
     thinking: the answer begins inside `<think>` (K2.5) or after an empty pair. preserve_thinking: keep the reasoning of
     all earlier answers (K2.6). An image is `<|media_begin|>image<|media_content|><|media_pad|><|media_end|>` and a
-    newline, a video `<|kimi_k25_video_placeholder|>`. Raises ValueError naming the message and field that is wrong.
+    newline, a video `<|kimi_k25_video_placeholder|>`. Raises ValueError naming the message and field that is wrong;
+    fields that the template does not read are named in one warning.
     """
     options = {"thinking": thinking, "preserve_thinking": preserve_thinking}
     segments = _segments(messages, tools, model, None, add_generation_prompt=add_generation_prompt, **options)
@@ -99,7 +105,9 @@ def encode(
             text += segment.text
             continue
         if segment.text not in tok.special_tokens:
-            raise ValueError(f"the tokenizer has no special token {segment.text}, which the template of {model} writes")
+            raise ValueError(
+                f"the tokenizer has no special token {segment.text}, which the template of {printable(model)} writes"
+            )
         ids += tok.encode(text, allow_special=False)
         ids.append(tok.special_tokens[segment.text])
         text = ""

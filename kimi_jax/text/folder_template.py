@@ -1,105 +1,79 @@
-"""Chat templates that lie in a checkpoint's folder: rendered in jinja2's sandbox, and taken apart into safe segments.
+"""Chat templates that lie in a checkpoint's folder: rendered in a bounded process, and taken apart into safe segments.
 
 A rendered template is one string in which people's text and the template's own markers look alike. To tell them
 apart the template is rendered twice, the second time with every character of people's text that occurs in any special
-token shifted into a private-use block. Special tokens found in the second rendering are the template's own; the rest
-is shifted back. Covered are all strings in messages and tools, keys included, but for roles and the fixed words of
-the two schemas (`_SCHEMA_WORDS`). A template whose output depends on the shifted characters (it searches or changes
-people's text, or escapes it as ASCII) gives another text the second time; that is refused, so what is encoded is
-always what `render` shows.
+token exchanged for a private-use character that occurs nowhere else. Special tokens found in the second rendering are
+the template's own; then the rest is exchanged back. Covered are all strings in messages and tools, keys included, but
+for roles, the schemas' keys (`_SCHEMA_KEYS`) and what stands under `type` (`_SCHEMA_TYPES`). A template whose output
+depends on the exchanged characters (it searches or changes people's text, or escapes it as ASCII) gives another text
+the second time; that is refused, so what is encoded is always what `render` shows.
 """
 
-import json
+import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from kimi_jax.printable import printable
+from kimi_jax.text import template_process
 from kimi_jax.text.messages import Message
+from kimi_jax.text.template_files import TemplateFiles
 from kimi_jax.text.templates import VIDEO_PLACEHOLDER, Segment
-from kimi_jax.text.tokenizer import read_config, token_content
 from kimi_jax.text.tools import declare_tools, deep_sorted
 
-_PRIVATE_USE = range(0xF0000, 0x10F000, 0x1000)
-_SCHEMA_WORDS = frozenset(
+_PRIVATE_USE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE), range(0xE000, 0xF900))
+_SCHEMA_KEYS = frozenset(
     {"content", "type", "text", "name", "function", "arguments", "id", "index", "tool_calls", "tool_call_id"}
-    | {"reasoning_content", "image", "image_url", "video", "video_url", "url", "path", "detail", "role"}
-    | {"description", "parameters", "strict", "properties", "required", "items", "enum", "default", "title", "format"}
-    | {"anyOf", "oneOf", "allOf", "$ref", "$defs", "additionalProperties", "pattern", "minimum", "maximum"}
-    | {"minLength", "maxLength", "minItems", "maxItems"}
+    | {"reasoning_content", "reasoning", "thinking", "image", "image_url", "video", "video_url", "url", "path"}
+    | {"detail", "role", "description", "parameters", "strict", "properties", "required", "items", "enum"}
+    | {"default", "title", "format", "anyOf", "oneOf", "allOf", "$ref", "$defs", "additionalProperties"}
+    | {"pattern", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems"}
+)
+_SCHEMA_TYPES = frozenset(
+    {"text", "image", "image_url", "video", "video_url", "function"}
     | {"object", "array", "string", "number", "integer", "boolean", "null"}
 )
 
 
-def _read(folder: Path) -> tuple[str, dict[str, str]]:
-    """The template and the tokenizer's named tokens (`bos_token` and the like), which templates may print."""
-    config_file = folder / "tokenizer_config.json"
-    config = read_config(config_file) if config_file.is_file() else {}
-    named = {key: token_content(value) for key, value in config.items() if key.endswith("_token")}
-    tokens = {key: value for key, value in named.items() if isinstance(value, str)}
-    template_file = folder / "chat_template.jinja"
-    if template_file.is_file():
-        return template_file.read_text(encoding="utf-8"), tokens
-    template = config.get("chat_template")
-    if not isinstance(template, str):
-        raise ValueError(
-            f"{folder}: neither 'k2.5' nor 'k2', nor a folder with chat_template.jinja or a chat_template in "
-            f"tokenizer_config.json"
-        )
-    return template, tokens
-
-
-def has_template(folder: str | Path) -> bool:
-    """Whether a chat template lies in `folder`."""
-    config_file = Path(folder) / "tokenizer_config.json"
-    config = read_config(config_file) if config_file.is_file() else {}
-    return (Path(folder) / "chat_template.jinja").is_file() or "chat_template" in config
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, **options: Any) -> str:
-    # jinja2's own filter escapes HTML and sorts keys; transformers replaces it by this one
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
 class FolderTemplate:
-    """The chat template in `folder`; `chat_template.jinja` wins over `tokenizer_config.json`.
+    """The chat template in `folder` for a conversation `with_tools` or without; `template_files` says which it is.
 
-    ValueError naming the folder where there is none, where it does not compile, and where it refuses the messages.
+    Raises ValueError, naming the folder or file, where there is none and where it cannot be read; rendering does where
+    it does not compile, refuses the messages, or meets a limit on time, memory or depth.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, with_tools: bool = False) -> None:
         self.folder = Path(folder)
-        source, self._tokens = _read(self.folder)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        # read the clock once, or two renderings could differ
-        environment.globals.update(raise_exception=_raise_exception, strftime_now=datetime.now().strftime)
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{self.folder}: the chat template does not compile: {error}") from error
+        files = TemplateFiles.from_folder(self.folder)
+        source = files.source(with_tools)
+        if source is None:
+            raise ValueError(
+                f"{printable(folder)}: neither 'k2.5' nor 'k2', nor a folder with chat_template.jinja, "
+                f"chat_template.json, or a chat_template in tokenizer_config.json"
+                + (f"; it has templates of the names {printable(sorted(files.templates))}" if files.templates else "")
+            )
+        self.source = source
+        self._tokens = files.tokens
+        self._now = datetime.now().isoformat()  # read the clock once, or two renderings could differ
 
-    def _render(self, messages: Any, tools: Any, tools_ts_str: str, **options: bool) -> str:
+    def _render(self, messages: Any, tools: Any, tools_ts_str: str, options: Mapping[str, bool]) -> str:
         # the variable is undefined, not empty, where no tools are declared
         declared = {"tools_ts_str": tools_ts_str} if tools_ts_str else {}
+        variables = {"messages": messages, "tools": tools, **declared, **self._tokens, **options}
         try:
-            return self._template.render(messages=messages, tools=tools, **declared, **self._tokens, **options)
-        except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ValueError) as error:
-            raise ValueError(f"{self.folder}: the chat template does not take these messages: {error}") from error
+            return template_process.shared.render(self.source, variables, self._now)
+        except template_process.RenderError as error:
+            raise ValueError(f"{printable(self.folder)}: the chat template {printable(error)}") from None
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, **options: bool) -> str:
-        """The prompt. Tools are deep-sorted first and also given as `tools_ts_str`, as Kimi's tokenizer does."""
-        return self._render(list(messages), _sorted(tools), declare_tools(tools or []), **options)
+        """Returns the prompt. Tools are deep-sorted first and also given as `tools_ts_str`, as Kimi's tokenizer does.
+
+        messages, tools: from `read_messages` and `read_tools`.
+        """
+        return self._render(messages, _sorted(tools), declare_tools(tools), options)
 
     def segments(
         self,
@@ -108,34 +82,70 @@ class FolderTemplate:
         special_tokens: Collection[str],
         **options: bool,
     ) -> list[Segment]:
-        """The same prompt in segments, of which only what the template itself wrote are markers."""
+        """Returns the prompt of `render` in segments, of which only what the template itself wrote are markers."""
         markers = sorted([*special_tokens, VIDEO_PLACEHOLDER], key=len, reverse=True)
-        declared = declare_tools(tools or [])
-        plain = self._render(list(messages), _sorted(tools), declared, **options)
-        base = next(start for start in _PRIVATE_USE if not any(start <= ord(c) < start + 0x1000 for c in plain))
+        tools, declared = _sorted(tools), declare_tools(tools)
+        plain = self._render(messages, tools, declared, options)
         alphabet = sorted(set("".join(markers)))
-        shift = {ord(c): chr(base + i) for i, c in enumerate(alphabet)}
-        back = {base + i: c for i, c in enumerate(alphabet)}
-        people = [{**_shifted(message, shift), "role": message["role"]} for message in messages]
-        shifted = self._render(people, _shifted(_sorted(tools), shift), declared.translate(shift), **options)
+        used = set(plain).union(alphabet, self.source, declared, *_strings(messages), *_strings(tools))
+        shift = str.maketrans(dict(zip(alphabet, _private(len(alphabet), used), strict=True)))
+        back = str.maketrans({private: chr(code) for code, private in shift.items()})
+        exchange = _Exchange(shift, _without(markers, _SCHEMA_KEYS), _without(markers, _SCHEMA_TYPES))
+        people = [{**exchange(message), "role": message["role"]} for message in messages]
+        shifted = self._render(people, exchange(tools), declared.translate(shift), options)
         if shifted.translate(back) != plain:
             raise ValueError(
-                f"{self.folder}: the chat template looks into or changes people's text, so its own markers cannot be "
-                f"told from theirs; if you trust the text, encode what `render` gives with allow_special=True"
+                f"{printable(self.folder)}: the chat template looks into or changes people's text, so its own markers "
+                f"cannot be told from theirs; if you trust the text, encode what `render` gives with allow_special=True"
             )
         parts = re.split("(" + "|".join(map(re.escape, markers)) + ")", shifted)
         return [Segment(part.translate(back), index % 2 == 1) for index, part in enumerate(parts)]
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """Translates all strings in a JSON value by `table`, but for `keys`, and `types` where they stand under `type`."""
+
+    table: Mapping[int, str]
+    keys: frozenset[str]
+    types: frozenset[str]
+
+    def __call__(self, value: Any, key: str = "") -> Any:
+        if isinstance(value, str):
+            return value if key == "type" and value in self.types else value.translate(self.table)
+        if isinstance(value, Mapping):
+            return {k if k in self.keys else k.translate(self.table): self(one, k) for k, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self(one, key) for one in value]
+        return value
+
+
+def _private(count: int, used: set[str]) -> list[str]:
+    unused = (chr(code) for block in _PRIVATE_USE for code in block if chr(code) not in used)
+    found = list(itertools.islice(unused, count))
+    if len(found) < count:
+        raise ValueError(
+            f"the messages leave fewer than {count} private-use characters, by which markers are told apart"
+        )
+    return found
+
+
+def _without(markers: Sequence[str], words: frozenset[str]) -> frozenset[str]:
+    """Returns the `words` in which no marker is spelled."""
+    return frozenset(word for word in words if not any(marker in word for marker in markers))
 
 
 def _sorted(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
     return deep_sorted(list(tools)) if tools else None
 
 
-def _shifted(value: Any, shift: Mapping[int, str]) -> Any:
+def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        return value if value in _SCHEMA_WORDS else value.translate(shift)
-    if isinstance(value, Mapping):
-        return {_shifted(key, shift): _shifted(one, shift) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_shifted(one, shift) for one in value]
-    return value
+        yield value
+    elif isinstance(value, Mapping):
+        yield from value
+        for one in value.values():
+            yield from _strings(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _strings(one)

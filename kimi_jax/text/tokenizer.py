@@ -4,17 +4,17 @@ The pattern, the 256 special slots after the base ranks and the two limits on wh
 Moonshot's `tokenization_kimi.py`. `&&` in the pattern is set intersection, which tiktoken's Rust regex knows.
 """
 
-import base64
-import binascii
 import codecs
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import tiktoken
+
+from kimi_jax.printable import printable
+from kimi_jax.text.tokenizer_files import named_ids, read_config, read_ranks, special_tokens
 
 PATTERN = "|".join(
     [
@@ -28,64 +28,8 @@ PATTERN = "|".join(
         r"\s+",
     ]
 )
-NUM_SPECIAL_SLOTS = 256
 MAX_ENCODE_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    """tiktoken's text format, `base64(token) rank` a line; read here because tiktoken's reader caches files by path."""
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line:
-            continue
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as error:
-            raise ValueError(f"{path}, line {number}: expected 'base64 rank', found {line[:60]!r}") from error
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{path}: the {len(ranks)} distinct tokens do not have the ranks 0..{len(ranks) - 1}")
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise ValueError(f"{path}: {len(missing)} of the 256 single bytes have no rank, the first 0x{missing[0]:02x}")
-    return ranks
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`; ValueError naming it where there is none."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
-
-
-def token_content(value: Any) -> Any:
-    """The text of a token, which tokenizer_config.json writes as a string or as an AddedToken's object."""
-    return value.get("content") if isinstance(value, Mapping) else value
-
-
-def _special_tokens(config: Mapping[str, Any], base: int, path: Path) -> dict[str, int]:
-    added = config.get("added_tokens_decoder", {})
-    if not isinstance(added, Mapping):
-        raise ValueError(f"{path}: added_tokens_decoder is a {type(added).__name__}, expected an object")
-    names = {}
-    for key, value in added.items():
-        name = token_content(value)
-        if not key.isdecimal() or not base <= int(key) < base + NUM_SPECIAL_SLOTS or not isinstance(name, str):
-            slots = f"{base}..{base + NUM_SPECIAL_SLOTS - 1}"
-            raise ValueError(
-                f"{path}: added_tokens_decoder[{key!r}] = {name!r}; expected an id in {slots} and a string"
-            )
-        names[int(key)] = name
-    ids = range(base, base + NUM_SPECIAL_SLOTS)
-    tokens = {names.get(slot, f"<|reserved_token_{slot}|>"): slot for slot in ids}
-    if len(tokens) != NUM_SPECIAL_SLOTS:
-        raise ValueError(f"{path}: added_tokens_decoder gives one content to two ids")
-    return tokens
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -106,14 +50,15 @@ class Tokenizer:
     """Text to ids and back. Build it with `from_folder`.
 
     special_tokens: content -> id, all 256 slots (unnamed ones are `<|reserved_token_{id}|>`).
-    bos_id, eos_id, pad_id: ids of `bos_token`, `eos_token`, `pad_token`; no BOS is ever added to a text.
+    bos_id, eos_id, pad_id: ids of `bos_token`, `eos_token`, `pad_token`, None where the file says null; no BOS is ever
+    added to a text.
     """
 
     encoding: tiktoken.Encoding
     special_tokens: dict[str, int]
-    bos_id: int
-    eos_id: int
-    pad_id: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
@@ -124,19 +69,18 @@ class Tokenizer:
         folder = Path(path)
         model, config_file = folder / "tiktoken.model", folder / "tokenizer_config.json"
         for file in (model, config_file):
-            if not file.is_file():
-                raise FileNotFoundError(f"{file}: no such file; a Kimi tokenizer needs it")
-        ranks = _read_ranks(model)
+            if not file.exists():
+                raise FileNotFoundError(f"{printable(file)}: no such file; a Kimi tokenizer needs it")
+        ranks = read_ranks(model)
         config = read_config(config_file)
-        special = _special_tokens(config, len(ranks), config_file)
-        ids = {}
-        for field, default in (("bos_token", "[BOS]"), ("eos_token", "[EOS]"), ("pad_token", "[PAD]")):
-            token = token_content(config.get(field, default))
-            if token not in special:
-                raise ValueError(f"{config_file}: {field} is {token!r}, which is none of the special tokens")
-            ids[field.replace("_token", "_id")] = special[token]
-        encoding = tiktoken.Encoding(name=str(model), pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-        return cls(encoding=encoding, special_tokens=special, **ids)
+        special = special_tokens(config, len(ranks), config_file)
+        try:
+            encoding = tiktoken.Encoding(
+                name=str(model), pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
+            )
+        except ValueError as error:
+            raise ValueError(f"{printable(config_file)}: tiktoken takes no such tokens ({printable(error)})") from error
+        return cls(encoding=encoding, special_tokens=special, **named_ids(config, special, config_file))
 
     @property
     def vocab_size(self) -> int:

@@ -9,8 +9,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kimi_jax.printable import printable
+from kimi_jax.text.plain import plain
+
 INDENT = "  "
-Tools = Sequence[Mapping[str, Any]] | Any  # from outside, and looked at by `check_tools` alone
+Tools = Sequence[Mapping[str, Any]] | Any  # from outside, and looked at by `read_tools` alone
 
 _CONSTRAINTS = {
     "string": ("maxLength", "minLength", "pattern"),
@@ -30,13 +33,22 @@ _UNION = {
 _ENUM: dict[str, type | tuple[type, ...]] = {"string": str, "number": (int, float), "integer": int, "boolean": bool}
 
 
-def check_tools(tools: Tools) -> None:
-    """Raise ValueError where `tools` is not a list of objects."""
+def read_tools(tools: Tools) -> list[dict[str, Any]]:
+    """Returns a copy of `tools`, which may be None, in plain JSON types.
+
+    Raises ValueError, naming the tool, where `tools` is not a list of objects, and where one is not JSON, nests deeper
+    than `json_reader.MAX_DEPTH`, or holds what no text can.
+    """
     if not isinstance(tools, list | tuple | None):
         raise ValueError(f"tools is a {type(tools).__name__}, expected a list")
+    read = []
     for index, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping):
             raise ValueError(f"tools[{index}] is a {type(tool).__name__}, expected an object")
+        function = tool.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        read.append(plain(tool, f"tools[{index}]" + (f" ({printable(name, 60)})" if isinstance(name, str) else "")))
+    return read
 
 
 def deep_sorted(value: Any) -> Any:
@@ -175,20 +187,22 @@ def _declare(function: Mapping[str, Any]) -> str:
 
 
 def declare_tools(tools: Tools) -> str:
-    """The TypeScript declaration of OpenAI-style tools (`{"type": "function", "function": {...}}`).
+    """Returns the TypeScript declaration of OpenAI-style tools (`{"type": "function", "function": {...}}`).
 
     Keys are deep-sorted first and tools of another type left out; empty where no function is left. A schema the rules
-    cannot express gives a warning and the compact JSON of all tools instead. ValueError where `tools` is not a list of
-    objects.
+    cannot express gives a warning and the compact JSON of all tools instead; a tool that says it is a function and has
+    none is left out with a warning. Raises ValueError as `read_tools` does.
     """
-    check_tools(tools)
-    tools = deep_sorted(list(tools))
+    tools = deep_sorted(read_tools(tools))
+    for index, tool in enumerate(tools):
+        if tool.get("type") == "function" and not tool.get("function"):
+            warnings.warn(f"tools[{index}] has no function object, so it is not declared", stacklevel=2)
     try:
         functions = [
             _declare(tool["function"]) for tool in tools if tool.get("type") == "function" and tool.get("function")
         ]
     except Exception as error:  # whatever the schema did, the published code catches it and falls back
-        warnings.warn(f"tools cannot be declared as TypeScript, declared as JSON: {error}", stacklevel=2)
+        warnings.warn(f"tools cannot be declared as TypeScript, declared as JSON: {printable(error)}", stacklevel=2)
         return compact_json(tools)
     if not functions:
         return ""

@@ -147,7 +147,6 @@ def test_what_is_missing_or_no_image_is_named(k25, tmp_path):
     ("name", "file", "expected"),
     [
         ("k2.5", None, "k2.5"),
-        ("k2.5", "chat_template.jinja", "k2.5"),
         ("k2", None, "k2"),
         ("k2", "chat_template.jinja", "its own"),
         ("kimi-linear", "chat_template.jinja", "its own"),
@@ -165,6 +164,15 @@ def test_a_folder_s_own_template_is_used(checkpoint, tmp_path):
     tokenizer = Tokenizer.from_folder(checkpoint("k2"))
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<|im_user|>{{ m.content }}{% endfor %}")
     prompt = prompts.prepare(tmp_path, config, tokenizer, [{"role": "user", "content": "Hello"}])
+    assert prompt.tokens.tolist() == [[IM_USER, *tokenizer.encode("Hello")]]
+
+
+def test_a_k25_folder_s_own_template_is_used_where_it_differs(checkpoint, tmp_path):
+    config = from_folder(checkpoint("k2.5"))
+    tokenizer = Tokenizer.from_folder(checkpoint("k2.5"))
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<|im_user|>{{ m.content }}{% endfor %}")
+    with pytest.warns(UserWarning, match=r"its own chat template is used, which differs from K2\.5's"):
+        prompt = prompts.prepare(tmp_path, config, tokenizer, [{"role": "user", "content": "Hello"}])
     assert prompt.tokens.tolist() == [[IM_USER, *tokenizer.encode("Hello")]]
 
 

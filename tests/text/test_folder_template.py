@@ -5,74 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_cases import EVIL, FIELDS, FULL, TOOLS, poisoned, special, user
+from chat_cases import EVIL, FIELDS, FULL, KIMI_LIKE, TOOLS, folder, poisoned, special, user
 
 from kimi_jax.text import Tokenizer, chat
-
-KIMI_LIKE = """\
-{%- macro body(message) -%}
-  {%- if message.content is string -%}
-    {{ message.content }}
-  {%- elif message.content is not none -%}
-    {%- for part in message.content -%}
-      {%- if part.type == 'image' -%}
-        <|media_begin|>image<|media_content|><|media_pad|><|media_end|>{{ '\\n' }}
-      {%- else -%}
-        {{ part.text }}
-      {%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-{%- if tools -%}
-  <|im_system|>tool_declare<|im_middle|>
-  {%- if tools_ts_str -%}{{ tools_ts_str }}{%- else -%}{{ tools | tojson(separators=(',', ':')) }}{%- endif -%}
-  <|im_end|>
-{%- endif -%}
-{%- set ns = namespace(last=-1, calls=0) -%}
-{%- for i in range(messages | length - 1, -1, -1) -%}
-  {%- if messages[i].role == 'assistant' and not messages[i].tool_calls -%}
-    {%- set ns.last = i -%}
-    {%- break -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- for message in messages -%}
-  {%- set side = {'user': 'user', 'assistant': 'assistant'}.get(message.role, 'system') -%}
-  <|im_{{ side }}|>{{ message.name or message.role }}<|im_middle|>
-  {%- if message.role == 'tool' -%}## Return of {{ message.tool_call_id }}{{ '\\n' }}{%- endif -%}
-  {%- if message.role == 'assistant' -%}
-    <think>{%- if loop.index0 > ns.last and thinking -%}{{ message.reasoning_content or '' }}{%- endif -%}</think>
-  {%- endif -%}
-  {{ body(message) }}
-  {%- if message.tool_calls -%}
-    <|tool_calls_section_begin|>
-    {%- for call in message.tool_calls -%}
-      <|tool_call_begin|>{{ call.id or 'functions.' + call.function.name + ':' + ns.calls | string -}}
-      {%- set ns.calls = ns.calls + 1 -%}
-      <|tool_call_argument_begin|>
-      {%- if call.function.arguments is string -%}{{ call.function.arguments }}
-      {%- else -%}{{ call.function.arguments | tojson }}{%- endif -%}
-      <|tool_call_end|>
-    {%- endfor -%}
-    <|tool_calls_section_end|>
-  {%- endif -%}
-  <|im_end|>
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  <|im_assistant|>assistant<|im_middle|><think>{%- if not thinking -%}</think>{%- endif -%}
-{%- endif -%}
-"""
 
 
 @pytest.fixture(scope="module")
 def tok(tiny_tokenizer_dir: Path) -> Tokenizer:
     return Tokenizer.from_folder(tiny_tokenizer_dir)
-
-
-def folder(path: Path, template: str, **config: Any) -> Path:
-    (path / "chat_template.jinja").write_text(template, encoding="utf-8")
-    if config:
-        (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return path
 
 
 @pytest.mark.parametrize("thinking", [True, False])

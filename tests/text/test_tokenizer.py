@@ -2,8 +2,11 @@
 
 import base64
 import json
-from collections.abc import Iterator
+import os
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -192,9 +195,23 @@ def test_damaged_ranks(damage, message: str | None, tmp_path: Path):
         ),
         ({"added_tokens_decoder": []}, "added_tokens_decoder is a list"),
         ({"pad_token": "<|pad|>"}, "pad_token is '<|pad|>', which is none"),
+        ({"added_tokens_decoder": {"٦٠٠": {"content": "a"}}}, "added_tokens_decoder.* expected an id in 512..767"),
+        ({"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}, "added_tokens_decoder.* expected an id in 512..767"),
+        ({"added_tokens_decoder": {"0600": {"content": "a"}, "600": {"content": "b"}}}, ".*one id twice"),
+        ({"added_tokens_decoder": {"600": {"content": ""}}}, r"added_tokens_decoder\['600'\] = ''"),
+        ({"added_tokens_decoder": {"600": {"content": "x" * 1001}}}, r"added_tokens_decoder\['600'\] = 'xxx"),
+        ({"added_tokens_decoder": {"600": {"content": "\ud800"}}}, "not UTF-8 text"),
+        ({"added_tokens_decoder": {"600": 5}}, r"added_tokens_decoder\['600'\] = 5"),
+        ({"bos_token": []}, r"bos_token is \[\], which is none"),
+        ({"eos_token": {"content": {}}}, "eos_token is {}, which is none"),
+        ({"model_max_length": float("nan")}, "holds NaN"),
+        ({"add_bos_token": True}, "add_bos_token is True, expected false or nothing"),
+        ({"split_special_tokens": 1}, "split_special_tokens is 1, expected false or nothing"),
+        ('{"bos_token": "[BOS]", "bos_token": "[EOS]"}', "gives the name 'bos_token' twice"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "nests deeper than 64 levels"),
         ({"pad_token": {"content": "<|pad|>"}}, "pad_token is '<|pad|>', which is none"),
         ("not json", "not JSON"),
-        ([], "expected a JSON object, found list"),
+        ([], "expected a JSON object, found a list"),
     ],
 )
 def test_damaged_config(change, message: str, tmp_path: Path):
@@ -206,3 +223,60 @@ def test_damaged_config(change, message: str, tmp_path: Path):
     )
     with pytest.raises(ValueError, match="tokenizer_config.json: " + message.replace("|", r"\|")):
         Tokenizer.from_folder(tmp_path)
+
+
+def change_config(folder: Path, **changes: Any) -> Path:
+    write_tiny_tokenizer(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def test_null_tokens_have_no_id(tmp_path: Path):
+    tok = Tokenizer.from_folder(change_config(tmp_path, bos_token=None, pad_token=None, add_bos_token=False))
+    assert (tok.bos_id, tok.eos_id, tok.pad_id) == (None, 513, None)
+    assert tok.encode("[PAD]") == [767]
+
+
+def test_unknown_keys_are_named_once(tmp_path: Path):
+    folder = change_config(
+        tmp_path, byte_fallback=True, unigram="\x1b", image_token="<|media_pad|>", padding_side="left"
+    )
+    with pytest.warns(UserWarning, match=r"tokenizer_config\.json: not read: byte_fallback, unigram$") as caught:
+        Tokenizer.from_folder(folder)
+    assert len(caught) == 1
+
+
+def giant(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
+@pytest.mark.parametrize("name", ["tiktoken.model", "tokenizer_config.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, giant])
+def test_pipes_folders_and_giants_are_not_read(tmp_path: Path, name: str, make: Callable[[Path], object]):
+    write_tiny_tokenizer(tmp_path)
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: (not a regular file|has 1,099,511,627,776 bytes)"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    damage=st.lists(st.tuples(st.integers(0, 2**12), st.binary(max_size=3)), min_size=1, max_size=3),
+    which=st.booleans(),
+)
+def test_damaged_files_are_refused_in_one_line(tmp_path: Path, damage: list[tuple[int, bytes]], which: bool):
+    write_tiny_tokenizer(tmp_path)
+    file = tmp_path / ("tiktoken.model" if which else "tokenizer_config.json")
+    data = bytearray(file.read_bytes())
+    for at, piece in damage:
+        data[at : at + len(piece)] = piece
+    file.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            Tokenizer.from_folder(tmp_path)
+        except ValueError as error:
+            assert file.name in str(error) and "\n" not in str(error)
