@@ -38,7 +38,6 @@ DTYPES = {
         "BOOL": np.bool_,
     }.items()
 }
-_KEYS = ("dtype", "shape", "data_offsets")
 _DIMENSIONS = 64  # NumPy's limit
 _HEADER_LIMIT = 100_000_000  # the library's own; a larger number is a damaged file
 
@@ -174,16 +173,17 @@ def _check_filled(file: Place, tensors: list[Tensor], start: int, end: int) -> N
     """Raises CheckpointError unless the tensors, in order, fill the bytes from `start` to `end`, each byte once."""
     before = "its header"
     for tensor in tensors:
-        name, last = printable(tensor.name), tensor.offset + tensor.nbytes
-        if last > end:
-            raise CheckpointError(f"{file}: truncated: tensor {name} ends at byte {last}, the file at {end}")
-        if tensor.offset < start:
-            raise CheckpointError(f"{file}: tensors {before} and {name} overlap")
-        if tensor.offset > start:
+        last = tensor.offset + tensor.nbytes
+        if last > end or tensor.offset != start:
+            name = printable(tensor.name)
+            if last > end:
+                raise CheckpointError(f"{file}: truncated: tensor {name} ends at byte {last}, the file at {end}")
+            if tensor.offset < start:
+                raise CheckpointError(f"{file}: tensors {printable(before)} and {name} overlap")
             raise CheckpointError(f"{file}: bytes {start} to {tensor.offset}, before tensor {name}, are no tensor's")
-        before, start = name, last
+        before, start = tensor.name, last
     if start < end:
-        raise CheckpointError(f"{file}: the last {end - start} bytes, after {before}, are no tensor's")
+        raise CheckpointError(f"{file}: the last {end - start} bytes, after {printable(before)}, are no tensor's")
 
 
 def _bytes(file: Place, offset: int, length: int) -> bytes:
@@ -192,7 +192,8 @@ def _bytes(file: Place, offset: int, length: int) -> bytes:
 
 
 def _tensor(file: Place, name: str, entry: Any, data: int) -> Tensor:
-    code, shape, offsets = (entry.get(key) for key in _KEYS) if isinstance(entry, dict) else (None, None, None)
+    entry = entry if isinstance(entry, dict) else {}
+    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not (isinstance(code, str) and _sizes(shape) and _sizes(offsets) and len(offsets) == 2):
         raise CheckpointError(
             f"{file}: tensor {printable(name)} has a header without dtype, shape or data_offsets in whole numbers"
@@ -213,9 +214,14 @@ def _tensor(file: Place, name: str, entry: Any, data: int) -> Tensor:
 
 def _sizes(values: Any) -> TypeGuard[list[int]]:
     """Says whether `values` is a list of whole numbers, of which True is none."""
-    return type(values) is list and all(type(value) is int and 0 <= value < 2**64 for value in values)
+    return (
+        type(values) is list
+        and set(map(type, values)) <= {int}
+        and (not values or (min(values) >= 0 and max(values) < 2**64))
+    )
 
 
 def _fits(tensor: Tensor) -> bool:
     """Says whether NumPy has arrays of this shape; an empty one may have any numbers besides its 0."""
-    return len(tensor.shape) <= _DIMENSIONS and math.prod(n or 1 for n in tensor.shape) * tensor.dtype.itemsize < 2**63
+    filled = tensor.shape if 0 not in tensor.shape else [n or 1 for n in tensor.shape]
+    return len(filled) <= _DIMENSIONS and math.prod(filled) * tensor.dtype.itemsize < 2**63
