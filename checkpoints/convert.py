@@ -8,28 +8,26 @@ Whatever stops a conversion leaves the partial folder, and the same command goes
 
 import dataclasses
 import errno
-import hashlib
-import json
 import math
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoints import forms, journal, layout, metadata, pipeline
+from checkpoints import forms, journal, layout, manifest, metadata, pipeline
 from checkpoints.forms import Job, Plan, Rest, Rows
-from checkpoints.metadata import MANIFEST, fsync
+from checkpoints.manifest import MANIFEST
 from checkpoints.names import Contents, contents
 from checkpoints.pipeline import MEMORY, WORKERS
 from checkpoints.progress import Counter, Progress
 from checkpoints.quantization_config import Form
-from checkpoints.reading import Remote, identity
+from checkpoints.reading import Remote, files_under, identity, sha256
 from checkpoints.safetensors import CheckpointError, Published
-from checkpoints.writing import aligned, write_file
+from checkpoints.writing import aligned, fsync, write_file, write_whole
 from kimi_jax import config_json
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -103,18 +101,22 @@ def convert(
 
 @dataclasses.dataclass(frozen=True)
 class _Conversion:
-    """One conversion. `files` are the identities of the source's files, `source` is what the result depends on."""
+    """One conversion. `files` are the identities of the source's shards, `carried` the checksums of what goes along
+    with them, by name, and `source` is what the result depends on."""
 
     published: Published
     contents: Contents
     plan: Plan
     layouts: Mapping[str, layout.Layout]
     files: Mapping[str, Any]
+    carried: Mapping[str, str]
     source: dict[str, Any]
     dst: Path
 
     @classmethod
     def of(cls, published: Published, dst: Path, experts: Form | None, dtype: Rest | None) -> "_Conversion":
+        # before any of them is read, so that one that changes meanwhile is noticed at the end
+        carried = {name: sha256(file) for name, file in metadata.carried(published.folder).items()}
         found = contents(config_json.from_folder(published.folder), published)
         plan = forms.plan(published, found, experts, dtype)
         layouts = {leaf.path: layout.layout(leaf) for leaf in plan.leaves}
@@ -122,11 +124,11 @@ class _Conversion:
         source = {
             "form": plan.form,
             "layout": [layout.CHUNK_BYTES, layout.PARTS, layout.PART_BYTES],
-            "config": hashlib.sha256((published.folder / "config.json").read_bytes()).hexdigest(),
+            "config": carried["config.json"],
             # a copy of a file is as good, whenever it was made
             "files": {name: {**file, "changed": None} for name, file in files.items()},
         }
-        return cls(published, found, plan, layouts, files, source, dst)
+        return cls(published, found, plan, layouts, files, carried, source, dst)
 
     @property
     def partial(self) -> Path:
@@ -141,8 +143,7 @@ class _Conversion:
             return False
         if not (self.dst / MANIFEST).is_file():
             raise FileExistsError(f"{self.dst}: destination exists, and is no checkpoint of ours")
-        before = json.loads((self.dst / MANIFEST).read_text())["source"]
-        if difference := journal.differ(before, self.source):
+        if difference := journal.differ(manifest.read(self.dst).source, self.source):
             raise FileExistsError(f"{self.dst}: destination exists, of another conversion: {difference}")
         shutil.rmtree(self.dst / journal.FOLDER, ignore_errors=True)
         return True
@@ -158,20 +159,29 @@ class _Conversion:
             for file in self.published.files:
                 if difference := journal.differ(self.files[file.name], identity(file)):
                     raise CheckpointError(f"{file}: changed while it was converted: {difference}")
-            metadata.write_array_metadata(self.layouts, self.partial)
-            metadata.carry(self.published.folder, self.partial, self.plan.config)
+            names = metadata.write_array_metadata(self.layouts, self.partial)
+            names += metadata.carry(self.published.folder, self.partial, self.plan.config, self.carried)
+            self._remove_all_but(names)
             for path in (self.partial, *self.partial.glob("*"), *self.partial.glob("*/zarr.json")):
                 fsync(path)
-            metadata.write_json(self.partial / MANIFEST, self.manifest(digests))
+            values = self.manifest(digests, {name: sha256(self.partial / name) for name in sorted(names)})
+            write_whole(self.partial / MANIFEST, manifest.encode(values), self.partial / journal.FOLDER)
             self.partial.rename(self.dst)
             fsync(self.dst.parent)
         shutil.rmtree(self.dst / journal.FOLDER, ignore_errors=True)  # another process may be removing it too
         return True
 
-    def manifest(self, digests: Mapping[tuple[str, int], str]) -> dict[str, Any]:
+    def _remove_all_but(self, names: Iterable[str]) -> None:
+        """Removes what earlier attempts left and this one has no use for: a file that is carried no more, say."""
+        chunks = (f"{path}/{lay.file(number)}" for path, lay in self.layouts.items() for number in range(lay.chunks))
+        for name in set(files_under(self.partial)).difference(names, chunks):
+            if not name.startswith(f"{journal.FOLDER}/"):
+                (self.partial / name).unlink()
+
+    def manifest(self, digests: Mapping[tuple[str, int], str], files: Mapping[str, str]) -> dict[str, Any]:
         config, skipped = self.contents.config, self.contents.skipped
-        return metadata.manifest(
-            self.published, config.model_type, self.source, skipped, self.plan.leaves, digests, self.layouts
+        return manifest.describe(
+            self.published, config.model_type, self.source, skipped, self.plan.leaves, digests, self.layouts, files
         )
 
     def report(self, *, whole: bool, found: int, made: int) -> Report:

@@ -3,21 +3,20 @@
 Chunks are read as files (`layout`), without Orbax: an expert is one chunk, any other tensor rows of one or several.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from checkpoints import manifest
 from checkpoints.journal import digest
 from checkpoints.layout import Layout
-from checkpoints.metadata import MANIFEST
+from checkpoints.manifest import MANIFEST, Entry, Manifest
 from checkpoints.names import PACKED, SHAPE
 from checkpoints.reading import Place, Remote, at, read_into, size
 from checkpoints.safetensors import CheckpointError, Tensor
+from kimi_jax.printable import printable
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,25 @@ class Chunk:
         return 0 if self.stacked or not self.layout.grid else self.layout.index(self.number)[0] * self.layout.chunk[0]
 
     def read(self, *, check: bool = False) -> np.ndarray:
-        """The tensor's rows. Raises CheckpointError naming file and tensor where the file is not there or cut short,
-        and on `check` where its values are not those that were converted."""
-        data, file = np.empty(self.layout.file_bytes, np.uint8), self.file
+        """Returns the tensor's rows. Raises CheckpointError naming file and tensor where the file is not there, cut
+        short, or has another index of its parts, and on `check` where its values are not those that were converted."""
+        file, expected = self.file, self.layout.file_bytes
         if not file.is_file():
             raise CheckpointError(f"{file}: is not there; it holds tensor {self.name}")
-        if (found := size(file)) != data.nbytes or read_into(file, 0, data.data) != data.nbytes:
-            raise CheckpointError(f"{file}: has {found} bytes, expected {data.nbytes}; it holds tensor {self.name}")
+        found = size(file)
+        data = np.empty(expected if found == expected else 0, np.uint8)
+        if found != expected or read_into(file, 0, data.data) != expected:
+            raise CheckpointError(f"{file}: has {found} bytes, expected {expected}; it holds tensor {self.name}")
+        if not np.array_equal(data[self.layout.chunk_bytes :], self.layout.footer):
+            raise CheckpointError(f"{file}: its index of parts is damaged; it holds tensor {self.name}")
         array = self.layout.decode(data)
         if check and digest(array) != self.sha256:
             raise CheckpointError(f"{file}: tensor {self.name} is not what was converted: its checksum differs")
         return array[0] if self.stacked else array
+
+    def check(self) -> None:
+        """Raises what `read` raises, of a file that is not what was converted."""
+        self.read(check=True)
 
     @property
     def nbytes(self) -> int:
@@ -63,33 +70,45 @@ class Converted:
     """A folder that `convert` wrote. `tensors` are the published ones with their names, shapes and dtypes, in no order
     of files; `Tensor.file` is the array's folder."""
 
-    folder: Place
+    manifest: Manifest
     tensors: Mapping[str, Tensor]
     chunks: Mapping[str, tuple[Chunk, ...]]
     weight_shapes: Mapping[str, np.ndarray]
 
     @classmethod
     def open(cls, folder: str | Path | Remote) -> "Converted":
-        """Raises FileNotFoundError where `folder` has no manifest of ours, CheckpointError where it is damaged."""
-        folder = at(folder)
-        if not (folder / MANIFEST).is_file():
-            raise FileNotFoundError(f"{folder}: holds no {MANIFEST}, so it is no checkpoint that `convert` finished")
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            found = [_chunk for path, entry in manifest["leaves"].items() for _chunk in _chunks(folder / path, entry)]
-            shapes = dict(pair for entry in manifest["leaves"].values() for pair in _weight_shapes(entry))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / MANIFEST}: is damaged: {error!r}") from None
+        """Returns the checkpoint in `folder`, its manifest whole and of the model that config.json describes.
+
+        Raises what `manifest.read` and `Manifest.contents` raise.
+        """
+        found = manifest.read(at(folder))
+        found.contents()
+        return cls.of(found)
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Converted":
+        """Returns what `manifest` speaks of, whatever config.json says. Raises CheckpointError for a tensor of two
+        leaves."""
         tensors: dict[str, Tensor] = {}
         chunks: dict[str, tuple[Chunk, ...]] = {}
-        for chunk in found:
-            lay = chunk.layout
-            shape = lay.shape[1:] if chunk.stacked else lay.shape
-            tensors[chunk.name] = Tensor(chunk.name, lay.dtype, shape, chunk.folder, 0)
-            chunks[chunk.name] = (*chunks.get(chunk.name, ()), chunk)
+        shapes: dict[str, np.ndarray] = {}
+        for path, entry in manifest.leaves.items():
+            folder, lay = manifest.folder / path, entry.layout
+            names = {chunk.name for chunk in _chunks(folder, entry)}
+            if twice := min(names & tensors.keys(), default=""):
+                raise CheckpointError(f"{manifest.folder / MANIFEST}: two leaves hold tensor {printable(twice)}")
+            for chunk in _chunks(folder, entry):
+                shape = lay.shape[1:] if chunk.stacked else lay.shape
+                tensors[chunk.name] = Tensor(chunk.name, lay.dtype, shape, folder, 0)
+                chunks[chunk.name] = (*chunks.get(chunk.name, ()), chunk)
+            shapes |= _weight_shapes(entry)
         for name, value in shapes.items():
-            tensors[name] = Tensor(name, value.dtype, value.shape, folder / MANIFEST, 0)
-        return cls(folder, tensors, chunks, shapes)
+            tensors[name] = Tensor(name, value.dtype, value.shape, manifest.folder / MANIFEST, 0)
+        return cls(manifest, tensors, chunks, shapes)
+
+    @property
+    def folder(self) -> Place:
+        return self.manifest.folder
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tensor `name`, or its rows `start` to `stop`, as `Published.read`. Every chunk that they touch is read whole.
@@ -109,24 +128,15 @@ class Converted:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def layout_of(entry: Mapping[str, Any]) -> Layout:
-    """How a leaf lies, by its entry in the manifest."""
-    shape, chunk, part = (tuple(entry[key]) for key in ("shape", "chunk", "part"))
-    return Layout(shape, jnp.dtype(entry["dtype"]), chunk, part)
+def _chunks(folder: Place, entry: Entry) -> Iterator[Chunk]:
+    for number, sha256 in enumerate(entry.sha256):
+        name = entry.published.format(number) if entry.stacked else entry.published
+        yield Chunk(name, folder, number, entry.layout, entry.stacked, sha256)
 
 
-def _chunks(folder: Place, entry: Mapping[str, Any]) -> Iterator[Chunk]:
-    stacked, pattern, digests = "{}" in entry["published"], entry["published"], entry["sha256"]
-    layout = layout_of(entry)
-    if len(digests) != layout.chunks:
-        raise ValueError(f"{pattern} has {len(digests)} checksums, expected {layout.chunks}")
-    for number, sha256 in enumerate(digests):
-        yield Chunk(pattern.format(number) if stacked else pattern, folder, number, layout, stacked, sha256)
-
-
-def _weight_shapes(entry: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """What is published beside INT4 words, and stored in the manifest alone."""
-    if SHAPE in entry:
-        pattern = entry["published"].removesuffix(PACKED) + SHAPE
-        value = np.array(entry[SHAPE], entry[f"{SHAPE}_dtype"])
-        yield from ((pattern.format(expert), value) for expert in range(entry["shape"][0]))
+def _weight_shapes(entry: Entry) -> dict[str, np.ndarray]:
+    """Returns what is published beside INT4 words, and stored in the manifest alone."""
+    if entry.weight_shape is None:
+        return {}
+    pattern = entry.published.removesuffix(PACKED) + SHAPE
+    return {pattern.format(expert): entry.weight_shape for expert in range(entry.layout.shape[0])}

@@ -12,7 +12,7 @@ from pathlib import Path
 from checkpoints import pipeline
 from checkpoints.converted import Chunk, Converted
 from checkpoints.files import new_folder
-from checkpoints.metadata import carry
+from checkpoints.metadata import carry, recorded
 from checkpoints.names import PACKED, SHAPE
 from checkpoints.pipeline import MEMORY, WORKERS
 from checkpoints.progress import Counter, Progress
@@ -66,7 +66,7 @@ def export(
                 count(chunk.layout.chunk_bytes)
 
             pipeline.run(chunks, work, lambda chunk: chunk.nbytes, workers=workers, limit=limit)
-        carried = carry(source.folder, folder)
+        carried = carry(source.folder, folder, expected=recorded(source.manifest))
     return Exported(Path(dst), len(entries), len(shards), sum(entry.nbytes for entry in entries), carried)
 
 

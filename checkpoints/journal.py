@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 
 from checkpoints.layout import Layout
-from checkpoints.metadata import fsync
+from checkpoints.safetensors import CheckpointError
+from checkpoints.writing import fsync
+from kimi_jax import json_reader
 
 FOLDER = ".conversion"
 SYNC_BYTES = 256 * 2**20
@@ -124,20 +126,22 @@ class Journal:
 
 
 def _read(path: Path) -> tuple[list[tuple[str, int, str]], int, int]:
-    """The whole lines of a journal, how many of them are safe, and the byte where they end."""
+    """Returns the lines of a journal up to the first that is not whole or that no journal has, how many of them are
+    safe, and the byte where they end."""
     lines: list[tuple[str, int, str]] = []
     safe = end = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            value = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            value = None
-        if value is None:
+            value = json_reader.parse(line, str(path)) if line.endswith(b"\n") else None
+        except json_reader.JSONError:
             break
-        if isinstance(value, dict):
-            safe = value["synced"]
-        else:
-            lines.append(tuple(value))
+        match value:
+            case {"synced": int(count)} if 0 <= count <= len(lines):
+                safe = count
+            case [str(leaf), int(chunk), str(sha256)] if chunk >= 0:
+                lines.append((leaf, chunk, sha256))
+            case _:
+                break
         end += len(line)
     return lines, safe, end
 
@@ -147,7 +151,8 @@ def opened(partial: Path, settings: Mapping[str, Any], index: int, layouts: Mapp
     """The journal of process `index` of the conversion in `partial`, begun with `settings` now or before.
 
     Raises FileExistsError where `partial` is of something else, was begun with other settings or from files that have
-    changed since, or where the same process of the conversion is running already.
+    changed since, or where the same process of the conversion is running already; CheckpointError where its settings
+    cannot be read.
     """
     folder = partial / FOLDER
     if partial.exists() and not folder.exists() and any(partial.iterdir()):
@@ -172,7 +177,8 @@ def _agree(partial: Path, settings: Mapping[str, Any]) -> None:
     try:
         os.link(new, path)  # whole, or not at all, and by one process only
     except FileExistsError:
-        if difference := differ(json.loads(path.read_text()), json.loads(new.read_text())):
+        before, now = (json_reader.read_object(file, error=CheckpointError) for file in (path, new))
+        if difference := differ(before, now):
             raise FileExistsError(
                 f"{partial}: was begun otherwise: {difference}; go on as it was begun, or remove it"
             ) from None

@@ -100,10 +100,14 @@ class Layout:
         """The bytes of a chunk's file, in pieces; `chunk`, in C order, is not copied where the layout is verbatim."""
         parts = [chunk] if self.verbatim else [np.ascontiguousarray(chunk[cut]) for cut in self._cuts()]
         pieces = [part.reshape(-1).view(np.uint8) for part in parts]
-        if self.part == self.chunk:
-            return pieces
-        ranges = [(i * self.part_bytes, self.part_bytes) for i in range(math.prod(self.parts))]
-        return [*pieces, np.array(ranges, "<u8").reshape(-1).view(np.uint8)]
+        return [*pieces, self.footer] if self.footer.size else pieces
+
+    @property
+    def footer(self) -> np.ndarray:
+        """The bytes after a chunk's values in its file: where it is cut, zarr's index of its parts; none where not."""
+        count = math.prod(self.parts) if self.part != self.chunk else 0
+        ranges = [(i * self.part_bytes, self.part_bytes) for i in range(count)]
+        return np.array(ranges, "<u8").reshape(-1).view(np.uint8)
 
     def decode(self, data: np.ndarray) -> np.ndarray:
         """The chunk whose file has the bytes `data`."""

@@ -1,9 +1,10 @@
-"""What makes written chunks a checkpoint: zarr's and Orbax's metadata, our manifest, and the files that go along."""
+"""Writes what stands beside the chunks of a checkpoint: zarr's and Orbax's metadata, and the files that go along."""
 
+import fnmatch
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ import tensorstore as ts
 from etils import epath
 
 from checkpoints.layout import Layout
-from checkpoints.names import PACKED, SHAPE, Leaf
-from checkpoints.reading import Place
-from checkpoints.safetensors import INDEX, Published
+from checkpoints.manifest import MANIFEST, Manifest
+from checkpoints.reading import Place, size
+from checkpoints.safetensors import INDEX, CheckpointError
+from kimi_jax import json_reader
+from kimi_jax.printable import printable
 
-MANIFEST = "kimi_manifest.json"
+CARRIED_BYTES = 100 * 2**20  # of one file; the largest that is published is a tokenizer of some 20 MB
 # Configuration, tokenizer, preprocessor, templates and the code that comes with them.
 _CARRIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "LICENSE*")
+# The names of files that a checkpoint of either kind has of its own; stock zarr would take the last for the root's.
+_NOT_CARRIED = (INDEX, MANIFEST, "zarr.json")
 
 
 class _AlreadyWritten:
@@ -33,9 +38,9 @@ class _AlreadyWrittenHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
-def write_array_metadata(layouts: Mapping[str, Layout], folder: Path) -> None:
-    """zarr.json of every leaf, and Orbax's own description of the tree: nested dictionaries along the dots of the
-    paths."""
+def write_array_metadata(layouts: Mapping[str, Layout], folder: Path) -> list[str]:
+    """Writes zarr.json of every leaf, and Orbax's own description of the tree: nested dictionaries along the dots of
+    the paths. Returns the paths of these files in `folder`."""
     for path, layout in layouts.items():
         store = {"driver": "file", "path": f"{folder / path}{os.sep}"}
         ts.open({"driver": "zarr3", "kvstore": store, "metadata": layout.metadata()}, open=True, create=True).result()
@@ -44,6 +49,8 @@ def write_array_metadata(layouts: Mapping[str, Layout], folder: Path) -> None:
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
     handler.save(epath.Path(folder), args=ocp.args.PyTreeSave(nested(dict.fromkeys(layouts, _AlreadyWritten()))))
+    orbax = [file.name for file in folder.glob("_*") if file.is_file() and not goes_along(file.name)]
+    return [*(f"{path}/zarr.json" for path in layouts), *sorted(orbax)]
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,68 +65,77 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def goes_along(name: str) -> bool:
+    """Says whether a file of this name, beside the tensors of a checkpoint, is carried along with them."""
+    return (
+        "/" not in name and name not in _NOT_CARRIED and any(fnmatch.fnmatchcase(name, pattern) for pattern in _CARRIED)
+    )
+
+
+def recorded(found: Manifest) -> dict[str, str] | None:
+    """Returns the checksums that a manifest has of the files that go along, by name; None if it has none of files."""
+    return None if found.files is None else {name: sha256 for name, sha256 in found.files.items() if goes_along(name)}
+
+
+def carried(source: Place) -> dict[str, Place]:
+    """Returns what the checkpoint in `source` has besides its tensors, by name.
+
+    A link is followed within the folder, and in the cache of the Hugging Face Hub, where a snapshot is links, to the
+    files of its own repository. Raises CheckpointError naming a link that leads elsewhere (what it leads to may not be
+    meant to be published), what is no file (a FIFO, say), and a file of more than `CARRIED_BYTES`.
+    """
+    found = {file.name: file for pattern in _CARRIED for file in source.glob(pattern) if file.name not in _NOT_CARRIED}
+    for name, file in sorted(found.items()):
+        if file.is_dir():
+            del found[name]
+            continue
+        if isinstance(file, Path):
+            _check_link(source, file)
+        if not file.is_file():
+            raise CheckpointError(f"{printable(file)}: is no regular file, expected one; remove it")
+        if (nbytes := size(file)) > CARRIED_BYTES:
+            raise CheckpointError(f"{printable(file)}: has {nbytes:,} bytes, expected at most {CARRIED_BYTES:,}")
+    return dict(sorted(found.items()))
+
+
+def _check_link(folder: Place, file: Path) -> None:
+    """Raises CheckpointError for a link out of `folder`, or to nothing."""
+    if not file.is_symlink():
+        return
+    target, inside = Path(os.path.realpath(file)), Path(os.path.realpath(str(folder)))
+    repository = inside.parents[1] if inside.parent.name == "snapshots" else None  # a cache of the Hub
+    if not target.is_relative_to(inside) and not (repository and target.is_relative_to(repository / "blobs")):
+        raise CheckpointError(
+            f"{printable(file)}: is a link to {printable(target)}, outside of the folder; put a copy in its place"
+        )
+    if not target.exists():
+        raise CheckpointError(f"{printable(file)}: is a link to {printable(target)}, which is not there")
+
+
 def carry(
-    source: Place, folder: Path, config: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    source: Place,
+    folder: Path,
+    config: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    expected: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
     """Copies what the checkpoint in `source` has besides its tensors, config.json as `config` changes it; gives the
-    files' names."""
-    found = {file.name: file for pattern in _CARRIED for file in source.glob(pattern) if file.is_file()}
-    for name in (INDEX, MANIFEST):
-        found.pop(name, None)
-    for name, file in found.items():
-        (folder / name).write_bytes(file.read_bytes())
-    if config is not None:
-        path = folder / "config.json"
-        path.write_text(json.dumps(config(json.loads(path.read_text())), indent=2) + "\n")
-    return tuple(sorted(found))
+    files' names.
+
+    Raises what `carried` raises, and CheckpointError naming a file that is not as `expected`, the SHA-256 by name.
+    """
+    files = carried(source)
+    if expected is not None and (names := sorted(files.keys() ^ expected.keys())):
+        raise CheckpointError(f"{printable(source / names[0])}: changed: it {_came_or_went(names[0] in files)}")
+    for name, file in files.items():
+        data = file.read_bytes()
+        if expected is not None and hashlib.sha256(data).hexdigest() != expected[name]:
+            raise CheckpointError(f"{printable(file)}: changed: it is not the file that was converted")
+        if config is not None and name == "config.json":
+            values = config(json_reader.parse_object(data, str(file), error=CheckpointError))
+            data = (json.dumps(values, indent=2) + "\n").encode()
+        (folder / name).write_bytes(data)
+    return tuple(files)
 
 
-def manifest(
-    published: Published,
-    model_type: str,
-    source: Mapping[str, Any],
-    skipped: Sequence[str],
-    leaves: Iterable[Leaf],
-    digests: Mapping[tuple[str, int], str],
-    layouts: Mapping[str, Layout],
-) -> dict[str, Any]:
-    """What the arrays alone do not tell: where they come from, the published names, the dtype of each weight_shape, and
-    the SHA-256 of each chunk's values by its number. An expert is one chunk, and its digest that of its tensor."""
-
-    def entry(leaf: Leaf) -> dict[str, Any]:
-        values = {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "published": leaf.pattern}
-        if leaf.path.endswith(PACKED):
-            first = published.tensors.get(leaf.names[0].removesuffix(PACKED) + SHAPE)
-            values |= {SHAPE: list(leaf.weight_shape), f"{SHAPE}_dtype": first.dtype.name if first else "int32"}
-        layout = layouts[leaf.path]
-        return values | {
-            "chunk": list(layout.chunk),
-            "part": list(layout.part),
-            "sha256": [digests[leaf.path, number] for number in range(layout.chunks)],
-        }
-
-    return {
-        "kimi_jax": version("kimi-jax"),
-        "model_type": model_type,
-        "source": source,
-        "skipped": list(skipped),
-        "leaves": {leaf.path: entry(leaf) for leaf in leaves},
-    }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """All of it or nothing, whatever happens in between."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(value, indent=1) + "\n")
-    fsync(new)
-    new.rename(path)
-    fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    """Returns when the file, or the folder's list of names, is safe from a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _came_or_went(came: bool) -> str:
+    return "was not there when the checkpoint was converted" if came else "was there when the checkpoint was converted"

@@ -26,7 +26,7 @@ PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 SCALE_INV = "weight_scale_inv"
 _STORED_ENDINGS = {"codes": PACKED, "scales": SCALE}
 _TEXT = ("model.", "lm_head.")
-_PREFIX = "language_model."
+PREFIX = "language_model."
 _MTP = "eh_proj.weight"  # joins the last hidden state and the next token's embedding
 _FLOATS = ("bfloat16", "float32", "float16")
 
@@ -149,8 +149,8 @@ def contents(config: KimiConfig, published: Published) -> Contents:
         warnings.warn(f"{published.folder}: {len(skipped)} tensors of MTP layers are left out", stacklevel=2)
     check_sizes(config, {name: tensor.shape for name, tensor in tensors.items()}, str(published.folder))
     model = abstract_of_form(config, tensors)
-    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensors) else ""
-    leaves = [_with_prefix(leaf, prefix) for leaf in stored(model)]
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
+    leaves = [with_prefix(leaf, prefix) for leaf in stored(model)]
     leaves = with_fp8(leaves, lambda leaf: f"{leaf.names[0]}_scale_inv" in tensors)
     _check_names(published, leaves, tensors)
     leaves = [_check_tensors(leaf, tensors) for leaf in leaves]
@@ -186,7 +186,8 @@ def as_stored(leaf: Leaf, shape: tuple[int, ...], dtype: np.dtype, where: str) -
     return dataclasses.replace(leaf, shape=shape, dtype=dtype, axes=axes)
 
 
-def _with_prefix(leaf: Leaf, prefix: str) -> Leaf:
+def with_prefix(leaf: Leaf, prefix: str) -> Leaf:
+    """Returns `leaf` under the published name that it has where the text model's names begin with `prefix`."""
     return dataclasses.replace(leaf, pattern=prefix + leaf.pattern) if leaf.pattern.startswith(_TEXT) else leaf
 
 
@@ -197,7 +198,7 @@ def _mtp(config: KimiConfig, tensors: Mapping[str, Tensor], published: Published
     layers = range(first, first + config.text.num_nextn_predict_layers)
     if not layers:
         return ()
-    layer = re.compile(rf"(?:{re.escape(_PREFIX)})?model\.layers\.(\d+)\.(.*)")
+    layer = re.compile(rf"(?:{re.escape(PREFIX)})?model\.layers\.(\d+)\.(.*)")
     found = [(name, int(match[1]), match[2]) for name in tensors if (match := layer.match(name))]
     skipped = {name: number for name, number, _ in found if number in layers}
     joined = {number for _, number, rest in found if rest == _MTP}

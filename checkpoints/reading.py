@@ -13,6 +13,8 @@ from typing import Any
 
 import fsspec
 
+_BLOCK = 2**23  # bytes that are digested at a time
+
 
 @dataclass(frozen=True)
 class Remote:
@@ -102,12 +104,32 @@ def read_into(file: Place, offset: int, into: memoryview) -> int:
     return done
 
 
+def sha256(file: Place) -> str:
+    """Returns the SHA-256 of a file's bytes, some of which are read at a time. Raises what `read_into` raises."""
+    found, nbytes = hashlib.sha256(), size(file)
+    block = memoryview(bytearray(min(nbytes, _BLOCK)))
+    for offset in range(0, nbytes, _BLOCK):
+        found.update(block[: read_into(file, offset, block)])
+    return found.hexdigest()
+
+
+def files_under(folder: Place) -> list[str]:
+    """Returns the paths of all that is in `folder` and is no folder, relative to it; links are not followed."""
+    if isinstance(folder, Remote):
+        root = folder.path.rstrip("/") + "/"
+        return sorted(path.removeprefix(root) for path in folder.system.find(folder.path))
+    return sorted(
+        os.path.relpath(os.path.join(where, name), folder) for where, _, names in os.walk(folder) for name in names
+    )
+
+
 def identity(file: Place) -> dict[str, Any]:
-    """What tells a safetensors file from another without reading it: size, time of its last change (for a URL the name
-    that its server gives to this version), digest of its header."""
+    """Returns what tells a safetensors file from another without reading it: size, time of its last change (for a URL
+    the name that its server gives to this version), digest of its header."""
+    nbytes = size(file)
     length = bytearray(8)
     read_into(file, 0, memoryview(length))
-    header = bytearray(int.from_bytes(length, "little"))
+    header = bytearray(min(int.from_bytes(length, "little"), nbytes))  # the file may have become another one
     read_into(file, 8, memoryview(header))
     changed = str(file.system.ukey(file.path)) if isinstance(file, Remote) else str(file.stat().st_mtime_ns)
-    return {"size": size(file), "changed": changed, "header": hashlib.sha256(header).hexdigest()}
+    return {"size": nbytes, "changed": changed, "header": hashlib.sha256(header).hexdigest()}

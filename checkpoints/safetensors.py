@@ -5,36 +5,40 @@ byte ranges, then the data, little-endian. The safetensors library maps its file
 memory; here every read goes straight into the array that is returned, so memory is what is held and no more.
 """
 
-import itertools
-import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from checkpoints.reading import Place, Remote, at, read_into, size
+from kimi_jax import json_reader
+from kimi_jax.file_kinds import HEAD, mistaken
+from kimi_jax.printable import printable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 DTYPES = {
-    "BF16": ml_dtypes.bfloat16,
-    "F16": np.float16,
-    "F32": np.float32,
-    "F64": np.float64,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "I8": np.int8,
-    "I16": np.int16,
-    "I32": np.int32,
-    "I64": np.int64,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
+    code: np.dtype(dtype)
+    for code, dtype in {
+        "BF16": ml_dtypes.bfloat16,
+        "F16": np.float16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "I8": np.int8,
+        "I16": np.int16,
+        "I32": np.int32,
+        "I64": np.int64,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
 }
+_DIMENSIONS = 64  # NumPy's limit
 _HEADER_LIMIT = 100_000_000  # the library's own; a larger number is a damaged file
 
 
@@ -69,8 +73,10 @@ class Published:
     def open(cls, folder: str | Path | Remote) -> "Published":
         """Reads every header in `folder`, a path or URL, and holds it against the index, where there is one.
 
-        Raises FileNotFoundError if there are no safetensors, `CheckpointError` naming file and tensor for a shard that
-        is missing, truncated or damaged, a tensor that comes twice, and an index that says other than the shards.
+        Refuses what the safetensors library refuses: bytes that are no tensor's, numbers that are not whole, metadata
+        that are not strings. Raises FileNotFoundError if there are no safetensors, `CheckpointError` naming file and
+        tensor for a shard that is missing, truncated, damaged or of another kind, a tensor that comes twice, and an
+        index that says other than the shards.
         """
         folder = at(folder)
         if (folder / INDEX).is_file():
@@ -87,7 +93,8 @@ class Published:
                 raise CheckpointError(f"{file}: shard is missing; {INDEX} places {count} tensors in it")
             for tensor in _header(file):
                 if tensor.name in tensors:
-                    raise CheckpointError(f"{file}: tensor {tensor.name} is also in {tensors[tensor.name].file.name}")
+                    where = tensors[tensor.name].file.name
+                    raise CheckpointError(f"{file}: tensor {printable(tensor.name)} is also in {where}")
                 tensors[tensor.name] = tensor
         if weight_map is not None:
             _check_index(folder / INDEX, weight_map, tensors)
@@ -108,47 +115,75 @@ class Published:
         nbytes = math.prod(shape) * tensor.dtype.itemsize
         flat = np.empty(nbytes, np.uint8) if buffer is None else buffer[:nbytes]
         if (count := read_into(tensor.file, offset, flat.data)) < nbytes:
-            raise CheckpointError(f"{tensor.file}: ends inside tensor {tensor.name}, at byte {offset + count}")
+            raise CheckpointError(f"{tensor.file}: ends inside tensor {printable(name)}, at byte {offset + count}")
         return flat.view(tensor.dtype).reshape(shape)
 
 
 def _weight_map(path: Place) -> dict[str, str]:
-    weight_map = _json(path, path.read_bytes()).get("weight_map")
+    weight_map = json_reader.read_object(path, error=CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing or empty")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{path}: tensor {name} is placed in {file!r}, expected a file of the same folder")
+        if not isinstance(file, str) or not file or "\0" in file or Path(file).name != file:
+            where = printable(repr(file))
+            raise CheckpointError(
+                f"{path}: tensor {printable(name)} is placed in {where}, expected a file of the same folder"
+            )
     return weight_map
 
 
 def _check_index(index: Place, weight_map: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     for name, file in weight_map.items():
         if name not in tensors:
-            raise CheckpointError(f"{index}: places tensor {name} in {file}, which does not hold it")
+            raise CheckpointError(f"{index}: places tensor {printable(name)} in {file}, which does not hold it")
         if (found := tensors[name].file.name) != file:
-            raise CheckpointError(f"{index}: places tensor {name} in {file}, but it lies in {found}")
+            raise CheckpointError(f"{index}: places tensor {printable(name)} in {file}, but it lies in {found}")
     for name, tensor in tensors.items():
         if name not in weight_map:
-            raise CheckpointError(f"{tensor.file}: tensor {name} is not named by {index.name}")
+            raise CheckpointError(f"{tensor.file}: tensor {printable(name)} is not named by {index.name}")
 
 
 def _header(file: Place) -> list[Tensor]:
-    """The tensors of one file, in the order of their bytes."""
+    """Returns the tensors of one file, in the order of their bytes, which they fill from the header to the end."""
     end = size(file)
     length = int.from_bytes(_bytes(file, 0, 8), "little")
-    if end < 8 or length > min(end - 8, _HEADER_LIMIT):
-        raise CheckpointError(f"{file}: truncated: {end} bytes cannot hold a header of {length}")
-    header = _json(file, _bytes(file, 8, length))
-    header.pop("__metadata__", None)
-    tensors = sorted((_tensor(file, name, entry, 8 + length) for name, entry in header.items()), key=lambda t: t.offset)
-    for tensor in tensors:
-        if (last := tensor.offset + tensor.nbytes) > end:
-            raise CheckpointError(f"{file}: truncated: tensor {tensor.name} ends at byte {last}, the file at {end}")
-    for before, after in itertools.pairwise(tensors):
-        if before.offset + before.nbytes > after.offset:
-            raise CheckpointError(f"{file}: tensors {before.name} and {after.name} overlap")
+    try:
+        if end < 8 or length > min(end - 8, _HEADER_LIMIT):
+            raise CheckpointError(f"{file}: truncated: {end} bytes cannot hold a header of {length}")
+        text = _bytes(file, 8, length)
+        if not text.startswith(b"{"):
+            raise CheckpointError(f"{file}: its header is not JSON: it begins with {printable(text[:8])}, expected {{")
+        header = json_reader.parse_object(text, f"{file}: its header", error=CheckpointError)
+    except CheckpointError:
+        if kind := mistaken(_bytes(file, 0, HEAD)):
+            raise CheckpointError(f"{file}: is {kind}") from None
+        raise
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise CheckpointError(f"{file}: its __metadata__ is {printable(metadata)}, expected strings by name")
+    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))  # an empty one before that which begins there too
+    _check_filled(file, tensors, 8 + length, end)
     return tensors
+
+
+def _check_filled(file: Place, tensors: list[Tensor], start: int, end: int) -> None:
+    """Raises CheckpointError unless the tensors, in order, fill the bytes from `start` to `end`, each byte once."""
+    before = "its header"
+    for tensor in tensors:
+        last = tensor.offset + tensor.nbytes
+        if last > end or tensor.offset != start:
+            name = printable(tensor.name)
+            if last > end:
+                raise CheckpointError(f"{file}: truncated: tensor {name} ends at byte {last}, the file at {end}")
+            if tensor.offset < start:
+                raise CheckpointError(f"{file}: tensors {printable(before)} and {name} overlap")
+            raise CheckpointError(f"{file}: bytes {start} to {tensor.offset}, before tensor {name}, are no tensor's")
+        before, start = tensor.name, last
+    if start < end:
+        raise CheckpointError(f"{file}: the last {end - start} bytes, after {printable(before)}, are no tensor's")
 
 
 def _bytes(file: Place, offset: int, length: int) -> bytes:
@@ -157,32 +192,36 @@ def _bytes(file: Place, offset: int, length: int) -> bytes:
 
 
 def _tensor(file: Place, name: str, entry: Any, data: int) -> Tensor:
-    try:
-        code, shape, (start, end) = entry["dtype"], tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file}: tensor {name} has a header without dtype, shape or data_offsets") from None
-    if code not in DTYPES:
-        raise CheckpointError(f"{file}: tensor {name} has dtype {code!r}, expected one of {', '.join(DTYPES)}")
-    tensor = Tensor(name, np.dtype(DTYPES[code]), shape, file, data + start)
-    if start < 0 or min(shape, default=0) < 0 or end - start != tensor.nbytes:
+    entry = entry if isinstance(entry, dict) else {}
+    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not (isinstance(code, str) and _sizes(shape) and _sizes(offsets) and len(offsets) == 2):
         raise CheckpointError(
-            f"{file}: tensor {name} of {code} {list(shape)} has bytes {start} to {end}, expected {tensor.nbytes} bytes"
+            f"{file}: tensor {printable(name)} has a header without dtype, shape or data_offsets in whole numbers"
+        )
+    if code not in DTYPES:
+        raise CheckpointError(
+            f"{file}: tensor {printable(name)} has dtype {printable(repr(code))}, expected one of {', '.join(DTYPES)}"
+        )
+    start, end = offsets
+    tensor = Tensor(name, DTYPES[code], tuple(shape), file, data + start)
+    if end - start != tensor.nbytes or not _fits(tensor):
+        raise CheckpointError(
+            f"{file}: tensor {printable(name)} of {code} {printable(shape)} has bytes {start} to {end}, "
+            f"expected {printable(tensor.nbytes)} bytes"
         )
     return tensor
 
 
-def _json(file: Place, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-            raise CheckpointError(f"{file}: names {twice} twice")
-        return values
+def _sizes(values: Any) -> TypeGuard[list[int]]:
+    """Says whether `values` is a list of whole numbers, of which True is none."""
+    return (
+        type(values) is list
+        and set(map(type, values)) <= {int}
+        and (not values or (min(values) >= 0 and max(values) < 2**64))
+    )
 
-    try:
-        values = json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: its header is not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: its header is {type(values).__name__}, expected a JSON object")
-    return values
+
+def _fits(tensor: Tensor) -> bool:
+    """Says whether NumPy has arrays of this shape; an empty one may have any numbers besides its 0."""
+    filled = tensor.shape if 0 not in tensor.shape else [n or 1 for n in tensor.shape]
+    return len(filled) <= _DIMENSIONS and math.prod(filled) * tensor.dtype.itemsize < 2**63

@@ -1,22 +1,19 @@
 """Checkpoints of either kind as stored leaves, any part of which is read by the byte ranges that it needs."""
 
 import dataclasses
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from checkpoints.converted import layout_of
+from checkpoints import manifest
 from checkpoints.layout import Box, Layout
-from checkpoints.metadata import MANIFEST
-from checkpoints.names import Contents, Leaf, abstract_of_form, as_stored, contents, stored, with_fp8
+from checkpoints.manifest import MANIFEST
+from checkpoints.names import Contents, Leaf, contents
 from checkpoints.reading import Place, Remote, at, read_into
 from checkpoints.safetensors import CheckpointError, Published
-from checkpoints.sizes import check_sizes
 from checkpoints.writing import aligned
 from kimi_jax import config_json
 
@@ -120,18 +117,6 @@ def open_checkpoint(path: str | Path | Remote) -> PublishedSource | ConvertedSou
     if not (folder / MANIFEST).is_file():
         published = Published.open(folder)
         return PublishedSource(contents(config_json.from_folder(folder), published), published)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    entries = manifest["leaves"]
-    config = config_json.from_folder(folder)
-    check_sizes(config, {name: entry["shape"] for name, entry in entries.items()}, str(folder))
-    model = abstract_of_form(config, entries)
-    leaves_of_form = with_fp8(stored(model), lambda leaf: f"{leaf.path}_scale_inv" in entries)
-    expected = {leaf.path: leaf for leaf in leaves_of_form}
-    if wrong := sorted(expected.keys() ^ entries.keys()):
-        raise CheckpointError(f"{folder}: {len(wrong)} leaves are missing or not of this model: {', '.join(wrong[:3])}")
-    leaves = []
-    for name, entry in entries.items():
-        leaf = dataclasses.replace(expected[name], pattern=entry["published"])
-        leaves.append(as_stored(leaf, tuple(entry["shape"]), jnp.dtype(entry["dtype"]), f"{folder}: leaf {name}"))
-    layouts = {name: layout_of(entry) for name, entry in entries.items()}
-    return ConvertedSource(Contents(model, tuple(leaves), tuple(manifest["skipped"])), folder, layouts)
+    found = manifest.read(folder)
+    layouts = {path: entry.layout for path, entry in found.leaves.items()}
+    return ConvertedSource(found.contents(), folder, layouts)

@@ -1,4 +1,4 @@
-"""Writes large files past the page cache: a copy less, and a small host's memory stays its own.
+"""Writes files whole, and large ones past the page cache: a copy less, and a small host's memory stays its own.
 
 Measured on two busy cores with a virtual disk: 0.2 s of processor time a GB, 3 s through the cache.
 """
@@ -34,6 +34,27 @@ def write_file(file: Path, pieces: Sequence[np.ndarray]) -> None:
         done = _write_direct(file, first[:head]) if head else 0
         for piece in (first[done:], *rest):
             done += _write(descriptor, piece, done)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(file: Path, data: bytes, scratch: Path) -> None:
+    """Writes all of `data` to `file` or nothing, whatever happens in between, and returns when it is safe from a loss
+    of power. Until then it lies in folder `scratch`, of the same file system."""
+    new = scratch / file.name
+    with new.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.rename(file)
+    fsync(file.parent)
+
+
+def fsync(path: Path) -> None:
+    """Returns when the file, or the folder's list of names, is safe from a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

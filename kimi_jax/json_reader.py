@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from typing import Any, Protocol, runtime_checkable
 
+from kimi_jax.file_kinds import HEAD, mistaken
 from kimi_jax.printable import printable
 
 MAX_BYTES = 128 * 2**20  # the index of a release with 200,000 tensors has 20 MB
@@ -51,6 +52,7 @@ def parse(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) 
 
     Raises `error` where `data` is not UTF-8 or not JSON, gives a name twice in one object, nests deeper than
     `MAX_DEPTH`, or holds a number that is not finite or has more than some hundred digits, or a lone surrogate.
+    Bytes of another kind of file that is known (`file_kinds`) are called what they are.
     """
 
     def wrong(found: str) -> ValueError:
@@ -83,10 +85,10 @@ def parse(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) 
         text.encode("utf-8")
         if "\\u" in text:  # half of a surrogate pair, which no encoder takes, may be written as an escape
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except json.JSONDecodeError as failure:
-        raise wrong(f"not JSON ({failure})") from None
-    except UnicodeError as failure:
-        raise wrong(f"not UTF-8 text ({failure})") from None
+    except (json.JSONDecodeError, UnicodeError) as failure:
+        if isinstance(data, bytes) and (kind := mistaken(data[:HEAD])):
+            raise wrong(f"is {kind}") from None
+        raise wrong(f"not {'UTF-8 text' if isinstance(failure, UnicodeError) else 'JSON'} ({failure})") from None
     except RecursionError:
         raise wrong(f"nests deeper than {MAX_DEPTH} levels") from None
     if _deeper(value, MAX_DEPTH):

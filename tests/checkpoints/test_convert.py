@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import pytest
 from checkpoint_oracle import in_tree, leaves, read_all, same_bytes, same_folders
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from checkpoints import convert, layout
+from checkpoints import CheckpointError, convert, layout
 from checkpoints.toy import toy_config
 
 FAMILIES = ["k2.5", "k2", "kimi-linear"]
@@ -221,3 +224,51 @@ def test_a_source_behind_a_url(published: dict[str, Path], converted: dict[str, 
         memory.rm("/bucket", recursive=True)
     with pytest.raises(OSError, match="gs://bucket/k2: cannot be read here: Please install gcsfs"):
         convert("gs://bucket/k2", tmp_path / "other")
+
+
+def test_links_within_the_folder_and_the_cache_of_the_hub(published: dict[str, Path], tmp_path: Path) -> None:
+    """There a snapshot is links to the files of its repository, of which other snapshots have some too."""
+    repository = tmp_path / "models--moonshotai--Kimi"
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(published["k2"], repository / "blobs")
+    for file in (repository / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    (snapshot / "LICENSE").symlink_to("config.json")
+    folder = convert(snapshot, tmp_path / "out").destination
+    for name in ("config.json", "tiktoken.model"):
+        assert (folder / name).read_bytes() == (published["k2"] / name).read_bytes()
+        assert not (folder / name).is_symlink()
+    assert (folder / "LICENSE").read_bytes() == (folder / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("LICENSE", lambda file: file.symlink_to("/etc/hostname"), "is a link to /etc/hostname, outside of the folder"),
+        ("x.json", lambda file: file.symlink_to("../secret"), r"is a link to \S+/secret, outside of the folder"),
+        ("x.py", lambda file: file.symlink_to("nothing"), r"is a link to \S+/nothing, which is not there"),
+        ("tokenizer.json", os.mkfifo, "is no regular file"),
+        ("x.model", lambda file: socket.socket(socket.AF_UNIX).bind(str(file)), "is no regular file"),
+        ("x.jinja", lambda file: file.touch() or os.truncate(file, 2**40), r"has 1,099,511,627,776 bytes, expected at"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_what_may_not_go_along(
+    published: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, make: Any, message: str
+) -> None:
+    source = shutil.copytree(published["k2"], tmp_path / "s")
+    (tmp_path / "secret").write_text("x")
+    monkeypatch.chdir(source)  # a socket's path has some 100 characters at most
+    make(Path(name))
+    with pytest.raises(CheckpointError, match=rf"{name}: {message}"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_folder_named_like_a_file_that_goes_along(published: dict[str, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(published["k2"], tmp_path / "source")
+    (source / "LICENSES").mkdir()
+    (source / "zarr.json").write_text('{"zarr_format": 3, "node_type": "array"}')
+    folder = convert(source, tmp_path / "out").destination
+    assert not (folder / "LICENSES").exists() and not (folder / "zarr.json").exists()

@@ -175,7 +175,7 @@ def test_what_is_marked_as_safe_is_believed_unless_it_is_gone(
     assert len(digests) == total - 40 + 1
 
 
-@pytest.mark.parametrize("step", ["write_array_metadata", "carry", "write_json", "rename", "rmtree"])
+@pytest.mark.parametrize("step", ["write_array_metadata", "carry", "write_whole", "rename", "rmtree"])
 def test_stopped_while_it_is_made_whole(
     published: dict[str, Path],
     converted: dict[str, Path],
@@ -198,11 +198,81 @@ def test_stopped_while_it_is_made_whole(
         elif step == "rmtree":
             patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         else:
-            patch.setattr(metadata, step, after(getattr(metadata, step)))
+            owner = module if step == "write_whole" else metadata
+            patch.setattr(owner, step, after(getattr(owner, step)))
         with pytest.raises(KeyboardInterrupt):
             convert(published["k2"], tmp_path / "out")
     assert (tmp_path / "out").exists() == (step == "rmtree")
     assert goes_on(published["k2"], tmp_path / "out", converted["k2"]) > 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"5", b"null", b"{}", b'["a"]', b"[[1],[2],[3]]", b'["lm_head.weight","0","aa"]', b"\xff"),
+        *(b'["lm_head.weight",-1,"aa"]', b'["lm_head.weight",0.5,"aa"]', b'{"synced":1000000}', b'{"synced":"x"}'),
+        b"[" * 9999 + b"]" * 9999,
+    ],
+)
+def test_a_line_that_no_journal_has_ends_it(
+    stopped: tuple[Path, Path], converted: dict[str, Path], line: bytes
+) -> None:
+    source, target = stopped
+    with (target.with_name("out.partial") / ".conversion" / "journal-0.jsonl").open("ab") as stream:
+        stream.write(line + b"\n")
+    assert goes_on(source, target, converted["k2"]) > 0
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "is empty"), ("[]", "expected a JSON object, found a list")])
+def test_settings_that_cannot_be_read(stopped: tuple[Path, Path], text: str, message: str) -> None:
+    source, target = stopped
+    (target.with_name("out.partial") / ".conversion" / "settings.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"settings\.json: {message}"):
+        convert(source, target)
+
+
+def test_a_file_that_goes_along_no_more(
+    stopped: tuple[Path, Path], converted: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attempt that was stopped at the end had carried it."""
+    source, target = stopped
+    (source / "old.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_whole", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, target)
+    assert (target.with_name("out.partial") / "old.json").exists()
+    (source / "old.json").unlink()
+    assert goes_on(source, target, converted["k2"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda source: (source / "config.json").write_text("{}"), r"config\.json: changed: it is not the file"),
+        (lambda source: (source / "tiktoken.model").write_text("x"), r"tiktoken\.model: changed: it is not the file"),
+        (lambda source: (source / "tiktoken.model").unlink(), r"tiktoken\.model: changed: it was there when"),
+        (
+            lambda source: (source / "chat_template.jinja").write_text("x"),
+            r"template\.jinja: changed: it was not there",
+        ),
+    ],
+)
+def test_what_goes_along_changes_while_it_is_converted(
+    published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
+) -> None:
+    source, sync, left = shutil.copytree(published["k2"], tmp_path / "source"), journal.Journal.sync, [2]
+
+    def changing(self: journal.Journal) -> None:
+        sync(self)
+        left[0] -= 1
+        if left[0] == 0:  # the first comes before any chunk
+            change(source)
+
+    monkeypatch.setattr(journal.Journal, "sync", changing)
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_source_that_changes(stopped: tuple[Path, Path], converted: dict[str, Path]) -> None:

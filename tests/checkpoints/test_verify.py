@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from checkpoint_oracle import FORMS, read_all
 
-from checkpoints import compare, convert, layout, load, verify
+from checkpoints import compare, convert, export, layout, load, manifest, verify
 from checkpoints.safetensors import CheckpointError
-from checkpoints.toy import write_toy
+from checkpoints.toy import toy_config, write_toy
 
 UP = "language_model.model.layers.1.mlp.experts.3.up_proj.weight_packed"
 FAMILIES = ["k2.5", "k2", "kimi-linear"]
@@ -171,8 +171,161 @@ def test_what_cannot_be_asked(published: dict[str, Path], converted: dict[str, P
     with pytest.raises(ValueError, match="tolerance nan"):
         verify(converted["k2"], published["k2"], tolerance=float("nan"))
     folder = shutil.copytree(converted["k2"], tmp_path / "copy")
-    manifest = json.loads((folder / "kimi_manifest.json").read_text())
-    manifest["leaves"]["lm_head.weight"]["sha256"] = []
-    (folder / "kimi_manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"kimi_manifest\.json: is damaged: .*lm_head.weight has 0 checksums"):
+    values = json.loads((folder / "kimi_manifest.json").read_text())
+    (folder / "kimi_manifest.json").write_text(json.dumps(values))  # laid out otherwise
+    with pytest.raises(CheckpointError, match=r"kimi_manifest\.json: is damaged: its checksum, of itself, differs"):
         verify(folder)
+
+
+MANIFEST = "kimi_manifest.json"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted checkpoint of few bytes, the chunks of its larger leaves cut."""
+    root = tmp_path_factory.mktemp("small")
+    widths = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "vt_hidden_size": 32}
+    config = toy_config("k2.5", num_hidden_layers=2, vt_num_hidden_layers=1, n_routed_experts=4, **widths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "PART_BYTES", 512)
+        return convert(write_toy(root / "toy", config), root / "orbax").destination
+
+
+def seen(folder: Path) -> bool:
+    """Says whether verify finds anything wrong."""
+    try:
+        return bool(verify(folder).problems)
+    except CheckpointError:
+        return True
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(250, marks=pytest.mark.slow)])
+def test_a_flip_of_any_byte_is_seen(small: Path, tmp_path: Path, count: int) -> None:
+    """Every file that is no chunk, by turns with chunks, of which half are flipped near their ends."""
+    folder = shutil.copytree(small, tmp_path / "copy")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    chunks = [path for path in files if path.name.startswith("c.")]
+    root = [path for path in files if path.parent == folder]
+    zarr = [path for path in files if path.name == "zarr.json"]
+    assert len(files) == len(chunks) + len(root) + len(zarr) and not seen(folder)
+    random = np.random.default_rng(0)
+    for number in range(count):
+        group = (root, chunks, zarr, chunks)[number % 4]
+        file = group[number // 4 % len(group)] if group is root else group[random.integers(len(group))]
+        data = bytearray(file.read_bytes())
+        place = random.integers(len(data) if number % 2 else min(256, len(data)))
+        place = len(data) - 1 - place if number % 4 == 3 else place
+        before, data[place] = data[place], data[place] ^ random.integers(1, 256)
+        file.write_bytes(data)
+        assert seen(folder), f"{file}, byte {place}: {before} -> {data[place]}"
+        data[place] = before
+        file.write_bytes(data)
+    assert not seen(folder)
+
+
+def test_the_index_of_a_cut_chunk(small: Path, tmp_path: Path) -> None:
+    """Stock Orbax goes by it; what is read here does not."""
+    folder = shutil.copytree(small, tmp_path / "copy")
+    leaf = folder / "model.layers.1.mlp.experts.down_proj.weight_packed"
+    (codec,) = json.loads((leaf / "zarr.json").read_text())["codecs"]
+    assert codec["name"] == "sharding_indexed"
+    data = bytearray((leaf / "c.2.0.0").read_bytes())
+    data[-16:-8], data[-32:-24] = data[-32:-24], data[-16:-8]  # two parts exchanged
+    (leaf / "c.2.0.0").write_bytes(data)
+    ((name, problem),) = problems(folder).items()
+    assert name.endswith("experts.2.down_proj.weight_packed") and "its index of parts is damaged" in problem
+    with pytest.raises(CheckpointError, match="its index of parts is damaged"):
+        export(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        (lambda d: (d / "config.json").write_text("{}"), "config.json", "is not what was converted"),
+        (lambda d: (d / "tiktoken.model").unlink(), "tiktoken.model", "is not there"),
+        (lambda d: (d / "_METADATA").write_bytes(b""), "_METADATA", "is not what was converted"),
+        (lambda d: (d / "lm_head.weight" / "zarr.json").unlink(), "lm_head.weight/zarr.json", "is not there"),
+        (lambda d: (d / "chat_template.jinja").write_text("x"), "chat_template.jinja", "is no part of the checkpoint"),
+        (lambda d: (d / "lm_head.weight" / "c.9.0").write_text("x"), "lm_head.weight/c.9.0", "is no part of"),
+    ],
+)
+def test_files_beside_the_arrays(small: Path, tmp_path: Path, damage: Any, name: str, message: str) -> None:
+    """Named by verify, and by load before anything is loaded; export takes none that has changed."""
+    folder = shutil.copytree(small, tmp_path / "copy")
+    damage(folder)
+    found = problems(folder)
+    assert found.keys() == {name} and f"{folder / name}: {message}" in found[name]
+    with pytest.raises(ValueError, match="config.json: " if name == "config.json" else message):
+        load(folder, verify=True)
+    if name in ("config.json", "tiktoken.model", "chat_template.jinja"):
+        with pytest.raises(ValueError, match=f"{name}: (changed|model_type)"):
+            export(folder, tmp_path / "out")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], *, older: bool) -> None:
+    """Has `change` alter the manifest, which is whole again by its own checksum, or of a version that had none."""
+    values = json.loads((folder / MANIFEST).read_text())
+    change(values)
+    if older:
+        for key in ("format", "files", "sha256"):
+            del values[key]
+    (folder / MANIFEST).write_bytes(json.dumps(values).encode() if older else manifest.encode(values))
+
+
+def exchange(values: dict[str, Any]) -> None:
+    a, b = (values["leaves"][f"model.layers.{i}.input_layernorm.weight"] for i in (0, 1))
+    a["published"], b["published"] = b["published"], a["published"]
+
+
+EXPERTS = "model.layers.1.mlp.experts.up_proj.weight_packed"
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (exchange, r"input_layernorm.weight is published as \S+1.input_layernorm.weight, expected \S+0.input_"),
+        (lambda v: v["leaves"]["lm_head.weight"].update(published="\x1b[31m"), r"published as \\x1b\[31m, expected"),
+        (lambda v: v["leaves"]["lm_head.weight"].update(published="{0:>2000000000}"), "expected a name with"),
+        (lambda v: v["leaves"][EXPERTS].update(published="model.{}.{}"), "expected a name with"),
+        (lambda v: v["leaves"][EXPERTS].update(weight_shape=[1, 8]), r"has weight_shape \(1, 8\), which does not fit"),
+        (lambda v: v["leaves"][EXPERTS].update(weight_shape_dtype="object"), "weight_shape_dtype 'object', expected"),
+        (lambda v: v["leaves"]["lm_head.weight"].update(sha256=[]), "lm_head.weight has 0 checksums, expected 1"),
+        (lambda v: v["leaves"]["lm_head.weight"].update(sha256=[5]), "lm_head.weight has checksums that are none"),
+        (lambda v: v["leaves"]["lm_head.weight"].update(chunk=[0, 0]), r"chunk \[0, 0\], expected numbers from 1"),
+        (lambda v: v["leaves"]["lm_head.weight"].update(part=[7, 64]), "does not divide shape"),
+        (lambda v: v["leaves"]["lm_head.weight"].update(dtype=[]), r"has dtype \[\], expected one of"),
+        (lambda v: v["leaves"].update({"../x": v["leaves"].pop("lm_head.weight")}), "expected a leaf's path"),
+        (lambda v: v["leaves"].pop("lm_head.weight"), "1 leaves are missing or not of this model: lm_head.weight"),
+        (lambda v: v.update(leaves=[]), r"leaves is \[\], expected an object"),
+        (lambda v: v.pop("leaves"), "it has no 'leaves'"),
+        (lambda v: v.update(skipped=5), "skipped is 5, expected names"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is of an older version")
+def test_a_manifest_that_no_conversion_writes(
+    small: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str, older: bool
+) -> None:
+    folder = shutil.copytree(small, tmp_path / "copy")
+    rewrite(folder, change, older=older)
+    for reader in (load, lambda folder: export(folder, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=message):
+            reader(folder)
+    assert seen(folder) and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_an_older_version(small: Path, tmp_path: Path) -> None:
+    """It is read, and verify says what has no checksum."""
+    folder = shutil.copytree(small, tmp_path / "copy")
+    rewrite(folder, lambda _: None, older=True)
+    with pytest.warns(UserWarning, match=r"kimi_manifest\.json: is of an older version, so files besides arrays"):
+        assert not verify(folder).problems
+    assert not problems(folder, small)
+    export(folder, tmp_path / "out")
+
+
+def test_a_checkpoint_of_a_newer_version(small: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small, tmp_path / "copy")
+    rewrite(folder, lambda values: values.update(format=3), older=False)
+    with pytest.raises(CheckpointError, match="has format 3, expected 2"):
+        load(folder)

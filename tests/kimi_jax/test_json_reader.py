@@ -22,7 +22,9 @@ VALUES = st.recursive(
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not JSON"),
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer, .* run `git lfs pull`"),
+        (b"\xef\xbb\xbf<!doctype html>", "is a web page"),
         (b"{", "not JSON"),
         (b"\xff\xfe", "not UTF-8"),
         (b'"\xed\xa0\x80"', "not UTF-8"),
