@@ -16,6 +16,7 @@ from checkpoints.metadata import MANIFEST
 from checkpoints.names import Contents, Leaf, abstract_of_form, as_stored, contents, stored, with_fp8
 from checkpoints.reading import Place, Remote, at, read_into
 from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.spellings import open_published
 from checkpoints.writing import aligned
 from kimi_jax import config_json
 
@@ -117,7 +118,7 @@ def open_checkpoint(path: str | Path | Remote) -> PublishedSource | ConvertedSou
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     if not (folder / MANIFEST).is_file():
-        published = Published.open(folder)
+        published = open_published(folder)
         return PublishedSource(contents(config_json.from_folder(folder), published), published)
     manifest = json.loads((folder / MANIFEST).read_text())
     entries = manifest["leaves"]
