@@ -28,15 +28,15 @@ def main(source: Path, target: Path, kills: int, shard_bytes: int) -> None:
         write(self, name, block, row)
 
     shards.ShardWriter.write = slow_write
-    killed, total = 0, 0
+    killed = 0
     total = sum(file.stat().st_size for file in source.glob("*/c*"))
-    for attempt in range(kills):
+    for _ in range(kills):
         sys.stdout.flush()
         before, child = _written(log), os.fork()
         if child == 0:
             export(source, target, shard_bytes=shard_bytes, workers=2)
             os._exit(0)
-        # later from one attempt to the next, at any moment of what an attempt does
+        # some shards later from one attempt to the next
         goal = before + total * random.random() / kills
         while os.waitpid(child, os.WNOHANG)[0] == 0:
             if _written(log) > goal:

@@ -127,7 +127,7 @@ def test_a_small_file_system(published: dict[str, Path], converted: dict[str, Pa
     if mounted.returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        with pytest.raises(OSError, match="out.partial: No space left on device: [0-9,]+ bytes are to be written, "):
+        with pytest.raises(OSError, match=r"out\.partial: No space left on device: [0-9,]+ bytes are to be written, "):
             convert(published["k2"], disk / "out")
         assert not (disk / "out").exists()
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
