@@ -33,18 +33,6 @@ _LINEAR_NAMES = {
     "model_max_length": "max_position_embeddings",
 }
 
-# transformers' spelling of Kimi-K2.5 -> the published one: in vision_config, and beside it.
-_VISION_NAMES = {
-    "hidden_size": "vt_hidden_size",
-    "intermediate_size": "vt_intermediate_size",
-    "num_attention_heads": "vt_num_attention_heads",
-    "num_hidden_layers": "vt_num_hidden_layers",
-    "pos_emb_height": "init_pos_emb_height",
-    "pos_emb_width": "init_pos_emb_width",
-    "pos_emb_time": "init_pos_emb_time",
-}
-_PROJECTOR_NAMES = {"projection_hidden_size": "mm_hidden_size", "projection_layer_norm_eps": "projector_ln_eps"}
-
 
 class ConfigError(ValueError):
     """A config.json that this package cannot honour; the message names the file and the field."""
@@ -94,9 +82,8 @@ def from_dict(
             raise ConfigError(f"{where}: text_config.model_type {text_type!r} is none of {', '.join(TEXT_MODEL_TYPES)}")
         quantization = config.get("quantization_config")
         text = _text(text_fields, quantization)
-        vision = _vision(_vision_fields(fields), text)
-        ids = _respelled(config, {"image_token_id": "media_placeholder_token_id"}, where)
-        placeholder = _Fields(ids, where).require("media_placeholder_token_id", int)
+        vision = _vision(_Fields(fields.require("vision_config", dict), f"{where}: vision_config"), text)
+        placeholder = fields.require("media_placeholder_token_id", int)
         fields.only("tie_word_embeddings", False)
         if not 0 <= placeholder < text.vocab_size:
             raise ConfigError(
@@ -307,36 +294,12 @@ def _quantization(fields: _Fields, outer: Mapping[str, Any] | None) -> Quantizat
     return QuantizationConfig(group_size=size, num_bits=weights.get("num_bits", int, 4))
 
 
-def _respelled(values: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:
-    """`values` with the published names too where only those of transformers (`names`: its -> published) are given.
-
-    Raises ConfigError where both are given, of different values.
-    """
-    respelled = dict(values)
-    for theirs, published in names.items():
-        if (value := values.get(theirs)) is None:
-            continue
-        if values.get(published) not in (None, value):
-            raise ConfigError(f"{where}: {theirs} {value!r} differs from {published} {values[published]!r}")
-        respelled[published] = value
-    return respelled
-
-
-def _vision_fields(fields: _Fields) -> _Fields:
-    """The fields of vision_config in published names. transformers has those of the projector beside vision_config."""
-    where = f"{fields.where}: vision_config"
-    values = _respelled(fields.require("vision_config", dict), _VISION_NAMES, where)
-    beside = {name: fields.values.get(name) for name in _PROJECTOR_NAMES}
-    return _Fields(_respelled(values | beside, _PROJECTOR_NAMES, where), where)
-
-
 def _vision(fields: _Fields, text: TextConfig) -> VisionConfig:
     fields.only("pos_emb_type", "divided_fixed")
     fields.only("merge_type", "sd2_tpool")
     fields.only("video_attn_type", "spatial_temporal")
     fields.only("mm_projector_type", "patchmerger")
     fields.only("projector_hidden_act", "gelu")
-    fields.only("hidden_act", "gelu_pytorch_tanh")
     merge = tuple(fields.require("merge_kernel_size", list))
     fields.check(
         len(merge) == 2 and all(isinstance(m, int) and m > 0 for m in merge),

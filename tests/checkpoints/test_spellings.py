@@ -24,7 +24,6 @@ from checkpoints.numerics import dequantize_int4
 from checkpoints.safetensors import CheckpointError, Published
 from checkpoints.spellings import open_published
 from checkpoints.toy import published_tensors, toy_config
-from kimi_jax import config_json
 
 Tensors = dict[str, np.ndarray]
 GOLDEN = json.loads((HERE / "saved.json").read_text())
@@ -141,27 +140,6 @@ def test_fused_in_an_otherwise_published_folder(tmp_path: Path) -> None:
     assert open_published(write(tmp_path / "linear", linear, {})).tensors.keys() == plain("kimi-linear").keys()
     k25 = fused(plain("k2.5"), "gate_proj", "up_proj", "down_proj")
     assert open_published(write(tmp_path / "k25", k25, {})).tensors.keys() == plain("k2.5").keys()
-
-
-def test_vision_fields_in_transformers_words() -> None:
-    """As saved, with both spellings; with its own alone; and refused where the two differ."""
-    _, config = GOLDEN["k2.5"]["original"]
-    published = config_json.from_dict(toy_config("k2.5", **SAVED["k2.5"]))
-    assert config_json.from_dict(config).vision == published.vision
-    ours = ("vt_", "init_", "mm_", "merge_type", "pos_emb_type", "projector_", "text_hidden", "video_")
-    vision = {name: value for name, value in config["vision_config"].items() if not name.startswith(ours)}
-    own = {name: value for name, value in config.items() if name != "media_placeholder_token_id"}
-    read = config_json.from_dict(own | {"vision_config": vision})
-    assert read.vision == published.vision
-    assert read.media_placeholder_token_id == published.media_placeholder_token_id
-    for change, message in (
-        ({"vision_config": config["vision_config"] | {"pos_emb_height": 9}}, "pos_emb_height 9 differs from init_pos"),
-        ({"projection_layer_norm_eps": 1e-6}, "projection_layer_norm_eps 1e-06 differs from projector_ln_eps 1e-05"),
-        ({"image_token_id": 3}, "image_token_id 3 differs from media_placeholder_token_id"),
-        ({"vision_config": vision | {"hidden_act": "relu"}}, "hidden_act 'relu' is not supported"),
-    ):
-        with pytest.raises(config_json.ConfigError, match=message):
-            config_json.from_dict(config | change)
 
 
 def test_what_cannot_be_read_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
