@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints import forms, journal, layout, manifest, metadata, pipeline
+from checkpoints.files import check_room
 from checkpoints.forms import Job, Plan, Rest, Rows
 from checkpoints.manifest import MANIFEST
 from checkpoints.names import Contents, contents
@@ -27,6 +28,7 @@ from checkpoints.progress import Counter, Progress
 from checkpoints.quantization_config import Form
 from checkpoints.reading import Remote, files_under, identity, sha256
 from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.spellings import open_published
 from checkpoints.writing import aligned, fsync, write_file, write_whole
 from kimi_jax import config_json
 
@@ -70,15 +72,16 @@ def convert(
 
     Raises ValueError for less memory than a GiB or a process that is none of `num_processes`; FileExistsError for a
     destination or partial folder of something else, or one that the same process of the conversion is writing;
-    CheckpointError naming file and tensor for values that cannot be, and whatever `Published.open`,
-    `config_json.from_folder` and `names.contents` refuse; OSError where the disk is full. What was made by then stays.
+    CheckpointError naming file and tensor for values that cannot be, and whatever `open_published`,
+    `config_json.from_folder` and `names.contents` refuse; OSError where the disk is full, or has
+    too little room for this process's share (before the first of it is written). What was made by then stays.
     """
     limit = pipeline.limit(memory)
     if workers < 1 or not 0 <= process_index < num_processes:
         raise ValueError(
             f"{workers} workers, process {process_index} of {num_processes}: expected 1 or more, from 0 on"
         )
-    conversion = _Conversion.of(Published.open(src), Path(dst).absolute(), experts, dtype)
+    conversion = _Conversion.of(open_published(src), Path(dst).absolute(), experts, dtype)
     if conversion.is_there():
         return conversion.report(whole=True, found=conversion.nbytes(conversion.plan.jobs()), made=0)
     settings = conversion.source | {"files": conversion.files, "num_processes": num_processes}
@@ -87,6 +90,7 @@ def convert(
         todo = [job for job in share if not all((chunk.path, chunk.number) in log.done for chunk in job.makes)]
         found = conversion.nbytes(share) - conversion.nbytes(todo)
         count = Counter(conversion.nbytes(share), progress, found)
+        check_room(conversion.partial, conversion.nbytes(todo))
         try:
             pipeline.run(todo, _Work(conversion, log, count), lambda job: job.nbytes, workers=workers, limit=limit)
             log.sync()

@@ -2,20 +2,23 @@
 
 Chunks are held against the manifest's checksums on their way, and go straight to their places in the shards, several
 at a time. Names, dtypes and shapes are those of the checkpoint that was converted, and so is every byte of what was
-kept in its form.
+kept in its form. An export that was killed goes on with the shards that are not whole.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints import pipeline
 from checkpoints.converted import Chunk, Converted
-from checkpoints.files import new_folder
+from checkpoints.files import new_folder, was_finished
+from checkpoints.manifest import MANIFEST
 from checkpoints.metadata import carry, recorded
 from checkpoints.names import PACKED, SHAPE
 from checkpoints.pipeline import MEMORY, WORKERS
 from checkpoints.progress import Counter, Progress
+from checkpoints.safetensors import INDEX
 from checkpoints.shards import SHARD_BYTES, Entry, ShardWriter, planned
 
 
@@ -41,9 +44,12 @@ def export(
 ) -> Exported:
     """Writes the checkpoint in folder `src`, which `convert` wrote, to a new folder `dst` as it would be published.
 
-    The process's peak memory stays under `memory` bytes, whatever the size of a shard. Raises FileNotFoundError for a
-    `src` without our manifest, CheckpointError naming file and tensor for a damaged one, FileExistsError for a `dst`
-    (or `dst.partial`) that holds anything, OSError naming the file where the disk is full. An error leaves nothing.
+    The process's peak memory stays under `memory` bytes, whatever the size of a shard. An export that was killed or
+    interrupted leaves `dst.partial`. The same one goes on from there, another one starts over.
+
+    Raises FileNotFoundError for a `src` without our manifest, CheckpointError naming file and tensor for a damaged one,
+    FileExistsError for a `dst` that holds anything and for one that another process is writing, OSError naming the file
+    where the disk is full, and before the first byte where it has too little room. An error leaves nothing.
     """
     limit = pipeline.limit(memory)
     if shard_bytes < 1 or workers < 1:
@@ -53,21 +59,36 @@ def export(
     entries = [Entry(name, source.tensors[name].dtype, source.tensors[name].shape) for name in names]
     shards = planned(entries, shard_bytes)
     chunks = [chunk for name in names for chunk in source.chunks.get(name, ())]
-    count = Counter(sum(chunk.layout.chunk_bytes for chunk in chunks), progress)
+    manifest = hashlib.sha256((source.folder / MANIFEST).read_bytes()).hexdigest()
+    settings = {"export of": manifest, "shard_bytes": shard_bytes}
 
-    with new_folder(Path(dst)) as folder:
+    def report(carried: tuple[str, ...]) -> Exported:
+        return Exported(Path(dst), len(entries), len(shards), sum(entry.nbytes for entry in entries), carried)
+
+    if was_finished(Path(dst), settings):
+        files = sorted(file.name for file in Path(dst).iterdir())
+        return report(tuple(name for name in files if name != INDEX and not name.endswith(".safetensors")))
+    with new_folder(Path(dst), settings) as folder:
         with ShardWriter(folder, shards) as writer:
+            todo = [chunk for chunk in chunks if not writer.finished.issuperset(_tensors(chunk))]
+            total, left = (sum(chunk.layout.chunk_bytes for chunk in some) for some in (chunks, todo))
+            count = Counter(total, progress, total - left)
 
             def work(chunk: Chunk) -> None:
                 writer.write(chunk.name, chunk.read(check=True), chunk.row)
-                if chunk.name.endswith(PACKED):
-                    shape = chunk.name.removesuffix(PACKED) + SHAPE
+                for shape in _tensors(chunk)[1:]:
                     writer.write(shape, source.weight_shapes[shape])
                 count(chunk.layout.chunk_bytes)
 
-            pipeline.run(chunks, work, lambda chunk: chunk.nbytes, workers=workers, limit=limit)
+            pipeline.run(todo, work, lambda chunk: chunk.nbytes, workers=workers, limit=limit)
         carried = carry(source.folder, folder, expected=recorded(source.manifest))
-    return Exported(Path(dst), len(entries), len(shards), sum(entry.nbytes for entry in entries), carried)
+    return report(carried)
+
+
+def _tensors(chunk: Chunk) -> tuple[str, ...]:
+    """The tensors that are written of a chunk: its own and, after INT4 words, their shape."""
+    shape = (chunk.name.removesuffix(PACKED) + SHAPE,) if chunk.name.endswith(PACKED) else ()
+    return chunk.name, *shape
 
 
 def _natural(name: str) -> list[str | int]:

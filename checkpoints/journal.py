@@ -159,7 +159,7 @@ def opened(partial: Path, settings: Mapping[str, Any], index: int, layouts: Mapp
         raise FileExistsError(f"{partial}: is in the way, and no conversion; move it elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
     _agree(partial, settings)
-    with _locked(folder / f"lock-{index}", f"{partial}: process {index} of this conversion is running"):
+    with locked(folder / f"lock-{index}", f"{partial}: process {index} of this conversion is running"):
         journal = Journal(partial, index, layouts)
         try:
             yield journal
@@ -197,15 +197,18 @@ def differ(before: Any, now: Any, where: str = "") -> str:
 
 
 @contextmanager
-def _locked(path: Path, message: str) -> Iterator[None]:
-    """Holds the lock at `path`. Raises FileExistsError, which `message` opens, where another process does."""
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Holds the lock at `path`. Raises FileExistsError, which `message` opens, where another process does, or has moved
+    or removed the file since."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             who = os.read(descriptor, 1000).decode()
             raise FileExistsError(f"{message}: {who}") from None
+        if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise FileExistsError(f"{message}: it has just finished or failed")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield

@@ -6,6 +6,7 @@ memory; here every read goes straight into the array that is returned, so memory
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ DTYPES = {
     }.items()
 }
 _DIMENSIONS = 64  # NumPy's limit
+_PART = re.compile(r"-\d+-of-(\d+)\.safetensors$")  # a shard by its name; the number is of all shards
 _HEADER_LIMIT = 100_000_000  # the library's own; a larger number is a damaged file
 
 
@@ -63,7 +65,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Published:
-    """A folder of safetensors, indexed or a single file. `tensors` is in the order of the files and their bytes."""
+    """A folder of safetensors: shards with their index, or one file. `tensors` is in the order of the files and of
+    their bytes."""
 
     folder: Place
     tensors: Mapping[str, Tensor]
@@ -82,10 +85,8 @@ class Published:
         if (folder / INDEX).is_file():
             weight_map = _weight_map(folder / INDEX)
             files = tuple(folder / file for file in sorted(set(weight_map.values())))
-        elif (folder / SINGLE).is_file():
-            weight_map, files = None, (folder / SINGLE,)
         else:
-            raise FileNotFoundError(f"{folder}: holds neither {INDEX} nor {SINGLE}")
+            weight_map, files = None, (_only_file(folder),)
         tensors: dict[str, Tensor] = {}
         for file in files:
             if not file.is_file():
@@ -117,6 +118,20 @@ class Published:
         if (count := read_into(tensor.file, offset, flat.data)) < nbytes:
             raise CheckpointError(f"{tensor.file}: ends inside tensor {printable(name)}, at byte {offset + count}")
         return flat.view(tensor.dtype).reshape(shape)
+
+
+def _only_file(folder: Place) -> Place:
+    """The file that holds all tensors of a folder without an index, whatever its name. Raises FileNotFoundError where
+    there is none, `CheckpointError` where there are several, or one that its name calls a part of more."""
+    files: list[Place] = sorted(folder.glob("*.safetensors"), key=lambda file: file.name)
+    files = [file for file in files if file.name == SINGLE] or files
+    if not files:
+        raise FileNotFoundError(f"{folder}: holds neither {INDEX} nor {SINGLE}")
+    part = _PART.search(files[0].name)
+    if len(files) > 1 or (part and int(part[1]) != 1):
+        names = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
+        raise CheckpointError(f"{folder}: {INDEX} is missing, which says where the tensors are; there is {names}")
+    return files[0]
 
 
 def _weight_map(path: Place) -> dict[str, str]:

@@ -14,6 +14,7 @@ from checkpoints.manifest import MANIFEST
 from checkpoints.names import Contents, Leaf, contents
 from checkpoints.reading import Place, Remote, at, read_into
 from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.spellings import open_published
 from checkpoints.writing import aligned
 from kimi_jax import config_json
 
@@ -115,7 +116,7 @@ def open_checkpoint(path: str | Path | Remote) -> PublishedSource | ConvertedSou
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     if not (folder / MANIFEST).is_file():
-        published = Published.open(folder)
+        published = open_published(folder)
         return PublishedSource(contents(config_json.from_folder(folder), published), published)
     found = manifest.read(folder)
     layouts = {path: entry.layout for path, entry in found.leaves.items()}

@@ -15,6 +15,7 @@ from checkpoints.pipeline import MEMORY, WORKERS
 from checkpoints.progress import Counter, Progress
 from checkpoints.reading import Remote, at, files_under, sha256
 from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.spellings import open_published
 from kimi_jax.printable import printable
 
 
@@ -68,7 +69,7 @@ def check(path: str | Path | Remote, *, process_index: int = 0, num_processes: i
 
 
 def _open(path: str | Path) -> Published | Converted:
-    return Converted.open(path) if (at(path) / MANIFEST).is_file() else Published.open(path)
+    return Converted.open(path) if (at(path) / MANIFEST).is_file() else open_published(path)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints.files import new_folder
+from checkpoints.files import new_folder, was_finished
 from checkpoints.metadata import carry
 from checkpoints.progress import Counter, Progress
-from checkpoints.safetensors import Published
+from checkpoints.reading import identity
 from checkpoints.shards import SHARD_BYTES, Entry, ShardWriter, planned
+from checkpoints.spellings import open_published
 from checkpoints.toy.configs import PREPROCESSOR, TINY_VOCAB
 from checkpoints.toy.draw import copied, drawn
 from checkpoints.toy.weights import Weight, weights
@@ -64,20 +65,30 @@ def make_toy(
     """As `write_toy` for models of any size, in bounded memory (some 150 MB): weights are drawn by rows, from fewer
     bits (`draw`), or copied from the published folder `source`, whose first layers, experts and rows they then are.
 
-    Raises besides FileNotFoundError and CheckpointError where `source` does not hold what `config` asks for.
+    One that was killed goes on with the shards that are not whole.
+
+    Raises FileExistsError if `folder` holds anything or another process is writing it, FileNotFoundError and
+    CheckpointError where `source` does not hold what `config` asks for, OSError where the disk has too little room.
     """
     found = list(weights(config))
-    original = None if source is None else Published.open(source)
-    count = Counter(sum(weight.nbytes for weight in found), progress)
-    with new_folder(Path(folder)) as partial:
+    original = None if source is None else open_published(source)
+    settings = {"toy": dict(config), "seed": seed, "shard_bytes": shard_bytes}
+    if original is not None:
+        settings["source"] = {str(file): identity(file) for file in original.files}
+    if was_finished(Path(folder), settings):
+        return Path(folder)
+    with new_folder(Path(folder), settings) as partial:
         with ShardWriter(partial, planned(_entries(found), shard_bytes)) as writer, ThreadPoolExecutor(WORKERS) as pool:
+            todo = [weight for weight in found if not writer.finished.issuperset(e.name for e in weight.entries)]
+            total, left = (sum(weight.nbytes for weight in some) for some in (found, todo))
+            count = Counter(total, progress, total - left)
 
             def write(weight: Weight) -> None:
                 for name, row, block in drawn(weight, seed) if original is None else copied(weight, original):
                     writer.write(name, block, row)
                     count(block.nbytes)
 
-            for _ in pool.map(write, found):
+            for _ in pool.map(write, todo):
                 pass
         if original is None:
             _write_rest(partial, config)

@@ -55,6 +55,16 @@ ROPE_PARAMETERS = {
     "default": {"rope_type": "default", "rope_theta": _YARN["rope_theta"]},
 }
 
+# The toys whose tensors are named in saved.json, in their family's fields that differ.
+_SMALL = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+SAVED: dict[str, dict[str, Any]] = {
+    "k2.5": _SMALL | {"num_hidden_layers": 2, "n_routed_experts": 4, "vt_num_hidden_layers": 1},
+    "k2": _SMALL | {"num_hidden_layers": 2, "n_routed_experts": 4, "quantization_config": None},
+    "kimi-linear": _SMALL
+    | {"num_hidden_layers": 3, "num_experts": 4}
+    | {"linear_attn_config": LINEAR_LAYERS | {"kda_layers": [1, 2], "full_attn_layers": [3]}},
+}
+
 # Patches of the position table in "k2.5": 8 x 8. Its own size, larger, smaller, and one of each.
 IMAGE_GRIDS = np.array([[1, 8, 8], [1, 12, 10], [1, 4, 6], [1, 6, 12]], np.int32)
 VIDEO_GRIDS = np.array([[3, 8, 6], [4, 6, 10]], np.int32)
