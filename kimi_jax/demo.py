@@ -79,7 +79,7 @@ def _show_and_ask(console: Console, folder: Path, picture: Path, max_new_tokens:
     console.print("  " + ", ".join(f"{device}: {size:,}" for device, size in held.items()), highlight=False)
 
     tokenizer = Tokenizer.from_folder(folder)
-    image = {"type": "image_url", "image_url": {"url": str(picture)}}
+    image = {"type": "image_url", "image_url": {"url": picture}}
     messages = [{"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}]
     prompt = prompts.prepare(folder, model.config, tokenizer, messages, thinking=False)
     assert prompt.media is not None

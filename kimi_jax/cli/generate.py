@@ -3,6 +3,7 @@
 import argparse
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from kimi_jax import json_reader
@@ -130,8 +131,9 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     mesh = None if shape is None else make_mesh(shape)
     began = time.perf_counter()
     model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
+    files = arguments.chat.parent if arguments.chat else None  # a chat's strings name files beside it, and no others
     prompt = prompts.prepare(
-        arguments.path, model.config, tokenizer, messages, tools=tools, thinking=arguments.thinking
+        arguments.path, model.config, tokenizer, messages, tools=tools, thinking=arguments.thinking, files=files
     )
     decoding.checked_lengths(model.config, prompt.tokens, None, arguments.max_new_tokens)
     log.print(f"loaded in {time.perf_counter() - began:.1f} s; the prompt has {prompt.tokens.shape[1]} tokens")
@@ -158,8 +160,8 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
 def _messages(arguments: argparse.Namespace) -> tuple[list[Any], list[Any] | None]:
     """The conversation that the flags describe, and its tools."""
     if arguments.chat is None:
-        content: list[Any] = [{"type": "image_url", "image_url": {"url": image}} for image in arguments.image]
-        content += [{"type": "video_url", "video_url": {"url": video}} for video in arguments.video]
+        content: list[Any] = [{"type": "image_url", "image_url": {"url": Path(image)}} for image in arguments.image]
+        content += [{"type": "video_url", "video_url": {"url": Path(video)}} for video in arguments.video]
         content.append({"type": "text", "text": arguments.prompt})
         return [{"role": "user", "content": content if len(content) > 1 else arguments.prompt}], None
     if arguments.image or arguments.video:

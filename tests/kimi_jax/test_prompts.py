@@ -1,5 +1,7 @@
 """Conversations with pictures and video made ready: ids written by hand from the template, patches from the pixels."""
 
+import json
+
 import cases
 import numpy as np
 import pytest
@@ -45,7 +47,7 @@ def text(value):
 
 
 def image(path):
-    return {"type": "image_url", "image_url": {"url": str(path)}}
+    return {"type": "image_url", "image_url": {"url": path}}
 
 
 def picture(path, size, colour):
@@ -98,7 +100,7 @@ def test_a_gif_becomes_chunks_with_their_times(k25, tmp_path):
     frames = [Image.new("L", (28, 28), 50 * i) for i in range(5)]
     path = tmp_path / "clip.gif"
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)
-    prompt = prepare(k25, user({"type": "video_url", "video_url": {"url": str(path)}}, text("Describe.")))
+    prompt = prepare(k25, user({"type": "video_url", "video_url": {"url": path}}, text("Describe.")))
     chunk = (MEDIA_BEGIN, "video", MEDIA_CONTENT, MEDIA_PAD, MEDIA_END)
     expected = spell(k25, IM_USER, "user", IM_MIDDLE, "00:00:00.000", *chunk, "00:00:02.000", *chunk, "Describe.")
     expected += spell(k25, IM_END, IM_ASSISTANT, "assistant", IM_MIDDLE, THINK)
@@ -113,7 +115,7 @@ def test_an_image_and_a_video_keep_the_order_of_the_conversation(k25, tmp_path):
     clip = tmp_path / "clip.gif"
     frames[0].save(clip, save_all=True, append_images=frames[1:], duration=500)
     still = picture(tmp_path / "still.png", (56, 28), RED)
-    video = {"type": "video_url", "video_url": {"url": str(clip)}}
+    video = {"type": "video_url", "video_url": {"url": clip}}
     assert prepare(k25, user(video, image(still))).media.grids.tolist() == [[2, 2, 2], [1, 2, 4]]
     assert prepare(k25, user(image(still), video)).media.grids.tolist() == [[1, 2, 4], [2, 2, 2]]
 
@@ -141,6 +143,42 @@ def test_what_is_missing_or_no_image_is_named(k25, tmp_path):
         prepare(k25, user(image(tmp_path / "notes.png")))
     with pytest.raises(FileNotFoundError, match=r"gone\.png: no such file"):
         prepare(k25, user(image(tmp_path / "gone.png")))
+
+
+def test_strings_in_messages_name_files_of_the_allowed_folder_only(k25, tmp_path):
+    # What came as JSON holds strings; Path, bytes and arrays are the program's own
+    path = picture(tmp_path / "a.png", (56, 28), RED)
+    for name in (str(path), "a.png", f"file://{path}", "https://example.org/a.png"):
+        with pytest.raises(ValueError, match=r"may not name local files|:// is not fetched"):
+            prepare(k25, user(image(name)))
+    expected = prepare(k25, user(image(path))).media.patches
+    for source, files in [("a.png", tmp_path), (str(path), tmp_path), (path.read_bytes(), None)]:
+        np.testing.assert_array_equal(prepare(k25, user(image(source)), files=files).media.patches, expected)
+    with pytest.raises(ValueError, match=r"a\.png: outside .*the folder whose files the messages may name"):
+        prepare(k25, user(image("../a.png")), files=k25[0])
+
+
+@pytest.mark.parametrize("kind", ["image_url", "video_url"])
+@pytest.mark.parametrize("source", [5, None, {"url": None}, {"url": 5}, {"detail": "low"}])
+def test_sources_of_another_type_are_refused(k25, kind, source):
+    with pytest.raises(ValueError, match=r"is given as (int|NoneType), expected a"):
+        prepare(k25, user({"type": kind, kind: source}))
+
+
+def test_media_beyond_the_limit_are_refused(k25, tmp_path, monkeypatch):
+    monkeypatch.setattr("kimi_jax.media.MAX_PATCHES", 15)
+    part = image(picture(tmp_path / "a.png", (56, 28), RED))
+    assert prepare(k25, user(part)).media.patches.shape[0] == 8
+    with pytest.raises(ValueError, match="the messages' media come to 16 patches, expected at most 15"):
+        prepare(k25, user(part, part))
+
+
+def test_preprocessor_and_vision_tower_agree(k25, tmp_path):
+    settings = json.loads((k25[0] / "preprocessor_config.json").read_text())
+    settings["media_proc_cfg"]["patch_size"] = 7
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"preprocessor_config.json: patch_size and .* are \(7, \(2, 2\)\), but"):
+        prepare((tmp_path, *k25[1:]), user(image(picture(tmp_path / "a.png", (28, 28), RED))))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""Pictures as a viewer shows them: turned, in 8 bits, on white.
+
+Orientation is EXIF's tag 0x0112; transparency is composited on white as vLLM does; 16-bit samples keep their high byte,
+as Pillow itself does for 16-bit colour.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from kimi_jax.media.limits import MAX_PIXELS, MAX_SIDE
+from kimi_jax.printable import printable
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = {_TURNS[value] for value in (5, 6, 7, 8)}  # width and height change places
+_WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # modes of 16-bit grey; "I" has 32 bits, but files fill 16 of them
+
+
+@contextmanager
+def pillow_errors(name: str) -> Iterator[None]:
+    """Turns whatever Pillow raises at damaged bytes into a ValueError of one line. Its plugins raise SyntaxError,
+    EOFError, struct.error, IndexError, AssertionError and more, so only calls of Pillow belong inside."""
+    try:
+        yield
+    except MemoryError as error:
+        raise ValueError(f"{name}: no memory to decode it") from error
+    except Exception as error:
+        reason = printable(error) or type(error).__name__
+        raise ValueError(f"{name}: a damaged image: {' '.join(reason.split())}") from error
+
+
+def as_seen(image: Image.Image, name: str = "the picture") -> Image.Image:
+    """Returns the RGB picture that a viewer shows of `image`, decoded. It carries no EXIF, so nobody turns it again.
+
+    Raises ValueError where `image` is too large, damaged, or of numbers whose range is not known.
+    """
+    width, height = image.size
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
+        raise ValueError(
+            f"{name}: {width:,} x {height:,} pixels, expected 1 to {MAX_SIDE:,} on a side and at most {MAX_PIXELS:,}"
+        )
+    with pillow_errors(name):
+        image.load()
+        turn = find_turn(image)
+    if image.mode == "F":
+        raise ValueError(f"{name}: floating-point samples, whose range is not known; expected 8 or 16 bits")
+    if image.mode in _WIDE:
+        image = _high_bytes(image, name)
+    with pillow_errors(name):
+        picture = _on_white(image) if image.has_transparency_data else image.convert("RGB")
+        picture.info = {}
+        return picture if turn is None else picture.transpose(turn)
+
+
+def find_turn(image: Image.Image) -> Image.Transpose | None:
+    """Returns the transposition that EXIF asks for, which stands behind the pixels of some PNGs; None for none."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises anything at damaged EXIF; the pixels are whole, and viewers show them as stored
+        return None
+
+
+def _high_bytes(image: Image.Image, name: str) -> Image.Image:
+    """Returns 16-bit grey as mode L, or LA where one value is transparent."""
+    with pillow_errors(name):
+        values = np.asarray(image if image.mode == "I" else image.convert("I"))
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"{name}: samples from {values.min()} to {values.max()}, expected 16 bits")
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white

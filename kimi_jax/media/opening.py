@@ -1,0 +1,94 @@
+"""Pictures of the formats named here and no others: Pillow would run Ghostscript for an EPS, whatever its name says."""
+
+import io
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from kimi_jax.media import sources
+from kimi_jax.media.appearance import as_seen, pillow_errors
+from kimi_jax.media.limits import MAX_PIXELS
+from kimi_jax.printable import printable
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+# first bytes of what people give instead, and of headers too damaged to open
+_OTHERS = (
+    (b"\x89PNG", "a damaged PNG"),
+    (b"\xff\xd8", "a damaged JPEG"),
+    (b"RIFF", "a RIFF file"),
+    (b"GIF8", "a damaged GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"%PDF", "PDF"),
+    (b"%!PS", "PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "PostScript"),
+    (b"<svg", "SVG"),
+    (b"<?xml", "XML"),
+    (b"<!DOCTYPE html", "HTML"),
+    (b"\x1aE\xdf\xa3", "Matroska"),
+    (b"version https://git-lfs", "a Git LFS pointer"),
+)
+
+
+def open_image(source: object) -> Image.Image:
+    """Returns the picture that `source` holds as a viewer shows it, in RGB; the first frame of an animation.
+
+    source: a path, a base64 `data:` URL, the bytes of a file, a uint8 array [height, width], [height, width, 3] (RGB)
+    or [height, width, 4] (RGBA), or a PIL image. A string is opened as the path that it is, so strings of strangers go
+    through `from_message` first. Raises OSError or ValueError naming the source.
+    """
+    if isinstance(source, Image.Image | np.ndarray):
+        return as_seen(as_image(source))
+    data, name = sources.read(source)
+    return as_seen(open_header(data, name), name)
+
+
+def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
+    """Returns an array of levels as a PIL image, and a PIL image as it is."""
+    if isinstance(picture, Image.Image):
+        return picture
+    shape = picture.shape
+    if picture.dtype != np.uint8 or not (picture.ndim == 2 or (picture.ndim == 3 and shape[2] in (3, 4))):
+        raise ValueError(
+            f"an array of {picture.dtype} {[*shape]} is no picture, expected uint8 [height, width], "
+            "[height, width, 3] or [height, width, 4]"
+        )
+    if not picture.size:
+        raise ValueError(f"a picture of {shape[1]} x {shape[0]} pixels has nothing in it")
+    return Image.fromarray(picture)
+
+
+def open_header(data: bytes, name: str, hint: str = "") -> Image.Image:
+    """Returns the image that `data` holds, its pixels not decoded yet. Raises ValueError, `hint` at its end where the
+    format is none that is opened."""
+    with pillow_errors(name):
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            _scale_transparency(image)
+            return image
+        except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            failure = error
+    if not isinstance(failure, UnidentifiedImageError):
+        raise ValueError(f"{name}: expected at most {MAX_PIXELS:,} pixels ({printable(failure)})") from failure
+    found = _other_format(data)
+    found = f" (found {found}, expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]})"
+    raise ValueError(f"{name}: not an image that can be read{found}{hint}") from failure
+
+
+def _other_format(data: bytes) -> str:
+    if data[4:8] == b"ftyp":  # ISO media: a still where the brand says so, else a video
+        brand = data[8:12].decode("latin-1")
+        return {"avif": "AVIF", "heic": "HEIC", "mif1": "HEIF"}.get(brand, "MP4")
+    start = data[:64].lstrip()
+    return next((kind for first, kind in _OTHERS if start.startswith(first)), f"{len(data):,} other bytes")
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Brings the transparent value of a PNG to 8 bits: Pillow does so with samples of 2, 4 and 16 bits, not with it."""
+    value = image.info.get("transparency")
+    tiles = getattr(image, "tile", []) if image.format == "PNG" else []
+    raw = tiles[0][3] if tiles else None
+    if raw in ("L;2", "L;4") and isinstance(value, int):
+        image.info["transparency"] = value * {"L;2": 85, "L;4": 17}[raw]
+    elif raw == "RGB;16B" and isinstance(value, tuple):
+        image.info["transparency"] = tuple(level >> 8 for level in value)

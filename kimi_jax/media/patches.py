@@ -1,0 +1,131 @@
+"""Pictures to patches: scaled, padded, normalised and cut as Kimi K2.5's own processor does.
+
+The sizes follow `navit_resize` and the values of `media_proc_cfg` in `preprocessor_config.json`: scale down (never
+up) to the patch limits with PIL's bicubic filter on 8-bit RGB, pad right and bottom with black to whole 2 x 2 blocks
+of patches, normalise, cut into patches in the order (frame, row, column). Padding comes before normalising, so it is
+-1 and not 0.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+import numpy as np
+from einops import rearrange
+from PIL import Image
+
+from kimi_jax.media.appearance import as_seen
+from kimi_jax.media.config import Config, MediaConfig, as_config
+from kimi_jax.media.opening import as_image
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Size in pixels of the scaled picture, and what is added to the right and at the bottom."""
+
+    width: int
+    height: int
+    pad_width: int
+    pad_height: int
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Width and height with the padding."""
+        return self.width + self.pad_width, self.height + self.pad_height
+
+
+def navit_resize(width: int, height: int, patch_limit: int, config: Config) -> Resize:
+    """Returns the size to which a picture of `width` x `height` pixels goes under a limit of `patch_limit` patches."""
+    config = as_config(config)
+    if width < 1 or height < 1:
+        raise ValueError(f"a picture of {width} x {height} pixels has nothing in it")
+    patch, side = config.patch_size, config.patch_limit_on_one_side * config.patch_size
+    area = math.sqrt(patch_limit / (max(1, width // patch) * max(1, height // patch)))
+    scale = min(1.0, area, side / width, side / height)
+    new_width, new_height = (min(max(1, int(size * scale)), side) for size in (width, height))
+    block = patch * config.merge_kernel_size
+    return Resize(new_width, new_height, -new_width % block, -new_height % block)
+
+
+def scale(picture: Image.Image, size: Resize) -> np.ndarray:
+    """Returns an RGB picture scaled and padded, uint8 [height, width, 3]."""
+    # Pillow rounds to 8 bits between its two passes, width first until version 13, which may begin with the height;
+    # asking for one pass at a time gives the same bytes on all of them
+    wide = picture.resize((size.width, picture.height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(wide.resize((size.width, size.height), Image.Resampling.BICUBIC))
+    return np.pad(pixels, ((0, size.pad_height), (0, size.pad_width), (0, 0)))
+
+
+def scale_image(image: Image.Image | np.ndarray, config: Config) -> np.ndarray:
+    """Returns a still picture as seen, scaled and padded: uint8 [height, width, 3], whole blocks of patches."""
+    config = as_config(config)
+    picture = as_seen(as_image(image))
+    return scale(picture, navit_resize(*picture.size, config.in_patch_limit, config))
+
+
+def count_patches(pixels: np.ndarray, config: MediaConfig) -> int:
+    """Returns how many patches `pixels`, uint8 [height, width, 3], are cut into."""
+    return pixels.shape[0] * pixels.shape[1] // config.patch_size**2
+
+
+def grid(pixels: Sequence[np.ndarray], config: MediaConfig) -> Grid:
+    """Returns the grid (t, h, w) of frames of one size, each uint8 [height, width, 3]."""
+    height, width, _ = pixels[0].shape
+    return len(pixels), height // config.patch_size, width // config.patch_size
+
+
+def normalize(pixels: Sequence[np.ndarray], config: MediaConfig) -> np.ndarray:
+    """Cuts and normalises scaled pictures, each uint8 [height, width, 3], into one array of patches.
+
+    Returns float32 [patches, 3, patch, patch], allocated once for all of them.
+    """
+    mean, std = np.array(config.image_mean, np.float32), np.array(config.image_std, np.float32)
+    levels = (np.arange(256, dtype=np.float32)[:, None] / np.float32(255) - mean) / std  # [256, 3]
+    patch = config.patch_size
+    patches = np.empty((sum(count_patches(one, config) for one in pixels), 3, patch, patch), np.float32)
+    start = 0
+    for one in pixels:
+        cut = rearrange(one, "(h p) (w q) c -> c (h w) p q", p=patch, q=patch)
+        for channel in range(3):
+            patches[start : start + cut.shape[1], channel] = levels[cut[channel], channel]
+        start += cut.shape[1]
+    return patches
+
+
+def image_patches(image: Image.Image | np.ndarray, config: Config) -> tuple[np.ndarray, Grid]:
+    """Returns the patches, float32 [h*w, 3, patch, patch], of a picture as seen, and its grid (1, h, w).
+
+    image: a PIL image of any mode, or uint8 [height, width] with 3 (RGB) or 4 (RGBA) channels or none.
+    config: a MediaConfig, or the contents of `preprocessor_config.json`.
+    """
+    config = as_config(config)
+    pixels = [scale_image(image, config)]
+    return normalize(pixels, config), grid(pixels, config)
+
+
+def expand(
+    ids: Iterable[SupportsIndex],
+    grids: Iterable[Iterable[SupportsIndex]],
+    *,
+    placeholder_id: int = 163605,
+    merge_kernel_size: int = 2,
+) -> list[int]:
+    """Repeats the one placeholder of each media item in `ids` as often as the item has embeddings.
+
+    grids: (t, h, w) of each item in the order of the placeholders; frames are pooled, so an item has h*w/4 embeddings.
+    placeholder_id: `media_placeholder_token_id` of config.json, here that of all published models.
+    Raises ValueError where there are not as many placeholders as grids.
+    """
+    tokens = [int(i) for i in ids]
+    sizes = [[int(n) // merge_kernel_size for n in grid][1:] for grid in grids]
+    places = tokens.count(placeholder_id)
+    if places != len(sizes):
+        raise ValueError(f"{places} media placeholders (id {placeholder_id}) in the tokens for {len(sizes)} grids")
+    counts = iter([h * w for h, w in sizes])
+    expanded: list[int] = []
+    for token in tokens:
+        expanded += [token] * (next(counts) if token == placeholder_id else 1)
+    return expanded

@@ -1,0 +1,148 @@
+"""Video to chunks of up to four frames: frames are chosen by time, and only the chosen ones are decoded and kept."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from kimi_jax.media import sources
+from kimi_jax.media.animation import Animation, Pictures
+from kimi_jax.media.appearance import as_seen
+from kimi_jax.media.config import Config, MediaConfig, as_config
+from kimi_jax.media.limits import MAX_PATCHES
+from kimi_jax.media.opening import as_image
+from kimi_jax.media.patches import Grid, grid, navit_resize, normalize, scale
+
+_LONGEST = 10**9  # seconds, some thirty years; dates end before ten thousand
+
+
+@dataclass(frozen=True)
+class VideoChunk:
+    """Up to four sampled frames, which are one media item.
+
+    patches: float32 [t*h*w, 3, patch, patch]; grid: (t, h, w) in patches; timestamp: `HH:MM:SS.mmm` of the first frame.
+    """
+
+    patches: np.ndarray
+    grid: Grid
+    timestamp: str
+
+
+@dataclass(frozen=True)
+class SampledVideo:
+    """The frames chosen from a video, scaled and padded, uint8 [height, width, 3] each, and their times in seconds."""
+
+    frames: list[np.ndarray]
+    times: list[float]
+    config: MediaConfig
+
+    @property
+    def grids(self) -> list[Grid]:
+        """The grid of each chunk."""
+        step = self.config.temporal_merge_kernel_size
+        return [grid(self.frames[start : start + step], self.config) for start in range(0, len(self.frames), step)]
+
+    def chunks(self, patches: np.ndarray) -> list[VideoChunk]:
+        """Returns the chunks as views of `patches`, which `normalize` made of `frames`."""
+        ends = np.cumsum([math.prod(one) for one in self.grids])
+        stamps = [_timestamp(seconds) for seconds in self.times[:: self.config.temporal_merge_kernel_size]]
+        return [VideoChunk(*chunk) for chunk in zip(np.split(patches, ends[:-1]), self.grids, stamps, strict=True)]
+
+
+def _timestamp(seconds: float) -> str:
+    # through datetime, as published: it rounds to microseconds, the milliseconds are cut off
+    return f"{datetime.fromtimestamp(seconds, tz=UTC):%H:%M:%S}.{int(seconds % 1 * 1000):03d}"
+
+
+def video_patches(frames: Sequence[Any], fps: float, config: Config) -> list[VideoChunk]:
+    """Samples `frames` at `sample_fps` at most, four to a chunk, and cuts them in patches.
+
+    frames: from `open_video`, or PIL images, or uint8 [height, width, 3]. fps: frames per second of `frames`. All
+    frames must have one size, and are scaled to the limit for each frame.
+    """
+    video = sample_video(frames, fps, config)
+    return video.chunks(normalize(video.frames, video.config))
+
+
+def sample_video(frames: Sequence[Any], fps: float, config: Config, *, max_patches: int | None = None) -> SampledVideo:
+    """Chooses frames as `video_patches` does, and decodes and scales them one after another.
+
+    max_patches: of all sampled frames; `MAX_PATCHES` for an animation, none for frames, unless it is given.
+    Raises ValueError, for an animation before it decodes anything, where they come to more.
+    """
+    config = as_config(config)
+    if not len(frames) or not 0 < fps < math.inf:
+        raise ValueError(f"{len(frames)} frames at {fps} frames per second are no video")
+    if len(frames) / fps > _LONGEST:
+        raise ValueError(f"{len(frames)} frames at {fps} frames per second last more than {_LONGEST:,} seconds")
+    indices, times = _sample(frames, fps, config.sample_fps)
+    if max_patches is None and isinstance(frames, Animation):
+        max_patches = MAX_PATCHES
+    first = frames.size if isinstance(frames, Animation) else _picture(frames, 0).size
+    size = navit_resize(*first, config.in_patch_limit_each_frame, config)
+    patches = len(indices) * math.prod(size.padded) // config.patch_size**2
+    if max_patches is not None and patches > max_patches:
+        raise ValueError(
+            f"{getattr(frames, 'name', 'the video')}: {len(indices):,} frames sampled at {config.sample_fps:g} per "
+            f"second come to {patches:,} patches, expected at most {max_patches:,}"
+        )
+    scaled: dict[int, np.ndarray] = {}
+    for index in indices:
+        if index in scaled:
+            continue
+        picture = _picture(frames, index)
+        if picture.size != first:
+            raise ValueError(f"frame {index} is {picture.size} pixels, the first {first}; expected one size")
+        scaled[index] = scale(picture, size)
+    return SampledVideo([scaled[index] for index in indices], times, config)
+
+
+def _picture(frames: Sequence[Any], index: int) -> Image.Image:
+    frame = frames[index]
+    return frame if isinstance(frames, Animation | Pictures) else as_seen(as_image(frame), f"frame {index}")
+
+
+def _sample(frames: Sequence[Any], fps: float, sample_fps: float) -> tuple[list[int], list[float]]:
+    """Returns the numbers of the frames to sample, and their times in seconds.
+
+    At a steady rate those are the published processor's: evenly from the first frame to the last, rounded. Where an
+    animation's frames last differently, they are the frames on the screen at evenly spaced times.
+    """
+    starts = frames.starts if isinstance(frames, Animation) and fps == frames.fps else None
+    count = max(round(len(frames) * min(sample_fps, fps) / fps), 1)
+    if starts is None:
+        indices = np.linspace(0, len(frames) - 1, count).round().astype(int).tolist()
+        return indices, [index / fps for index in indices]
+    times = np.linspace(0, starts[-1], count)
+    indices = (np.searchsorted(starts, times + 1e-6, side="right") - 1).tolist()  # a start is of its own frame
+    return indices, times.tolist()
+
+
+def open_video(source: object, fps: float | None = None) -> tuple[Sequence[Any], float]:
+    """Returns frames (as seen, RGB, decoded when they are asked for) and frames per second.
+
+    source: an animated GIF, WebP or PNG (a path, a base64 `data:` URL or bytes), a folder of pictures (in the order of
+    their names), or a list of what `open_image` takes. An animation knows its durations, from which the mean rate
+    comes; pictures need `fps`, which wins where it is given. Anything else is refused: kimi-jax brings no video
+    decoder. Raises OSError or ValueError naming the source.
+    """
+    if isinstance(source, list | tuple) or sources.is_folder(source):
+        pictures = source if isinstance(source, list | tuple) else _files(Path(str(source)))
+        if not pictures or fps is None:
+            raise ValueError(f"{len(pictures)} pictures as a video with fps {fps}: expected at least one, and its fps")
+        return Pictures(pictures), fps
+    if not isinstance(source, str | Path | bytes | bytearray | memoryview):
+        raise ValueError(f"a video is given as {type(source).__name__}, expected a path, a data: URL, bytes or a list")
+    animation = Animation(*sources.read(source))
+    if fps is None and not animation.fps:
+        raise ValueError(f"{animation.name}: holds no durations, so its fps must be given")
+    return animation, animation.fps if fps is None else fps
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
