@@ -1,18 +1,17 @@
 """The language model's trunk: embedding, residual blocks of a token mixer and a feed-forward, final norm."""
 
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from kimi_jax.axes import Hidden, PageTable, Positions, Stream, Tokens
+from kimi_jax.axes import Hidden, Stream, Tokens
 from kimi_jax.config import TextConfig
+from kimi_jax.model.context import Context, KDAState, LayerCache, MLACache, read_slots, write_slots
 from kimi_jax.model.kda import KDA
 from kimi_jax.model.mla import MLA
 from kimi_jax.model.moe import MLP, MoE
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init
-from kimi_jax.state import KDAState, MLACache, State
 from sharding import ALONE, Residual, part_of
 
 
@@ -27,30 +26,31 @@ class Layer(nnx.Module):
         self.mlp = MoE(init, config) if moe else MLP(init, config.hidden_size, config.intermediate_size)
 
     def __call__(
-        self,
-        x: Stream,
-        positions: Positions,
-        state: MLACache | KDAState | None = None,
-        page_table: PageTable | None = None,
-        residual: Residual = ALONE,
-    ) -> tuple[Stream, MLACache | KDAState | None]:
-        mixed, after = self.mix(x, positions, state, page_table, residual)
+        self, x: Stream, context: Context, cache: LayerCache | None = None, residual: Residual = ALONE
+    ) -> tuple[Stream, LayerCache | None]:
+        mixed, cache = self.mix(x, context, cache, residual)
         x = x + mixed
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            return x + self.mlp(h, residual), after
-        return x + residual.summed(self.mlp(residual.mine(h)), "mlp", x.dtype), after
+            return x + self.mlp(h, residual), cache
+        return x + residual.summed(self.mlp(residual.mine(h)), "mlp", x.dtype), cache
 
     def mix(
-        self, x: Stream, positions: Positions, state: Any, page_table: PageTable | None, residual: Residual
-    ) -> tuple[Stream, Any]:
+        self, x: Stream, context: Context, cache: LayerCache | None, residual: Residual
+    ) -> tuple[Stream, LayerCache | None]:
         """The token mixer. KDA takes the tokens where they lie, MLA's heads those of the whole row."""
         h = self.input_layernorm(residual.mine(x) if residual.whole else x)
         if isinstance(self.self_attn, KDA):
-            y, after = self.self_attn(h, residual.my_tokens(positions) >= 0, state, residual.tokens)
-            return residual.summed_in_place(y, "kda_heads", h.dtype), after
+            assert not isinstance(cache, MLACache)
+            state = None if cache is None else read_slots(cache, context)
+            own = residual.my_tokens(context.valid)
+            segments = None if context.segments is None else residual.my_tokens(context.segments)
+            y, state = self.self_attn(h, own, state, context.phase, residual.tokens, segments)
+            cache = None if cache is None or state is None else write_slots(cache, state, context)
+            return residual.summed_in_place(y, "kda_heads", h.dtype), cache
+        assert not isinstance(cache, KDAState)
         h = h if residual.whole else residual.mine(h)
-        heads, cache = self.self_attn(h, positions, state, page_table)
+        heads, cache = self.self_attn(h, context, cache)
         return residual.summed(heads, "heads", h.dtype), cache
 
 
@@ -76,18 +76,21 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(init, config.hidden_size, config.rms_norm_eps, "embed")
 
     def __call__(
-        self, x: Stream, positions: Positions, state: State | None = None, residual: Residual = ALONE
-    ) -> tuple[Stream, State | None]:
-        """The stream x [b, t, d], its rows' `positions` (-1 is padding, after a row's tokens) -> the same shape, and
-        the new state."""
-        if state is None:
+        self,
+        x: Stream,
+        context: Context,
+        caches: tuple[LayerCache, ...] | None = None,
+        residual: Residual = ALONE,
+    ) -> tuple[Stream, tuple[LayerCache, ...] | None]:
+        """The stream x [b, t, d] of the tokens that `context` describes -> the same shape, and each layer's cache with
+        them in it."""
+        if caches is None:
             for layer in self.layers:
-                x, _ = layer(x, positions, residual=residual)
+                x, _ = layer(x, context, residual=residual)
             return self.norm(x), None
-        carried = []
-        for layer, before in zip(self.layers, state.layers, strict=True):
-            x, after = layer(x, positions, before, state.page_table, residual)
-            assert after is not None
-            carried.append(after)
-        lengths = state.lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-        return self.norm(x), State(lengths, state.page_table, tuple(carried))
+        after = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, with_tokens = layer(x, context, cache, residual)
+            assert with_tokens is not None
+            after.append(with_tokens)
+        return self.norm(x), tuple(after)
