@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from kimi_jax import media as media
     from kimi_jax.model.kimi import Kimi as Kimi
     from kimi_jax.model.splice import Media as Media
-    from kimi_jax.runtime import generate as decoding
     from kimi_jax.runtime.generate import generate as generate
     from kimi_jax.runtime.sampling import Sampling as Sampling
     from kimi_jax.text import Tokenizer as Tokenizer

@@ -100,7 +100,8 @@ def _show_and_ask(console: Console, folder: Path, picture: Path, max_new_tokens:
     )
     for column in new:
         times.append(time.perf_counter())
-        console.print(_visible(text.push(column.tokens.tolist())), end="", markup=False, highlight=False, soft_wrap=True)
+        said = _visible(text.push(column.tokens.tolist()))
+        console.print(said, end="", markup=False, highlight=False, soft_wrap=True)
     steps = np.diff(times)[1:]  # the first step compiles
     console.print(f"\n\n{len(times)} random tokens, {1 / np.median(steps):.1f} tokens per second after compilation.")
 

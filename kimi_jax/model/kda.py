@@ -87,10 +87,9 @@ class KDA(nnx.Module):
             o = o[:, None]
         elif state is not None and segments is not None:
             each = rearrange(state.S, "(b n) h k v -> b n h k v", b=len(x))
-            ids, count = jnp.where(valid, segments, -1), each.shape[1]
-            o, S = kda(
-                q, k, v, g, beta, initial_state=each, segment_ids=ids, num_segments=count, normalize_qk=True, scale=scale
-            )
+            ids = jnp.where(valid, segments, -1)
+            packed = functools.partial(kda, segment_ids=ids, num_segments=each.shape[1], initial_state=each)
+            o, S = packed(q, k, v, g, beta, normalize_qk=True, scale=scale)
             S = rearrange(S, "b n h k v -> (b n) h k v")
         else:
             run = functools.partial(kda, q, k, v, g, beta, normalize_qk=True, scale=scale)

@@ -73,7 +73,7 @@ class Batch:
         return Context(self.positions, self.page_table, self.slots, self.segments, self.phase)
 
     def next_token(self, positions: np.ndarray, before: Chosen | None) -> "Batch":
-        """The decode step of the same sequences that takes the token chosen before in at `positions` [b]; -1 is none."""
+        """The decode step of the same sequences that takes the token chosen before, at `positions` [b]; -1 is none."""
         return dataclasses.replace(
             self,
             tokens=np.full((len(positions), 1), CHOSEN_BEFORE, np.int32),

@@ -110,7 +110,7 @@ class Program:
         return self.jitted.step._cache_size() + self.jitted.logits._cache_size()
 
     def check(self, batch: Batch) -> None:
-        """Raises ValueError for a batch that the mesh does not divide, and for a decode step of several tokens a row."""
+        """Raises ValueError for a batch that the mesh does not divide, and for a decode step of several tokens."""
         rows, tokens = batch.tokens.shape
         if rows % self.data:
             raise ValueError(f"a batch of {rows} rows cannot be sharded over a data axis of {self.data}")

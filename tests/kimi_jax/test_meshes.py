@@ -118,5 +118,6 @@ def test_one_device_as_a_mesh(checkpoint, model):
     meshed = kimi_jax.load(checkpoint("k2"), mesh=mesh, dtype=jnp.float32)
     tokens = np.random.RandomState(2).randint(0, 500, (2, 9))
     np.testing.assert_array_equal(
-        kimi_jax.generate(meshed, tokens, max_new_tokens=2, stop_ids=()), kimi_jax.generate(model("k2"), tokens, max_new_tokens=2, stop_ids=())
+        kimi_jax.generate(meshed, tokens, max_new_tokens=2, stop_ids=()),
+        kimi_jax.generate(model("k2"), tokens, max_new_tokens=2, stop_ids=()),
     )

@@ -2,17 +2,21 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kimi_jax
 from kimi_jax.model.context import PAGE
 from kimi_jax.runtime.batch import Batch, Finish, padded_stop_ids
 from kimi_jax.runtime.program import Program
 from kimi_jax.runtime.sampling import Sampling, checked_seeds, sampling_rows
+from sharding import make_mesh
 
 ATOL = 1e-6  # of float32 logits of unit scale, in batches of one shape
-OTHER_SHAPE_ATOL = 5e-6  # a product of another shape adds up in another order
+OTHER_SHAPE_ATOL = 1e-5  # a product of another shape adds up in another order
 LENGTHS = (150, 5, 131)
+MESH_ATOL = 5e-5  # as test_meshes.py has it
 PAGES, SLOTS = 9, 6
 NAMES = ["k2.5", "kimi-linear"]
 RANDOM = np.random.RandomState(0)
@@ -104,24 +108,27 @@ def test_a_row_alone_and_slots_in_order(plain, name):
         np.testing.assert_allclose(got[0], want[0], rtol=0, atol=OTHER_SHAPE_ATOL)
     steps = [make(SEQUENCES, PLAIN_TABLE, None) for make in (prefill, decode)]
     for got, want in zip(run(program, *steps, cache=program.cache(PAGES, 3))[1], expected, strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+        np.testing.assert_allclose(got, want, rtol=0, atol=OTHER_SHAPE_ATOL)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prefix_that_sequences_share(plain, name):
     program, _ = plain(name)
-    prefix = SEQUENCES[0][:PAGE]
-    whole = [np.concatenate([prefix, SEQUENCES[2][begin : begin + 23]]) for begin in (0, 50, 100)]
-    _, expected = run(program, *(make(whole, PLAIN_TABLE, [0, 1, 2]) for make in (prefill, decode)))
-    # Given its page computed once, by a row that goes on from nothing else, and its states copied
-    first = prefill([np.append(prefix, 0)] + [np.zeros(1, np.int32)] * 2, [[8, 7], [8, 7], [8, 7]], [5, -1, -1])
-    cache, _ = run(program, first)
+    prefix = np.append(SEQUENCES[0][:PAGE], 0)
+    whole = [np.concatenate([prefix[:-1], SEQUENCES[2][begin : begin + 23]]) for begin in (0, 50, 100)]
+
+    def rest(table):
+        return prefill(whole, table, [0, 1, 2], begin=PAGE), decode(whole, table, [0, 1, 2])
+
+    _, (_, *expected) = run(program, prefill([prefix] * 3, PLAIN_TABLE, [0, 1, 2]), *rest(PLAIN_TABLE))
+    # Given its page computed once, by a row that has it alone, and its states copied
+    nobody = np.zeros(1, np.int32)
+    cache, _ = run(program, prefill([prefix, nobody, nobody], [[8, 7]] * 3, [5, -1, -1]))
     cache = program.copy_slots(cache, np.full(3, 5, np.int32), np.arange(3, dtype=np.int32))
     # Then three that name it and go on alone have the logits of three that computed it themselves
-    table = [[8, 0], [8, 1], [8, 2]]
-    rest = [prefill(whole, table, [0, 1, 2], begin=PAGE), decode(whole, table, [0, 1, 2])]
-    for got, want in zip(run(program, *rest, cache=cache)[1], expected, strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=OTHER_SHAPE_ATOL)
+    _, found = run(program, *rest([[8, 0], [8, 1], [8, 2]]), cache=cache)
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,3 +184,27 @@ def test_batches_that_make_no_sense_are_refused(plain):
     step = prefill(SEQUENCES, PLAIN_TABLE, [0, 1, 2])
     with pytest.raises(ValueError, match="a decode step has rows of 160 tokens, expected one token and no segments"):
         program.step(program.cache(PAGES, SLOTS), dataclasses.replace(step, phase="decode"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_slots_and_packed_rows_on_a_mesh(checkpoint, plain, name):
+    # Given two parts of the batch, each with pages and slots of its own, and each sequence's pages over two devices
+    _, expected = plain(name)
+    program = Program(kimi_jax.load(checkpoint(name), dtype=jnp.float32, mesh=make_mesh("2x1x2x2")))
+    sequences, order = [SEQUENCES[i] for i in (2, 0, 1, 0)], [2, 0, 1, 0]
+    table, slots = np.array([[1, 2], [0, 0], [2, 1], [1, 0]]), [2, 0, 1, 2]
+    steps = [make(sequences, table, slots) for make in (prefill, decode)]
+    cache, found = run(program, *steps, cache=program.cache(12, 6))
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, want[order], rtol=0, atol=MESH_ATOL)
+    # Then the sequences of each part packed in a row of its own, over what others left, have the same
+    tokens, positions, segments = np.zeros((2, 320)), np.full((2, 320), -1), np.full((2, 320), -1, np.int32)
+    for row, (first, second) in enumerate([(0, 1), (2, 3)]):
+        joined = [sequences[first][:-1], sequences[second][:-1]]
+        length = sum(map(len, joined))
+        tokens[row, :length] = np.concatenate(joined)
+        positions[row, :length] = np.concatenate([np.arange(len(part)) for part in joined])
+        segments[row, :length] = np.repeat([0, 1], [len(part) for part in joined])
+    packed = batch(tokens, positions, table[::-1], [0, 2, 2, 0], segments=segments)
+    _, (got,) = run(program, packed, cache=cache)
+    np.testing.assert_allclose(got, expected[0][order], rtol=0, atol=MESH_ATOL)
