@@ -110,13 +110,13 @@ def test_a_seed_belongs_to_a_prompt_wherever_it_stands(model, prompts):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_values_of_a_call_compile_nothing(model, prompts, name):
-    # Given a batch of four rows, which no other test has compiled
-    program, prompts = Program(model(name)), np.concatenate([prompts, prompts[:1]])
+    # Given a batch of five rows, which no other test has compiled
+    program, prompts = Program(model(name)), np.concatenate([prompts, prompts[:2]])
     calls = [
         {},
         {"temperature": 0.7},
         {"temperature": 1.0, "seed": 5},
-        {"temperature": 1.0, "seed": [5, 6, 2**62, 0]},
+        {"temperature": 1.0, "seed": [5, 6, 2**62, 0, 1]},
         {"temperature": 1.0, "top_k": 5},
         {"temperature": 0.3, "top_p": 0.9},
         {"temperature": 1.3, "min_p": 0.1},
@@ -124,7 +124,7 @@ def test_values_of_a_call_compile_nothing(model, prompts, name):
         {"stop_ids": [7]},
         {"stop_ids": [7, 8], "max_new_tokens": 7},
         {"stop_ids": [1, 2, 3, 4, 5], "max_new_tokens": 40},
-        {"lengths": [20, 1, 7, 3], "max_new_tokens": 2, "temperature": 0.6, "top_k": 9, "top_p": 0.5, "min_p": 0.01},
+        {"lengths": [20, 1, 7, 3, 9], "max_new_tokens": 2, "temperature": 0.6, "top_k": 9, "top_p": 0.5, "min_p": 0.01},
     ]
     asked = {"max_new_tokens": 3}
     before = program.compiled
