@@ -36,8 +36,8 @@ def mla_prefill(
     Args:
       q: [B, S, H, D] (D = 192 in Kimi's models); k: [B, T, H, D]; v: [B, T, H, Dv] (128). Any widths, one dtype.
       q_positions, kv_positions: int32 [B, S] and [B, T]. If all are equal, the attention is bidirectional.
-      q_segments, kv_segments: int32 [B, S] and [B, T], both or neither; a negative id is padding, which sees nothing and
-        is not seen.
+      q_segments, kv_segments: int32 [B, S] and [B, T], both or neither; a negative id is padding, which neither
+        sees nor is seen.
       scale: multiplies the scores before the softmax.
       return_lse: also returns the natural log-sum-exp of the scores, by which partial attentions can be merged.
       implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
