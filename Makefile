@@ -19,6 +19,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tests/check_docstrings.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -124,21 +124,29 @@ def our_side(folder: Path) -> Side:
     import jax.numpy as jnp
 
     import kimi_jax
-    from kimi_jax import decoding
+    from kimi_jax.runtime.batch import Chosen, padded_stop_ids, pages_in_order, prompts
+    from kimi_jax.runtime.program import Program
+    from kimi_jax.runtime.sampling import Sampling
 
-    runner = decoding.Runner(kimi_jax.load(folder, dtype=jnp.float32))
+    program = Program(kimi_jax.load(folder, dtype=jnp.float32))
+    table, lengths = pages_in_order(1, PROMPT + STEPS), np.array([PROMPT], np.int32)
+    stops = padded_stop_ids((), 1, program.config.text.vocab_size)
+    chunk = {"chunk": PROMPT, "max_new_tokens": STEPS + 1, "stop_ids": stops}
     argmax = jax.jit(lambda logits: jnp.argmax(logits, -1).astype(jnp.int32))
 
     def run(tokens: np.ndarray) -> Timing:
-        state = jax.block_until_ready(runner.start(1, PROMPT + STEPS))
+        cache = jax.block_until_ready(program.cache(table.size, 1))
         start = time.perf_counter()
-        first, state = runner.prefill(state, tokens.astype(np.int32), np.array([PROMPT], np.int32))
+        (batch,) = prompts(
+            tokens.astype(np.int32), lengths, table, sampling=[Sampling()], seeds=np.zeros(1, np.uint64), **chunk
+        )
+        cache, first = program.logits(cache, batch)
         token = jax.block_until_ready(argmax(first))
         filled = time.perf_counter()
-        for _ in range(STEPS):
-            logits, state = runner.step(state, token)
-            token = argmax(logits)
-        jax.block_until_ready((token, state))
+        chosen = Chosen(token, program.nothing_chosen(1).finish)
+        for i in range(STEPS):
+            cache, chosen = program.step(cache, batch.next_token(lengths + i, chosen))
+        jax.block_until_ready((chosen, cache))
         end = time.perf_counter()
         return Timing(filled - start, (end - filled) / STEPS, np.asarray(first[0]))
 

@@ -5,22 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from checkpoints import load as load
-    from kimi_jax import decoding as decoding
     from kimi_jax import media as media
-    from kimi_jax.decoding import generate as generate
     from kimi_jax.model.kimi import Kimi as Kimi
     from kimi_jax.model.splice import Media as Media
+    from kimi_jax.runtime.generate import generate as generate
+    from kimi_jax.runtime.sampling import Sampling as Sampling
     from kimi_jax.text import Tokenizer as Tokenizer
     from kimi_jax.text import chat as chat
 
 _HOMES = {
     "Kimi": "kimi_jax.model.kimi",
     "Media": "kimi_jax.model.splice",
+    "Sampling": "kimi_jax.runtime.sampling",
     "Tokenizer": "kimi_jax.text.tokenizer",
-    "generate": "kimi_jax.decoding",
+    "generate": "kimi_jax.runtime.generate",
     "load": "checkpoints",
 }
-_MODULES = {"chat": "kimi_jax.text.chat", "decoding": "kimi_jax.decoding", "media": "kimi_jax.media"}
+_MODULES = {"chat": "kimi_jax.text.chat", "decoding": "kimi_jax.runtime.generate", "media": "kimi_jax.media"}
 
 __all__ = sorted([*_HOMES, *_MODULES])
 

@@ -10,15 +10,20 @@
 Shapes are checked at run time in tests (jaxtyping with beartype), and are documentation elsewhere.
 """
 
+import numpy as np
 from jaxtyping import Array as Array
 from jaxtyping import Bool as Bool
 from jaxtyping import Float as Float
 from jaxtyping import Float32 as Float32
 from jaxtyping import Int32 as Int32
+from jaxtyping import UInt32 as UInt32
+
+# Made by the host, or on devices.
+AnyArray = np.ndarray | Array
 
 Tokens = Int32[Array, "b t"]
 Positions = Int32[Array, "b t"]
-PageTable = Int32[Array, "b row_pages"]
+PageTable = Int32[Array, "sequences row_pages"]
 Lengths = Int32[Array, "b"]
 Valid = Bool[Array, "b t"]
 Hidden = Float[Array, "b t d"]

@@ -17,7 +17,7 @@ import checkpoints
 from checkpoints.toy import toy_config, write_toy
 from kimi_jax import decoding, prompts
 from kimi_jax.printable import printable
-from kimi_jax.sampling import Sampling
+from kimi_jax.runtime.sampling import Sampling
 from kimi_jax.text import StreamDecoder, Tokenizer
 from sharding import make_mesh
 
@@ -92,11 +92,19 @@ def _show_and_ask(console: Console, folder: Path, picture: Path, max_new_tokens:
     text = StreamDecoder(tokenizer)
     sampling = Sampling(temperature=0.8, top_p=0.95)
     times = []
-    for column in decoding.stream(
-        model, prompt.tokens, media=prompt.media, max_new_tokens=max_new_tokens, sampling=sampling, seed=1
-    ):
+    new = decoding.stream(
+        model,
+        prompt.tokens,
+        media=prompt.media,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_ids=(),  # random weights know no end
+        seed=1,
+    )
+    for column in new:
         times.append(time.perf_counter())
-        console.print(_visible(text.push(column.tolist())), end="", markup=False, highlight=False, soft_wrap=True)
+        said = _visible(text.push(column.tokens.tolist()))
+        console.print(said, end="", markup=False, highlight=False, soft_wrap=True)
     steps = np.diff(times)[1:]  # the first step compiles
     console.print(f"\n\n{len(times)} random tokens, {1 / np.median(steps):.1f} tokens per second after compilation.")
 

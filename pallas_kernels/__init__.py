@@ -1,8 +1,9 @@
-"""Ops of Kimi-shaped models that plain array code does slowly: INT4 and grouped matmuls, mixtures of experts, the KDA
-delta rule, latent attention.
+"""Ops of Kimi-shaped models that plain array code computes slowly: INT4 and grouped matmuls, mixtures of experts, the
+KDA delta rule, latent attention.
 
-Stands alone: needs JAX and nothing of the models. Each op has a folder: `api` (what to call), `reference` (what it
-means, in numpy), `xla` (plain JAX, fast), `mosaic_tpu` (the Pallas kernel), `shapes` (what tests and benchmarks share).
+The package stands alone: it needs JAX and nothing of the models. Each op has a folder: `api` (the public functions),
+`reference` (their meaning, in numpy), `xla` (plain JAX, fast), `mosaic_tpu` (the Pallas kernel) and `shapes` (arguments
+that tests and benchmarks share).
 """
 
 from pallas_kernels.grouped_matmul import grouped_matmul as grouped_matmul

@@ -1,4 +1,4 @@
-"""Refusing bad arguments with one clear line: what was found and what was expected."""
+"""Checks that refuse bad arguments with one clear line, which says what was found and what was expected."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,14 +11,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def checks_arguments(function: Function) -> Function:
-    """Marks a function that refuses bad arguments itself: where annotations are checked at run time, its are not."""
+    """Marks a function that refuses bad arguments itself, so that tests do not check its annotations at run time."""
     function.__no_type_check__ = True  # type: ignore[attr-defined]
     return function
 
 
 def bind_shapes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
-    """Sizes of the named axes, read from `name=(array, "B T H 64")`; a digit is a fixed size, a repeated letter must
-    agree.
+    """Returns the sizes of the named axes of `name=(array, "B T H 64")`.
+
+    A number is a fixed size; a name that occurs several times must have one size.
 
     Raises:
       ValueError: an array's rank or one of its sizes is not what its pattern says.
@@ -51,5 +52,5 @@ def check_dtype(op: str, name: str, array: Any, *allowed: Any) -> None:
 
 
 def known(array: Any) -> np.ndarray | None:
-    """The array's values where they can be read (outside of any tracing), else None."""
+    """Returns the array's values where they can be read (outside of any tracing), else None."""
     return None if array is None or isinstance(array, jax.core.Tracer) else np.asarray(array)

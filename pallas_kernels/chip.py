@@ -1,4 +1,4 @@
-"""What a kernel needs to know of the TPU it is traced for."""
+"""Facts of a TPU that kernels need while they are traced for it."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 
 class Chip(NamedTuple):
-    """`bf16_vpu`: vector arithmetic in bf16 (v6e on); `mxu`: columns of a matrix unit; `vmem`: vector memory of a
-    core, bytes; `cores` of a device: two on v5p."""
+    """A chip with or without vector arithmetic in bf16 (`bf16_vpu`, from v6e on).
+
+    `mxu` is the number of a matrix unit's columns, `vmem` the bytes of a core's vector memory, `cores` the number of a
+    device's cores (two on v5p).
+    """
 
     bf16_vpu: bool
     mxu: int
@@ -19,7 +22,7 @@ _V6E = Chip(bf16_vpu=True, mxu=256, vmem=128 * 2**20)
 
 
 def chip() -> Chip:
-    """The chip of the default device or of the abstract mesh in use; a v6e where neither is a TPU."""
+    """Returns the chip of the default device or of the abstract mesh in use; a v6e where neither is a TPU."""
     try:
         info = pltpu.get_tpu_info()
     except ValueError:

@@ -1,5 +1,4 @@
-"""Which implementation of an op runs: settled by the platform that a call is lowered for, not by the process's default
-backend.
+"""Choice of an op's implementation by the platform that a call is lowered for, not by the process's default backend.
 
 So a CPU host can compile for a TPU. `"mosaic_tpu"`, where an op has one, is the Pallas kernel: Mosaic on TPU, and the
 same kernel interpreted elsewhere; `"xla"` is plain JAX and runs everywhere; None is Mosaic on TPU and XLA elsewhere.
@@ -15,7 +14,7 @@ import jax
 def choose(
     op: str, implementation: str | None, available: Mapping[str, Callable[..., Any]], unsupported: str | None = None
 ) -> Callable[..., Any]:
-    """The function to call for `implementation`.
+    """Returns the function to call for `implementation`.
 
     The functions of one op take the same positional arrays and give the same outputs; options are bound beforehand.
     A "mosaic_tpu" also takes the keyword `interpret`. `unsupported` says why the kernel cannot serve this call: None
@@ -38,8 +37,10 @@ def choose(
 
 
 def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel, traced, lowered and compiled once for all layers of a model that call it alike; one that is made anew
-    for every call, as a closure, each time."""
+    """Returns the kernel jitted, so that it is traced and lowered once for all layers of a model that call it alike.
+
+    A closure, which is made anew for every call, is traced each time.
+    """
     function, options = (kernel.func, kernel.keywords) if isinstance(kernel, partial) else (kernel, {})
     if getattr(function, "__closure__", None):
         return partial(kernel, interpret=False)
@@ -52,7 +53,7 @@ def _once(kernel: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> C
 
 
 def with_gradient(run: Callable[..., Any], twin: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, with the gradient of `twin`, the same function in a form that JAX can differentiate."""
+    """Returns `run` with the gradient of `twin`, the same function in a form that JAX can differentiate."""
 
     @jax.custom_vjp
     def function(*arrays: Any) -> Any:

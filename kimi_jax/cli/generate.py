@@ -116,7 +116,8 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     import checkpoints
     from kimi_jax import config_json, decoding, prompts
     from kimi_jax.cli.console import console
-    from kimi_jax.sampling import Sampling
+    from kimi_jax.runtime.batch import Finish
+    from kimi_jax.runtime.sampling import Sampling
     from kimi_jax.text import StreamDecoder, Tokenizer
     from sharding import default_shape, make_mesh
 
@@ -139,18 +140,19 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     log.print(f"loaded in {time.perf_counter() - began:.1f} s; the prompt has {prompt.tokens.shape[1]} tokens")
     text = StreamDecoder(tokenizer)
     times = [time.perf_counter()]
-    for column in decoding.stream(
+    for new, finish in decoding.stream(
         model,
         prompt.tokens,
         media=prompt.media,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
-        stop_ids=model.config.stop_ids,
         seed=arguments.seed,
     ):
         times.append(time.perf_counter())
-        if aloud and int(column[0]) not in model.config.stop_ids:
-            print(for_stdout(text.push(column.tolist())), end="", flush=True)
+        if finish[0] == Finish.NOT_FINITE:
+            raise ValueError(f"the logits after {len(times) - 2} new tokens are not finite (NaN or infinity)")
+        if aloud and finish[0] != Finish.STOP:
+            print(for_stdout(text.push(new.tolist())), end="", flush=True)
     if aloud:
         print(for_stdout(text.finish()))
     rate = f", then {(len(times) - 3) / (times[-1] - times[2]):.1f} tokens per second" if len(times) > 3 else ""

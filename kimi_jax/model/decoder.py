@@ -1,18 +1,16 @@
 """The language model's trunk: embedding, residual blocks of a token mixer and a feed-forward, final norm."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 
-from kimi_jax.axes import Hidden, PageTable, Positions, Stream, Tokens
+from kimi_jax.axes import Hidden, Stream, Tokens
 from kimi_jax.config import TextConfig
+from kimi_jax.model.context import Context, KDAState, LayerCache, MLACache, read_slots, write_slots
 from kimi_jax.model.kda import KDA
 from kimi_jax.model.mla import MLA
 from kimi_jax.model.moe import MLP, MoE
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init
-from kimi_jax.state import KDAState, MLACache, State
 from sharding import SINGLE_DEVICE, StreamLayout, shard_index
 
 
@@ -27,30 +25,31 @@ class Layer(nnx.Module):
         self.mlp = MoE(init, config) if moe else MLP(init, config.hidden_size, config.intermediate_size)
 
     def __call__(
-        self,
-        x: Stream,
-        positions: Positions,
-        state: MLACache | KDAState | None = None,
-        page_table: PageTable | None = None,
-        layout: StreamLayout = SINGLE_DEVICE,
-    ) -> tuple[Stream, MLACache | KDAState | None]:
-        mixed, after = self.mix(x, positions, state, page_table, layout)
+        self, x: Stream, context: Context, cache: LayerCache | None = None, layout: StreamLayout = SINGLE_DEVICE
+    ) -> tuple[Stream, LayerCache | None]:
+        mixed, cache = self.mix(x, context, cache, layout)
         x = x + mixed
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            return x + self.mlp(h, layout), after
-        return x + layout.reduce_rows(self.mlp(layout.gather_tokens(h)), "mlp", x.dtype), after
+            return x + self.mlp(h, layout), cache
+        return x + layout.reduce_rows(self.mlp(layout.gather_tokens(h)), "mlp", x.dtype), cache
 
     def mix(
-        self, x: Stream, positions: Positions, state: Any, page_table: PageTable | None, layout: StreamLayout
-    ) -> tuple[Stream, Any]:
+        self, x: Stream, context: Context, cache: LayerCache | None, layout: StreamLayout
+    ) -> tuple[Stream, LayerCache | None]:
         """The token mixer. KDA takes the tokens where they lie, MLA's heads those of the whole row."""
         h = self.input_layernorm(layout.gather_tokens(x) if layout.replicated else x)
         if isinstance(self.self_attn, KDA):
-            y, after = self.self_attn(h, layout.slice_tokens(positions) >= 0, state, layout.token_axes)
-            return layout.reduce_tokens(y, "kda_heads", h.dtype), after
+            assert not isinstance(cache, MLACache)
+            state = None if cache is None else read_slots(cache, context)
+            own = layout.slice_tokens(context.valid)
+            segments = None if context.segments is None else layout.slice_tokens(context.segments)
+            y, state = self.self_attn(h, own, state, context.phase, layout.token_axes, segments)
+            cache = None if cache is None or state is None else write_slots(cache, state, context)
+            return layout.reduce_tokens(y, "kda_heads", h.dtype), cache
+        assert not isinstance(cache, KDAState)
         h = h if layout.replicated else layout.gather_tokens(h)
-        heads, cache = self.self_attn(h, positions, state, page_table)
+        heads, cache = self.self_attn(h, context, cache)
         return layout.reduce_rows(heads, "heads", h.dtype), cache
 
 
@@ -76,18 +75,21 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(init, config.hidden_size, config.rms_norm_eps, "embed")
 
     def __call__(
-        self, x: Stream, positions: Positions, state: State | None = None, layout: StreamLayout = SINGLE_DEVICE
-    ) -> tuple[Stream, State | None]:
-        """The stream x [b, t, d], its rows' `positions` (-1 is padding, after a row's tokens) -> the same shape, and
-        the new state."""
-        if state is None:
+        self,
+        x: Stream,
+        context: Context,
+        caches: tuple[LayerCache, ...] | None = None,
+        layout: StreamLayout = SINGLE_DEVICE,
+    ) -> tuple[Stream, tuple[LayerCache, ...] | None]:
+        """The stream x [b, t, d] of the tokens that `context` describes -> the same shape, and each layer's cache with
+        them in it."""
+        if caches is None:
             for layer in self.layers:
-                x, _ = layer(x, positions, layout=layout)
+                x, _ = layer(x, context, layout=layout)
             return self.norm(x), None
-        carried = []
-        for layer, before in zip(self.layers, state.layers, strict=True):
-            x, after = layer(x, positions, before, state.page_table, layout)
-            assert after is not None
-            carried.append(after)
-        lengths = state.lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-        return self.norm(x), State(lengths, state.page_table, tuple(carried))
+        after = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, with_tokens = layer(x, context, cache, layout)
+            assert with_tokens is not None
+            after.append(with_tokens)
+        return self.norm(x), tuple(after)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from kimi_jax.axes import Float32, Hidden, Valid
+from kimi_jax.axes import Float32, Hidden, Positions, Valid
 from kimi_jax.config import TextConfig
+from kimi_jax.model.context import KDAState, Phase
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, Linear
-from kimi_jax.state import KDAState
 from pallas_kernels import kda, kda_step
 from sharding import scan_shards, select_last, shift_right
 
@@ -62,21 +62,39 @@ class KDA(nnx.Module):
         return dt + jnp.log(-jnp.expm1(-dt))
 
     def __call__(
-        self, x: Hidden, valid: Valid, state: KDAState | None = None, token_axes: tuple[str, ...] = ()
+        self,
+        x: Hidden,
+        valid: Valid,
+        state: KDAState | None = None,
+        phase: Phase = "prefill",
+        token_axes: tuple[str, ...] = (),
+        segments: Positions | None = None,
     ) -> tuple[Float32[jax.Array, "b t d"], KDAState | None]:
-        """x [b, t, d] -> what the heads held here add to the stream, and the state after the `valid` tokens (which come
-        first in each row). `token_axes`: the mesh axes over which the rows' tokens are split."""
+        """x [b, t, d] -> the sum that the heads held here add to the stream, and the state after the `valid` tokens
+        (which come first in each row). `token_axes`: the mesh axes over which the rows' tokens are split. `segments` are
+        those of `Context`, with the states of all sequences, [b * n, ...]."""
         raw = jnp.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
-        mixed, tail = self.convolve(raw, valid, state, token_axes)
+        if segments is None:
+            mixed, tail = self.convolve(raw, valid, state, token_axes)
+        else:
+            assert state is not None and not token_axes
+            mixed, tail = self.convolve_packed(raw, valid, state, segments)
         q, k, v = (rearrange(part, "b t (h k) -> b t h k", k=self.head_dim) for part in jnp.split(mixed, 3, axis=-1))
         g, beta = self.gates(x, valid)
         scale = self.head_dim**-0.5
-        if state is not None and x.shape[1] == 1:
+        if state is not None and phase == "decode":
             o, S = kda_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], state.S, normalize_qk=True, scale=scale)
             o = o[:, None]
+        elif state is not None and segments is not None:
+            each = rearrange(state.S, "(b n) h k v -> b n h k v", b=len(x))
+            ids = jnp.where(valid, segments, -1)
+            packed = functools.partial(kda, segment_ids=ids, num_segments=each.shape[1], initial_state=each)
+            o, S = packed(q, k, v, g, beta, normalize_qk=True, scale=scale)
+            S = rearrange(S, "b n h k v -> (b n) h k v")
         else:
             run = functools.partial(kda, q, k, v, g, beta, normalize_qk=True, scale=scale)
-            before, last = None if state is None else state.S, None
+            before: jax.Array | None = None if state is None else state.S
+            last = None
             if token_axes:
                 _, update, transition = run(return_transition=True)
                 before, last = scan_shards(
@@ -86,20 +104,55 @@ class KDA(nnx.Module):
             S = S if last is None else last
         return self.gated_output(o, x), None if state is None else KDAState(tail, S)
 
+    def taps(self) -> Float32[jax.Array, "channels taps"]:
+        """The convolutions of q, k and v, side by side."""
+        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        return jnp.concatenate([conv.weight[...] for conv in convs]).astype(jnp.float32)[:, 0]
+
     def convolve(
         self, raw: jax.Array, valid: Valid, state: KDAState | None, token_axes: tuple[str, ...] = ()
     ) -> tuple[jax.Array, jax.Array]:
         """SiLU(conv(raw)), and the raw values that the next call's first tokens will reach back to."""
-        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        w = jnp.concatenate([conv.weight[...] for conv in convs]).astype(jnp.float32)
+        w = self.taps()
         t, reach = raw.shape[1], w.shape[-1] - 1
         before = jnp.zeros((raw.shape[0], reach, raw.shape[2]), raw.dtype) if state is None else state.tail
         before = shift_right(raw[:, -reach:].astype(before.dtype), before, token_axes)
         padded = jnp.concatenate([before.astype(raw.dtype), raw], axis=1)
-        y = sum(padded[:, j : j + t].astype(jnp.float32) * w[:, 0, j] for j in range(reach + 1))
+        y = sum(padded[:, j : j + t].astype(jnp.float32) * w[:, j] for j in range(reach + 1))
         counts = jnp.sum(valid, axis=1, dtype=jnp.int32)
         tail = jnp.take_along_axis(padded, (counts[:, None] + jnp.arange(reach))[:, :, None], axis=1)
         return jax.nn.silu(y).astype(raw.dtype), select_last(tail.astype(before.dtype), counts, t, token_axes)
+
+    def convolve_packed(
+        self, raw: jax.Array, valid: Valid, state: KDAState, segments: Positions
+    ) -> tuple[jax.Array, jax.Array]:
+        """`convolve` of rows in which sequences follow one another: the first tokens of each reach back to its own
+        tail."""
+        w = self.taps()
+        (rows, t, _), reach = raw.shape, w.shape[-1] - 1
+        tail = rearrange(state.tail, "(b n) reach c -> b n reach c", b=rows).astype(raw.dtype)
+        columns, sequences = jnp.arange(t), tail.shape[1]
+        member = (segments[:, None] == jnp.arange(sequences)[:, None]) & valid[:, None]  # b n t
+        counts = jnp.sum(member, axis=-1)
+        first = jnp.min(jnp.where(member, columns, t), axis=-1)
+        owner = jnp.clip(segments, 0, sequences - 1)
+        nth = columns - jnp.take_along_axis(first, owner, axis=1)  # among its sequence's tokens of this call
+        row = jnp.arange(rows)[:, None]
+
+        def back(distance: int) -> jax.Array:
+            """The raw values so many tokens before each, b t c."""
+            own = jnp.roll(raw, distance, axis=1)
+            carried = tail[row, owner, jnp.clip(reach - distance + nth, 0, reach - 1)]
+            return jnp.where((nth >= distance)[:, :, None], own, carried)
+
+        y = sum(back(reach - j).astype(jnp.float32) * w[:, j] for j in range(reach + 1))
+        # Of the tail and the tokens after it, the last `reach`
+        place = counts[:, :, None] + jnp.arange(reach) - reach
+        own = raw[row[:, :, None], jnp.clip(first[:, :, None] + place, 0, t - 1)]
+        carried = jnp.take_along_axis(tail, jnp.clip(place + reach, 0, reach - 1)[..., None], axis=2)
+        after = jnp.where((place >= 0)[..., None], own, carried)
+        y = jax.nn.silu(y).astype(raw.dtype)
+        return y, rearrange(after, "b n reach c -> (b n) reach c").astype(state.tail.dtype)
 
     def gates(self, x: Hidden, valid: Valid) -> tuple[Float32[jax.Array, "b t h k"], Float32[jax.Array, "b t h"]]:
         """Log-decay g <= 0 per key channel and step size beta in (0, 1) per head; padding neither decays nor writes."""

@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from numpy.typing import ArrayLike
 
-from kimi_jax import state as states
-from kimi_jax.axes import Int32, LastLogits, Lengths, Logits, MediaTokens, Stream, Tokens
+from kimi_jax.axes import Float32, Int32, Logits, MediaTokens, Stream, Tokens
 from kimi_jax.config import KimiConfig
+from kimi_jax.model.context import Context, LayerCache
 from kimi_jax.model.decoder import Decoder
 from kimi_jax.model.param import Init, Linear, weight_specs
 from kimi_jax.model.splice import Media, media_index, tokens_per_item
+from kimi_jax.model.token_ids import token_ids
 from kimi_jax.model.vision import Projector, VisionTower
 from kimi_jax.model.vision_layout import Layout, layout
-from kimi_jax.state import State
 from sharding import REPLICATED, StreamLayout, array_mesh, shard_index, shard_over_mesh, use_mesh
 
 
@@ -46,18 +47,20 @@ class Kimi(nnx.Module):
         """The mesh that the weights lie on; None on a single device."""
         return array_mesh(self.model.embed_tokens.weight.get_value())
 
-    def __call__(self, tokens: Tokens, media: Media | None = None) -> Logits:
-        """Logits at every position: tokens int32 [b, t], right-padded, -> float32 [b, t, vocab_size].
+    def __call__(self, tokens: ArrayLike, media: Media | None = None) -> Logits:
+        """Logits at every position: token ids [b, t], right-padded, -> float32 [b, t, vocab_size].
 
         Media placeholders in `tokens` are already expanded, one per media token, in the order of `media`'s items.
-        Raises ValueError where they do not match. Under an outer `jit` pass no media.
+        Raises ValueError where they do not match, and for tokens that are no integers of the vocabulary. Under an outer
+        `jit` pass no media.
         """
         if media is None and isinstance(tokens, jax.core.Tracer):
             return self.forward(tokens)
-        index = media_index(np.asarray(tokens), media, self.config)
+        ids = token_ids(tokens, self.config.text.vocab_size)
+        index = media_index(ids, media, self.config)
         embeds = None if media is None else self.encode_media_padded(media)
         where = None if index is None else jnp.asarray(index)
-        return _logits(self, jnp.asarray(tokens), where, embeds, self.mesh)
+        return _logits(self, jnp.asarray(ids), where, embeds, self.mesh)
 
     def encode_media(self, media: Media) -> MediaTokens:
         """Embeddings of the media's tokens, [tokens, hidden_size], items one after another."""
@@ -95,7 +98,7 @@ class Kimi(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
         def part(model: Kimi, tokens: Any, positions: Any, index: Any, media: Any) -> jax.Array:
-            x, _ = model.model(model.embed(tokens, index, media, layout), positions, layout=layout)
+            x, _ = model.model(model.embed(tokens, index, media, layout), Context(positions), layout=layout)
             return model.logits(layout.gather_tokens(x))
 
         rows = layout.row_spec()
@@ -120,29 +123,26 @@ class Kimi(nnx.Module):
 
     def extend(
         self,
-        state: State,
+        caches: tuple[LayerCache, ...],
         tokens: Tokens,
-        counts: Lengths,
-        index: Int32[jax.Array, "b t"] | None = None,
-        media: MediaTokens | None = None,
-    ) -> tuple[LastLogits, State]:
-        """Takes the first `counts` tokens of each row on from `state`.
+        context: Context,
+        index: Int32[jax.Array, "b t"] | None,
+        media: MediaTokens | None,
+        layout: StreamLayout,
+    ) -> tuple[Float32[jax.Array, "sequences words"], tuple[LayerCache, ...]]:
+        """Takes the tokens that `context` describes on from what the caches hold, on this device's part of everything
+        (`runtime.program` calls it on every device of a mesh).
 
-        Returns the logits after each row's last token, float32 [b, vocab_size] (meaningless where `counts` is 0), and
-        the state. A row must have room: `state.lengths + counts <= state.capacity`.
+        Returns the logits after each sequence's last token (meaningless where it has none), float32 [sequences, words],
+        and the caches with the tokens in them.
         """
-        layout = self.stream_layout(*tokens.shape)
-
-        def part(model: Kimi, state: State, tokens: Any, counts: Any, index: Any, media: Any) -> tuple[Any, State]:
-            offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-            positions = jnp.where(offsets < counts[:, None], state.lengths[:, None] + offsets, -1)
-            x, after = model.model(model.embed(tokens, index, media, layout), positions, state, layout)
-            assert after is not None
-            return model.logits(layout.take_token(x, jnp.maximum(counts - 1, 0))), after
-
-        rows, lies = layout.row_spec(), states.specs(state)
-        in_specs = (lies, rows, rows, rows, REPLICATED)
-        return self.on_mesh(part, (state, tokens, counts, index, media), in_specs, (layout.row_spec("vocab"), lies))
+        x, after = self.model(self.embed(tokens, index, media, layout), context, caches, layout)
+        assert after is not None
+        if context.segments is None:
+            return self.logits(layout.take_token(x, context.last())), after
+        rows, columns = len(tokens), context.last().reshape(len(tokens), -1)
+        last = jnp.take_along_axis(layout.gather_tokens(x), columns[:, :, None], axis=1)
+        return self.logits(last.reshape(rows * columns.shape[1], -1)), after
 
 
 @nnx.jit(static_argnums=4)

@@ -24,9 +24,9 @@ from kimi_jax.axes import (
 )
 from kimi_jax.config import TextConfig
 from kimi_jax.model import rope
+from kimi_jax.model.context import PAGE, Context, MLACache
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, Linear
-from kimi_jax.state import PAGE, MLACache
 from pallas_kernels import merge_partials, mla_decode, mla_output, mla_prefill, mla_query, mla_write
 from sharding import (
     gather_columns,
@@ -62,25 +62,29 @@ class MLA(nnx.Module):
         self.o_proj = Linear(init, hidden, heads * config.v_head_dim, ("embed", "heads"))
 
     def __call__(
-        self,
-        x: Hidden,
-        positions: Positions,
-        cache: MLACache | None = None,
-        page_table: PageTable | None = None,
+        self, x: Hidden, context: Context, cache: MLACache | None = None
     ) -> tuple[Float32[jax.Array, "b t d"], MLACache | None]:
-        """x [b, t, d] at `positions` (-1 is padding, which nothing attends to) -> what the heads held here add to the
-        stream, and the cache with these tokens in it. One token attends in the absorbed form, more in the expanded
-        one."""
-        if cache is None or page_table is None:
-            q, latents = self.project(x, positions)
-            out, _ = self.expanded(q, latents, positions, positions)
-            return self.output(out), None
-        if x.shape[1] == 1:
-            out, cache = self.absorbed(x[:, 0], positions[:, 0], cache, page_table)
+        """x [b, t, d] where `context` says -> the sum that the heads held here add to the stream, and the cache with
+        these tokens in it. A decode step attends in the absorbed form, prefill in the expanded one."""
+        table = context.page_table
+        if cache is None or table is None:
+            q, latents = self.project(x, context.positions)
+            return self.output(self.within(q, latents, context)[0]), None
+        if context.phase == "decode":
+            out, cache = self.absorbed(x[:, 0], context.positions[:, 0], cache, table)
             return out[:, None], cache
-        q, latents = self.project(x, positions)
-        cache = MLACache(mla_write(cache.pages, latents, page_table, local_positions(positions, PAGE)))
-        return self.output(self.with_history(q, latents, positions, cache, page_table)), cache
+        q, latents = self.project(x, context.positions)
+        cache = MLACache(mla_write(cache.pages, latents, *self.places(context, table)))
+        return self.output(self.with_history(q, latents, context, cache, table)), cache
+
+    def places(self, context: Context, table: PageTable) -> tuple[Int32[jax.Array, "b pages"], Positions]:
+        """A page table a row, and the tokens' positions in it on this device: where sequences are packed, their tables
+        one after another."""
+        positions, rows = local_positions(context.positions, PAGE), len(context.positions)
+        if context.segments is None:
+            return table, positions
+        shifted = positions + context.segments * table.shape[1] * PAGE
+        return table.reshape(rows, -1), jnp.where(positions < 0, -1, shifted)
 
     def low_ranks(self, x: Float[jax.Array, "... d"]) -> tuple[jax.Array, jax.Array]:
         """What queries are made of, before its norm where it has one, and [latent | k_pe] before theirs."""
@@ -109,8 +113,18 @@ class MLA(nnx.Module):
     def output(self, heads: Values) -> Float32[jax.Array, "b t d"]:
         return self.o_proj(rearrange(heads, "b t h v -> b t (h v)"), dtype=jnp.float32)
 
+    def within(self, q: Queries, latents: Latents, context: Context) -> tuple[Values, LogSumExp]:
+        """Attention of the tokens of a call among themselves."""
+        segments = jnp.where(context.valid, 0, -1) if context.segments is None else context.segments
+        return self.expanded(q, latents, context, context.positions, segments)
+
     def expanded(
-        self, q: Queries, latents: Latents, q_positions: Positions, kv_positions: Int32[jax.Array, "b s"]
+        self,
+        q: Queries,
+        latents: Latents,
+        context: Context,
+        kv_positions: Int32[jax.Array, "b s"],
+        kv_segments: Int32[jax.Array, "b s"],
     ) -> tuple[Values, LogSumExp]:
         """Attention over keys and values made from `latents`, with the log-sum-exp of the scores [b, t, h]."""
         c, pe = jnp.split(latents, [self.config.kv_lora_rank], axis=-1)
@@ -121,36 +135,37 @@ class MLA(nnx.Module):
             q,
             k,
             v,
-            q_positions=q_positions,
+            q_positions=context.positions,
             kv_positions=kv_positions,
-            kv_segments=jnp.where(kv_positions < 0, -1, 0),
-            q_segments=jnp.zeros_like(q_positions),
+            kv_segments=kv_segments,
+            q_segments=jnp.zeros_like(context.positions) if context.segments is None else context.segments,
             scale=rope.softmax_scale(self.config),
             return_lse=True,
         )
         return out, lse
 
-    def with_history(
-        self, q: Queries, latents: Latents, positions: Positions, cache: MLACache, page_table: PageTable
-    ) -> Values:
-        """Attention over these tokens and over the cached ones before them, a few pages at a time."""
-        start, devices = positions[:, 0], num_shards("row_pages")
-        span = min(-(-HISTORY_PAGES // devices), page_table.shape[1])  # of each device's pages
+    def with_history(self, q: Queries, latents: Latents, context: Context, cache: MLACache, table: PageTable) -> Values:
+        """Attention over these tokens and over the cached ones before them, a few pages of each sequence at a time."""
+        rows, devices = len(context.positions), num_shards("row_pages")
+        packed = len(table) // rows
+        start, table = context.starts().reshape(rows, packed), table.reshape(rows, packed, -1)
+        # of each device's pages of a sequence
+        span = min(max(1, HISTORY_PAGES // (devices * packed)), table.shape[2])
+        sequence = jnp.arange(packed)[:, None, None]
 
         def piece(i: jax.Array, merged: tuple[Values, LogSumExp]) -> tuple[Values, LogSumExp]:
             # the last piece may begin early, so as to stay inside the table; what an earlier one covered is masked
-            first = jnp.minimum(i * span, page_table.shape[1] - span)
-            pages = cache.pages[jax.lax.dynamic_slice_in_dim(page_table, first, span, axis=1)]
-            history = gather_pages(rearrange(pages, "b n c page -> b (n page) c").astype(q.dtype))
-            number = ring_page_numbers(first, span).reshape(-1, 1)
-            at = (number * PAGE + jnp.arange(PAGE)).reshape(-1)
-            seen = (at >= i * span * devices * PAGE) & (at < start[:, None])
-            part = self.expanded(q, history, positions, jnp.where(seen, at, -1))
-            return merge_partials(merged, part)
+            first = jnp.minimum(i * span, table.shape[2] - span)
+            pages = cache.pages[jax.lax.dynamic_slice_in_dim(table, first, span, axis=2)]
+            history = gather_pages(rearrange(pages, "b n p c page -> b (n p page) c").astype(q.dtype))
+            number = ring_page_numbers(first, span)[:, None, :, None]  # of devices, sequences, pages, tokens
+            at = number * PAGE + jnp.arange(PAGE)
+            seen = (at >= i * span * devices * PAGE) & (at < start[:, None, :, None, None])
+            at, owner = (jnp.where(seen, x, -1).reshape(rows, -1) for x in (at, sequence))
+            return merge_partials(merged, self.expanded(q, history, context, at, owner))
 
-        pieces = -(-longest_length(start) // (span * devices * PAGE))
-        own = self.expanded(q, latents, positions, positions)
-        return jax.lax.fori_loop(0, pieces, piece, own)[0]
+        pieces = -(-longest_length(start.reshape(-1)) // (span * devices * PAGE))
+        return jax.lax.fori_loop(0, pieces, piece, self.within(q, latents, context))[0]
 
     def absorbed(
         self, x: Float[jax.Array, "b d"], positions: Int32[jax.Array, "b"], cache: MLACache, page_table: PageTable

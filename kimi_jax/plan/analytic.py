@@ -8,9 +8,9 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from kimi_jax.model.context import PAGE
 from kimi_jax.plan.job import Job, Weight, layer_cache, weights
 from kimi_jax.plan.traffic import Collective
-from kimi_jax.state import PAGE
 
 # Programs, and what the compiler keeps beside buffers: 61 layers' kernels came to 60 to 250 MB.
 PROGRAM_BYTES = 300 * 10**6

@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import time
-from typing import Any
 
 from kimi_jax.plan.hbm import hbm_bytes
 from kimi_jax.plan.hlo import parse, small_cycles
@@ -86,44 +85,22 @@ def compiled(job: Job) -> Compiled:
 
 def _compile(job: Job) -> Compiled:
     """In this process."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
     from jax.experimental import topologies
-    from jax.sharding import NamedSharding, PartitionSpec
 
-    from kimi_jax import decoding
-    from kimi_jax import state as states
     from kimi_jax.model.kimi import abstract
-    from sharding import make_mesh, spec
+    from kimi_jax.plan.job import pool_sizes
+    from kimi_jax.runtime.program import Program
+    from sharding import make_mesh
 
     # A text step has no use for the vision tower, and XLA would drop it from the arguments.
     config = dataclasses.replace(job.config, vision=None)
     mesh = make_mesh(job.sizes, topologies.get_topology_desc(platform="tpu", topology_name=job.topology.name).devices)
-
-    def laid(array: Any, lies: PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, lies))
-
-    graph, params = nnx.split(abstract(config))
-    weights = [
-        (path, variable.replace(laid(variable, spec(axes, variable.shape, mesh))))
-        for path, variable in nnx.to_flat_state(params)
-        if (axes := variable.get_metadata().get("axes"))
-    ]
-    arrays, tree = jax.tree.flatten(nnx.from_flat_state(weights))
-    empty = jax.eval_shape(lambda: states.empty(config, job.batch, job.context, job.dtype, mesh))
-    state = jax.tree.map(laid, empty, states.specs(empty, mesh))
-    program = decoding._program(graph, tree, mesh.abstract_mesh)
-
-    def tokens(*shape: int) -> jax.ShapeDtypeStruct:
-        return laid(jax.ShapeDtypeStruct(shape, jnp.int32), PartitionSpec("data"))
+    program = Program(abstract(config, mesh=mesh))
+    pages, slots = pool_sizes(job.batch, job.context, program.data, program.sequence)
+    batch = program.batch_shapes(job.phase, job.batch, job.chunk, pages // job.batch)
 
     began, cpu = time.perf_counter(), time.process_time()
-    if job.phase == "decode":
-        traced = decoding._step.trace(program, arrays, state, tokens(job.batch))
-    else:
-        whole = (tokens(job.batch, job.chunk), tokens(job.batch), None, None)
-        traced = decoding._extend.trace(program, arrays, state, *whole)
+    traced = program.jitted.logits.trace(program.arrays, program.cache_shapes(pages, slots), batch)
     made = traced.lower(lowering_platforms=("tpu",)).compile()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     held, hlo = made.memory_analysis(), parse(made.as_text())

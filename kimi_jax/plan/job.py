@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from kimi_jax import state as states
 from kimi_jax.config import KimiConfig
+from kimi_jax.model.context import PAGE, KDAState, MLACache
 from kimi_jax.model.kimi import abstract
+from kimi_jax.runtime import cache as caches
 from sharding import AXES, spec
 from sharding.topologies import Topology
 
@@ -132,24 +133,33 @@ class Cache(NamedTuple):
 
 @functools.cache
 def layer_cache(config: KimiConfig, batch: int, context: int, sizes: Sizes) -> Cache:
-    """Raises what `state.empty` and `sharding.spec` raise where the mesh does not divide the batch or the heads."""
+    """Raises ValueError where the mesh does not divide the batch or the heads."""
     mesh = _mesh(sizes)
-    state = _state(config, batch, context, mesh.shape["data"], mesh.shape["sequence"])
+    cache = _cache(config, *pool_sizes(batch, context, mesh.shape["data"], mesh.shape["sequence"]))
 
     def size(array: jax.ShapeDtypeStruct, lies: PartitionSpec) -> int:
         return _part(array.shape, lies, mesh) * array.dtype.itemsize
 
-    sized = jax.tree.map(size, state.layers, states.specs(state, mesh).layers)
-    of_kind = {type(kept): sum(kept) for kept in sized}
-    return Cache(of_kind.get(states.MLACache, 0), of_kind.get(states.KDAState, 0))
+    sized = jax.tree.map(size, cache, caches.specs(cache, mesh))
+    of_kind = {type(layer): sum(layer) for layer in sized.layers}
+    return Cache(of_kind.get(MLACache, 0), of_kind.get(KDAState, 0))
+
+
+def pool_sizes(batch: int, context: int, data: int, sequence: int) -> tuple[int, int]:
+    """Pages and slots of a cache for `batch` rows of `context` tokens.
+
+    Raises ValueError where the batch does not divide by the data axis.
+    """
+    if batch % data:
+        raise ValueError(f"a batch of {batch} rows cannot be sharded over a data axis of {data}")
+    return batch * -(-context // (PAGE * sequence)) * sequence, batch
 
 
 @functools.cache
-def _state(config: KimiConfig, batch: int, context: int, data: int, sequence: int) -> states.State:
-    """With a layer of each kind: the others are alike. Its shapes depend on these two axes alone."""
+def _cache(config: KimiConfig, pages: int, slots: int) -> caches.Cache:
+    """The shapes of a layer of each kind: the others are alike."""
     kinds = config.text.layer_kinds
     first = {kinds.index(kind) for kind in kinds}
     short = dataclasses.replace(config, text=dataclasses.replace(config.text, num_hidden_layers=max(first) + 1))
-    dtype, mesh = jnp.dtype(config.text.dtype), _mesh((data, 1, 1, sequence))
-    state = jax.eval_shape(lambda: states.empty(short, batch, context, dtype, mesh))
-    return state._replace(layers=tuple(state.layers[i] for i in sorted(first)))
+    cache = jax.eval_shape(lambda: caches.empty(short, pages, slots, jnp.dtype(config.text.dtype)))
+    return caches.Cache(tuple(cache.layers[i] for i in sorted(first)))

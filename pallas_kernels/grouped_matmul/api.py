@@ -26,19 +26,21 @@ def grouped_matmul(
     group_offset: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N"]:
-    """x Wᵀ of each row with its group's W [N, K], [out, in] as Linears are published. Only groups with rows are read.
+    """Multiplies each row by its group's matrix: x Wᵀ with W [N, K] ([out, in], as Linears are published).
+
+    Only the matrices of groups with rows are read.
 
     Args:
       x: [T, K], rows sorted by group.
       weights: [E, N, K], in x's dtype.
-      group_sizes: int32 [groups], rows of every group, those held elsewhere too; their sum is at most T.
-      group_offset: `weights` are those of groups [group_offset, group_offset + E); None says that all groups are here.
+      group_sizes: int32 [groups], rows of every group, also of those on other devices; their sum is at most T.
+      group_offset: `weights` are those of groups [group_offset, group_offset + E); None says that they are all groups'.
       implementation: "mosaic_tpu" (x bf16 or float32, N and K multiples of 128), "xla", or None for the best that the
         platform has.
 
     Returns:
-      [T, N] in x's dtype, accumulated in float32. Rows of groups held elsewhere, and rows past the last group, are
-      zero. Differentiable with respect to x and weights.
+      [T, N] in x's dtype, accumulated in float32. Rows of groups on other devices, and rows past the last group,
+      are zero. Differentiable with respect to x and weights.
 
     Raises:
       ValueError: shapes or dtypes other than these, groups that are not there, or (where the values are known) group
@@ -64,9 +66,9 @@ def grouped_swiglu(
     group_offset: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N"]:
-    """silu(x gateᵀ) * (x upᵀ) of each row with its group's matrices, in one pass over the rows.
+    """Computes silu(x gateᵀ) * (x upᵀ) of each row with its group's matrices, in one pass over the rows.
 
-    `gate` and `up` are each [E, N, K]; everything else as `grouped_matmul`.
+    `gate` and `up` are each [E, N, K]; the other arguments are those of `grouped_matmul`.
     """
     op = "grouped_swiglu"
     check_dtype(op, "x", x, jnp.floating)
@@ -87,7 +89,7 @@ def check_groups(
     group_offset: Int[Array, ""] | int | None,
     num_local: int,
 ) -> Int32[Array, ""]:
-    """The offset as an int32 scalar, after refusing group sizes and offsets that cannot be.
+    """Returns the offset as an int32 scalar, after refusing group sizes and offsets that cannot be.
 
     Raises:
       ValueError: see `grouped_matmul`.

@@ -1,8 +1,8 @@
-"""Walking over the rows of a ragged batch group by group, without Pallas and without computing what no row asks for.
+"""Loops over the rows of a ragged batch group by group, without Pallas and without work that no row asks for.
 
 Rows are sorted by group. An outer loop visits the non-empty groups, an inner one cuts a group's rows in blocks that
 never straddle a group, so that a group's weights are fetched (and dequantised) once. Both loops have dynamic bounds:
-the work is that of the rows there are.
+the work is proportional to the number of rows.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-# Up to so many rows are taken one by one.
+# Up to so many rows are multiplied one by one: a decode step has about one row for each group.
 FEW_ROWS = 16
 # Larger blocks multiply faster, smaller ones waste less on a group's last rows.
 BLOCK_SIZES = (128, 64, 16)
@@ -25,7 +25,7 @@ Weights = TypeVar("Weights")
 def local_groups(
     group_sizes: Int32[Array, "groups"], group_offset: Int[Array, ""] | int, num_local: int
 ) -> tuple[Int32[Array, "local"], Int32[Array, "local"]]:
-    """First row and end of each of the `num_local` groups that begin at `group_offset`."""
+    """Returns the first row and the end of each of the `num_local` groups from number `group_offset` on."""
     number = jnp.arange(group_sizes.shape[0], dtype=jnp.int32)
     local = group_offset + jnp.arange(num_local, dtype=jnp.int32)[:, None]
     # (jnp.cumsum would be a dozen small operations on a TPU)
@@ -40,7 +40,7 @@ def over_groups(
     carry: Carry,
     visit: Callable[[Array, Array, Array, Carry], Carry],
 ) -> Carry:
-    """carry = visit(group, start, end, carry) for each group with rows, in order."""
+    """Runs carry = visit(group, start, end, carry) for each group with rows, in order, and returns the last carry."""
     filled = ends > starts
     (order,) = jnp.nonzero(filled, size=starts.shape[0], fill_value=0)
 
@@ -54,10 +54,10 @@ def over_groups(
 def over_rows(
     start: Array, end: Array, num_rows: int, carry: Carry, visit: Callable[[Array, Bool[Array, "block"], Carry], Carry]
 ) -> Carry:
-    """carry = visit(first row, which rows of the block count, carry) for blocks that cover [start, end) once.
+    """Runs carry = visit(first row, mask, carry) over blocks of rows that cover [start, end) once.
 
-    A block's size is that of the mask. Blocks stay inside [0, num_rows): one that would run over the end begins earlier
-    instead.
+    A block has as many rows as its mask, which says which of them count. Blocks stay inside [0, num_rows): one that
+    would run over the end begins earlier instead.
     """
     sizes = _block_sizes(num_rows)
     for size in sizes:
@@ -81,7 +81,7 @@ def map_rows(
     load: Callable[[Array], Weights],
     compute: Callable[[Float[Array, "block K"], Weights], Float[Array, "block N"]],
 ) -> Float[Array, "T N"]:
-    """Each row's `compute(rows, load(its group))`, in x's dtype; rows of no group are zero."""
+    """Computes `compute(rows, load(group))` for the rows of each group, in x's dtype; rows of no group are zero."""
     starts, ends = group_edges
     num_rows = x.shape[0]
     out = jnp.zeros((num_rows, out_width), x.dtype)
@@ -108,7 +108,7 @@ def _row_by_row(
     group_edges: tuple[Int32[Array, "local"], Int32[Array, "local"]],
     compute: Callable[[Float[Array, "1 K"], Array], Float[Array, "1 N"]],
 ) -> Float[Array, "T N"]:
-    """A decode step has about one row per group: each meets its weights in one fused loop."""
+    """Multiplies rows one by one, each by its own group's weights in one fused loop."""
     starts, ends = group_edges
     groups = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right").astype(jnp.int32)
 
@@ -120,19 +120,22 @@ def _row_by_row(
 
 
 def take(weights: Array, group: Array) -> Array:
-    """One group's slice of the leading axis. (Arithmetic on the index would keep XLA from fusing the slice.)"""
+    """Takes one group's slice of the leading axis. (Arithmetic on the index would keep XLA from fusing the slice.)"""
     return lax.dynamic_index_in_dim(weights, group, axis=0, keepdims=False, allow_negative_indices=False)
 
 
 def dot(rows: Float[Array, "block K"], weights: Float[Array, "K N"]) -> Float[Array, "block N"]:
-    """Product with float32 accumulation (float64 of float64), exact to the operands' dtype on every platform."""
+    """Multiplies with float32 accumulation (float64 of float64), exact to the operands' dtype on every platform."""
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     return jnp.dot(rows, weights, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
 
 
 def dot_transposed(rows: Float[Array, "block K"], weights: Float[Array, "N K"]) -> Float[Array, "block N"]:
-    """`dot(rows, weights.T)`, written for XLA on CPU: it fuses one row's product with the slice that takes the weights
-    if there is a transpose to fuse, and copies larger blocks' weights if there is one."""
+    """Computes `dot(rows, weights.T)`, written for XLA on CPU.
+
+    With a transpose XLA fuses one row's product with the slice that takes the weights, but copies the weights of larger
+    blocks.
+    """
     if rows.shape[0] == 1:
         return dot(rows, weights.T)
     wide = jnp.promote_types(rows.dtype, jnp.float32)
@@ -141,7 +144,7 @@ def dot_transposed(rows: Float[Array, "block K"], weights: Float[Array, "N K"]) 
 
 
 def swiglu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
-    """silu(gate) * up."""
+    """Computes silu(gate) * up."""
     return jax.nn.silu(gate) * up
 
 

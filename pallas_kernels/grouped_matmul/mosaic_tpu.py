@@ -1,9 +1,9 @@
-"""Grouped matmul and SwiGLU as one Pallas kernel for TPUs, with the matrices as they are published, [E, N, K].
+"""Grouped matmul and SwiGLU as one Pallas kernel for TPUs, with matrices [E, N, K] as published.
 
-(`jax.lax.ragged_dot` wants them the other way round, and XLA then copies all experts' weights at every call.) The grid
+(`jax.lax.ragged_dot` wants [E, K, N], for which XLA copies all experts' weights at every call.) The grid
 is (N tiles, visits), the number of visits dynamic. A step takes all K inputs of a tile of the visit's matrix, up to 4
 MiB, and multiplies the group's rows of the block by it, a window at a time. Rows of other groups in a window are
-multiplied too and not written. A block of x stays in vector memory for all its visits; a matrix is read once per visit.
+multiplied too but not written. A block of x stays in vector memory for all its visits; a matrix is read once per visit.
 
 Windows of more than 64 rows spill: their product is larger than the register file. With 512 rows an expert, in windows
 of 256, SwiGLU has 2,719 stores and loads on v5e and 3,891 on v6e. They fit beside the matrix unit's work (98 % of the
@@ -22,14 +22,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.grouped_matmul.blocks import swiglu
-from pallas_kernels.grouped_matmul.visits import WINDOWS, rows_at_once, visits
+from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, window_size
 
 BLOCK_BYTES, STEP_BYTES = 2**23, 2**22
 LANES = 128
 
 
 def unsupported(x: Array, weights: Array) -> str | None:
-    """Why the kernel cannot take these shapes and dtypes."""
+    """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     N, K = weights.shape[1:]
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x is {x.dtype}, expected bfloat16 or float32"
@@ -66,13 +66,13 @@ def grouped_swiglu(
 
 
 def outputs_of_a_step(N: int, K: int, itemsize: int) -> int:
-    """N tile: as many outputs as a step's bytes allow, a divisor of N."""
+    """Returns the N tile: as many outputs as a step's bytes allow, a divisor of N."""
     return max(n for n in range(LANES, N + 1, LANES) if N % n == 0 and (n == LANES or n * K * itemsize <= STEP_BYTES))
 
 
 def window_rows(tokens: int, groups: int) -> int:
-    """Rows of a window; more than 256 at once take the compiler minutes."""
-    return min(rows_at_once(tokens, groups), 256)
+    """Returns the rows of a window; more than 256 at once take the compiler minutes."""
+    return min(window_size(tokens, groups), 256)
 
 
 def _call(
@@ -91,7 +91,7 @@ def _call(
     block = min(-(-tokens // rows) * rows, most, WINDOWS[-1])
     outputs = outputs_of_a_step(N, K, x.dtype.itemsize)
     blocks = -(-tokens // block)
-    visit = visits(group_sizes, group_offset, num_local, blocks, block)
+    visit = block_visits(group_sizes, group_offset, num_local, blocks, block)
     weight = pl.BlockSpec((None, outputs, K), lambda n, v, block, group, *_: (group[v], n, 0))
     out = pl.pallas_call(
         functools.partial(_kernel, rows=rows, combine=combine),
@@ -136,14 +136,14 @@ def _kernel(
         here = pl.ds(first, rows)
         number = first + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
         fresh = combine(*(_dot_transposed(x_ref[here, :], weight[...]) for weight in weights))
-        mine = (number >= start) & (number < end)
-        out_ref[here, :] = jnp.where(mine, fresh, out_ref[here, :].astype(jnp.float32)).astype(out_ref.dtype)
+        in_group = (number >= start) & (number < end)
+        out_ref[here, :] = jnp.where(in_group, fresh, out_ref[here, :].astype(jnp.float32)).astype(out_ref.dtype)
 
     lax.fori_loop(start // rows, jnp.where(end > start, pl.cdiv(end, rows), start // rows), window, None)
 
 
 def _dot_transposed(x: Array, weights: Array) -> Array:
-    """x weightsᵀ in float32."""
+    """Computes x weightsᵀ in float32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     contract_last = (((1,), (1,)), ((), ()))
     return lax.dot_general(x, weights, contract_last, precision=precision, preferred_element_type=jnp.float32)

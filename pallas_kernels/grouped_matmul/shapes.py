@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 
-class Shape(NamedTuple):
-    """x [sum of sizes + spare, K] times one of len(sizes) matrices that take K to N; K is a multiple of 32."""
+class GroupedShape(NamedTuple):
+    """Arguments x [sum of sizes + spare, K] and len(sizes) matrices from K inputs to N; K is a multiple of 32."""
 
     name: str
     K: int
@@ -13,15 +13,15 @@ class Shape(NamedTuple):
     spare: int = 0
 
 
-KIMI = (Shape("Kimi Linear down, 6 rows for 2 of 3 experts", 1024, 2304, (2, 0, 4)),)
+KIMI = (GroupedShape("Kimi Linear down, 6 rows for 2 of 3 experts", 1024, 2304, (2, 0, 4)),)
 AWKWARD = (
-    Shape("no rows at all", 32, 8, (0, 0)),
-    Shape("rows, but no group takes any", 32, 8, (0, 0, 0), spare=20),
-    Shape("one row", 32, 8, (0, 1, 0)),
-    Shape("empty first and last", 64, 33, (0, 5, 0, 7, 0)),
-    Shape("one group takes all", 96, 20, (0, 150, 0)),
-    Shape("a block runs over the last row", 32, 24, (61, 3, 65, 1, 10)),
-    Shape("rows past the last group", 64, 16, (17, 0, 40), spare=9),
-    Shape("sixteen rows", 32, 8, (3, 9, 0, 4)),
-    Shape("seventeen rows", 32, 8, (3, 9, 1, 4)),
+    GroupedShape("no rows at all", 32, 8, (0, 0)),
+    GroupedShape("rows, but no group takes any", 32, 8, (0, 0, 0), spare=20),
+    GroupedShape("one row", 32, 8, (0, 1, 0)),
+    GroupedShape("empty first and last", 64, 33, (0, 5, 0, 7, 0)),
+    GroupedShape("one group takes all", 96, 20, (0, 150, 0)),
+    GroupedShape("a block runs over the last row", 32, 24, (61, 3, 65, 1, 10)),
+    GroupedShape("rows past the last group", 64, 16, (17, 0, 40), spare=9),
+    GroupedShape("sixteen rows", 32, 8, (3, 9, 0, 4)),
+    GroupedShape("seventeen rows", 32, 8, (3, 9, 1, 4)),
 )

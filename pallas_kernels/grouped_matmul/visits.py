@@ -1,4 +1,4 @@
-"""How a Pallas kernel walks over a ragged batch: rows are cut in blocks, and a visit is a block with a group in it."""
+"""The order in which a Pallas kernel works through a ragged batch: a visit is a block of rows and a group in it."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ from pallas_kernels.grouped_matmul.blocks import local_groups
 WINDOWS = (16, 32, 64, 128, 256, 512)
 
 
-def rows_at_once(tokens: int, groups: int) -> int:
-    """Rows that one matrix product takes: a number near the groups' mean."""
+def window_size(tokens: int, groups: int) -> int:
+    """Returns the rows that one matrix product takes: a number near the groups' mean."""
     mean = -(-tokens // groups)
     return next(rows for rows in WINDOWS if rows >= min(mean, WINDOWS[-1]))
 
 
-class Visits(NamedTuple):
-    """Of each visit its block and its group; how many there are; and each group's first row and end."""
+class BlockVisits(NamedTuple):
+    """Each visit's block and group, the number of visits, and each group's first row and end."""
 
     block: Int32[Array, "visits"]
     group: Int32[Array, "visits"]
@@ -26,11 +26,13 @@ class Visits(NamedTuple):
     end: Int32[Array, "local"]
 
 
-def visits(
+def block_visits(
     group_sizes: Int32[Array, "all"], group_offset: Int[Array, ""], num_local: int, blocks: int, size: int
-) -> Visits:
-    """Pairs of a block and a local group with rows in it, block by block; a block without any visits group 0, whose
-    rows there are none, so that every block is written."""
+) -> BlockVisits:
+    """Lists the pairs of a block and a local group with rows in it, block by block.
+
+    A block without any visits group 0, of which it has no rows, so that every block is written.
+    """
     starts, ends = local_groups(group_sizes, group_offset, num_local)
     first = size * jnp.arange(blocks, dtype=jnp.int32)[:, None]
     wanted = jnp.minimum(ends, first + size) > jnp.maximum(starts, first)
@@ -39,4 +41,4 @@ def visits(
     up_to = jnp.cumsum(wanted.reshape(-1), dtype=jnp.int32)
     chosen = jnp.sum(up_to <= jnp.arange(blocks + num_local, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
     chosen = jnp.minimum(chosen, wanted.size - 1)
-    return Visits(chosen // num_local, chosen % num_local, up_to[-1:], starts, ends)
+    return BlockVisits(chosen // num_local, chosen % num_local, up_to[-1:], starts, ends)

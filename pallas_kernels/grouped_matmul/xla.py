@@ -1,7 +1,8 @@
 """Grouped matmul in plain JAX: a loop over the groups that have rows on CPU, `jax.lax.ragged_dot` elsewhere.
 
-On CPU `ragged_dot` multiplies every row with every group. The loop's derivatives are written out, for a loop with
-dynamic bounds has none: dx is a grouped matmul with the transposed weights, dW sums dyᵀ x over each group's rows.
+On CPU `ragged_dot` multiplies every row with every group. The loop's derivatives are written out, since JAX cannot
+differentiate a loop with dynamic bounds: dx is a grouped matmul with the transposed weights, dW sums dyᵀ x over each
+group's rows.
 """
 
 from typing import Any
@@ -85,7 +86,7 @@ _grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def no_gradient(*integers: ArrayLike) -> tuple[np.ndarray, ...]:
-    """The cotangents that `custom_vjp` wants for integer arguments."""
+    """Returns the cotangents that `custom_vjp` wants for integer arguments."""
     return tuple(np.zeros(jnp.shape(array), jax.dtypes.float0) for array in integers)
 
 
@@ -114,7 +115,7 @@ def _loop_vjp(x, weights, group_sizes, group_offset, dy):
 def _outer_products(
     dy: Float[Array, "T N"], x: Float[Array, "T K"], edges: Edges, weights: Float[Array, "E N K"]
 ) -> Float[Array, "E N K"]:
-    """dyᵀ x over the rows of each group, summed in float32."""
+    """Computes dyᵀ x over the rows of each group, summed in float32."""
 
     def group(index: Array, start: Array, end: Array, total: Array) -> Array:
         def block(first: Array, counts: Array, total: Array) -> Array:
@@ -143,8 +144,8 @@ def _ragged(x, weights, group_sizes, group_offset):
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
     rows = jnp.arange(x.shape[0])
-    held = (rows >= starts[0]) & (rows < ends[-1])
-    return jnp.where(held[:, None], jnp.roll(product, starts[0], axis=0), 0).astype(x.dtype)
+    is_local = (rows >= starts[0]) & (rows < ends[-1])
+    return jnp.where(is_local[:, None], jnp.roll(product, starts[0], axis=0), 0).astype(x.dtype)
 
 
 def _ragged_vjp(x, weights, group_sizes, group_offset, dy):

@@ -37,19 +37,19 @@ def int4_grouped_matmul(
     group_offset: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N"]:
-    """Each row times its group's dequantised matrix bf16(code * scale), in x's dtype with float32 accumulation.
+    """Multiplies each row by its group's dequantised matrix bf16(code * scale), in x's dtype with float32 accumulation.
 
     Args:
       x: [T, K], rows sorted by group.
       codes: int4 [E, K, N], K a multiple of 32.
       scales: [E, K//32, N], bf16 as published.
-      group_sizes: int32 [groups], rows of every group, those held elsewhere too; their sum is at most T.
-      group_offset: the codes are those of groups [group_offset, group_offset + E); None says that all groups are here.
+      group_sizes: int32 [groups], rows of every group, also of those on other devices; their sum is at most T.
+      group_offset: the codes are those of groups [group_offset, group_offset + E); None says that they are all groups'.
       implementation: "mosaic_tpu" (x bf16 or float32, N a multiple of 128, K of 512 or at most 2048 and a multiple
         of 64), "xla", or None for the best that the platform has.
 
     Returns:
-      [T, N] in x's dtype. Rows of groups held elsewhere, and rows past the last group, are zero.
+      [T, N] in x's dtype. Rows of groups on other devices, and rows past the last group, are zero.
       Differentiable with respect to x; codes and scales are constants.
 
     Raises:
@@ -73,9 +73,9 @@ def int4_grouped_swiglu(
     group_offset: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T N"]:
-    """silu(x gate) * (x up) of each row with its group's matrices, in one pass over the rows.
+    """Computes silu(x gate) * (x up) of each row with its group's matrices, in one pass over the rows.
 
-    `gate` and `up` are each (codes, scales) of one shape; everything else as `int4_grouped_matmul`.
+    `gate` and `up` are each (codes, scales) of one shape; the other arguments are those of `int4_grouped_matmul`.
     """
     op = "int4_grouped_swiglu"
     offset = _check(op, x, gate, group_sizes, group_offset)

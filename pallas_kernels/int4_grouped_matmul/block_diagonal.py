@@ -1,9 +1,9 @@
-"""INT4 weights times few rows of bf16, for TPUs without bf16 vector arithmetic (v5), where scaling weights costs most.
+"""Few rows of bf16 times INT4 weights, for TPUs without bf16 vector arithmetic (v5), where scaling weights costs most.
 
-Per 128 inputs the rows stand four times below each other, each time with the 32 inputs of one scale and zeros for the
-rest. One product with the codes gives four partial sums per row, which are scaled in float32 and added: work for the
-vector unit in proportion to the rows, not to the inputs. (The matrix unit's grows fourfold: hence few rows.) A weight
-is code * scale here, without the rounding to bf16.
+For each 128 inputs the rows stand four times below each other, each time with the 32 inputs of one scale and zeros for
+the rest. One product with the codes gives four partial sums for each row, which are scaled in float32 and added: work
+for the vector unit in proportion to the rows, not to the inputs. (The matrix unit's work grows fourfold: hence few
+rows.) A weight is code * scale here, without the rounding to bf16.
 
 Codes become bf16 without arithmetic: a nibble whose sign bit is flipped is code + 8, and as the last bits of the bf16
 number 128 it makes that 136 + code. Two nibbles of a word of eight are taken at a time, four apart; the inputs come out
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int4
 
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE
 
-# Inputs that one product takes, as the matrix unit does, and those that an 8 x 128 register of words holds.
+# Inputs that one product takes, as many as the matrix unit does, and inputs whose codes fill an 8 x 128 register.
 INPUTS, WORD_INPUTS = 128, 64
 COPIES = INPUTS // GROUP_SIZE
 CODES_PER_WORD = 8
@@ -27,21 +27,21 @@ CODES_PER_WORD = 8
 FLIPPED_128, OFFSET = 0x43084308, 128 + 8
 
 
-class Operand(NamedTuple):
-    """Of each `INPUTS` inputs the block-diagonal rows, and OFFSET times each row's sum."""
+class BlockDiagonal(NamedTuple):
+    """The block-diagonal rows for each `INPUTS` inputs, and OFFSET times each row's sum."""
 
     rows: list[Float[Array, "copies*rows 128"]]
     offsets: list[Float[Array, "copies*rows 1"]]
 
 
-def operand(x: Float[Array, "rows K"]) -> Operand:
-    """The left operand for rows of bf16 values, given as float32; K is a multiple of 128."""
+def expand_rows(x: Float[Array, "rows K"]) -> BlockDiagonal:
+    """Makes the left operand from rows of bf16 values, given as float32; K is a multiple of 128."""
     position = lax.broadcasted_iota(jnp.int32, (x.shape[0], INPUTS), 1)
     within = position % WORD_INPUTS
     pair = within % 16 // 2
     source = position - within + pair * CODES_PER_WORD + within % 2 * 4 + within // 16
     group = source // GROUP_SIZE
-    made = Operand([], [])
+    made = BlockDiagonal([], [])
     for first in range(0, x.shape[1], INPUTS):
         permuted = jnp.take_along_axis(x[:, first : first + INPUTS], source, axis=1)
         diagonal = jnp.concatenate([jnp.where(group == copy, permuted, 0) for copy in range(COPIES)])
@@ -50,8 +50,10 @@ def operand(x: Float[Array, "rows K"]) -> Operand:
     return made
 
 
-def product(left: Operand, codes: Int4[Array, "K N"], scales: Float[Array, "K32 N"]) -> Float[Array, "rows N"]:
-    """x times code * scale, for the x that `left` was made of."""
+def multiply_codes(
+    left: BlockDiagonal, codes: Int4[Array, "K N"], scales: Float[Array, "K32 N"]
+) -> Float[Array, "rows N"]:
+    """Multiplies the x that `left` was made from by code * scale."""
     scales = scales.astype(jnp.float32)
     rows = left.rows[0].shape[0] // COPIES
     total = jnp.zeros((rows, codes.shape[1]), jnp.float32)
@@ -66,7 +68,7 @@ def product(left: Operand, codes: Int4[Array, "K N"], scales: Float[Array, "K32 
 
 
 def _plus_offset(codes: Int4[Array, "K N"]) -> Float[Array, "K N"]:
-    """OFFSET + code in bf16, rows in the order of `operand`'s columns."""
+    """Returns OFFSET + code in bf16, with rows in the order of the columns of `expand_rows`."""
     words = pltpu.bitcast(codes, jnp.int32)
     per_register = WORD_INPUTS // CODES_PER_WORD
     return jnp.concatenate(

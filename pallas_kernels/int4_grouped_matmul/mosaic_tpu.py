@@ -2,19 +2,19 @@
 
 Rows are cut in blocks; a *visit* is a pair of a block and a group with rows in it, and the grid is (N tiles, visits),
 the number of visits dynamic. A step takes all K rows of an N tile of the visit's group, as half bytes: up to 4 MiB, so
-that the 220 to 290 bundles of a step's own cost little. Part after part is unpacked and scaled in vector memory, and
-the group's rows of the block are multiplied by it, a window at a time, into a float32 accumulator of the whole block:
-rows of other groups enter as zeros, so that nothing has to be merged and groups may begin anywhere. The accumulator is
-zeroed at a block's first visit and written at its last. A block of x stays in vector memory for all its visits; weights
-are streamed once per visit.
+that the 220 to 290 bundles that every step costs matter little. Part after part is unpacked and scaled in vector
+memory, and the group's rows of the block are multiplied by it, a window at a time, into a float32 accumulator of the
+whole block: rows of other groups enter as zeros, so that nothing has to be merged and groups may begin anywhere. The
+accumulator is zeroed at a block's first visit and written at its last. A block of x stays in vector memory for all its
+visits; weights are streamed once per visit.
 
 A weight is bf16(code * scale). In bf16 arithmetic (v6e on) the product rounds to that by itself; v5 has none, and
 rounds the float32 product. Float32 x is multiplied at HIGHEST precision, bf16 x in one pass with float32 accumulation.
-Groups of at most 8 rows of bf16 go another way on v5: `block_diagonal`.
+Groups of at most 8 rows of bf16 are multiplied in block-diagonal form on v5 (`block_diagonal`).
 
 Windows of more than 64 rows spill: their product is larger than the register file, and the spills fit beside the matrix
 unit's work. (Fewer rows at a time leave it idle for longer.) So do large parts of few rows, up to 1,400 stores and
-loads in loops of thousands of bundles: they are as large as that because every part begins and ends with idle units.
+loads in loops of thousands of bundles: parts are so large because every part begins and ends with idle units.
 """
 
 import functools
@@ -29,9 +29,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int4, Int32
 
 from pallas_kernels.chip import chip
-from pallas_kernels.grouped_matmul.visits import WINDOWS, rows_at_once, visits
+from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, window_size
 from pallas_kernels.int4_grouped_matmul import block_diagonal
-from pallas_kernels.int4_grouped_matmul.product import FEW_ROWS, Operand, Rows, Tiles, add_products, scale_rows
+from pallas_kernels.int4_grouped_matmul.product import (
+    FEW_ROWS,
+    GroupRows,
+    MatrixOperand,
+    Tiles,
+    add_products,
+    scale_rows,
+)
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE
 
 Quantised = tuple[Int4[Array, "E K N"], Float[Array, "E K32 N"]]
@@ -39,12 +46,12 @@ Quantised = tuple[Int4[Array, "E K N"], Float[Array, "E K32 N"]]
 # A part's scales must fill a tile of memory: 16 rows of 32 inputs each.
 K_PART = 512
 LARGEST_ODD_K = 2048
-# Of x in a block and of codes in a step; weights unpacked at a time, for one window of rows and for several.
+# Bytes of x in a block and of codes in a step; weights unpacked at a time, for one window of rows and for several.
 BLOCK_BYTES, STEP_BYTES, PART_WEIGHTS, SHARED_PART_WEIGHTS = 2**23, 2**22, 2**22, 2**20
 
 
 def unsupported(x: Array, codes: Array) -> str | None:
-    """Why the kernel cannot take these shapes and dtypes."""
+    """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     (tokens, K), N = x.shape, codes.shape[-1]
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x is {x.dtype}, expected bfloat16 or float32"
@@ -60,10 +67,13 @@ def unsupported(x: Array, codes: Array) -> str | None:
 def tiles(
     tokens: int, K: int, N: int, groups: int, dtype: Any, step_bytes: int | None = None, part_weights: int | None = None
 ) -> Tiles:
-    """Sizes for `tokens` rows over `groups` groups. Rows are multiplied in numbers near a group's mean. A step takes
-    `step_bytes` of codes, and of one window's weights `part_weights` at a time."""
+    """Chooses sizes for `tokens` rows over `groups` groups.
+
+    Rows are multiplied in numbers near a group's mean. A step takes `step_bytes` of codes, and unpacks `part_weights`
+    weights at a time for one window.
+    """
     step_bytes, part_weights = step_bytes or STEP_BYTES, part_weights or PART_WEIGHTS
-    rows = rows_at_once(tokens, groups)
+    rows = window_size(tokens, groups)
     most = max(rows, BLOCK_BYTES // (K * jnp.dtype(dtype).itemsize) // rows * rows)
     outputs = max(n for n in range(128, N + 1, 128) if N % n == 0 and (n == 128 or K * n <= 2 * step_bytes))
 
@@ -77,8 +87,8 @@ def tiles(
     return Tiles(block, rows, outputs, largest_part(part_weights) if rows == WINDOWS[0] else shared, shared)
 
 
-def apart(tile: Tiles, dtype: Any) -> bool:
-    """Whether groups of few rows are multiplied in block-diagonal form."""
+def uses_block_diagonal(tile: Tiles, dtype: Any) -> bool:
+    """Tells whether groups of few rows are multiplied in block-diagonal form."""
     few = tile.rows <= 2 * FEW_ROWS and tile.K_part % block_diagonal.INPUTS == 0
     return few and dtype == jnp.bfloat16 and not chip().bf16_vpu
 
@@ -128,10 +138,10 @@ def _call(
     (tokens, K), (num_local, _, N) = x.shape, weights[0][0].shape
     tile = tiles(tokens, K, N, num_local, x.dtype)
     blocks = -(-tokens // tile.block)
-    few, dtype = apart(tile, x.dtype), x.dtype
+    few, dtype = uses_block_diagonal(tile, x.dtype), x.dtype
     # Windows of 8 rows of float32 may begin at any multiple of 8; those of bf16 could not.
     x = jnp.pad(x, [(0, blocks * tile.block - tokens), (0, 0)]).astype(jnp.float32 if few else dtype)
-    visit = visits(group_sizes, group_offset, num_local, blocks, tile.block)
+    visit = block_visits(group_sizes, group_offset, num_local, blocks, tile.block)
 
     def weight(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, tile.N), lambda n, v, block, group, *_: (group[v], 0, n))
@@ -200,14 +210,14 @@ def _kernel(
     num_weights = (len(refs) - 2) // 4
     weights, (out_ref, scaled_ref, *scratch) = refs[: 2 * num_weights], refs[2 * num_weights :]
     totals, scale_scratch = scratch[:num_weights], scratch[num_weights:]
-    operands = tuple(map(Operand, weights[::2], weights[1::2], totals, scale_scratch))
+    operands = tuple(map(MatrixOperand, weights[::2], weights[1::2], totals, scale_scratch))
     v = pl.program_id(1)
     last_visit = v == count_ref[0] - 1
     begins = (v == 0) | (block_ref[v] != block_ref[jnp.maximum(v - 1, 0)])
     ends = last_visit | (block_ref[v] != block_ref[jnp.where(last_visit, v, v + 1)])
 
-    def over_block(wanted: Array, use: Callable[[Any], None]) -> None:
-        """A window at a time: less code, and a loop whose turns can be counted, unlike a branch."""
+    def for_windows(wanted: Array, use: Callable[[Any], None]) -> None:
+        """Calls `use` with a window at a time: less code, and a loop whose turns can be counted, unlike a branch."""
         turns = jnp.where(wanted, tile.block // tile.rows, 0)
         lax.fori_loop(0, turns, lambda j, _: use(pl.ds(pl.multiple_of(j * tile.rows, tile.rows), tile.rows)), None)
 
@@ -215,7 +225,7 @@ def _kernel(
         for total in totals:
             total[window, :] = jnp.zeros((tile.rows, tile.N), jnp.float32)
 
-    over_block(begins, zero)
+    for_windows(begins, zero)
 
     start, end = (
         jnp.clip(edge[group_ref[v]] - block_ref[v] * tile.block, 0, tile.block) for edge in (start_ref, end_ref)
@@ -225,15 +235,15 @@ def _kernel(
     high = jnp.where(end > start, pl.cdiv(end, tile.rows), low)
     first_few = pl.multiple_of(start // FEW_ROWS * FEW_ROWS, FEW_ROWS)
 
-    def own(first: Array, count: int, inputs: Any) -> Array:
-        """The group's rows of a window, and zeros for those of others."""
+    def take_rows(first: Array, count: int, inputs: Any) -> Array:
+        """Returns the group's rows of a window, with zeros for rows of other groups."""
         number = first + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
         return jnp.where((number >= start) & (number < end), x_ref[pl.ds(first, count), inputs], 0)
 
-    rows = Rows(own, low, high, first_few, (end > start) & (end - first_few <= FEW_ROWS))
+    rows = GroupRows(take_rows, low, high, first_few, (end > start) & (end - first_few <= FEW_ROWS))
     add_products(rows, operands, scaled_ref, tile, few=few, more=more, dtype=dtype, bf16=bf16)
 
     def write(window: Any) -> None:
         out_ref[window, :] = combine(*(total[window, :] for total in totals)).astype(out_ref.dtype)
 
-    over_block(ends, write)
+    for_windows(ends, write)

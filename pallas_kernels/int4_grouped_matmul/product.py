@@ -1,4 +1,4 @@
-"""Inside a Pallas kernel: rows of a group times a step's INT4 weights, unpacked and scaled a part at a time."""
+"""The product, inside a Pallas kernel, of a group's rows with a step's INT4 weights, unpacked a part at a time."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,8 +17,10 @@ LANES, FEW_ROWS = 128, 8
 
 
 class Tiles(NamedTuple):
-    """Rows of a block, rows multiplied at once, outputs of a step, and inputs unpacked at once: for one window of rows,
-    and for several."""
+    """Rows of a block, rows multiplied at once, outputs of a step, and inputs unpacked at once.
+
+    `K_part` inputs are unpacked at once for one window of rows, `K_shared` for several.
+    """
 
     block: int
     rows: int
@@ -27,9 +29,11 @@ class Tiles(NamedTuple):
     K_shared: int
 
 
-class Rows(NamedTuple):
-    """`take(first, count, inputs)` gives a group's rows, which lie in windows [low, high); if they are `few`, also in
-    the `FEW_ROWS` from `first_few` on."""
+class GroupRows(NamedTuple):
+    """A group's rows, which `take(first, count, inputs)` returns: they are in windows [low, high).
+
+    If they are `few`, they are also among the `FEW_ROWS` rows from `first_few` on.
+    """
 
     take: Callable[[Any, int, Any], Array]
     low: Array | int
@@ -38,9 +42,12 @@ class Rows(NamedTuple):
     few: Array
 
 
-class Operand(NamedTuple):
-    """A matrix of the group: codes [K, N] and scales [K//32, N]; the float32 sum [rows, N] to add to; and scratch of
-    `scale_rows`'s shape."""
+class MatrixOperand(NamedTuple):
+    """A matrix of the group: codes [K, N] and scales [K//32, N].
+
+    `total` is the float32 sum [rows, N] that products are added to, `scale_rows` is scratch of the shape that the
+    function `scale_rows` returns.
+    """
 
     codes: Any
     scales: Any
@@ -49,14 +56,14 @@ class Operand(NamedTuple):
 
 
 def scale_rows(tile: Tiles, bf16: bool) -> Any:
-    """Scratch in which a part's scales lie in rows as wide as a register."""
+    """Returns scratch for a part's scales, in rows as wide as a register."""
     shape = (tile.N // LANES, tile.K_part // GROUP_SIZE, LANES)
     return pltpu.VMEM(shape, jnp.uint32 if bf16 else jnp.float32)
 
 
 def add_products(
-    rows: Rows,
-    operands: Sequence[Operand],
+    rows: GroupRows,
+    operands: Sequence[MatrixOperand],
     scaled_ref: Any,
     tile: Tiles,
     *,
@@ -65,9 +72,11 @@ def add_products(
     dtype: Any,
     bf16: bool,
 ) -> None:
-    """total += rows times the matrix, for each operand. `scaled_ref` [K_shared, N] is scratch for several windows; None
-    unpacks the weights anew for each. `few` and `more` say whether there is code for few rows (block-diagonal) and for
-    others; `bf16` whether the chip multiplies bf16."""
+    """Adds rows times the matrix to `total`, for each operand.
+
+    `scaled_ref` [K_shared, N] is scratch for several windows; None unpacks the weights anew for each. `few` and `more`
+    say whether there is code for few rows (block-diagonal) and for more; `bf16` says whether the chip multiplies bf16.
+    """
 
     def multiply(window: Array | int, inputs: Any, matrix: Array, total: Any) -> None:
         first = pl.multiple_of(jnp.asarray(window) * tile.rows, tile.rows)
@@ -77,8 +86,9 @@ def add_products(
             left, matrix, precision=precision, preferred_element_type=jnp.float32
         )
 
-    def over_parts(wanted: Array, size: int, use: Callable[[Any, Any], None]) -> None:
-        """A loop whose turns can be counted, even if there is one, unlike a branch."""
+    def for_parts(wanted: Array, size: int, use: Callable[[Any, Any], None]) -> None:
+        """Calls `use` with a part at a time, in a loop: unlike a branch's, its turns can be counted, even if it is
+        one."""
         groups = size // GROUP_SIZE
 
         def part(k: Array, _: None) -> None:
@@ -87,10 +97,10 @@ def add_products(
         lax.fori_loop(0, jnp.where(wanted, operands[0].codes.shape[0] // size, 0), part, None)
 
     def few_rows(inputs: Any, of_groups: Any) -> None:
-        left = block_diagonal.operand(rows.take(rows.first_few, FEW_ROWS, inputs))
+        left = block_diagonal.expand_rows(rows.take(rows.first_few, FEW_ROWS, inputs))
         here = pl.ds(rows.first_few, FEW_ROWS)
         for codes, scales, total, _ in operands:
-            total[here, :] += block_diagonal.product(left, codes[inputs, :], scales[of_groups, :])
+            total[here, :] += block_diagonal.multiply_codes(left, codes[inputs, :], scales[of_groups, :])
 
     def one_window(inputs: Any, of_groups: Any, window: Any = rows.low) -> None:
         for codes, scales, total, scratch in operands:
@@ -105,20 +115,20 @@ def add_products(
             )
 
     count = rows.high - rows.low
-    apart = rows.few & few
+    is_few = rows.few & few
     if few:
-        over_parts(apart, tile.K_shared, few_rows)
+        for_parts(is_few, tile.K_shared, few_rows)
     if more and scaled_ref is None:
-        each = partial(over_parts, count > 0, tile.K_part)
-        high = jnp.where(apart, rows.low, rows.high)
+        each = partial(for_parts, count > 0, tile.K_part)
+        high = jnp.where(is_few, rows.low, rows.high)
         lax.fori_loop(rows.low, high, lambda j, _: each(partial(one_window, window=j)), None)
     elif more:
-        over_parts(~apart & (count == 1), tile.K_part, one_window)
-        over_parts(~apart & (count > 1), tile.K_shared, windows)
+        for_parts(~is_few & (count == 1), tile.K_part, one_window)
+        for_parts(~is_few & (count > 1), tile.K_shared, windows)
 
 
 def _dequantise(codes: Array, scales: Array, rows_ref: Any, dtype: Any, bf16: bool) -> Array:
-    """bf16(code * scale) in `dtype`, [K part, N tile]."""
+    """Returns bf16(code * scale) in `dtype`, [K part, N tile]."""
     K, N = codes.shape
     groups = K // GROUP_SIZE
     wide = scales.astype(jnp.float32)

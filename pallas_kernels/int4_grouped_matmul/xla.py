@@ -1,7 +1,7 @@
-"""Grouped matmul with INT4 weights in plain JAX: the loop of `grouped_matmul`, dequantising one group's matrix at a
+"""Grouped matmul with INT4 weights in plain JAX: `grouped_matmul`'s loop, which dequantises one group's matrix at a
 time.
 
-The same on every platform, since nothing else keeps the weights at half a byte.
+Every platform runs this loop, since nothing else keeps the weights at half a byte.
 """
 
 from typing import Any
@@ -70,10 +70,10 @@ def _swiglu_forward(x, gate, up, group_sizes, group_offset):
 def _swiglu_backward(saved, dy):
     x, gate, up, group_sizes, group_offset = saved
 
-    def of_two(x: Array) -> Array:
+    def product_of_two(x: Array) -> Array:
         return swiglu(*(int4_grouped_matmul(x, *weights, group_sizes, group_offset) for weights in (gate, up)))
 
-    (dx,) = jax.vjp(of_two, x)[1](dy)
+    (dx,) = jax.vjp(product_of_two, x)[1](dy)
     constants = tuple((*no_gradient(codes), jnp.zeros_like(scales)) for codes, scales in (gate, up))
     return dx, *constants, *no_gradient(group_sizes, group_offset)
 

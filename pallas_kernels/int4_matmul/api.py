@@ -21,7 +21,7 @@ def int4_matmul(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "M N"]:
-    """x times the dequantised weights bf16(code * scale), the product in x's dtype with float32 accumulation.
+    """Multiplies x by the dequantised weights bf16(code * scale), in x's dtype with float32 accumulation.
 
     Args:
       x: [M, K], floating point.

@@ -1,4 +1,4 @@
-"""INT4 matmul on TPUs: the grouped kernel with one group, which every row belongs to."""
+"""INT4 matmul on TPUs: the grouped kernel with a single group of all rows."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from pallas_kernels.int4_grouped_matmul import mosaic_tpu as grouped
 
 
 def unsupported(x: Array, codes: Array) -> str | None:
-    """Why the kernel cannot take these shapes and dtypes."""
+    """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     return grouped.unsupported(x, codes)
 
 

@@ -1,4 +1,4 @@
-"""INT4 weights in groups of 32: the published words, the kernels' codes, and the way to and from real numbers.
+"""INT4 weights in groups of 32: published words, the kernels' codes, and conversions between them and real numbers.
 
 Published (compressed-tensors `pack-quantized`, as Moonshot ships it): a Linear's weight [out, in] as int32 words [out,
 in/8] with the low nibble first and an offset of 8, and bf16 scales [out, in/32]. Kernel layout: `jnp.int4` codes [in,
@@ -22,8 +22,10 @@ CODES_PER_WORD = 8
 def unpack_int4(
     words: Int32[Array, "*batch out words"], scales: Float[Array, "*batch out groups"]
 ) -> tuple[Int4[Array, "*batch in out"], Float[Array, "*batch groups out"]]:
-    """Published words int32 [..., out, in/8] and scales [..., out, in/32] -> codes int4 [..., in, out], scales [...,
-    in/32, out].
+    """Unpacks published words into the kernels' codes.
+
+    Maps words int32 [..., out, in/8] and scales [..., out, in/32] to codes int4 [..., in, out] and scales [..., in/32,
+    out].
 
     Raises:
       ValueError: words are not int32, or the scales' shape is not the words' with a quarter of the columns.
@@ -40,8 +42,10 @@ def unpack_int4(
 def pack_int4(
     codes: Int4[Array, "*batch in out"], scales: Float[Array, "*batch groups out"]
 ) -> tuple[Int32[Array, "*batch out words"], Float[Array, "*batch out groups"]]:
-    """The inverse of `unpack_int4`: codes [..., in, out] and scales [..., in/32, out] -> int32 words [..., out, in/8],
-    scales [..., out, in/32].
+    """Packs codes [..., in, out] and scales [..., in/32, out] into words int32 [..., out, in/8] and scales [..., out,
+    in/32].
+
+    The inverse of `unpack_int4`.
 
     Raises:
       ValueError: codes are not int4, or the scales' shape is not the codes' with a thirty-second of the rows.
@@ -57,12 +61,12 @@ def pack_int4(
 def quantize_int4(
     weights: Float[Array, "*batch in out"],
 ) -> tuple[Int4[Array, "*batch in out"], Float[Array, "*batch groups out"]]:
-    """Weights [..., in, out] -> codes int4 -7..7 [..., in, out] and bf16 scales [..., in/32, out].
+    """Quantises weights [..., in, out] to codes int4 -7..7 [..., in, out] and bf16 scales [..., in/32, out].
 
     The weights are rounded to bf16 first. Then per group of 32 along `in`: scale = bf16(amax / 7), code =
     round_half_even(w / scale) with the quotient in float32; a group of zeros gets scale 1.
-    What `dequantize_int4` makes of the result is a fixed point: quantised again it gives the same codes and scales.
-    (Scales of one's own making need not be: for 14 of bf16's 128 significands no bf16 amax has that scale.)
+    Dequantised weights are a fixed point: `dequantize_int4` of the result, quantised again, gives the same codes and
+    scales. (With other scales this need not hold: for 14 of bf16's 128 significands no bf16 amax has that scale.)
 
     Raises:
       ValueError: weights are not floating point, or `in` is no multiple of 32.
@@ -89,10 +93,10 @@ def dequantize_int4(
     scales: Float[Array, "*batch groups out"],
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Float[Array, "*batch in out"]:
-    """bf16(code * scale) [..., in, out], held in `dtype`: the weights that the reference model multiplies with.
+    """Returns bf16(code * scale) [..., in, out] in `dtype`: the weights that the reference model multiplies with.
 
     Raises:
-      ValueError: as `pack_int4`.
+      ValueError: codes are not int4, or the scales' shape is not the codes' with a thirty-second of the rows.
     """
     check_codes("dequantize_int4", codes, scales)
     wide = repeat(jnp.asarray(scales).astype(jnp.float32), "... g o -> ... (g i) o", i=GROUP_SIZE)
@@ -104,7 +108,7 @@ def dequantize_int4(
 
 @checks_arguments
 def check_codes(op: str, codes: Int[Array, "..."], scales: Float[Array, "..."]) -> None:
-    """Refuses all but int4 codes [..., in, out], in a multiple of 32, with floating scales [..., in/32, out].
+    """Refuses all but int4 codes [..., in, out] (in is a multiple of 32) with floating scales [..., in/32, out].
 
     Raises:
       ValueError: any other shape or dtype.

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 
-class Shape(NamedTuple):
-    """x [M, K] times a weight of K inputs and N outputs."""
+class MatmulShape(NamedTuple):
+    """Arguments x [M, K] and a weight of K inputs and N outputs."""
 
     name: str
     M: int
@@ -13,12 +13,12 @@ class Shape(NamedTuple):
 
 
 KIMI = (
-    Shape("K2 gate or up, 8 tokens", 8, 7168, 2048),
-    Shape("K2 down, 16 tokens", 16, 2048, 7168),
+    MatmulShape("K2 gate or up, 8 tokens", 8, 7168, 2048),
+    MatmulShape("K2 down, 16 tokens", 16, 2048, 7168),
 )
 AWKWARD = (
-    Shape("one group, one output", 1, 32, 1),
-    Shape("nothing to do", 0, 64, 8),
-    Shape("odd everything", 7, 96, 33),
-    Shape("many rows", 130, 160, 100),
+    MatmulShape("one group, one output", 1, 32, 1),
+    MatmulShape("nothing to do", 0, 64, 8),
+    MatmulShape("odd everything", 7, 96, 33),
+    MatmulShape("many rows", 130, 160, 100),
 )

@@ -35,8 +35,10 @@ def kda(
     return_transition: bool = False,
     implementation: str | None = None,
 ) -> tuple[Array, ...]:
-    """Outputs for T tokens and the state after them; exact for any gate, however strong. States are float32, and so is
-    the arithmetic, except that the TPU kernel rounds products' operands to bf16 if q, k and v are bf16.
+    """Returns outputs for T tokens and the state after them, exact for any gate, however strong.
+
+    States and arithmetic are float32, except that the TPU kernel rounds products' operands to bf16 if q, k and v are
+    bf16.
 
     Args:
       q, k: [B, T, H, Dk]; v: [B, T, H, Dv]. q and k are used as given unless `normalize_qk` or `scale` ask otherwise.
@@ -47,7 +49,7 @@ def kda(
         for padding, whose inputs may hold anything and whose outputs are zero. Needs `num_segments`.
       normalize_qk: divides q and k by sqrt(sum of squares + 1e-6) first.
       scale: multiplies q, after the norm.
-      lower_bound: the promise that lower_bound <= g, which lets a kernel take a faster path. A violation makes the
+      lower_bound: a promise that lower_bound <= g, which lets a kernel take a faster path. A violation makes the
         result undefined; under `jax.experimental.checkify` it is an error that names the least g.
       return_transition: also returns the linear map of the state over the whole span, S_out = transition @ S_in +
         (S_out for S_in = 0).
@@ -100,7 +102,7 @@ def kda(
     }
     run, run_saving = (
         choose(op, implementation, functions, mosaic_tpu.unsupported(*tokens[:4]))
-        for functions in (available, backward.saving(available, **options))
+        for functions in (available, backward.save_group_states(available, **options))
     )
     o, states = backward.differentiable(run, run_saving, **options)(*tokens, states, segment_ids)
     states = states if packed else states[:, 0]
@@ -123,10 +125,10 @@ def kda_step(
     scale: float = 1.0,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B H Dv"], Float[Array, "B H Dk Dv"]]:
-    """One token of `kda`: every state decays, takes the token in and is read.
+    """Advances every state by one token as `kda` does: the state decays, takes the token in and is read.
 
     Args:
-      q, k: [B, H, Dk]; v: [B, H, Dv]; g: float32 [B, H, Dk]; beta: [B, H]; normalize_qk, scale: as `kda`.
+      q, k: [B, H, Dk]; v: [B, H, Dv]; g: float32 [B, H, Dk]; beta: [B, H]; normalize_qk, scale: as in `kda`.
       state: float32 [B, H, Dk, Dv]. Donate it to the jitted step that calls this, and it stays in place.
       implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
 
@@ -183,7 +185,7 @@ def _check_segments(op: str, segment_ids: Array | None, num_segments: int | None
 
 @checks_arguments
 def _check_lower_bound(op: str, g: Array, segment_ids: Array | None, lower_bound: float) -> None:
-    """Under `checkify`, with `checkify.all_checks` or `user_checks`: the promise is kept."""
+    """Checks under `checkify` (with `all_checks` or `user_checks`) that the promise is kept."""
     least = jnp.min(g if segment_ids is None else jnp.where((segment_ids >= 0)[..., None, None], g, 0), initial=0)
     checkify.debug_check(
         least >= lower_bound,

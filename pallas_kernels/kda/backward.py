@@ -1,13 +1,13 @@
 """The gradient of `kda`, for every implementation: groups of chunks in reverse, each recomputed from its state.
 
-The forward pass leaves the arguments, as they were given, and the state before each group of chunks. The backward pass
-takes the groups from the last to the first and carries the gradient of every segment's state; a group's intermediate
-results exist while its turn lasts. The state before a group is all that must be kept of the past: segments that are
-over do not enter it, and those still to come begin from their initial states.
+The forward pass saves the arguments and the state before each group of chunks. The backward pass takes the groups from
+the last to the first and carries the gradient of every segment's state; intermediate results exist for one group at a
+time. The state before a group is all that must be saved of the past: segments that have ended do not enter the group,
+and later segments begin from their initial states.
 
 dg is the sum, over pairs of tokens with t between them, of what exp(g_{j+1} + ... + g_i) contributes; written as a
 reverse cumulative sum of q dq - k dk (arXiv 2510.26692), large terms cancel. Here a group is differentiated through the
-binary splitting of `decays`, whose sums each lie within one block: every exponent's gradient is summed from its own
+binary splitting of `decays`, whose sums are each within one block: every exponent's gradient is summed from its own
 terms only, in float32, and nothing cancels.
 """
 
@@ -22,21 +22,24 @@ from jaxtyping import Array, Float
 from pallas_kernels.kda import xla
 
 
-def saving(available: Mapping[str, Callable[..., Any]], **options: Any) -> dict[str, Callable[..., Any]]:
-    """The implementations of an op, each made to give the state before each group of chunks too.
+def save_group_states(available: Mapping[str, Callable[..., Any]], **options: Any) -> dict[str, Callable[..., Any]]:
+    """Makes the implementations of an op return the state before each group of chunks too.
 
-    A kernel's own results stay; the states then come from the chunked form beside it.
+    A kernel's results stay as they are; the states come from the chunked form, computed in addition.
     """
     chunked = partial(xla.chunked, group_states=True, **options)
 
-    def beside(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def add_group_states(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arrays, **how: (*kernel(*arrays, **how), chunked(*arrays)[2])
 
-    return {name: chunked if name == "xla" else beside(run) for name, run in available.items()}
+    return {name: chunked if name == "xla" else add_group_states(run) for name, run in available.items()}
 
 
 def differentiable(run: Callable[..., Any], run_saving: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`run` of (q, k, v, g, beta, states, segment_ids) with its gradient; `options` are `xla.group_of_chunks`'."""
+    """Returns `run` of (q, k, v, g, beta, states, segment_ids) with its gradient.
+
+    `options` are those of `xla.advance_group`.
+    """
 
     @jax.custom_vjp
     def function(*arrays: Any) -> Any:
@@ -61,12 +64,12 @@ def _gradients(
     **options: Any,
 ) -> tuple[Array, ...]:
     *inputs, initial, segment_ids = arrays
-    groups = xla.Groups.of(inputs[4], initial, segment_ids)
+    groups = xla.ChunkGroups.make(inputs[4], initial, segment_ids)
 
     def step(dstates: Array, group: tuple[Any, ...]) -> tuple[Array, xla.Tokens]:
         tokens, segments, state, do = group
         states = xla.put_state(initial, segments[0], state)
-        _, pull = jax.vjp(partial(xla.group_of_chunks, segments=segments, **options), states, tokens)
+        _, pull = jax.vjp(partial(xla.advance_group, segments=segments, **options), states, tokens)
         return pull((dstates, do))
 
     tokens = tuple(groups.split(array) for array in inputs)

@@ -1,10 +1,10 @@
-"""Products of keys (or queries) under per-channel decay, exact for any gate: binary splitting of a chunk.
+"""Products of keys (or queries) under per-channel decay, exact for any gate, by binary splitting of a chunk.
 
 A chunk needs A_ij = sum_d a_id b_jd exp(g_{j+1,d} + ... + g_{i,d}) for i >= j. Splitting it, exp(G_i) exp(-G_j)
 overflows, and differences of long cumulative sums cancel. Cut the chunk in halves instead: for i in the second half and
-j in the first, the exponent is the sum from the cut to i plus the sum from j to the cut, both non-positive, each a sum
-of their own. The halves are cut in turn, down to single tokens, where the exponent is empty. So nothing overflows,
-nothing cancels, and every product is a matrix product.
+j in the first, the exponent is the sum from the cut to i plus the sum from j to the cut, both non-positive, each summed
+from its own terms. The halves are cut in turn, down to single tokens, where the exponent is empty. So nothing
+overflows, nothing cancels, and every product is a matrix product.
 """
 
 from typing import NamedTuple
@@ -25,13 +25,13 @@ class BlockDecays(NamedTuple):
 
 
 def single_tokens(g: Float[Array, "*batch C D"]) -> BlockDecays:
-    """The sums of blocks of one token."""
+    """Returns the sums of blocks of one token."""
     g = g[..., None, :]
     return BlockDecays(g, jnp.zeros_like(g), g)
 
 
 def merge_pairs(decays: BlockDecays) -> BlockDecays:
-    """The sums of blocks twice as long."""
+    """Returns the sums of blocks twice as long."""
     left, right = (BlockDecays(*(array[..., side::2, :, :] for array in decays)) for side in (0, 1))
     return BlockDecays(
         jnp.concatenate([left.prefix, right.prefix + left.total], axis=-2),
@@ -43,10 +43,9 @@ def merge_pairs(decays: BlockDecays) -> BlockDecays:
 def decayed_products(
     rows: Float[Array, "sides *batch C D"], columns: Float[Array, "*batch C D"], g: Float[Array, "*batch C D"]
 ) -> tuple[Float[Array, "sides *batch C C"], BlockDecays]:
-    """sum_d rows_id columns_jd exp(g_{j+1,d} + ... + g_{i,d}) for i >= j, 0 above the diagonal; C a power of two from
-    4.
+    """Returns sum_d rows_id columns_jd exp(g_{j+1,d} + ... + g_{i,d}) for i >= j and 0 above the diagonal.
 
-    Also returns the sums over the whole chunk (one block of C tokens).
+    C is a power of two from 4. Also returns the sums over the whole chunk (one block of C tokens).
     """
     products, decays = _products_in_fours(rows, columns, g)
     while (size := decays.prefix.shape[-2]) < g.shape[-2]:
@@ -65,7 +64,7 @@ def decayed_products(
 def _products_in_fours(
     rows: Float[Array, "sides *batch C D"], columns: Float[Array, "*batch C D"], g: Float[Array, "*batch C D"]
 ) -> tuple[Float[Array, "sides *batch blocks 4 4"], BlockDecays]:
-    """The two lowest levels. Matrices of one or two rows do not pay: each level is masked out of a 4 by 4 product."""
+    """Computes the two lowest levels, each masked out of a 4 by 4 product: smaller matrices do not pay."""
     rows, columns = (rearrange(array, "... (p i) d -> ... p i d", i=4) for array in (rows, columns))
     i, j = np.indices((4, 4))
     products = jnp.where(i == j, _inner(rows, columns), 0)

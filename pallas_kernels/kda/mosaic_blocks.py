@@ -1,7 +1,7 @@
 """Rows and products of several heads at a time, for the chunk kernel.
 
-A *pack* is two heads side by side along the lanes (one, where their number is odd): matrices of 64 x 64 then fill the
-128 lanes of a register, and a product with a block diagonal of both heads fills a 256-wide matrix unit.
+A *pack* is two heads side by side along the lanes (one head where their number is odd): matrices of 64 x 64 then fill
+the 128 lanes of a register, and a product with a block diagonal of both heads fills a 256-wide matrix unit.
 """
 
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ CHUNK = 64
 
 
 def dot(a: Float[Array, "m c"], b: Float[Array, "c n"]) -> Float[Array, "m n"]:
-    """a b, float32: of float32 in full, of bf16 in one pass."""
+    """Multiplies a b to float32: float32 operands in full precision, bf16 operands in one pass."""
     return _dot(a, b, 0)
 
 
 def dot_transposed(a: Float[Array, "m c"], b: Float[Array, "n c"]) -> Float[Array, "m n"]:
-    """a b^T, as `dot`."""
+    """Multiplies a b^T to float32: float32 operands in full precision, bf16 operands in one pass."""
     return _dot(a, b, 1)
 
 
@@ -28,20 +28,20 @@ def _dot(a: Array, b: Array, contracted: int) -> Array:
 
 
 def dot_in_three(a: Float[Array, "m PC"], b: Float[Array, "C PC"], pack: int) -> Float[Array, "m PC"]:
-    """a b of each head of a pack, in three bf16 passes, exact to about 2^-17: hi hi + hi lo + lo hi."""
+    """Multiplies a b for each head of a pack in three bf16 passes, exact to about 2^-17: hi hi + hi lo + lo hi."""
     rows, columns = a.shape
     head = lax.broadcasted_iota(jnp.int32, b.shape, 1) // CHUNK
 
     def diagonal(part: Array) -> Array:
         return jnp.concatenate([jnp.where(head == h, part, jnp.zeros_like(part)) for h in range(pack)], axis=0)
 
-    right = jnp.concatenate([diagonal(part) for part in split(b, 2)], axis=1)
-    both = dot(jnp.concatenate(split(a, 2), axis=0), right)
-    return both[:rows, :columns] + (both[:rows, columns:] + both[rows:, :columns])
+    right = jnp.concatenate([diagonal(part) for part in split_bf16(b, 2)], axis=1)
+    products = dot(jnp.concatenate(split_bf16(a, 2), axis=0), right)
+    return products[:rows, :columns] + (products[:rows, columns:] + products[rows:, :columns])
 
 
-def split(x: Float[Array, "m n"], parts: int) -> list[Float[Array, "m n"]]:
-    """Float32 as a sum of bf16 parts: two hold 16 bits of its significand, three all 24."""
+def split_bf16(x: Float[Array, "m n"], parts: int) -> list[Float[Array, "m n"]]:
+    """Splits float32 into bf16 parts that add up to it: two hold 16 bits of its significand, three all 24."""
     out = []
     for _ in range(parts - 1):
         out.append(x.astype(jnp.bfloat16))
@@ -49,18 +49,18 @@ def split(x: Float[Array, "m n"], parts: int) -> list[Float[Array, "m n"]]:
     return [*out, x.astype(jnp.bfloat16)]
 
 
-def heads_of(x: Float[Array, "m PD"], pack: int) -> list[Float[Array, "m D"]]:
-    """The heads of a pack."""
+def split_heads(x: Float[Array, "m PD"], pack: int) -> list[Float[Array, "m D"]]:
+    """Splits a pack into its heads."""
     width = x.shape[1] // pack
     return [x[:, h * width : (h + 1) * width] for h in range(pack)]
 
 
 def block_diagonal(heads: list[Float[Array, "m n"]]) -> Float[Array, "Pm Pn"]:
-    """[[a, 0], [0, b]] of heads a and b."""
+    """Returns [[a, 0], [0, b]] for heads a and b."""
     packs = [[x if h == at else jnp.zeros_like(x) for at in range(len(heads))] for h, x in enumerate(heads)]
     return jnp.concatenate([jnp.concatenate(row, axis=1) for row in packs], axis=0)
 
 
 def second_halves(x: Shaped[Array, "64 n"], size: int) -> Shaped[Array, "32 n"]:
-    """Rows of the second half of each block of twice `size` rows."""
+    """Returns the rows of the second half of each block of twice `size` rows."""
     return jnp.concatenate([x[at + size : at + 2 * size] for at in range(0, CHUNK, 2 * size)], axis=0)

@@ -1,4 +1,4 @@
-"""(I + A)^-1 of packs of heads, A strictly lower triangular 64 x 64: as in `triangular`, to float32.
+"""(I + A)^-1 of packs of heads for strictly lower triangular A [64, 64], to float32.
 
 Blocks of 8 are inverted by substitution in float32 arithmetic, all blocks of a pack at once: they fill one register, a
 row of each to a sublane. Pairs of blocks are then merged, T <- T - T F T with F the part of A between the two, in
@@ -17,8 +17,10 @@ _BLOCK = 8
 
 
 def invert(A: Any, T: Any, pack: int) -> None:
-    """Writes the inverses into T; both are refs [packs, 64, pack * 64]. Each step is taken for all packs before the
-    next, for they do not wait for one another."""
+    """Writes the inverses of I + A into T; both are refs [packs, 64, pack * 64].
+
+    Each step is taken for all packs before the next step, since packs do not wait for one another.
+    """
     packs = range(A.shape[0])
     row, lane = (lax.broadcasted_iota(jnp.int32, A.shape[1:], axis) for axis in (0, 1))
     for p in packs:
@@ -34,7 +36,7 @@ def invert(A: Any, T: Any, pack: int) -> None:
 
 
 def _below(rows: Float[Array, "32 n"], size: int) -> Float[Array, "64 n"]:
-    """The rows as second halves of blocks; first halves are zero."""
+    """Places the rows as second halves of blocks; first halves are zero."""
     zeros = jnp.zeros((size, rows.shape[1]), rows.dtype)
     pieces = [piece for at in range(0, CHUNK // 2, size) for piece in (zeros, rows[at : at + size])]
     return jnp.concatenate(pieces, axis=0)

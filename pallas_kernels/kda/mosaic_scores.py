@@ -2,13 +2,13 @@
 
 For i > j the decay from j to i is exp(g_{j+1} + ... + g_i). As in `decays`, blocks are cut in halves: for i in the
 second half of a block of 2 s tokens and j in its first, it is exp(sum from the cut to i) exp(sum from j to the cut),
-two factors of at most 1. One product of all rows and columns so scaled holds every block's corner; a matrix of codes
-says which entries of which product are meant. The sums of at most 8 tokens are a product with constant zeros and ones,
-the log decays split in bf16 parts, so that nothing enters a sum but what belongs to it; longer decays are products of
-shorter ones. So nothing overflows and nothing cancels.
+two factors of at most 1. One product of all rows and columns, scaled by these, holds every block's corner; a matrix of
+codes says from which product an entry is taken. The sums of at most 8 tokens are a product with constant zeros and
+ones, the log decays split in bf16 parts, so that only its own terms enter a sum; longer decays are products of shorter
+ones. So nothing overflows and nothing cancels.
 
 Where the gate is bounded, factors relative to the middle of a block may exceed 1 and yet be finite: blocks of `base`
-tokens need no cut then. What their product has above the diagonal means nothing, and is not selected.
+tokens need no cut then. Their product's entries above the diagonal mean nothing and are not selected.
 """
 
 import math
@@ -17,15 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.kda.mosaic_blocks import CHUNK, block_diagonal, dot, dot_transposed, heads_of, second_halves, split
+from pallas_kernels.kda.mosaic_blocks import (
+    CHUNK,
+    block_diagonal,
+    dot,
+    dot_transposed,
+    second_halves,
+    split_bf16,
+    split_heads,
+)
 
 SUBLANES = 8
-# The most that a base block may decay from end to end, in powers of two; half of it lies on either side of the middle.
+# The most that a base block may decay from end to end, in powers of two; half of it on either side of the middle.
 _WIDEST = 120
 
 
 def base_block(lower_bound: float | None) -> int:
-    """Tokens of the blocks that need no cut: 16 at the usual lower bound of -5, 1 without any."""
+    """Returns the tokens of blocks that need no cut: 16 at the usual lower bound of -5, 1 without a bound."""
     base = 1
     while lower_bound is not None and base < CHUNK and 2 * base * -lower_bound <= _WIDEST * math.log(2):
         base *= 2
@@ -33,14 +41,16 @@ def base_block(lower_bound: float | None) -> int:
 
 
 def levels(base: int) -> list[int]:
-    """Tokens of the halves of each cut."""
+    """Lists the tokens of the halves of each cut."""
     return [size for size in (1, 2, 4, 8, 16, 32) if size >= base]
 
 
 def sum_weights(base: int) -> np.ndarray:
-    """[sets * 64, 64]: how a token's log decay counts in each sum. Sets: the sum from the middle of a base block and
-    its negative (if base > 1); for each level below 8 that from or to the cut; in blocks of max(base, 8), that of the
-    tokens up to a row's, and that of those after it."""
+    """Returns weights [sets * 64, 64] of each token's log decay in each sum.
+
+    The sets are: the sum from the middle of a base block and its negative (if base > 1); for each level below 8 the sum
+    from or to the cut; in blocks of max(base, 8) tokens, the sum up to a row's token and the sum after it.
+    """
     i, t = np.indices((CHUNK, CHUNK))
     sets = []
     if base > 1:
@@ -55,9 +65,11 @@ def sum_weights(base: int) -> np.ndarray:
     return np.concatenate([*sets, together & (t <= i), together & (t > i)]).astype(np.float32)
 
 
-def codes(base: int, pack: int) -> np.ndarray:
-    """int32 [64, pack * 64]: the level whose product has entry (i, j); 1 below the diagonal of base blocks, 0 on the
-    diagonal, 64 above it."""
+def level_codes(base: int, pack: int) -> np.ndarray:
+    """Returns int32 [64, pack * 64], the level whose product has entry (i, j).
+
+    The code is 1 below the diagonal in base blocks, 0 on the diagonal, and 64 above it.
+    """
     i, j = np.indices((CHUNK, CHUNK))
     code = np.where(i > j, 1, np.where(i == j, 0, CHUNK))
     for size in levels(base):
@@ -66,16 +78,20 @@ def codes(base: int, pack: int) -> np.ndarray:
 
 
 def num_factors(base: int) -> int:
-    """Sets of 64 rows that `decay_factors` gives."""
+    """Returns the number of sets of 64 rows that `decay_factors` returns."""
     return len(levels(base)) + (2 if base == 1 else 4)
 
 
 def decay_factors(
     g: Float[Array, "64 PD"], weights: Float[Array, "sums parts64"], base: int
 ) -> Float[Array, "factors PD"]:
-    """Sets of 64 rows: for base blocks of more than a token the factors of rows and of columns; for each level those of
-    rows (in second halves) and of columns (in first); then the decay up to each row, and that after it."""
-    parts = split(g * (1 / math.log(2)), weights.shape[1] // CHUNK)
+    """Returns decay factors in sets of 64 rows.
+
+    The sets are: for base blocks of more than a token, the factors of rows and the factors of columns; for each level,
+    the factors of rows (in second halves) and of columns (in first halves); the decay up to each row; the decay after
+    it.
+    """
+    parts = split_bf16(g * (1 / math.log(2)), weights.shape[1] // CHUNK)
     factors = jnp.exp2(dot(weights, jnp.concatenate(parts, axis=0)))
     since, until = factors[-2 * CHUNK : -CHUNK], factors[-CHUNK:]
     sets = [factors[: -2 * CHUNK]] if factors.shape[0] > 2 * CHUNK else []
@@ -92,19 +108,22 @@ def decay_factors(
 
 
 def num_products(base: int) -> int:
-    """Rows that `products` gives."""
+    """Returns the number of rows that `products` returns."""
     return sum(2 * _rows(size) for size in levels(base)) + (CHUNK if base == 1 else 2 * CHUNK)
 
 
 def products(
     k: Float[Array, "64 PD"], q: Float[Array, "64 PD"], factors: Float[Array, "factors PD"], base: int, pack: int, dtype
 ) -> Float[Array, "products P64"]:
-    """Of base blocks, then of each level: the rows of k k^T and those of q k^T. (Base blocks of one token have none of
-    k's; from level 8 on only rows in second halves are there.) Operands are rounded to `dtype`."""
+    """Returns, for base blocks and then for each level, the rows of k k^T and the rows of q k^T.
+
+    (Base blocks of one token have no rows of k k^T; from level 8 on only rows in second halves are computed.) Operands
+    are rounded to `dtype`.
+    """
     sets = iter([factors[at : at + CHUNK] for at in range(0, factors.shape[0], CHUNK)])
 
     def product(rows: list[Array], columns: Array) -> Array:
-        right = block_diagonal(heads_of(columns.astype(dtype), pack))
+        right = block_diagonal(split_heads(columns.astype(dtype), pack))
         return dot_transposed(jnp.concatenate(rows, axis=0).astype(dtype), right)
 
     if base == 1:
@@ -126,7 +145,7 @@ def products(
 def select(
     products: Float[Array, "products P64"], codes: Int32[Array, "64 P64"], base: int
 ) -> tuple[Float[Array, "64 P64"], Float[Array, "64 P64"]]:
-    """Decayed k k^T below the diagonal and q k^T up to it, zeros elsewhere."""
+    """Selects decayed k k^T below the diagonal and q k^T up to the diagonal, with zeros elsewhere."""
     keys, queries = [], []
     for row in range(0, CHUNK, SUBLANES):
         code = codes[row : row + SUBLANES]

@@ -1,14 +1,14 @@
-"""One token of Kimi Delta Attention for a batch of sequences, as one TPU kernel that rewrites the states in place.
+"""One token of Kimi Delta Attention for a batch of sequences, as one TPU kernel that updates the states in place.
 
-A step moves every state once in and once out and does little with it. Layout: projections stay [B, H * D], as they come
-from a matmul, and states [B, H, Dk, Dv]. A grid step has eight sequences (a tile's rows) and as many heads as fill
+A step reads and writes every state once and computes little in between. Layout: projections stay [B, H * D], as they
+come from a matmul, and states [B, H, Dk, Dv]. A grid step has eight sequences (a tile's rows) and as many heads as fill
 2 MiB; a loop over the heads, unrolled over the sequences, keeps one head's 16 vectors of state in registers.
 
-The state's rows are keys, so sums over keys are additions of whole vectors; what they are multiplied with (decay, key,
-query) are columns. Those of eight sequences are turned by one transpose, and each is spread over the lanes, 48 lane
-permutations per head: they bound the schedule, at 0.53 of the states' HBM time on v5e, 0.85 on v6e and 1.53 on tpu7x
-(32 heads, 64 sequences). A matrix product instead of the sums would have to split the state into bfloat16 parts to keep
-it exact. There is none here: all arithmetic is float32.
+The state's rows are keys, so sums over keys are additions of whole vectors; their factors (decay, key, query) are
+columns. One transpose makes the columns of eight sequences, and each is broadcast over the lanes: these 48 lane
+permutations per head bound the schedule, at 0.53 of the states' HBM time on v5e, 0.85 on v6e and 1.53 on tpu7x (32
+heads, 64 sequences). A matrix product instead of the sums would have to split the state into bfloat16 parts to keep it
+exact. There is none here: all arithmetic is float32.
 
 With D = exp(g) S and u = beta (v - D^T k), the new state D + k u^T gives q the output D^T q + (k . q) u, so that both
 reads are of D, before u is known.
@@ -33,7 +33,7 @@ BLOCK_BYTES = 2 * 2**20
 
 
 def unsupported(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array) -> str | None:
-    """Why the kernel cannot serve these arguments; None where it can."""
+    """Says why the kernel cannot serve these arguments; None where it can."""
     if 0 in state.shape:
         return "it is empty"
     keys, values = state.shape[2:]
@@ -49,13 +49,14 @@ def unsupported(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Arra
 
 
 def block_heads(state: Array | jax.ShapeDtypeStruct) -> int:
-    """Heads of a grid step: as many as fit, and no more than eight, for a single sequence's steps overlap too."""
+    """Returns the heads of a grid step: as many as fit, and at most eight, since a single sequence's steps overlap
+    too."""
     heads, fit = state.shape[1], BLOCK_BYTES // (min(SEQUENCES, state.shape[0]) * _state_bytes(state))
     return _divisor(heads, min(8, fit))
 
 
 def _divisor(number: int, most: int) -> int:
-    """The largest one that is no more than `most`."""
+    """Returns the largest divisor of `number` that is at most `most`."""
     return max(n for n in range(1, min(number, most) + 1) if number % n == 0)
 
 
@@ -82,7 +83,7 @@ def kda_step(
     def rows(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((SEQUENCES, block * width), lambda b, h: (b, h))
 
-    # The last block of sequences may be short: what it computes of rows that are not there goes nowhere.
+    # The last block of sequences may be short: results for rows past its end are not written.
     states = pl.BlockSpec((min(SEQUENCES, batch), block, keys, values), lambda b, h: (b, h, 0, 0))
     o, state = pl.pallas_call(
         partial(_step_kernel, normalize_qk=normalize_qk, scale=scale),

@@ -1,4 +1,4 @@
-"""Several sequences in one row: which chunk each token goes to, when no chunk may hold tokens of two segments."""
+"""Several sequences packed in one row: assigns tokens to chunks so that no chunk has tokens of two segments."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ from jaxtyping import Array, Int
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the tokens of a batch of packed rows lie once every segment begins a chunk."""
+class ChunkPacking:
+    """Places for the tokens of a batch of packed rows, with a new chunk for every segment."""
 
-    segments: Int[Array, "B chunks"]  # whose tokens a chunk holds; a chunk without tokens names any segment
+    segments: Int[Array, "B chunks"]  # each chunk's segment; a chunk without tokens names any
     slots: Int[Array, "B T"]  # a token's place in [chunks * C]; out of range for padding
     chunk: int
 
-    def place(self, tokens: Array) -> Array:
-        """[B, T, ...] -> [B, chunks * C, ...] with zeros in places without a token."""
+    def scatter(self, tokens: Array) -> Array:
+        """Scatters [B, T, ...] to [B, chunks * C, ...], with zeros in places without a token."""
         room = self.segments.shape[1] * self.chunk
 
         def one(slots: Array, row: Array) -> Array:
@@ -24,15 +24,15 @@ class Layout:
 
         return jax.vmap(one)(self.slots, tokens)
 
-    def collect(self, placed: Array) -> Array:
-        """The inverse of `place`; zeros where a token is padding."""
+    def gather(self, placed: Array) -> Array:
+        """Gathers the tokens that `scatter` placed, with zeros where a token is padding."""
         return jax.vmap(lambda slots, row: row.at[slots].get(mode="fill", fill_value=0))(self.slots, placed)
 
 
-def chunk_layout(segment_ids: Int[Array, "B T"], num_segments: int, chunk: int) -> Layout:
-    """The layout of rows whose ids, -1 for padding apart, do not decrease.
+def pack_chunks(segment_ids: Int[Array, "B T"], num_segments: int, chunk: int) -> ChunkPacking:
+    """Assigns places to the tokens of rows whose ids do not decrease, apart from -1 for padding.
 
-    At most ceil(T / C) + num_segments - 1 chunks are needed; that many there are.
+    There are ceil(T / C) + num_segments - 1 chunks, the most that can be needed.
     """
     tokens = segment_ids.shape[1]
     ids = jnp.arange(num_segments)
@@ -47,4 +47,4 @@ def chunk_layout(segment_ids: Int[Array, "B T"], num_segments: int, chunk: int) 
     beyond = chunks * chunk + jnp.arange(tokens)
     slots = jnp.where(valid, jnp.take_along_axis(first_chunk, index, axis=1) * chunk + rank, beyond)
     holders = jnp.sum(jnp.arange(chunks)[None, :, None] >= first_chunk[:, None, :], axis=-1) - 1
-    return Layout(holders, slots, chunk)
+    return ChunkPacking(holders, slots, chunk)

@@ -1,4 +1,4 @@
-"""Kimi Delta Attention, plainly: the recurrence, one token after another, in the precision of its arguments.
+"""Kimi Delta Attention as the plain recurrence, one token after another, in the precision of its arguments.
 
 arXiv 2510.26692, section 3: per head, with the state S in R^{Dk x Dv},
     S <- diag(exp(g)) S;   S <- S + beta k (v - S^T k)^T;   o = S^T q.
@@ -17,7 +17,7 @@ def kda(
     beta: Float[Array, "B T H"],
     initial_state: Float[Array, "B H Dk Dv"],
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H Dk Dv"]]:
-    """Outputs and final state; no packing, norm or scale. Float64 under `jax.enable_x64`."""
+    """Returns outputs and final state, without packing, norm or scale; float64 under `jax.enable_x64`."""
 
     def step(state: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         q, k, v, g, beta = token
@@ -37,7 +37,7 @@ def kda_step(
     beta: Float[Array, "B H"],
     state: Float[Array, "B H Dk Dv"],
 ) -> tuple[Float[Array, "B H Dv"], Float[Array, "B H Dk Dv"]]:
-    """One token's output and the state after it."""
+    """Returns one token's output and the state after it."""
     decayed = jnp.exp(g)[..., None] * state
     error = v - jnp.einsum("bhkv,bhk->bhv", decayed, k, precision=jax.lax.Precision.HIGHEST)
     state = decayed + beta[..., None, None] * k[..., :, None] * error[..., None, :]

@@ -1,4 +1,4 @@
-"""The inverse of I + L, L strictly lower triangular: blocks of 8 by the finite Neumann product, then pairs merged.
+"""The inverse of I + L for strictly lower triangular L: blocks of 8 by the finite Neumann product, then pairs merged.
 
 A Neumann product over a whole chunk passes through powers of L that are astronomically large when keys are alike, and
 cancels; over 8 rows they stay below binomial(7, 3) = 35. Merging is exact block substitution:
@@ -14,7 +14,7 @@ _BLOCK = 8
 
 
 def unit_lower_inverse(L: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
-    """(I + L)^-1; C is 8 times a power of two, and only the part of L below the diagonal is read."""
+    """Returns (I + L)^-1; C is 8 times a power of two, and only the part of L below the diagonal is read."""
     inverse = _invert_blocks(_diagonal_blocks(L, _BLOCK))
     while inverse.shape[-1] < L.shape[-1]:
         first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]

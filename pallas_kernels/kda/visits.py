@@ -1,4 +1,4 @@
-"""Which chunk of a row of packed sequences belongs to which: the chunk kernel's list of work."""
+"""The chunk kernel's list of work: the chunks of a row of packed sequences and the segments in each."""
 
 from typing import NamedTuple
 
@@ -7,19 +7,19 @@ from jax import lax
 from jaxtyping import Array, Int, Int32
 
 
-class Visits(NamedTuple):
-    """Of each visit its chunk and its segment, and how many visits a row has; the rest of them repeat the last."""
+class ChunkVisits(NamedTuple):
+    """Each visit's chunk and segment, and the number of a row's visits; entries past these repeat the last."""
 
     chunk: Int32[Array, "B visits"]
     segment: Int32[Array, "B visits"]
     total: Int32[Array, "B"]
 
 
-def visits(segment_ids: Int[Array, "B T"], num_segments: int, size: int) -> Visits:
-    """Pairs of a chunk of `size` tokens and a segment with tokens in it, in order, ids as in `api.kda`.
+def chunk_visits(segment_ids: Int[Array, "B T"], num_segments: int, size: int) -> ChunkVisits:
+    """Lists the pairs of a chunk of `size` tokens and a segment with tokens in it, in order; ids are as in `api.kda`.
 
-    A segment reaches to where the next begins, the first from the row's beginning: then every chunk is visited, padding
-    or not, and an empty segment has a visit too. That makes at most ceil(T / size) + num_segments - 1.
+    A segment extends to the beginning of the next one, the first from the row's beginning: so every chunk is visited,
+    padding or not, and an empty segment has a visit too. There are at most ceil(T / size) + num_segments - 1 visits.
     """
     tokens = segment_ids.shape[1]
     chunks = -(-tokens // size)
@@ -32,4 +32,4 @@ def visits(segment_ids: Int[Array, "B T"], num_segments: int, size: int) -> Visi
     visit = jnp.minimum(jnp.arange(chunks + num_segments - 1), stops[:, -1:] - 1)
     segment = jnp.sum(stops[:, None] <= visit[:, :, None], axis=2)
     chunk = visit - jnp.take_along_axis(stops - many - first, segment, axis=1)
-    return Visits(*(array.astype(jnp.int32) for array in (chunk, segment, stops[:, -1])))
+    return ChunkVisits(*(array.astype(jnp.int32) for array in (chunk, segment, stops[:, -1])))

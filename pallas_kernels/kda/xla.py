@@ -4,8 +4,8 @@ The chunkwise form (arXiv 2510.26692, section 3 and appendix; the WY representat
 running log decay of a chunk, S its incoming state,
     A_ij = beta_i k_i . (exp(G_i - G_j) k_j), j < i;   [U | W] = (I + A)^-1 beta [V | exp(G) K];   V' = U - W S
     O = (exp(G) Q) S + Aqk V',  Aqk_ij = q_i . (exp(G_i - G_j) k_j), j <= i;   S <- exp(G_C) S + (exp(G_C - G) K)^T V'.
-Everything that needs no state is done for a group of chunks at once; groups follow one another in a scan, each taking
-its tokens as they were given, so that what is wider or longer than they are exists for one group at a time. All
+Everything that needs no state is computed for a group of chunks at once; groups follow one another in a scan, so that
+intermediate results, which are wider or longer than the tokens, exist for one group at a time. All
 arithmetic is float32 (or wider).
 """
 
@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.kda.decays import decayed_products
-from pallas_kernels.kda.packing import Layout, chunk_layout
+from pallas_kernels.kda.packing import ChunkPacking, pack_chunks
 from pallas_kernels.kda.triangular import unit_lower_inverse
 
 CHUNK = 64
@@ -41,7 +41,7 @@ def recurrent(
     normalize_qk: bool = False,
     scale: float = 1.0,
 ) -> Result:
-    """Token by token; the state of segment n is states[:, n], whose dtype is that of the arithmetic.
+    """Computes token by token; the state of segment n is states[:, n], whose dtype is that of the arithmetic.
 
     Without segment_ids all tokens belong to segment 0, the only one.
     """
@@ -54,9 +54,9 @@ def recurrent(
         q, k, v, g, beta, segment = token
         state = take_state(states, segment)
         o, new = kda_step(q, k, v, g, beta, state)
-        held = (segment >= 0)[:, None, None]
-        new = jnp.where(held[..., None], new, state)
-        return put_state(states, segment, new), jnp.where(held, o, 0).astype(dtype)
+        is_token = (segment >= 0)[:, None, None]
+        new = jnp.where(is_token[..., None], new, state)
+        return put_state(states, segment, new), jnp.where(is_token, o, 0).astype(dtype)
 
     tokens = tuple(jnp.moveaxis(array, 1, 0) for array in (q, k, v, g, beta, segment_ids))
     states, o = lax.scan(step, states, tokens)
@@ -76,16 +76,16 @@ def chunked(
     scale: float = 1.0,
     group_states: bool = False,
 ) -> tuple[Array, ...]:
-    """Chunk by chunk, each segment beginning a chunk of its own; arguments and results as `recurrent`.
+    """Computes chunk by chunk, with a new chunk for each segment; arguments and results are those of `recurrent`.
 
-    With `group_states` also, [groups, B, H, Dk, Dv], the state that the first chunk of each group is given.
+    With `group_states` it also returns the state before each group's first chunk, [groups, B, H, Dk, Dv].
     """
-    groups = Groups.of(beta, states, segment_ids)
+    groups = ChunkGroups.make(beta, states, segment_ids)
 
     def step(states: Array, group: tuple[Tokens, Array]) -> tuple[Array, tuple[Array, ...]]:
         tokens, segments = group
         given = (take_state(states, segments[0]),) if group_states else ()
-        states, o = group_of_chunks(states, tokens, segments, normalize_qk=normalize_qk, scale=scale)
+        states, o = advance_group(states, tokens, segments, normalize_qk=normalize_qk, scale=scale)
         return states, (o, *given)
 
     tokens = tuple(groups.split(array) for array in (q, k, v, g, beta))
@@ -93,38 +93,38 @@ def chunked(
     return groups.join(o), states, *given
 
 
-class Groups(NamedTuple):
-    """How a batch of rows is cut into groups of chunks."""
+class ChunkGroups(NamedTuple):
+    """The groups of chunks that a batch of rows is cut into."""
 
-    layout: Layout | None  # of packed rows
+    packing: ChunkPacking | None  # of packed rows
     tokens: int
-    segments: Int[Array, "groups chunks B"]  # whose tokens a chunk has; one without tokens may name any
+    segments: Int[Array, "groups chunks B"]  # each chunk's segment; a chunk without tokens may name any
 
     @classmethod
-    def of(
+    def make(
         cls, beta: Float[Array, "B T H"], states: Float[Array, "B N H Dk Dv"], segment_ids: Int[Array, "B T"] | None
-    ) -> "Groups":
+    ) -> "ChunkGroups":
         batch, tokens, heads = beta.shape
-        layout = None if segment_ids is None else chunk_layout(segment_ids, states.shape[1], CHUNK)
-        chunks = -(-tokens // CHUNK) if layout is None else layout.segments.shape[1]
+        packing = None if segment_ids is None else pack_chunks(segment_ids, states.shape[1], CHUNK)
+        chunks = -(-tokens // CHUNK) if packing is None else packing.segments.shape[1]
         count = -(-chunks // max(1, GROUP // (batch * heads)))
         size = -(-chunks // count)
-        segments = jnp.zeros((batch, chunks), jnp.int32) if layout is None else layout.segments
+        segments = jnp.zeros((batch, chunks), jnp.int32) if packing is None else packing.segments
         segments = jnp.pad(segments, ((0, 0), (0, count * size - chunks)))
-        return cls(layout, tokens, rearrange(segments, "b (n m) -> n m b", n=count))
+        return cls(packing, tokens, rearrange(segments, "b (n m) -> n m b", n=count))
 
     def split(self, array: Float[Array, "B T *rest"]) -> Float[Array, "groups B t *rest"]:
-        """Tokens by group, zeros in places without one."""
+        """Splits tokens into groups, with zeros in places without a token."""
         count, size, _ = self.segments.shape
-        placed = array if self.layout is None else self.layout.place(array)
+        placed = array if self.packing is None else self.packing.scatter(array)
         padding = [(0, 0)] * array.ndim
         padding[1] = (0, count * size * CHUNK - placed.shape[1])
         return rearrange(jnp.pad(placed, padding), "b (n t) ... -> n b t ...", n=count)
 
     def join(self, array: Float[Array, "groups B t *rest"]) -> Float[Array, "B T *rest"]:
-        """The inverse of `split`; zeros where a token is padding."""
+        """Joins the groups that `split` made, with zeros where a token is padding."""
         placed = rearrange(array, "n b t ... -> b (n t) ...")
-        return placed[:, : self.tokens] if self.layout is None else self.layout.collect(placed)
+        return placed[:, : self.tokens] if self.packing is None else self.packing.gather(placed)
 
 
 def kda_step(
@@ -138,7 +138,7 @@ def kda_step(
     normalize_qk: bool = False,
     scale: float = 1.0,
 ) -> tuple[Float[Array, "B H Dv"], Float[Array, "B H Dk Dv"]]:
-    """One token; the arithmetic is in the state's dtype.
+    """Computes one token, in the state's dtype.
 
     The decayed state is read once, for k and for q, before it is written: with u = beta (v - S^T k) the new state gives
     q the output S^T q + (k . q) u.
@@ -151,7 +151,7 @@ def kda_step(
     return o.astype(v.dtype), decayed + k[..., :, None] * update[..., None, :]
 
 
-def group_of_chunks(
+def advance_group(
     states: Float[Array, "B N H Dk Dv"],
     tokens: Tokens,
     segments: Int[Array, "chunks B"],
@@ -159,7 +159,8 @@ def group_of_chunks(
     normalize_qk: bool,
     scale: float,
 ) -> tuple[Float[Array, "B N H Dk Dv"], Float[Array, "B t H Dv"]]:
-    """The states after a group's chunks, and its outputs; tokens [B, t, H, ...] as `Groups.split` gives them."""
+    """Returns the states after a group's chunks, and its outputs; tokens [B, t, H, ...] are those of
+    `ChunkGroups.split`."""
     steps, (batch, _, heads, _) = segments.shape[0], tokens[0].shape
     # One leading axis for all chunks: with several of equal sizes, XLA's CPU compiler has failed on such products.
     arranged = tuple(rearrange(array, "b (m c) h ... -> (m b h) c ...", m=steps) for array in tokens)
@@ -195,7 +196,7 @@ def _prepare(tokens: Tokens, dtype: jnp.dtype, normalize_qk: bool, scale: float)
 
 
 def take_state(states: Float[Array, "B N H Dk Dv"], segment: Int[Array, "B"]) -> Float[Array, "B H Dk Dv"]:
-    """Each row's state of its segment; of padding, of any."""
+    """Returns the state of each row's `segment`; for padding, the state of any segment."""
     if states.shape[1] == 1:
         return states[:, 0]
     return jax.vmap(lambda rows, index: rows[jnp.maximum(index, 0)])(states, segment)
@@ -204,7 +205,7 @@ def take_state(states: Float[Array, "B N H Dk Dv"], segment: Int[Array, "B"]) ->
 def put_state(
     states: Float[Array, "B N H Dk Dv"], segment: Int[Array, "B"], state: Float[Array, "B H Dk Dv"]
 ) -> Float[Array, "B N H Dk Dv"]:
-    """`states` with each row's state of its segment replaced."""
+    """Returns `states` with the state of each row's `segment` replaced."""
     if states.shape[1] == 1:
         return state[:, None]
     return jax.vmap(lambda rows, index, new: rows.at[jnp.maximum(index, 0)].set(new))(states, segment, state)

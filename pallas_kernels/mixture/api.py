@@ -1,4 +1,4 @@
-"""A mixture of experts for few tokens: each token's weighted sum over those of its experts that are held here.
+"""A mixture of experts for few tokens: each token's weighted sum over those of its experts whose matrices are given.
 
 Source of the form: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). For many tokens, sort rows by expert and take the
 grouped ops.
@@ -14,7 +14,7 @@ from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, kn
 from pallas_kernels.dispatch import choose, with_gradient
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE, check_codes
 from pallas_kernels.mixture import mosaic_tpu, xla
-from pallas_kernels.mixture.stages import Weight
+from pallas_kernels.mixture.stages import ExpertMatrix
 
 _MIXTURE: dict[str, Callable[..., Array]] = {"xla": xla.mixture, "mosaic_tpu": mosaic_tpu.mixture}
 
@@ -24,18 +24,20 @@ def mixture(
     x: Float[Array, "T K"],
     chosen: Int32[Array, "T J"],
     weights: Float32[Array, "T J"],
-    gate: Weight,
-    up: Weight,
-    down: Weight,
+    gate: ExpertMatrix,
+    up: ExpertMatrix,
+    down: ExpertMatrix,
     *,
     first: Int[Array, ""] | int = 0,
     implementation: str | None = None,
 ) -> Float32[Array, "T K"]:
-    """The sum over j of weights[t, j] * down(silu(gate x[t]) * up x[t]) with the matrices of expert chosen[t, j].
+    """Returns, for each token t, the sum over j of weights[t, j] * down(silu(gate x[t]) * up x[t]).
+
+    The matrices gate, up and down are those of expert chosen[t, j].
 
     Args:
       x: [T, K], few tokens.
-      chosen: int32 [T, J], a token's experts, all different. Those that are not held here (-1, say) add nothing.
+      chosen: int32 [T, J], a token's experts, all different. Experts without matrices here (-1, say) add nothing.
       weights: float32 [T, J].
       gate, up: [E, N, K] in x's dtype, as Linears are published, or INT4 codes [E, K, N] and scales [E, K//32, N].
       down: [E, K, N], or codes [E, N, K] and scales [E, N//32, K].
@@ -58,7 +60,7 @@ def mixture(
     sizes = bind_shapes(op, x=(x, "T K"), chosen=(chosen, "T J"), weights=(weights, "T J"))
     if isinstance(gate, tuple) != isinstance(up, tuple) or isinstance(gate, tuple) != isinstance(down, tuple):
         raise ValueError(f"{op}: gate, up and down are INT4 in part, expected all of them or none")
-    held, width = jnp.shape(gate[0])[::2] if isinstance(gate, tuple) else jnp.shape(gate)[:2]
+    num_local, width = jnp.shape(gate[0])[::2] if isinstance(gate, tuple) else jnp.shape(gate)[:2]
     for name, weight, out, in_ in (
         ("gate", gate, width, sizes["K"]),
         ("up", up, width, sizes["K"]),
@@ -69,14 +71,14 @@ def mixture(
             bind_shapes(
                 op,
                 **{
-                    f"{name}'s codes": (codes, f"{held} {in_} {out}"),
-                    f"{name}'s scales": (scales, f"{held} {in_ // GROUP_SIZE} {out}"),
+                    f"{name}'s codes": (codes, f"{num_local} {in_} {out}"),
+                    f"{name}'s scales": (scales, f"{num_local} {in_ // GROUP_SIZE} {out}"),
                 },
             )
             check_codes(op, codes, scales)
         else:
             check_dtype(op, name, weight, jnp.result_type(x))
-            bind_shapes(op, **{name: (weight, f"{held} {out} {in_}")})
+            bind_shapes(op, **{name: (weight, f"{num_local} {out} {in_}")})
     _check_different(op, chosen)
     arguments = jax.tree.map(jnp.asarray, (x, chosen, weights, gate, up, down, jnp.asarray(first, jnp.int32)))
     run = choose(op, implementation, _MIXTURE, mosaic_tpu.unsupported(arguments[0], arguments[3], arguments[5]))

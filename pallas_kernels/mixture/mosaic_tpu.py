@@ -1,13 +1,13 @@
-"""A mixture of experts for few tokens as one Pallas kernel for TPUs: what a decode step asks of its experts.
+"""A mixture of experts for few tokens (a decode step's) as one Pallas kernel for TPUs.
 
-The experts held here that somebody chose are visited one after the other, again for every `VISIT_ROWS` of their rows;
-the grid is (cores, visits, steps). A visit's first step gathers its tokens' rows out of x, which lies in vector memory
-whole; its steps then take tiles of gate and up, together as many bytes as one of down, which the last steps take. What
-lies between, silu(gate x) * up x, stays in vector memory. Each row of the result is added, with its weight, to its
-token's sum, of which every core has its own.
+The local experts that some token chose are visited one after the other, once for every `VISIT_ROWS` of their rows; the
+grid is (cores, visits, steps). A visit's first step gathers its tokens' rows out of x, all of which is in vector
+memory. The visit's steps take tiles of gate and up, together as many bytes as a tile of down, and then tiles of down.
+The values in between, silu(gate x) * up x, stay in vector memory. Each row of the result is added, with its weight, to
+its token's sum, of which every core has its own.
 
-While a visit multiplies, the next tile is under way: no tile of down is fetched before gate and up have been, and none
-of the next expert's before the last of down, so that every step fetches alike.
+While a step multiplies, the next step's tile is fetched: tiles of down after those of gate and up, and those of the
+next expert after the last of down, so that every step fetches alike.
 
 Weights are multiplied as in `int4_grouped_matmul` or `grouped_matmul`.
 """
@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.chip import chip
 from pallas_kernels.grouped_matmul.blocks import swiglu
-from pallas_kernels.mixture.stages import WINDOW, DenseStage, Int4Stage, Weight, stage, unsupported_weights
-from pallas_kernels.mixture.visits import visits
+from pallas_kernels.mixture.stages import WINDOW, DenseStage, ExpertMatrix, Int4Stage, choose_stage, unsupported_matrix
+from pallas_kernels.mixture.visits import expert_visits
 
 # With more tokens most experts have more rows than are multiplied at once, and sorting them is worth it.
 MOST_TOKENS, MOST_INPUTS = 512, 8192
@@ -33,12 +33,12 @@ VISIT_ROWS = 128
 
 
 def fits(tokens: int, inputs: int) -> bool:
-    """Whether the kernel takes so many tokens: x lies in vector memory twice, in float32, as it is and as the sums."""
+    """Tells whether the kernel takes so many tokens: x and the sums of its shape are in vector memory, in float32."""
     return tokens <= MOST_TOKENS and inputs <= MOST_INPUTS and tokens * inputs * 4 <= chip().vmem // 8
 
 
-def unsupported(x: Array, gate: Weight, down: Weight) -> str | None:
-    """Why the kernel cannot take these shapes and dtypes."""
+def unsupported(x: Array, gate: ExpertMatrix, down: ExpertMatrix) -> str | None:
+    """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     tokens, K = x.shape
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x is {x.dtype}, expected bfloat16 or float32"
@@ -48,16 +48,16 @@ def unsupported(x: Array, gate: Weight, down: Weight) -> str | None:
         return (
             f"x is [{tokens}, {K}], expected at most [{MOST_TOKENS}, {MOST_INPUTS}] and {chip().vmem // 32:,} numbers"
         )
-    return unsupported_weights(gate) or unsupported_weights(down)
+    return unsupported_matrix(gate) or unsupported_matrix(down)
 
 
 def mixture(
     x: Float[Array, "T K"],
     chosen: Int32[Array, "T J"],
     weights: Float32[Array, "T J"],
-    gate: Weight,
-    up: Weight,
-    down: Weight,
+    gate: ExpertMatrix,
+    up: ExpertMatrix,
+    down: ExpertMatrix,
     first: Int[Array, ""],
     *,
     interpret: Any = False,
@@ -67,9 +67,9 @@ def mixture(
     rows = -(-tokens // WINDOW) * WINDOW
     gathered = min(rows, VISIT_ROWS)
     # The first stage's step has two matrices.
-    into, out_of = stage(gate, x.dtype, 2), stage(down, x.dtype, 1)
+    into, out_of = choose_stage(gate, x.dtype, 2), choose_stage(down, x.dtype, 1)
     middle, steps = into.outputs, (into.outputs // into.tile, out_of.outputs // out_of.tile)
-    visit, each = visits(chosen, first, into.held, gathered, cores)
+    visit, visits_per_core = expert_visits(chosen, first, into.num_local, gathered, cores)
     if not interpret:
         # Else XLA, which sees no more than an operand, copies all experts' weights to vector memory beforehand.
         gate, up, down = (
@@ -79,12 +79,12 @@ def mixture(
     operands = jax.tree.leaves((gate, up, down))
 
     def expert(c: Array, v: Array, experts: Any) -> Array:
-        return jnp.minimum(experts[jnp.maximum(v, 0) * cores + c], into.held - 1)
+        return jnp.minimum(experts[jnp.maximum(v, 0) * cores + c], into.num_local - 1)
 
-    def of_gate(c: Array, v: Array, s: Array, experts: Any, *_: Any) -> tuple[Array, Array]:
+    def gate_tile(c: Array, v: Array, s: Array, experts: Any, *_: Any) -> tuple[Array, Array]:
         return expert(c, v, experts), jnp.minimum(s, steps[0] - 1)
 
-    def of_down(c: Array, v: Array, s: Array, experts: Any, *_: Any) -> tuple[Array, Array]:
+    def down_tile(c: Array, v: Array, s: Array, experts: Any, *_: Any) -> tuple[Array, Array]:
         waits = s < steps[0]
         tile = jnp.where(v > 0, steps[1] - 1, 0)
         return expert(c, v - waits, experts), jnp.where(waits, tile, s - steps[0])
@@ -95,11 +95,11 @@ def mixture(
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
-            grid=(cores, each, sum(steps)),
+            grid=(cores, visits_per_core, sum(steps)),
             in_specs=[
                 pl.BlockSpec((rows, K), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)),
-                *into.specs(of_gate) * 2,
-                *out_of.specs(of_down),
+                *into.specs(gate_tile) * 2,
+                *out_of.specs(down_tile),
             ],
             out_specs=pl.BlockSpec((None, rows, K), lambda c, *_: (c, 0, 0)),
             scratch_shapes=[
@@ -156,17 +156,17 @@ def _kernel(
     into_scratch, out_scratch = scratch[: len(into.scratch(2))], scratch[len(into.scratch(2)) :]
     v, s = pl.program_id(1), pl.program_id(2)
     visit, pairs = v * cores + pl.program_id(0), pair_ref.shape[0]
-    expert = jnp.minimum(expert_ref[visit], into.held - 1)
+    expert = jnp.minimum(expert_ref[visit], into.num_local - 1)
     start = start_ref[expert] + (visit - visit_ref[expert]) * rows_ref.shape[0]
     left = jnp.minimum(end_ref[expert] - start, rows_ref.shape[0])
-    count = jnp.where(expert_ref[visit] < into.held, left, 0)
+    count = jnp.where(expert_ref[visit] < into.num_local, left, 0)
     windows = pl.cdiv(count, WINDOW)
 
-    def each_row(use: Any) -> None:
-        """use(row, the number of its pair of a token and an expert)."""
+    def for_rows(use: Any) -> None:
+        """Calls `use` with each row and the number of its pair of a token and an expert."""
         lax.fori_loop(0, count, lambda i, _: use(i, pair_ref[start + i] % pairs), None)
 
-    def over(windows: Array | int, use: Any) -> None:
+    def for_windows(windows: Array | int, use: Any) -> None:
         def window(i: Array, _: None) -> None:
             use(pl.ds(pl.multiple_of(i * WINDOW, WINDOW), WINDOW))
 
@@ -176,7 +176,7 @@ def _kernel(
         def window(rows: Any) -> None:
             ref[rows, :] = jnp.zeros((WINDOW, ref.shape[1]), ref.dtype)
 
-        over(windows, window)
+        for_windows(windows, window)
 
     @pl.when((v == 0) & (s == 0))
     def _begin() -> None:
@@ -187,7 +187,7 @@ def _kernel(
         def copy(row: Array, pair: Array) -> None:
             rows_ref[pl.ds(row, 1), :] = x_ref[pl.ds(pair // choices, 1), :]
 
-        each_row(copy)
+        for_rows(copy)
 
     @pl.when(s < steps[0])
     def _into() -> None:
@@ -200,7 +200,7 @@ def _kernel(
             value = swiglu(gate_total[rows, :], up_total[rows, :])
             middle_ref[rows, columns] = value.astype(dtype).astype(jnp.float32)
 
-        over(windows, write)
+        for_windows(windows, write)
 
     @pl.when(s >= steps[0])
     def _out_of() -> None:
@@ -212,4 +212,4 @@ def _kernel(
             token = pl.ds(pair // choices, 1)
             out_ref[token, columns] += share_ref[pair] * total[pl.ds(row, 1), :]
 
-        each_row(add)
+        for_rows(add)

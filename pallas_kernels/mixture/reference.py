@@ -1,17 +1,23 @@
-"""A mixture of experts, plainly: one token and one expert at a time, in numpy float64."""
+"""A mixture of experts in numpy float64: one token and one expert at a time."""
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from pallas_kernels.int4_matmul.reference import dequantize
 
-Weight = ArrayLike | tuple[ArrayLike, ArrayLike]
+ExpertMatrix = ArrayLike | tuple[ArrayLike, ArrayLike]
 
 
 def mixture(
-    x: ArrayLike, chosen: ArrayLike, weights: ArrayLike, gate: Weight, up: Weight, down: Weight, first: int = 0
+    x: ArrayLike,
+    chosen: ArrayLike,
+    weights: ArrayLike,
+    gate: ExpertMatrix,
+    up: ExpertMatrix,
+    down: ExpertMatrix,
+    first: int = 0,
 ) -> np.ndarray:
-    """x [T, K], chosen and weights [T, J], matrices [E, out, in] or codes and scales -> float64 [T, K]."""
+    """Maps x [T, K], chosen and weights [T, J], and matrices [E, out, in] or codes and scales, to float64 [T, K]."""
     x, weights = np.asarray(x, np.float64), np.asarray(weights, np.float64)
     gate, up, down = (_matrices(weight) for weight in (gate, up, down))
     out = np.zeros_like(x)
@@ -23,5 +29,5 @@ def mixture(
     return out
 
 
-def _matrices(weight: Weight) -> np.ndarray:
+def _matrices(weight: ExpertMatrix) -> np.ndarray:
     return dequantize(*weight).swapaxes(1, 2) if isinstance(weight, tuple) else np.asarray(weight, np.float64)

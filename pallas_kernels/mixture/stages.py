@@ -1,4 +1,4 @@
-"""A stage of the mixture's kernel: rows in vector memory times a tile of an expert's matrix, INT4 or as published."""
+"""A stage of the mixture's kernel: rows in vector memory times a tile of an expert's matrix, INT4 or dense."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,20 +11,28 @@ from jaxtyping import Array, Float, Int4
 
 from pallas_kernels.chip import chip
 from pallas_kernels.int4_grouped_matmul import mosaic_tpu as int4
-from pallas_kernels.int4_grouped_matmul.product import FEW_ROWS, Operand, Rows, Tiles, add_products, scale_rows
+from pallas_kernels.int4_grouped_matmul.product import (
+    FEW_ROWS,
+    GroupRows,
+    MatrixOperand,
+    Tiles,
+    add_products,
+    scale_rows,
+)
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE
 
 # [e, out, in] as published, or codes [e, in, out] and scales [e, in/32, out]
-Weight = Float[Array, "E _ _"] | tuple[Int4[Array, "E _ _"], Float[Array, "E _ _"]]
+ExpertMatrix = Float[Array, "E _ _"] | tuple[Int4[Array, "E _ _"], Float[Array, "E _ _"]]
 
 # Rows multiplied at once: more than most experts of a decode step have.
 WINDOW = 16
-# Of a step's tiles, and unpacked at a time: twice as many would gain 1 to 6 % and take the compiler twice as long.
+# Bytes of a step's tiles, and weights unpacked at a time: twice as many gain 1 to 6 % and take the compiler twice as
+# long.
 LANES, STEP_BYTES, PART_WEIGHTS = 128, 2**22, 2**21
 
 
-def unsupported_weights(weight: Weight) -> str | None:
-    """Why the kernel cannot take this matrix."""
+def unsupported_matrix(weight: ExpertMatrix) -> str | None:
+    """Says why the kernel cannot take this matrix; None where it can."""
     if isinstance(weight, tuple):
         codes = weight[0]
         return int4.unsupported(jnp.zeros((1, codes.shape[1]), jnp.bfloat16), codes)
@@ -32,24 +40,27 @@ def unsupported_weights(weight: Weight) -> str | None:
     return f"weights are [{N}, {K}], expected multiples of {LANES}" if N % LANES or K % LANES else None
 
 
-def stage(weight: Weight, dtype: Any, matrices: int) -> "Int4Stage | DenseStage":
-    """For a matrix like this one, `matrices` of which a step takes a tile of."""
+def choose_stage(weight: ExpertMatrix, dtype: Any, matrices: int) -> "Int4Stage | DenseStage":
+    """Returns the stage for a matrix like `weight`, where a step takes a tile of each of `matrices` such matrices."""
     if isinstance(weight, tuple):
-        held, K, N = weight[0].shape
+        num_local, K, N = weight[0].shape
         tile = int4.tiles(WINDOW, K, N, 1, dtype, STEP_BYTES // matrices, PART_WEIGHTS)
-        return Int4Stage(held, K, N, tile, dtype, int4.apart(tile, dtype), chip().bf16_vpu)
-    held, N, K = weight.shape
+        return Int4Stage(num_local, K, N, tile, dtype, int4.uses_block_diagonal(tile, dtype), chip().bf16_vpu)
+    num_local, N, K = weight.shape
     bytes_each = K * weight.dtype.itemsize * matrices
     fit = [n for n in range(LANES, N + 1, LANES) if N % n == 0 and (n == LANES or n * bytes_each <= STEP_BYTES)]
-    return DenseStage(held, K, N, max(fit), dtype)
+    return DenseStage(num_local, K, N, max(fit), dtype)
 
 
 @dataclass(frozen=True)
 class Int4Stage:
-    """`held` matrices [inputs, outputs], of which a step takes `tile` outputs; see `int4_grouped_matmul`. `few`: groups
-    of few rows go another way; `bf16`: the chip multiplies bf16."""
+    """INT4 matrices [inputs, outputs] of `num_local` experts, of which a step takes `tile` outputs.
 
-    held: int
+    With `few`, groups of few rows are multiplied in block-diagonal form; with `bf16`, the chip multiplies bf16. See
+    `int4_grouped_matmul`.
+    """
+
+    num_local: int
     inputs: int
     outputs: int
     tiles: Tiles
@@ -57,14 +68,14 @@ class Int4Stage:
     few: bool
     bf16: bool
 
-    arrays = 2  # of a matrix
+    arrays = 2  # that a matrix consists of
 
     @property
     def tile(self) -> int:
         return self.tiles.N
 
     def specs(self, at: Callable[..., tuple[Array, Array]]) -> list[pl.BlockSpec]:
-        """Of a matrix's arrays; `at` gives an expert and a tile for a place in the grid."""
+        """Returns the BlockSpecs of a matrix's arrays; `at` maps a place in the grid to an expert and a tile."""
 
         def block(rows: int) -> pl.BlockSpec:
             def index(*grid: Any) -> tuple[Array, int, Array]:
@@ -76,18 +87,18 @@ class Int4Stage:
         return [block(self.inputs), block(self.inputs // GROUP_SIZE)]
 
     def scratch(self, matrices: int) -> list[Any]:
-        """What `add` needs for so many matrices."""
+        """Returns the scratch that `add` needs for so many matrices."""
         return [scale_rows(self.tiles, self.bf16)] * matrices
 
     def add(
         self, rows_ref: Any, count: Array, weights: Sequence[Any], totals: Sequence[Any], scratch: Sequence[Any]
     ) -> None:
-        """totals [rows, tile] += the first `count` rows [rows, inputs] times each matrix, all float32."""
+        """Adds the first `count` rows of [rows, inputs] times each matrix to its total [rows, tile], all float32."""
         operands = [
-            Operand(codes, scales, total, scale_rows)
+            MatrixOperand(codes, scales, total, scale_rows)
             for (codes, scales), total, scale_rows in zip(weights, totals, scratch, strict=True)
         ]
-        rows = Rows(
+        rows = GroupRows(
             lambda first, size, inputs: rows_ref[pl.ds(first, size), inputs],
             low=0,
             high=pl.cdiv(count, WINDOW),
@@ -99,9 +110,9 @@ class Int4Stage:
 
 @dataclass(frozen=True)
 class DenseStage:
-    """`held` matrices [outputs, inputs], of which a step takes `tile` outputs; see `grouped_matmul`."""
+    """Matrices [outputs, inputs] of `num_local` experts, of which a step takes `tile` outputs; see `grouped_matmul`."""
 
-    held: int
+    num_local: int
     inputs: int
     outputs: int
     tile: int
@@ -110,7 +121,7 @@ class DenseStage:
     arrays = 1
 
     def specs(self, at: Callable[..., tuple[Array, Array]]) -> list[pl.BlockSpec]:
-        """As `Int4Stage.specs`."""
+        """Returns the BlockSpec of a matrix; `at` maps a place in the grid to an expert and a tile."""
 
         def index(*grid: Any) -> tuple[Array, Array, int]:
             return *at(*grid), 0
@@ -118,13 +129,13 @@ class DenseStage:
         return [pl.BlockSpec((None, self.tile, self.inputs), index)]
 
     def scratch(self, matrices: int) -> list[Any]:
-        """None."""
+        """Returns no scratch: `add` needs none."""
         return []
 
     def add(
         self, rows_ref: Any, count: Array, weights: Sequence[Any], totals: Sequence[Any], scratch: Sequence[Any]
     ) -> None:
-        """As `Int4Stage.add`."""
+        """Adds the first `count` rows of [rows, inputs] times each matrix to its total [rows, tile], all float32."""
         precision = lax.Precision.HIGHEST if self.dtype == jnp.float32 else lax.Precision.DEFAULT
         contract_last = (((1,), (1,)), ((), ()))
 

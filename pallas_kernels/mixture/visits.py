@@ -1,4 +1,4 @@
-"""Which experts a kernel visits, and which pairs of a token and an expert of its each of them has."""
+"""The experts that a kernel visits, and the pairs of a token and one of its experts that belong to each."""
 
 from typing import NamedTuple
 
@@ -7,32 +7,37 @@ from jax import lax
 from jaxtyping import Array, Int, Int32
 
 
-class Visits(NamedTuple):
-    """Of visit v of core c the expert at [v * cores + c], or `held` past the last; of each expert the number of its
-    first visit, the first of its pairs and their end; pairs, sorted by expert, as expert * pairs + number."""
+class ExpertVisits(NamedTuple):
+    """Entry [v * cores + c] of `expert` is the expert of visit v of core c, or `num_local` past the last.
+
+    `visit`, `start` and `end` are each expert's first visit, first pair and end of pairs; `pair` has the pairs, sorted
+    by expert, as expert * pairs + number.
+    """
 
     expert: Int32[Array, "visits"]
-    visit: Int32[Array, "held"]
-    start: Int32[Array, "held"]
-    end: Int32[Array, "held"]
+    visit: Int32[Array, "num_local"]
+    start: Int32[Array, "num_local"]
+    end: Int32[Array, "num_local"]
     pair: Int32[Array, "pairs"]
 
 
-def visits(
-    chosen: Int32[Array, "T J"], first: Int[Array, ""] | int, held: int, rows: int, cores: int
-) -> tuple[Visits, Int32[Array, ""]]:
-    """Those of the `held` experts from number `first` on that somebody chose, as many as it takes if one has `rows`
-    pairs; and how many visits each core makes: one at least."""
+def expert_visits(
+    chosen: Int32[Array, "T J"], first: Int[Array, ""] | int, num_local: int, rows: int, cores: int
+) -> tuple[ExpertVisits, Int32[Array, ""]]:
+    """Lists visits of the experts that some token chose, and returns the number of visits of each core, at least one.
+
+    The local experts are the `num_local` from number `first` on; a visit takes up to `rows` pairs.
+    """
     local = chosen.reshape(-1) - first
-    local = jnp.where((local >= 0) & (local < held), local, held)
+    local = jnp.where((local >= 0) & (local < num_local), local, num_local)
     pair = lax.sort(local * local.size + jnp.arange(local.size, dtype=jnp.int32), is_stable=False)
-    number = jnp.arange(held, dtype=jnp.int32)
+    number = jnp.arange(num_local, dtype=jnp.int32)
     start = jnp.sum(local[:, None] < number, axis=0, dtype=jnp.int32)
     end = jnp.sum(local[:, None] <= number, axis=0, dtype=jnp.int32)
     # Visit n is of the first expert that n + 1 visits are made up to. (jnp.nonzero would scatter.)
     wanted = (end - start + (rows - 1)) // rows
     up_to = jnp.sum(jnp.where(number[:, None] <= number, wanted[:, None], 0), axis=0, dtype=jnp.int32)
-    slots = jnp.arange(held + local.size // rows + cores, dtype=jnp.int32)
+    slots = jnp.arange(num_local + local.size // rows + cores, dtype=jnp.int32)
     expert = jnp.sum(up_to <= slots[:, None], axis=1, dtype=jnp.int32)
-    each = jnp.maximum((jnp.sum(wanted, dtype=jnp.int32) + (cores - 1)) // cores, 1)
-    return Visits(expert, up_to - wanted, start, end, pair), each
+    per_core = jnp.maximum((jnp.sum(wanted, dtype=jnp.int32) + (cores - 1)) // cores, 1)
+    return ExpertVisits(expert, up_to - wanted, start, end, pair), per_core

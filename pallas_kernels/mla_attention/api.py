@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): expanded for prefill, absorbed over a paged cache.
 
 The cache is [pages, width, page] with width = latent + rope (512 + 64 in Kimi's models) and `page` tokens to a page:
-tokens lie along the last axis, for a row-major width of 576 would be padded to 640 on TPU.
+tokens are along the last axis, for a row-major width of 576 would be padded to 640 on TPU.
 """
 
 from functools import partial
@@ -29,22 +29,24 @@ def mla_prefill(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
-    """Softmax attention where kv_position <= q_position and segments agree; the score matrix [S, T] is never formed.
+    """Computes softmax attention where kv_position <= q_position and segments agree.
+
+    The score matrix [S, T] is never formed.
 
     Args:
       q: [B, S, H, D] (D = 192 in Kimi's models); k: [B, T, H, D]; v: [B, T, H, Dv] (128). Any widths, one dtype.
-      q_positions, kv_positions: int32 [B, S] and [B, T]. All equal, they make the attention bidirectional.
-      q_segments, kv_segments: int32 [B, S] and [B, T], both or neither; a negative id is padding, which sees and is
-        seen by nobody.
+      q_positions, kv_positions: int32 [B, S] and [B, T]. If all are equal, the attention is bidirectional.
+      q_segments, kv_segments: int32 [B, S] and [B, T], both or neither; a negative id is padding, which neither
+        sees nor is seen.
       scale: multiplies the scores before the softmax.
-      return_lse: also returns the natural log-sum-exp of the scores, by which parts over disjoint keys can be merged.
+      return_lse: also returns the natural log-sum-exp of the scores, by which partial attentions can be merged.
       implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
 
     Returns:
       [B, S, H, Dv] in v's dtype (softmax and accumulation in float32), and with `return_lse` float32 [B, S, H], of the
-      weights as they meet v (on a TPU rounded to its dtype).
-      A query that sees nothing gets zeros and -inf. Keys that nobody sees may hold anything. Differentiable in q, k and
-      v.
+      weights that multiply v (on a TPU rounded to its dtype).
+      A query that sees no key gets zeros and -inf. Keys that no query sees may hold anything. Differentiable in q, k
+      and v.
 
     Raises:
       ValueError: shapes or dtypes other than these, or segments on one side only.
@@ -94,7 +96,7 @@ def mla_decode(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
-    """One query per sequence over its cached latents: softmax(scale * (q_latent . c + q_rope . k_rope)) c.
+    """Attends from one query per sequence to its cached latents: softmax(scale * (q_latent . c + q_rope . k_rope)) c.
 
     Args:
       q_latent: [B, H, L], queries already multiplied into the latent space (L = 512); q_rope: [B, H, R] (64).
@@ -102,7 +104,7 @@ def mla_decode(
       page_table: int32 [B, max_pages]; entry i of a row is the page of that sequence's tokens [i * page, (i + 1) *
         page).
       lengths: int32 [B], tokens of each sequence, the newest included.
-      scale, return_lse, implementation: as `mla_prefill`.
+      scale, return_lse, implementation: as in `mla_prefill`.
 
     Returns:
       [B, H, L] in q_latent's dtype (softmax and accumulation in float32), and with `return_lse` float32 [B, H]. A
@@ -147,7 +149,7 @@ def mla_write(
     page_table: Int32[Array, "B max_pages"],
     positions: Int32[Array, "B"] | Int32[Array, "B S"],
 ) -> Float[Array, "pages width page"]:
-    """The cache with new rows in their pages: row (b, s) goes to token positions[b, s] of sequence b.
+    """Writes new rows into their pages of the cache: row (b, s) becomes token positions[b, s] of sequence b.
 
     Args:
       cache: [pages, width, page]; donate it to the jitted step that calls this, and it is written in place.

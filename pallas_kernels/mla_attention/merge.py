@@ -1,4 +1,4 @@
-"""One attention out of two over different keys, by the log-sum-exp of their scores (arXiv 2205.14135, section 3.1)."""
+"""Merging of attentions over different keys by the log-sum-exp of their scores (arXiv 2205.14135, section 3.1)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
@@ -7,10 +7,11 @@ Partial = tuple[Float[Array, "*rows Dv"], Float32[Array, "*rows"]]
 
 
 def merge_partials(first: Partial, second: Partial) -> Partial:
-    """What attending to both sets of keys at once would have given.
+    """Merges two attentions over different keys into the attention over all keys.
 
-    Each is an output [..., Dv] (equal shapes and dtypes) and its lse float32 [...], as `mla_prefill` and `mla_decode`
-    return them with `return_lse`; -inf says that a row attended to nothing, and both at -inf give zeros.
+    Each is an output [..., Dv] (of equal shapes and dtypes) and its lse float32 [...], as `mla_prefill` and
+    `mla_decode` return them with `return_lse`. An lse of -inf says that a row attended to no key; where both are -inf,
+    the output is zeros.
     """
     (a, a_lse), (b, b_lse) = first, second
     top = jnp.maximum(a_lse, b_lse)

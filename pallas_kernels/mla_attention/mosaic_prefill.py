@@ -1,14 +1,15 @@
 """Attention of many queries to many keys as one TPU kernel: flash attention (arXiv 2205.14135, arXiv 2307.08691).
 
-Layout: everything stays as projections give it, [tokens, heads * width], and is cut along lanes in groups of heads that
-are whole vectors wide. A head that begins in the middle of one (every other head of width 192) is read with what lies
-beside it, which meets zeros in the query.
+Layout: arrays stay as projections give them, [tokens, heads * width], and are cut along lanes in groups of heads that
+are whole vectors wide. A head that begins in the middle of a vector (every other head of width 192) is read with its
+neighbour's lanes, which are multiplied by zeros in the query.
 
 A grid step is a group of heads and a block of queries. Within it a loop runs over the blocks of keys from the first to
-the last that any of the queries sees; the next one comes in while one is worked on, after the last the first of the
-next step. What a block sees follows from the smallest and largest position and segment of each block, in scalar memory:
-where all queries see all keys nothing is masked, else smaller parts of the block are taken, and left out where no query
-sees a key. Keys that no query of a block sees are zeroed in it, for they may hold anything and 0 * NaN is NaN.
+the last that any of the queries sees; while one block is worked on, the next is fetched, and after the last block the
+first of the next step. Which keys a block of queries sees follows from the smallest and largest position and segment of
+each block, in scalar memory: where all queries see all keys nothing is masked; else smaller parts of the block are
+taken, and left out where no query sees a key. Keys that no query of a block sees are set to zero, since they may hold
+anything and 0 * NaN is NaN.
 
 The outermost grid axis halves the heads for chips whose two cores share a kernel.
 
@@ -30,13 +31,22 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import with_gradient
 from pallas_kernels.mla_attention import xla
-from pallas_kernels.mla_attention.mosaic_prefill_block import LANES, Ref, Work, attend, begin, finish, show, work_shapes
+from pallas_kernels.mla_attention.mosaic_prefill_block import (
+    LANES,
+    PrefillScratch,
+    Ref,
+    attend,
+    begin,
+    finish,
+    mark_visible,
+    scratch_shapes,
+)
 
 LARGEST = 2**31 - 1
 
 
 class Blocks(NamedTuple):
-    """Heads of a group, its queries and keys at a time, and the keys at a time where some are hidden."""
+    """The sizes worked on at a time: heads of a group, queries, keys, and keys of a part where some are hidden."""
 
     heads: int
     queries: int
@@ -44,8 +54,8 @@ class Blocks(NamedTuple):
     part: int
 
 
-def blocks(q: Array, k: Array) -> Blocks:
-    """What is worked on at a time: less in float32, whose products are six times as long."""
+def choose_blocks(q: Array, k: Array) -> Blocks:
+    """Chooses the sizes worked on at a time: smaller in float32, whose products take six times as long."""
     most = Blocks(4, 512, 1024, 512) if q.dtype == jnp.bfloat16 else Blocks(2, 256, 512, 256)
     queries, keys = (max(LANES, 1 << (array.shape[1] - 1).bit_length()) for array in (q, k))
     keys = min(most.keys, keys)
@@ -53,7 +63,7 @@ def blocks(q: Array, k: Array) -> Blocks:
 
 
 def unsupported(q: Array, k: Array, v: Array) -> str | None:
-    """Why the prefill kernel cannot serve these arguments; None where it can."""
+    """Says why the prefill kernel cannot serve these arguments; None where it can."""
     if 0 in (*q.shape, *k.shape, *v.shape):
         return "it is empty"
     if q.shape[3] % 64 or v.shape[3] % LANES:
@@ -84,7 +94,7 @@ def mla_prefill(
 
 def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, scale, interpret):
     (batch, length, heads, width), values = q.shape, v.shape[3]
-    size = blocks(q, k)
+    size = choose_blocks(q, k)
     groups = heads // size.heads
     cores = 2 if groups % 2 == 0 else 1
     q_marks, kv_marks = (
@@ -121,7 +131,7 @@ def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, sca
                 pltpu.VMEM((2, size.keys, size.heads * values), v.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SMEM((3,), jnp.int32),
-                *work_shapes(*size, width, values, q.dtype),
+                *scratch_shapes(*size, width, values, q.dtype),
             ],
         ),
         out_shape=[
@@ -139,7 +149,7 @@ def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, sca
         *q_marks,
         *kv_marks,
         q.reshape(batch, length, -1),
-        # Rows lie in memory by tiles, so that filling up the last is all there is to it.
+        # Rows are stored in tiles, so that this only fills up the last one.
         _padded(k.reshape(batch, -1, heads * width), LANES, 1),
         _padded(v.reshape(batch, -1, heads * values), LANES, 1),
     )
@@ -156,8 +166,10 @@ def _padded(array: Array, block: int, axis: int, fill: int = 0) -> Array:
 
 
 def _ends(marks: list[Int[Array, "B 1 tokens"]], size: int, padding: int) -> list[Int[Array, "blocks"]]:
-    """Per block of `size` tokens the smallest and largest position, then segment. A token of padding counts as one at
-    the position `padding`, and in no segment."""
+    """Returns, for each block of `size` tokens, the smallest and largest position and the smallest and largest segment.
+
+    A token of padding counts as one at the position `padding`, in no segment.
+    """
     positions, segments = marks
     real = segments >= 0
     positions, first = jnp.where(real, positions, padding), jnp.where(real, segments, LARGEST)
@@ -166,20 +178,20 @@ def _ends(marks: list[Int[Array, "B 1 tokens"]], size: int, padding: int) -> lis
 
 
 class Seen(NamedTuple):
-    """First and last position, first and last segment of every block of queries and of every part of keys, in scalar
+    """First and last position, and first and last segment, of each block of queries and part of keys, in scalar
     memory."""
 
     q: tuple[Ref, ...]
     kv: tuple[Ref, ...]
 
     def some(self, block, part):
-        """Whether a query of the block may see a key of the part."""
+        """Tells whether a query of the block may see a key of the part."""
         _, q_last, *q_segments = (end[block] for end in self.q)
         first, _, *segments = (end[part] for end in self.kv)
         return (first <= q_last) & (segments[0] <= q_segments[1]) & (q_segments[0] <= segments[1])
 
     def all(self, block, part):
-        """Whether all queries of the block see all keys of the part."""
+        """Tells whether all queries of the block see all keys of the part."""
         q_first, _, *q_segments = (end[block] for end in self.q)
         _, last, *segments = (end[part] for end in self.kv)
         one = (q_segments[0] == q_segments[1]) & (segments[0] == segments[1]) & (segments[0] == q_segments[0])
@@ -187,19 +199,24 @@ class Seen(NamedTuple):
 
 
 def _prefill_kernel(*refs, scale, size, width):
-    """`state` holds the half of the buffers k and v that the step's first block comes to, that block, and the one
-    after its last."""
+    """Works on one group of heads and one block of queries.
+
+    `state` holds the half of the buffers k and v that receives the step's first block, that block's number, and the
+    number after the last block's.
+    """
     seen = Seen(refs[:4], refs[4:8])
     q_positions, q_segments, kv_positions, kv_segments, q, k_hbm, v_hbm, out, lse, k, v, arrived, state = refs[8:21]
-    work = Work(*refs[21:])
-    core, batch, group, mine = (pl.program_id(i) for i in range(4))
+    work = PrefillScratch(*refs[21:])
+    core, batch, group, q_block = (pl.program_id(i) for i in range(4))
     batches, groups, q_blocks = (pl.num_programs(i) for i in range(1, 4))
     tokens, parts = k_hbm.shape[1], size.keys // size.part
     kv_blocks = pl.cdiv(tokens, size.keys)
 
     def span(row):
-        """The first block that a block of queries sees and the one after its last; at least one, so that every step
-        has a block that comes in during the one before."""
+        """Returns the first block that a block of queries sees and the one after its last.
+
+        There is at least one, so that every step has a block that is fetched during the step before.
+        """
 
         def widen(part, ends):
             some, block = seen.some(row, row // q_blocks * kv_blocks * parts + part), part // parts
@@ -227,14 +244,14 @@ def _prefill_kernel(*refs, scale, size, width):
             pl.when(block < kv_blocks - 1)(lambda: copy(size.keys))
         pl.when(block == kv_blocks - 1)(lambda: copy(tokens - (kv_blocks - 1) * size.keys))
 
-    @pl.when((batch == 0) & (group == 0) & (mine == 0))
+    @pl.when((batch == 0) & (group == 0) & (q_block == 0))
     def _():
         state[0] = 0
         state[1], state[2] = span(0)
         fetch(0, 0, state[1], 0, lambda copy: copy.start())
 
     begin(work, q.at[0], width)
-    row, first, end = batch * q_blocks + mine, state[1], state[2]
+    row, first, end = batch * q_blocks + q_block, state[1], state[2]
 
     def attend_block(block, half):
         last = block + 1 == end
@@ -245,14 +262,14 @@ def _prefill_kernel(*refs, scale, size, width):
 
         @pl.when(last)
         def _():
-            wraps = mine + 1 == q_blocks
+            wraps = q_block + 1 == q_blocks
             row_ends = wraps & (group + 1 == groups)
             next_group = jnp.where(wraps, jnp.where(row_ends, 0, group + 1), group)
             next_batch = batch + row_ends
 
             @pl.when(next_batch < batches)
             def _():
-                state[1], state[2] = span(next_batch * q_blocks + jnp.where(wraps, 0, mine + 1))
+                state[1], state[2] = span(next_batch * q_blocks + jnp.where(wraps, 0, q_block + 1))
                 fetch(next_batch, next_group, state[1], 1 - half, lambda copy: copy.start())
 
         fetch(batch, group, block, half, lambda copy: copy.wait())
@@ -274,7 +291,7 @@ def _prefill_kernel(*refs, scale, size, width):
             def _():
                 at = pl.multiple_of(i * size.part, LANES)
                 keys, rows = pl.ds(pl.multiple_of(block * size.keys + at, LANES), size.part), pl.ds(at, size.part)
-                show(
+                mark_visible(
                     work,
                     (q_positions.at[0], q_segments.at[0]),
                     (kv_positions.at[0, :, keys], kv_segments.at[0, :, keys]),

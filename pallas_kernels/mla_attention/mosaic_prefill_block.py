@@ -1,11 +1,11 @@
-"""The prefill kernel's work on one block of keys that lies in VMEM: scores, softmax and weighted values of every head.
+"""The prefill kernel's work on one block of keys in VMEM: scores, softmax and weighted values of every head.
 
-Scores are [keys, queries]: maximum and sum then run over rows, and the matrix unit is filled both ways, for it holds
-the query still while keys stream by, then the weights while v^T does (128 rows; p v would leave half of a 256-wide unit
-empty). Rows of ones under v^T sum the weights in the same product, rounded as the values meet them.
+Scores are [keys, queries]: maximum and sum then run over rows, and the matrix unit is filled both ways, which holds
+the query while keys stream by, and then the weights while v^T does (128 rows; p v would leave half of a 256-wide unit
+empty). Rows of ones under v^T sum the weights in that product, rounded like the weights of the values.
 
-The heads and strips of queries follow each other so that the scores of one are multiplied while the softmax of the one
-before is worked out, through two buffers.
+Heads and strips of queries follow each other so that the scores of one are multiplied while the softmax of the one
+before is computed, through two buffers.
 """
 
 import math
@@ -27,24 +27,26 @@ Ref = Any
 Marks = tuple[Ref, Ref]
 
 
-class Work(NamedTuple):
-    """References to a group's queries and to what has been attended to so far; all but q and v_rows float32."""
+class PrefillScratch(NamedTuple):
+    """References to a group's queries and running sums; all but q and v_rows are float32."""
 
-    q: Ref  # [heads, queries, lanes], each head with its neighbours' lanes zero
+    q: Ref  # [heads, queries, lanes], each head with its neighbours' lanes set to zero
     v_rows: Ref  # [heads, values + ONES, keys], the values of the block as rows, ones below
     shown: Ref  # [keys, queries], 1 where the query sees the key, of a block with hidden ones
-    used: Ref  # [keys, LANES], 1 where any of them does
+    used: Ref  # [keys, LANES], 1 where any query sees the key
     scores: Ref  # [2, keys, strip], in powers of two
-    keep: Ref  # [2, 1, strip], what the earlier sums are worth under the new maximum
+    keep: Ref  # [2, 1, strip], factor of the earlier sums under the new maximum
     top: Ref  # [heads, 1, queries], largest score
     acc: Ref  # [heads, values + ONES, queries], sums of weights times values, and of weights
 
 
-def work_shapes(heads: int, queries: int, keys: int, part: int, width: int, values: int, dtype: jnp.dtype) -> Work:
-    """The scratch memory of a `Work`."""
+def scratch_shapes(
+    heads: int, queries: int, keys: int, part: int, width: int, values: int, dtype: jnp.dtype
+) -> PrefillScratch:
+    """Returns the scratch shapes of a `PrefillScratch`."""
     strip = min(STRIP, queries)
     spread = max(lanes.stop - lanes.start for lanes, _ in (_place(head, heads, width) for head in range(heads)))
-    return Work(
+    return PrefillScratch(
         q=pltpu.VMEM((heads, queries, spread), dtype),
         v_rows=pltpu.VMEM((heads, values + ONES, keys), dtype),
         shown=pltpu.VMEM((part, queries), jnp.float32),
@@ -56,28 +58,28 @@ def work_shapes(heads: int, queries: int, keys: int, part: int, width: int, valu
     )
 
 
-def begin(work: Work, q: Ref, width: int) -> None:
-    """Nothing attended to by the queries q [queries, heads * width]."""
+def begin(work: PrefillScratch, q: Ref, width: int) -> None:
+    """Loads the queries q [queries, heads * width] and empties the running sums."""
     heads, values = work.q.shape[0], work.acc.shape[1] - ONES
     for head in range(heads):
         lanes, first = _place(head, heads, width)
         for at in range(lanes.start, lanes.stop, LANES):
             to = min(at + LANES, lanes.stop)
-            mine = q[:, at:to]
+            lanes_of_q = q[:, at:to]
             if at < lanes.start + first or to > lanes.start + first + width:
                 # As words of 32 bits: bf16 has no masks on older chips.
-                words = pltpu.bitcast(mine, jnp.int32)
+                words = pltpu.bitcast(lanes_of_q, jnp.int32)
                 lane = at - lanes.start + lax.broadcasted_iota(jnp.int32, words.shape, 1)
                 words = jnp.where((lane >= first) & (lane < first + width), words, 0)
-                mine = pltpu.bitcast(words, q.dtype)
-            work.q[head, :, at - lanes.start : to - lanes.start] = mine
+                lanes_of_q = pltpu.bitcast(words, q.dtype)
+            work.q[head, :, at - lanes.start : to - lanes.start] = lanes_of_q
     work.v_rows[:, values:] = jnp.ones((heads, ONES, work.v_rows.shape[2]), work.v_rows.dtype)
     work.top[...] = jnp.full_like(work.top, LOWEST)
     work.acc[...] = jnp.zeros_like(work.acc)
 
 
-def show(work: Work, q_marks: Marks, k_marks: Marks) -> None:
-    """Works out which keys the queries see, from references to positions and segments of each."""
+def mark_visible(work: PrefillScratch, q_marks: Marks, k_marks: Marks) -> None:
+    """Marks the keys that the queries see, from references to positions and segments of each."""
 
     def some_keys(i, _):
         keys = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
@@ -96,8 +98,9 @@ def show(work: Work, q_marks: Marks, k_marks: Marks) -> None:
     lax.fori_loop(0, work.shown.shape[0] // LANES, some_keys, None)
 
 
-def attend(work: Work, k: Ref, v: Ref, width: int, scale: float, hidden: bool) -> None:
-    """Adds the keys k [keys, heads * width] and values v [keys, heads * values]; some are `hidden`, as `show` says."""
+def attend(work: PrefillScratch, k: Ref, v: Ref, width: int, scale: float, hidden: bool) -> None:
+    """Adds the keys k [keys, heads * width] and values v [keys, heads * values]; with `hidden`, only those that
+    `mark_visible` marked."""
     (heads, queries, _), keys, strip = work.q.shape, k.shape[0], work.scores.shape[2]
     values = v.shape[1] // heads
     units = [(head, slice(at, at + strip)) for at in range(0, queries, strip) for head in range(heads)]
@@ -133,8 +136,8 @@ def attend(work: Work, k: Ref, v: Ref, width: int, scale: float, hidden: bool) -
     weigh(len(units) - 1)
 
 
-def finish(work: Work, out: Ref, lse: Ref) -> None:
-    """The attention [queries, heads * values], and the log-sum-exp [heads, queries]."""
+def finish(work: PrefillScratch, out: Ref, lse: Ref) -> None:
+    """Writes the attention [queries, heads * values] and the log-sum-exp [heads, queries]."""
     heads, values = work.q.shape[0], work.acc.shape[1] - ONES
     for head in range(heads):
         weight = work.acc[head, values : values + 1]
@@ -145,13 +148,13 @@ def finish(work: Work, out: Ref, lse: Ref) -> None:
 
 
 def _place(head: int, heads: int, width: int) -> tuple[slice, int]:
-    """The whole vectors of lanes that a head lies in, and where in them it begins."""
+    """Returns the whole vectors of lanes that contain a head, and the lane in them where it begins."""
     start = head * width // LANES * LANES
     stop = min(-(-(head + 1) * width // LANES) * LANES, heads * width)
     return slice(start, stop), head * width - start
 
 
 def _dot(a: Float[Array, "m c"], b: Array, axis: int) -> Float[Array, "m n"]:
-    """a [m, c] times b, whose `axis` is contracted; float32 out of full float32 or of bf16 products."""
+    """Multiplies a [m, c] by b, whose `axis` is contracted, to float32: float32 operands in full, bf16 in one pass."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

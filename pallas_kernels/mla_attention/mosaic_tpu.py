@@ -1,4 +1,4 @@
-"""One query per sequence over its paged latents, as one TPU kernel; `mosaic_prefill` has the other.
+"""Attention from one query per sequence to its paged latents, as one TPU kernel (`mosaic_prefill` has many queries).
 
 FlashDecoding over pages (arXiv 2205.14135; paged caches: arXiv 2309.06180), absorbed heads (arXiv 2405.04434).
 
@@ -6,10 +6,10 @@ Layout: the cache stays [pages, width, page] in HBM. A block is `block_pages` pa
 VMEM, tokens along the lanes: scores = q [H, width] @ block, a plain product, and out = p [H, tokens] @ block[:latent]^T
 contracts the last axis of both, as the matrix unit can. Nothing is transposed, here or around the kernel.
 
-A grid step is a sequence, and within it a loop runs over its blocks. While one block is worked on, the next comes in,
+A grid step is a sequence, and within it a loop runs over its blocks. While one block is worked on, the next is fetched,
 page by page, into the other half of the buffer; after a sequence's last block that is the first of the next sequence,
-so that short ones hide their reads too. Only pages that a sequence has are read. What lies past its length in the
-buffer (old tokens, or anything) is zeroed before use, for 0 * NaN is NaN.
+so that short sequences hide their reads too. Only pages that a sequence has are read. Tokens past its length in the
+buffer (old ones, or anything) are set to zero before use, since 0 * NaN is NaN.
 
 Blocks hold 1,024 tokens: the chain product, maximum, exponential, product then takes less time than the block's bytes
 on v5e and v6e, and no more than 1.25 of it at 64 heads on v5p (1.65 for short sequences on tpu7x). bf16 operands
@@ -36,12 +36,12 @@ LOWEST = -1e37
 
 
 def block_pages(page: int, max_pages: int) -> int:
-    """Pages that are read and worked on at a time."""
+    """Returns the number of pages that are read and worked on at a time."""
     return max(1, min(max_pages, BLOCK_TOKENS // page))
 
 
 def unsupported(q_latent: Array, q_rope: Array, cache: Array, page_table: Array) -> str | None:
-    """Why the decode kernel cannot serve these arguments; None where it can."""
+    """Says why the decode kernel cannot serve these arguments; None where it can."""
     if 0 in (*q_latent.shape, *page_table.shape, cache.shape[0]):
         return "it is empty"
     if (page := cache.shape[2]) % LANES:
@@ -116,7 +116,7 @@ def _decode_kernel(
     # An empty sequence has one block of no pages: the reads ahead then need not look for the next that is not empty.
     blocks = jnp.maximum(pl.cdiv(length, pages * page), 1)
 
-    def each_page(sequence, block, half, act):
+    def for_pages(sequence, block, half, act):
         """Calls `act` with the copy of every page that the block has."""
         row = jnp.minimum(sequence, batch - 1)
         present = jnp.where(sequence < batch, pl.cdiv(lengths[row], page), 0) - block * pages
@@ -131,7 +131,7 @@ def _decode_kernel(
     @pl.when(sequence == 0)
     def _():
         side[0] = 0
-        each_page(0, 0, 0, lambda copy: copy.start())
+        for_pages(0, 0, 0, lambda copy: copy.start())
 
     top[...] = jnp.full_like(top, LOWEST)
     total[...] = jnp.zeros_like(total)
@@ -139,8 +139,8 @@ def _decode_kernel(
 
     def attend_block(block, half):
         last = block + 1 == blocks
-        each_page(sequence + last, jnp.where(last, 0, block + 1), 1 - half, lambda copy: copy.start())
-        each_page(sequence, block, half, lambda copy: copy.wait())
+        for_pages(sequence + last, jnp.where(last, 0, block + 1), 1 - half, lambda copy: copy.start())
+        for_pages(sequence, block, half, lambda copy: copy.wait())
         within = length - block * pages * page
 
         def blank(i, _):
@@ -172,7 +172,8 @@ def _decode_kernel(
 
 
 def _attend(q_latent, q_rope, tokens, within, top, total, acc, scale):
-    """Adds the block `tokens` [width, tokens], of which the first `within` are seen; scores are in powers of two."""
+    """Adds the block `tokens` [width, tokens], of which the query sees the first `within`; scores are in powers of
+    two."""
     latent = q_latent.shape[1]
     scores = _dot(q_latent, tokens[:latent], 0) + _dot(q_rope, tokens[latent:], 0)
     token = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
@@ -187,6 +188,6 @@ def _attend(q_latent, q_rope, tokens, within, top, total, acc, scale):
 
 
 def _dot(a: Float[Array, "m c"], b: Array, axis: int) -> Float[Array, "m n"]:
-    """a [m, c] times b, whose `axis` is contracted; float32 out of full float32 or of bf16 products."""
+    """Multiplies a [m, c] by b, whose `axis` is contracted, to float32: float32 operands in full, bf16 in one pass."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -1,13 +1,14 @@
-"""New rows into a paged cache, as one TPU kernel that writes in place.
+"""Writing of new rows into a paged cache, as one TPU kernel that writes in place.
 
-XLA's scatter wants the cache in another layout and copies all of it, there and back. Here rows are cut into *runs*:
-rows one after another whose tokens are too, in one block of 128 rows and one *unit* of the cache, 128 tokens of a page.
-A prompt's runs are whole blocks, or two to a block if it begins within a unit; a decoding sequence's is one row.
+XLA's scatter wants the cache in another layout and copies all of it before and after. Here rows are cut into *runs*: a
+run is consecutive rows for consecutive tokens, in one block of 128 rows and one *unit* of the cache, 128 tokens of a
+page. A prompt's runs are whole blocks, or two to a block if it begins within a unit; a decoding sequence's run is a
+row.
 
-A block is turned once, so that its rows are columns; these, rotated to a run's lanes, are merged into the unit in VMEM.
-Runs one after another in one unit make a *visit*: the unit is read ahead, unless the first run fills it, and written
-back while others go on, `SLOTS` of them at once. A unit is read only when what an earlier visit put in it is written,
-so whatever units rows share, nothing is lost, and of two rows for one token the later stays.
+A block is transposed once, so that its rows are columns; these, rotated to a run's lanes, are merged into the unit in
+VMEM. Consecutive runs in one unit make a *visit*: the unit is read ahead, unless the first run fills it, and written
+back while other visits go on, `SLOTS` of them at once. A unit is read only after an earlier visit to it has been
+written, so whatever units rows share, nothing is lost, and of two rows for one token the later one stays.
 """
 
 import jax
@@ -22,7 +23,7 @@ SLOTS = 8  # units in VMEM: 147 kB each of Kimi's, so that a megabyte is on its 
 
 
 def unsupported(cache: Array, latents: Array) -> str | None:
-    """Why the kernel cannot serve these arguments; None where it can."""
+    """Says why the kernel cannot serve these arguments; None where it can."""
     if 0 in (*cache.shape, *latents.shape):
         return "it is empty"
     if cache.shape[1] % 16 or cache.shape[2] % LANES:
@@ -88,7 +89,7 @@ def mla_write(
 
 
 def _ends(places: Int[Array, "rows"]) -> Int[Array, "rows"]:
-    """The first row after each one's run. Rows without a place make runs too."""
+    """Returns, for each row, the first row after its run. Rows without a place make runs too."""
     block, row = places.reshape(-1, LANES), jnp.arange(LANES, dtype=jnp.int32)
     expected = jnp.where(block < 0, -1, block + 1)[:, :-1]
     begins = (block[:, 1:] != expected) | (block[:, 1:] % LANES == 0)
@@ -99,9 +100,12 @@ def _ends(places: Int[Array, "rows"]) -> Int[Array, "rows"]:
 
 
 def _write_kernel(places, ends, rows, _before, cache, columns, buffer, units, cursor, moved):
-    """`places` has a -1 before the first row and after the last; `columns`: the block, a token to a lane, as words of
-    32 bits; `units`: the unit in each slot, -1 once it is written; `cursor`: how many visits are closed (their writing
-    has begun), how many opened (their reading has), and the first row not looked at yet for more."""
+    """Writes one block of rows.
+
+    `places` has a -1 before the first row and after the last. `columns` is the block, a token to a lane, as words of 32
+    bits. `units` has the unit in each slot, -1 once it is written. `cursor` counts the closed visits (their writing has
+    begun) and the opened ones (their reading has begun), and has the first row not yet examined for more.
+    """
     closed, opened, ahead = range(3)
     first, total = pl.program_id(0) * LANES, pl.num_programs(0) * LANES
 
@@ -132,7 +136,7 @@ def _write_kernel(places, ends, rows, _before, cache, columns, buffer, units, cu
             units[slot] = -1
 
     def look_ahead():
-        """Opens visits to come, until there is no slot or one is of a unit that another open one will yet write."""
+        """Opens later visits, until no slot is free or the next visit's unit is still to be written by another."""
 
         def look(state):
             row, visit = state[:2]

@@ -1,4 +1,4 @@
-"""Attention over keys that come block by block: the online softmax (arXiv 1805.02867, arXiv 2205.14135)."""
+"""Attention over keys block by block: the online softmax (arXiv 1805.02867, arXiv 2205.14135)."""
 
 from typing import NamedTuple
 
@@ -7,23 +7,23 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-class Running(NamedTuple):
-    """What has been attended to so far; all float32."""
+class RunningSoftmax(NamedTuple):
+    """Running sums over the keys so far; all are float32."""
 
     top: Float[Array, "*rows"]  # largest score
     total: Float[Array, "*rows"]  # sum of exp(score - top)
     out: Float[Array, "*rows D"]  # sum of exp(score - top) value
 
 
-def nothing(rows: tuple[int, ...], width: int) -> Running:
-    """Before the first block."""
-    return Running(
+def empty(rows: tuple[int, ...], width: int) -> RunningSoftmax:
+    """Returns the sums over no keys."""
+    return RunningSoftmax(
         jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, width), jnp.float32)
     )
 
 
-def attend(running: Running, scores: Float[Array, "*rows T"], values: Array, weigh: str) -> Running:
-    """Adds a block: float32 `scores`, -inf where nothing is to be seen; `weigh` is the einsum of weights and values."""
+def attend(running: RunningSoftmax, scores: Float[Array, "*rows T"], values: Array, weigh: str) -> RunningSoftmax:
+    """Adds a block of float32 `scores`, -inf for hidden keys; `weigh` is the einsum of weights and values."""
     # The result does not depend on `top`, so no gradient need go through it.
     top = lax.stop_gradient(jnp.maximum(running.top, jnp.max(scores, axis=-1)))
     finite = jnp.where(jnp.isneginf(top), 0, top)
@@ -32,12 +32,12 @@ def attend(running: Running, scores: Float[Array, "*rows T"], values: Array, wei
     seen = jnp.einsum(
         weigh, weights.astype(values.dtype), values, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
-    return Running(top, keep * running.total + jnp.sum(weights, axis=-1), keep[..., None] * running.out + seen)
+    return RunningSoftmax(top, keep * running.total + jnp.sum(weights, axis=-1), keep[..., None] * running.out + seen)
 
 
-def finish(running: Running) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows"]]:
-    """The attention's output, and the log-sum-exp of the scores; zeros and -inf for a row that saw nothing."""
-    empty = running.total == 0
-    total = jnp.where(empty, 1, running.total)
-    lse = jnp.where(empty, -jnp.inf, jnp.where(empty, 0, running.top) + jnp.log(total))
+def finish(running: RunningSoftmax) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows"]]:
+    """Returns the attention's output and the log-sum-exp of the scores; zeros and -inf for a row without keys."""
+    is_empty = running.total == 0
+    total = jnp.where(is_empty, 1, running.total)
+    lse = jnp.where(is_empty, -jnp.inf, jnp.where(is_empty, 0, running.top) + jnp.log(total))
     return running.out / total[..., None], lse

@@ -1,4 +1,4 @@
-"""Latent attention, plainly: the whole score matrix, in numpy float64.
+"""Latent attention with the whole score matrix, in numpy float64.
 
 DeepSeek-V2 (arXiv 2405.04434), section 2.1: prefill with expanded heads, decode absorbed, where every head reads the
 latent itself.
@@ -17,7 +17,7 @@ def mla_prefill(
     kv_segments: np.ndarray,
     scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Output [B, S, H, Dv] and log-sum-exp [B, S, H], float64; arguments as `api.mla_prefill`, segments given."""
+    """Returns output [B, S, H, Dv] and log-sum-exp [B, S, H], float64; arguments are those of `api.mla_prefill`."""
     attends = (kv_positions[:, None, :] <= q_positions[:, :, None]) & (
         q_segments[:, :, None] == kv_segments[:, None, :]
     )
@@ -35,7 +35,7 @@ def mla_decode(
     lengths: np.ndarray,
     scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Output [B, H, latent] and log-sum-exp [B, H], float64, one sequence after another."""
+    """Returns output [B, H, latent] and log-sum-exp [B, H], float64, one sequence after another."""
     q = np.concatenate([q_latent, q_rope], axis=-1).astype(np.float64)
     batch, heads, latent = q_latent.shape
     out, lse = np.zeros((batch, heads, latent)), np.full((batch, heads), -np.inf)
@@ -50,7 +50,7 @@ def mla_decode(
 
 
 def softmax(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights over the last axis and the log-sum-exp; zeros and -inf where nothing is attended to."""
+    """Returns weights over the last axis and the log-sum-exp; zeros and -inf where all scores are -inf."""
     top = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
     total = weights.sum(-1, keepdims=True)

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 
-class Prefill(NamedTuple):
-    """q [B, S, H, D], k [B, T, H, D], v [B, T, H, Dv]."""
+class PrefillShape(NamedTuple):
+    """Arguments q [B, S, H, D], k [B, T, H, D] and v [B, T, H, Dv]."""
 
     name: str
     B: int
@@ -15,8 +15,8 @@ class Prefill(NamedTuple):
     Dv: int
 
 
-class Decode(NamedTuple):
-    """Queries of H heads over a cache [pages, latent + rope, page]; one length per sequence."""
+class DecodeShape(NamedTuple):
+    """Arguments for queries of H heads and a cache [pages, latent + rope, page], with one length for each sequence."""
 
     name: str
     H: int
@@ -27,11 +27,11 @@ class Decode(NamedTuple):
 
 
 PREFILL = (
-    Prefill("K2, two of its heads", 1, 300, 300, 2, 192, 128),
-    Prefill("one query, one key", 1, 1, 1, 1, 8, 8),
-    Prefill("a later part of a prompt", 2, 37, 301, 3, 24, 16),
+    PrefillShape("K2, two of its heads", 1, 300, 300, 2, 192, 128),
+    PrefillShape("one query, one key", 1, 1, 1, 1, 8, 8),
+    PrefillShape("a later part of a prompt", 2, 37, 301, 3, 24, 16),
 )
 DECODE = (
-    Decode("K2, four of its heads", 4, 512, 64, 128, (700, 128, 1)),
-    Decode("an empty sequence between others", 3, 16, 8, 4, (13, 0, 4, 1)),
+    DecodeShape("K2, four of its heads", 4, 512, 64, 128, (700, 128, 1)),
+    DecodeShape("an empty sequence between others", 3, 16, 8, 4, (13, 0, 4, 1)),
 )

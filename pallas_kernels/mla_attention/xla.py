@@ -1,7 +1,8 @@
 """Latent attention in plain JAX: online softmax over blocks of keys, never the whole score matrix.
 
-Prefill scans query blocks and, inside, key blocks, skipping pairs of blocks that share nothing; checkpointing makes the
-backward pass recompute a query block's scores. Decode reads as many pages as the longest sequence of the batch has.
+Prefill scans query blocks and, inside, key blocks, skipping pairs of blocks where no query sees a key; checkpointing
+makes the backward pass recompute a query block's scores. Decode reads as many pages as the longest sequence of the
+batch has.
 """
 
 import jax
@@ -10,7 +11,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.mla_attention.online import Running, attend, finish, nothing
+from pallas_kernels.mla_attention.online import RunningSoftmax, attend, empty, finish
 
 # A block's size in queries and in keys.
 QUERIES, KEYS = 256, 512
@@ -42,12 +43,12 @@ def mla_prefill(
         q, *query_marks = block
 
         @jax.checkpoint
-        def key_block(running: Running, block: tuple[Array, ...]) -> tuple[Running, None]:
+        def key_block(running: RunningSoftmax, block: tuple[Array, ...]) -> tuple[RunningSoftmax, None]:
             k, v, *key_marks = block
             visible = _visible(*query_marks, *key_marks)
 
-            def see(running: Running) -> Running:
-                # A key that nobody here may see can hold anything: 0 * NaN is NaN.
+            def see(running: RunningSoftmax) -> RunningSoftmax:
+                # A key that no query here may see can hold anything: 0 * NaN is NaN.
                 used = jnp.any(visible, axis=1)[:, None, :, None]
                 scores = scale * jnp.einsum(
                     "bhsd,bhtd->bhst",
@@ -61,7 +62,7 @@ def mla_prefill(
 
             return lax.cond(jnp.any(visible), see, lambda running: running, running), None
 
-        running, _ = lax.scan(key_block, nothing((batch, heads, q.shape[2]), width), (*keys, *key_marks))
+        running, _ = lax.scan(key_block, empty((batch, heads, q.shape[2]), width), (*keys, *key_marks))
         out, lse = finish(running)
         return None, (out.astype(v.dtype), lse)
 
@@ -83,11 +84,11 @@ def mla_decode(
     (batch, heads, latent), page = q_latent.shape, cache.shape[2]
     q = jnp.concatenate([q_latent, q_rope.astype(q_latent.dtype)], axis=-1)
 
-    # A page at a time: both products then contract contiguous pages as they lie.
-    def attend_page(i: Array, running: Running) -> Running:
+    # A page at a time: both products then contract contiguous pages, without a copy.
+    def attend_page(i: Array, running: RunningSoftmax) -> RunningSoftmax:
         chosen = lax.dynamic_index_in_dim(page_table, i, axis=1, keepdims=False)
         within = i * page + jnp.arange(page) < lengths[:, None]
-        # What lies past a length, or in a page that the table should not name, can hold anything: 0 * NaN is NaN.
+        # Tokens past a length, or in a page that the table should not name, can hold anything: 0 * NaN is NaN.
         tokens = jnp.where(within[:, None], cache.at[chosen].get(mode="clip"), 0).astype(q.dtype)
         scores = scale * jnp.einsum(
             "bhc,bcp->bhp", q, tokens, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -96,7 +97,7 @@ def mla_decode(
         return attend(running, scores, tokens[:, :latent], "bhp,blp->bhl")
 
     pages = -(-jnp.max(lengths, initial=0) // page)
-    out, lse = finish(lax.fori_loop(0, pages, attend_page, nothing((batch, heads), latent)))
+    out, lse = finish(lax.fori_loop(0, pages, attend_page, empty((batch, heads), latent)))
     return out.astype(q_latent.dtype), lse
 
 
@@ -122,7 +123,7 @@ def _heads_first(array: Float[Array, "B S H D"]) -> Float[Array, "B H S D"]:
 
 
 def _blocks(array: Array, block: int, axis: int, fill: int = 0) -> Array:
-    """Cuts `axis` in blocks, numbered by a new leading axis, the last block filled up."""
+    """Cuts `axis` in blocks, numbered by a new leading axis, and pads the last one."""
     size = min(block, max(1, array.shape[axis]))
     padding = [(0, 0)] * array.ndim
     padding[axis] = (0, -array.shape[axis] % size)

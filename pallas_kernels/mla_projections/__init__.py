@@ -1,4 +1,4 @@
-"""What surrounds the attention of one token of a sequence: queries out of low ranks, and the heads' way back."""
+"""The projections before and after the attention of one token of a sequence; see `api`."""
 
 from pallas_kernels.mla_projections.api import mla_output as mla_output
 from pallas_kernels.mla_projections.api import mla_query as mla_query

@@ -33,23 +33,23 @@ def mla_query(
     eps: float,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B H L"], Float[Array, "B H R"], Float[Array, "B latent_rope"]]:
-    """Absorbed queries, and what the cache keeps of the token.
+    """Computes the absorbed queries and the token's entry of the cache.
 
     Args:
-      q_a: [B, C], what queries are made of: the low rank before its norm, or (`q_norm` None) the hidden vector itself.
-      kv_a: [B, L + R], the latent before its norm, then the keys' part that is rotated.
-      rotation: cos and sin, float32 [B, R] each, the angles of the R/2 pairs twice; None leaves these channels alone.
+      q_a: [B, C], the source of queries: the low rank before its norm, or (`q_norm` None) the hidden vector itself.
+      kv_a: [B, L + R], the latent before its norm, then the rotated channels of keys.
+      rotation: cos and sin, float32 [B, R] each, those of the R/2 pairs twice; None does not rotate.
       q_norm, kv_norm: RMSNorm weights [C] and [L].
-      q_b: [H (N + R), C], of each head the N channels that meet the latent and the R that are rotated.
-      kv_b: [H (N + V), L], of each head what makes N channels of a key and V of a value.
+      q_b: [H (N + R), C], for each head the N channels that meet the latent and the R rotated ones.
+      kv_b: [H (N + V), L], for each head the rows for N channels of a key and V of a value.
       heads: H.
-      eps: of both norms.
+      eps: that of both norms.
       implementation: "mosaic_tpu" (bf16 or float32; C, L and N multiples of 128, V as N, H one of 1, 2, 4 or a multiple
         of 8, B at most 128), "xla", or None for the best that the platform has.
 
     Returns:
       q_latent [B, H, L], the queries folded into the latent's space; q_rope [B, H, R]; and the cached [normed latent |
-      rotated] [B, L + R], in q_a's dtype. What is rotated comes out de-interleaved: first members, then second ones.
+      rotated] [B, L + R], in q_a's dtype. Rotated channels are de-interleaved: first members, then second ones.
 
     Raises:
       ValueError: shapes or dtypes other than these.
@@ -88,11 +88,12 @@ def mla_output(
     *,
     implementation: str | None = None,
 ) -> Float32[Array, "B D"]:
-    """What attention over latents adds to the stream: each head's values out of its sum of latents, then `o_proj`.
+    """Computes what attention over latents adds to the stream: each head's values from its sum of latents, then
+    `o_proj`.
 
     Args:
-      o: [B, H, L], `mla_decode`'s.
-      kv_b: [H (N + V), L], see `mla_query`.
+      o: [B, H, L], the output of `mla_decode`.
+      kv_b: [H (N + V), L], as in `mla_query`.
       o_proj: [D, H V].
       implementation: "mosaic_tpu" (bf16 or float32; L, V and D multiples of 128, N as V, B at most 128), "xla", or None
         for the best that the platform has.

@@ -2,7 +2,7 @@
 
 `mla_query`: the grid is (blocks of heads, heads of a block). Norms, the rotation and the product with a head's `kv_b`
 stay in vector memory between the products, where XLA makes some twenty operations of them. De-interleaving is a product
-with zeros and ones, exact in any precision that takes x as it is. A block's results are collected and written at its
+with zeros and ones, exact in any precision that does not round x. A block's results are collected and written at its
 last head.
 
 `mla_output`: the grid is (cores, tiles of `o_proj`); the heads' values are made at a core's first.
@@ -34,7 +34,7 @@ def query_unsupported(
     kv_b: Array,
     heads: int,
 ) -> str | None:
-    """Why the kernel cannot take these shapes and dtypes."""
+    """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     latent = kv_norm.shape[0]
     nope = q_b.shape[0] // heads - (kv_a.shape[1] - latent)
     sizes = {"C": q_a.shape[1], "L": latent, "N": nope}
@@ -42,7 +42,7 @@ def query_unsupported(
 
 
 def output_unsupported(o: Array, kv_b: Array, o_proj: Array) -> str | None:
-    """Why the kernel cannot take these shapes and dtypes."""
+    """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     value = o_proj.shape[1] // o.shape[1]
     return _unsupported(o, {"L": o.shape[2], "V": value, "D": o_proj.shape[0]}, o.shape[1], value, kv_b)
 
@@ -125,38 +125,38 @@ def mla_query(
 def _query_kernel(
     q_a_ref: Any, kv_a_ref: Any, kv_norm_ref: Any, *refs: Any, eps: float, latent: int, rotates: bool, norms: bool
 ) -> None:
-    *optional, q_b_ref, w_uk_ref, q_latent_ref, q_rope_ref, latents_ref, low_ref, of_latent, of_rope = refs
+    *optional, q_b_ref, w_uk_ref, q_latent_ref, q_rope_ref, latents_ref, low_ref, latent_heads, rope_heads = refs
     cos_sin, q_norm = optional[: 2 * rotates], optional[2 * rotates :]
     i, j = pl.program_id(0), pl.program_id(1)
     dtype = q_a_ref.dtype
 
-    def turned(x: Array) -> Array:
+    def rotate(x: Array) -> Array:
         if not rotates:
             return x
         cos, sin = (ref[...] for ref in cos_sin)
-        apart, beside = (_dot(x, _pairs(x.shape[1], x.dtype, second), 0) for second in (False, True))
-        return (apart * cos + beside * sin).astype(dtype)
+        in_place, swapped = (_dot(x, _pairs(x.shape[1], x.dtype, second), 0) for second in (False, True))
+        return (in_place * cos + swapped * sin).astype(dtype)
 
     @pl.when((i == 0) & (j == 0))
     def _once() -> None:
         low_ref[...] = _normed(q_a_ref[...], q_norm[0][...], eps) if norms else q_a_ref[...]
         latents_ref[:, :latent] = _normed(kv_a_ref[:, :latent], kv_norm_ref[...], eps)
-        latents_ref[:, latent:] = turned(kv_a_ref[:, latent:])
+        latents_ref[:, latent:] = rotate(kv_a_ref[:, latent:])
 
     q = _dot(low_ref[...], q_b_ref[...], 1).astype(dtype)
-    nope = q_b_ref.shape[0] - of_rope.shape[2]
-    of_latent[j] = _dot(q[:, :nope], w_uk_ref[...], 0).astype(dtype)
-    of_rope[j] = turned(q[:, nope:])
+    nope = q_b_ref.shape[0] - rope_heads.shape[2]
+    latent_heads[j] = _dot(q[:, :nope], w_uk_ref[...], 0).astype(dtype)
+    rope_heads[j] = rotate(q[:, nope:])
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _write() -> None:
-        for head in range(of_latent.shape[0]):
-            q_latent_ref[:, head, :] = of_latent[head]
-            q_rope_ref[:, head, :] = of_rope[head]
+        for head in range(latent_heads.shape[0]):
+            q_latent_ref[:, head, :] = latent_heads[head]
+            q_rope_ref[:, head, :] = rope_heads[head]
 
 
 def _pairs(width: int, dtype: Any, second: bool) -> Array:
-    """Of interleaved pairs [first | second], or [-second | first]: what x is to be multiplied by."""
+    """Returns the matrix that maps interleaved pairs to [first | second], or with `second` to [-second | first]."""
     row, column = (lax.broadcasted_iota(jnp.int32, (width, width), axis) for axis in (0, 1))
     late = column >= width // 2
     pair = jnp.where(late, column - width // 2, column)
@@ -182,13 +182,13 @@ def mla_output(
     """See `api.mla_output`."""
     (batch, heads, latent), (outputs, values) = o.shape, o_proj.shape
     cores = chip().cores if outputs // LANES % chip().cores == 0 else 1
-    of_core = outputs // cores
-    fit = [n for n in range(LANES, of_core + 1, LANES) if of_core % n == 0]
+    core_outputs = outputs // cores
+    fit = [n for n in range(LANES, core_outputs + 1, LANES) if core_outputs % n == 0]
     tile = max(n for n in fit if n == LANES or n * values * o_proj.dtype.itemsize <= STEP_BYTES)
     kv_b = kv_b.reshape(heads, 2, values // heads, latent)
     if not interpret:
         kv_b, o_proj = (pltpu.with_memory_space_constraint(weight, pltpu.HBM) for weight in (kv_b, o_proj))
-    tiles = of_core // tile
+    tiles = core_outputs // tile
     return pl.pallas_call(
         _output_kernel,
         grid=(cores, tiles),
@@ -225,7 +225,7 @@ def _output_kernel(o_ref: Any, w_uv_ref: Any, o_proj_ref: Any, out_ref: Any, val
 
 
 def _dot(x: Array, weight: Array, axis: int) -> Array:
-    """x times the weight, whose `axis` is contracted, in float32."""
+    """Multiplies x by the weight, whose `axis` is contracted, in float32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     contract = (((1,), (axis,)), ((), ()))
     return lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""The projections around `mla_decode`, plainly, in numpy float64."""
+"""The projections around `mla_decode` in numpy float64."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,7 +16,7 @@ def mla_query(
     heads: int,
     eps: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `api.mla_query`, but for `angles` [B, R/2] in radians."""
+    """Computes `api.mla_query`, given `angles` [B, R/2] in radians instead of cos and sin."""
     q_a, kv_a, kv_norm = (np.asarray(array, np.float64) for array in (q_a, kv_a, kv_norm))
     latent = kv_norm.shape[0]
     rope = kv_a.shape[1] - latent
@@ -24,15 +24,15 @@ def mla_query(
     q = (low @ np.asarray(q_b, np.float64).T).reshape(len(q_a), heads, -1)
     nope, pe, k_pe = q[..., : q.shape[-1] - rope], q[..., q.shape[-1] - rope :], kv_a[:, latent:]
     if angles is not None:
-        pe = np.stack([_turned(pe[:, h], angles) for h in range(heads)], axis=1)
-        k_pe = _turned(k_pe, angles)
+        pe = np.stack([_rotate(pe[:, h], angles) for h in range(heads)], axis=1)
+        k_pe = _rotate(k_pe, angles)
     w_uk = np.asarray(kv_b, np.float64).reshape(heads, -1, latent)[:, : nope.shape[-1]]
     q_latent = np.stack([nope[:, h] @ w_uk[h] for h in range(heads)], axis=1)
     return q_latent, pe, np.concatenate([_normed(kv_a[:, :latent], kv_norm, eps), k_pe], axis=1)
 
 
 def mla_output(o: ArrayLike, kv_b: ArrayLike, o_proj: ArrayLike) -> np.ndarray:
-    """As `api.mla_output`."""
+    """Computes `api.mla_output`."""
     o, o_proj = np.asarray(o, np.float64), np.asarray(o_proj, np.float64)
     heads, latent = o.shape[1:]
     width = o_proj.shape[1] // heads
@@ -44,7 +44,7 @@ def _normed(x: np.ndarray, weight: ArrayLike, eps: float) -> np.ndarray:
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * np.asarray(weight, np.float64)
 
 
-def _turned(x: np.ndarray, angles: ArrayLike) -> np.ndarray:
-    """Each pair as a complex number, multiplied by exp(i angle)."""
-    turned = (x[:, ::2] + 1j * x[:, 1::2]) * np.exp(1j * np.asarray(angles, np.float64))
-    return np.concatenate([turned.real, turned.imag], axis=1)
+def _rotate(x: np.ndarray, angles: ArrayLike) -> np.ndarray:
+    """Multiplies each pair, taken as a complex number, by exp(i angle)."""
+    rotated = (x[:, ::2] + 1j * x[:, 1::2]) * np.exp(1j * np.asarray(angles, np.float64))
+    return np.concatenate([rotated.real, rotated.imag], axis=1)

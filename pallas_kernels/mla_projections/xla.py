@@ -8,19 +8,21 @@ Rotation = tuple[Float32[Array, "..."], Float32[Array, "..."]]
 
 
 def rms_norm(x: Float[Array, "... d"], weight: Float[Array, "d"], eps: float) -> Float[Array, "... d"]:
-    """x / sqrt(mean(x²) + eps), in float32 and cast back to x's dtype, times `weight`."""
+    """Computes x / sqrt(mean(x²) + eps) in float32, cast back to x's dtype, times `weight`."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return y.astype(x.dtype) * weight
 
 
 def rotate_pairs(x: Float[Array, "... R"], cos: Float32[Array, "..."], sin: Float32[Array, "..."]) -> Array:
-    """Interleaved pairs of x turned by the angles whose cos and sin these are, each of the R/2 twice: [first members |
-    second members], in x's dtype."""
+    """Rotates interleaved pairs of x and returns [first members | second members], in x's dtype.
+
+    `cos` and `sin` are those of the pairs' R/2 angles, each twice.
+    """
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     first, second = pairs[..., 0], pairs[..., 1]
-    turned = jnp.concatenate([first, second], -1) * cos + jnp.concatenate([-second, first], -1) * sin
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first, second], -1) * cos + jnp.concatenate([-second, first], -1) * sin
+    return rotated.astype(x.dtype)
 
 
 def mla_query(

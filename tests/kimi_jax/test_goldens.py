@@ -7,9 +7,9 @@ import cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_rows import WholeRows
 
 import kimi_jax
-from kimi_jax import decoding
 
 ATOL = 5e-5
 FAMILIES = ["k2.5", "k2", "deepseek-v3", "kimi-linear"]
@@ -34,7 +34,9 @@ def test_text_logits(model, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_continuation_of_a_ragged_batch(model, name):
     golden = cases.golden(name)
-    new = kimi_jax.generate(model(name), golden["greedy_prompts"], lengths=golden["greedy_lengths"], max_new_tokens=24)
+    new = kimi_jax.generate(
+        model(name), golden["greedy_prompts"], lengths=golden["greedy_lengths"], max_new_tokens=24, stop_ids=()
+    )
     np.testing.assert_array_equal(new, golden["greedy_tokens"])
 
 
@@ -53,13 +55,9 @@ def test_prefill_in_chunks_and_decoding_give_the_logits_of_one_pass(model, name,
     tokens = np.resize(golden["text_tokens"], (1, 200)) if "long_tokens" not in golden else golden["long_tokens"][None]
     whole = np.asarray(kimi(jnp.asarray(tokens)))[0]
     # When all but the last four tokens go in as a prompt, and those one at a time
-    runner = decoding.Runner(kimi)
-    state = runner.start(1, 200)
-    logits, state = runner.prefill(state, tokens[:, :196], np.array([196]), chunk=chunk)
-    steps = [np.asarray(logits)[0]]
-    for i in range(196, 200):
-        logits, state = runner.step(state, jnp.asarray(tokens[:, i]))
-        steps.append(np.asarray(logits)[0])
+    rows = WholeRows(kimi, 1, 200)
+    steps = [rows.prefill(tokens[:, :196], np.array([196]), chunk)[0]]
+    steps += [rows.step(tokens[:, i])[0] for i in range(196, 200)]
     # Then the logits are the same
     np.testing.assert_allclose(np.stack(steps), whole[195:], rtol=0, atol=ATOL)
 
@@ -74,12 +72,9 @@ def test_kimi_linear_over_200_tokens(model):
 def test_kimi_linear_recurrent_over_200_tokens(model):
     # One token at a time from the start, every KDA layer runs its recurrent step
     kimi, golden = model("kimi-linear"), cases.golden("kimi-linear")
-    runner = decoding.Runner(kimi)
-    state, rows = runner.start(1, 200), []
-    for token in golden["long_tokens"]:
-        logits, state = runner.step(state, jnp.asarray([token]))
-        rows.append(np.asarray(logits)[0])
-    np.testing.assert_allclose(np.stack(rows)[golden["long_positions"]], golden["long_logits"], rtol=0, atol=ATOL)
+    rows = WholeRows(kimi, 1, 200)
+    logits = np.stack([rows.step([token])[0] for token in golden["long_tokens"]])
+    np.testing.assert_allclose(logits[golden["long_positions"]], golden["long_logits"], rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +95,11 @@ def test_logits_of_a_prompt_with_two_images(model):
 def test_greedy_continuation_of_a_prompt_with_two_images(model, chunk):
     golden, grids = cases.golden("k2.5"), cases.IMAGE_GRIDS[list(cases.PROMPT_IMAGES)]
     new = kimi_jax.generate(
-        model("k2.5"), golden["prompt_tokens"][None], media=media(grids), max_new_tokens=24, prefill_chunk=chunk
+        model("k2.5"),
+        golden["prompt_tokens"][None],
+        media=media(grids),
+        max_new_tokens=24,
+        stop_ids=(),
+        prefill_chunk=chunk,
     )
     np.testing.assert_array_equal(new[0], golden["prompt_greedy_tokens"])

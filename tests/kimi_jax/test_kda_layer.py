@@ -9,9 +9,9 @@ from flax import nnx
 
 from checkpoints.toy import toy_config
 from kimi_jax.config_json import from_dict
+from kimi_jax.model.context import KDAState
 from kimi_jax.model.kda import KDA
 from kimi_jax.model.param import Init
-from kimi_jax.state import KDAState
 
 HEADS, DIM, HIDDEN = 2, 8, 24
 WIDTH = HEADS * DIM
@@ -168,9 +168,10 @@ def mixed(x, layer):
 
 def test_the_layer_is_the_specification(layer):
     x = random(4, 7, HIDDEN, seed=2)
-    run = nnx.jit(lambda layer, x, valid, state: layer(x, valid, state))
-    y, after = run(layer, jnp.asarray(x), valid(LENGTHS, 7), state(np.zeros((4, 3, 3 * WIDTH), np.float32), 4))
-    stateless, nothing = run(layer, jnp.asarray(x), valid(LENGTHS, 7), None)
+    run = nnx.jit(lambda layer, x, valid, state, phase: layer(x, valid, state, phase), static_argnums=4)
+    begin = state(np.zeros((4, 3, 3 * WIDTH), np.float32), 4)
+    y, after = run(layer, jnp.asarray(x), valid(LENGTHS, 7), begin, "prefill")
+    stateless, nothing = run(layer, jnp.asarray(x), valid(LENGTHS, 7), None, "prefill")
     assert nothing is None
     for row, length in enumerate(LENGTHS):
         want, S = mixed(x[row, :length], layer)
@@ -179,7 +180,7 @@ def test_the_layer_is_the_specification(layer):
         np.testing.assert_allclose(after.S[row], S, rtol=0, atol=5e-6)
     # One more token takes the recurrent step, from where each row stopped
     token = random(4, 1, HIDDEN, seed=3)
-    y, after = run(layer, jnp.asarray(token), valid(np.ones(4), 1), after)
+    y, after = run(layer, jnp.asarray(token), valid(np.ones(4), 1), after, "decode")
     for row, length in enumerate(LENGTHS):
         want, S = mixed(np.concatenate([x[row, :length], token[row]]), layer)
         np.testing.assert_allclose(y[row], want[-1:], rtol=0, atol=1e-5)

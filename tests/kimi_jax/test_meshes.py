@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_rows import WholeRows
 
 import kimi_jax
-from kimi_jax import decoding
 from kimi_jax.model.mla import MLA
 from kimi_jax.plan.hlo import parse
 from kimi_jax.plan.traffic import collectives
@@ -30,12 +30,11 @@ def prompts():
 
 def prefill_and_steps(model, tokens, lengths):
     """Logits after the prompts, which take two calls, and after one more token; and the compiled step's text."""
-    runner = decoding.Runner(model)
-    logits, state = runner.prefill(runner.start(BATCH, 300), tokens, lengths, chunk=CHUNK)
-    more = jnp.asarray(tokens[:, 0])
-    step = decoding._step.lower(runner.program, runner.arrays, state, more).compile().as_text()
-    after, _ = runner.step(state, more)  # does not compile again
-    return np.stack([logits, after]), step
+    rows = WholeRows(model, BATCH, 300)
+    logits = rows.prefill(tokens, lengths, CHUNK)
+    program, more = rows.program, tokens[:, 0]
+    step = program.jitted.logits.lower(program.arrays, rows.cache, rows.next_batch(more)).compile().as_text()
+    return np.stack([logits, rows.step(more)]), step  # does not compile again
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +87,7 @@ def test_prefill_and_decoding_on_a_mesh(checkpoint, alone, prompts, name, shape,
         (model.lm_head.weight, 0, of_heads * mesh.shape["expert"]),
     ):
         assert variable[...].addressable_shards[0].data.shape[axis] == variable.shape[axis] // parts
-    state = decoding.Runner(model).start(BATCH, 300)
-    cache = next(layer.pages for layer in state.layers if hasattr(layer, "pages"))
+    cache = next(layer.pages for layer in WholeRows(model, BATCH, 300).cache.layers if hasattr(layer, "pages"))
     assert cache.addressable_shards[0].data.nbytes * mesh.shape["data"] * mesh.shape["sequence"] == cache.nbytes
 
 
@@ -98,7 +96,7 @@ def test_a_whole_pass_and_odd_numbers_on_a_mesh(checkpoint, model):
     name = "kimi-linear"
     tokens = jnp.asarray(np.random.RandomState(1).randint(0, 500, (3, 31)), jnp.int32)
     meshed = kimi_jax.load(checkpoint(name), mesh=make_mesh("2x1x2x2"), dtype=jnp.float32)
-    new = kimi_jax.generate(meshed, np.asarray(tokens), max_new_tokens=2)
+    new = kimi_jax.generate(meshed, np.asarray(tokens), max_new_tokens=2, stop_ids=())
     longer = jnp.concatenate([tokens, new[:, :1]], axis=1)
     alone = np.asarray(model(name)(longer))
     # Then a whole pass has the logits of one device, and so does one with two rows of 32, which are split
@@ -109,9 +107,10 @@ def test_a_whole_pass_and_odd_numbers_on_a_mesh(checkpoint, model):
 
 
 def test_a_batch_that_cannot_be_sharded(checkpoint):
-    runner = decoding.Runner(kimi_jax.load(checkpoint("k2.5"), mesh=make_mesh("4x2"), dtype=jnp.float32))
+    rows = WholeRows(kimi_jax.load(checkpoint("k2.5"), mesh=make_mesh("4x2"), dtype=jnp.float32), 8, 100)
+    batch = next(rows.batches(np.ones((6, 2)), np.full(6, 2)))
     with pytest.raises(ValueError, match="a batch of 6 rows cannot be sharded over a data axis of 4"):
-        runner.start(6, 100)
+        rows.program.step(rows.cache, batch)
 
 
 def test_one_device_as_a_mesh(checkpoint, model):
@@ -119,5 +118,6 @@ def test_one_device_as_a_mesh(checkpoint, model):
     meshed = kimi_jax.load(checkpoint("k2"), mesh=mesh, dtype=jnp.float32)
     tokens = np.random.RandomState(2).randint(0, 500, (2, 9))
     np.testing.assert_array_equal(
-        kimi_jax.generate(meshed, tokens, max_new_tokens=2), kimi_jax.generate(model("k2"), tokens, max_new_tokens=2)
+        kimi_jax.generate(meshed, tokens, max_new_tokens=2, stop_ids=()),
+        kimi_jax.generate(model("k2"), tokens, max_new_tokens=2, stop_ids=()),
     )

@@ -49,5 +49,5 @@ def test_a_decode_step_compiles_for_a_tpu_mesh(preset, slice_, mesh, batch, mess
     assert found["kernels"] == KERNELS[preset]
     assert found["collectives"] == messages
     assert found["largest"] <= batch * 2048 * 4
-    assert found["in place"] >= found["state"]
+    assert found["in place"] >= found["cache"]
     assert found["copies"] == []

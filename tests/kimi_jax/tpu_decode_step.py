@@ -12,15 +12,14 @@ import sys
 from collections import Counter
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
-from kimi_jax import config_json, decoding
+from kimi_jax import config_json
+from kimi_jax.model.context import PAGE
 from kimi_jax.model.kimi import abstract
 from kimi_jax.plan.hlo import FREE, Instruction, nbytes, parse, result
 from kimi_jax.plan.traffic import collectives
-from kimi_jax.state import PAGE
+from kimi_jax.runtime.program import Program
 from sharding import make_mesh, mesh_sizes
 
 LATENTS = 576  # of both models
@@ -46,14 +45,15 @@ def main(preset: str, slice_: str, shape: str, batch: int) -> None:
     config = dataclasses.replace(published, text=text, vision=None)
     mesh = make_mesh(shape, topologies.get_topology_desc(platform="tpu", topology_name=slice_).devices)
 
-    runner = decoding.Runner(abstract(config, mesh=mesh))
-    state = runner.state_shapes(batch, max(CAPACITY, PAGE * mesh.shape["sequence"]))
-    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
-    step = decoding._step.trace(runner.program, runner.arrays, state, tokens)
+    program = Program(abstract(config, mesh=mesh))
+    row_pages = -(-CAPACITY // (PAGE * program.sequence)) * program.sequence
+    cache = program.cache_shapes(batch * row_pages, batch)
+    instructions = program.batch_shapes("decode", batch, 1, row_pages)
+    step = program.jitted.logits.trace(program.arrays, cache, instructions)
     compiled = step.lower(lowering_platforms=("tpu",)).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
-    program = parse(hlo)
-    sent = collectives(program, dict(mesh.shape))
+    parsed = parse(hlo)
+    sent = collectives(parsed, dict(mesh.shape))
     messages: Counter[str] = Counter()
     for message in sent:
         messages[message.kind] += message.count
@@ -63,11 +63,11 @@ def main(preset: str, slice_: str, shape: str, batch: int) -> None:
                 "kernels": Counter(re.findall(r"tpu_custom_call.*?op_name=\"[^\"]*/(\w+)/pallas_call\"", hlo)),
                 "collectives": messages,
                 "largest": max(message.nbytes for message in sent if message.kind != "all-to-all"),
-                "copies": [one.name for one in program.computations[program.entry].values() if _copies(one)],
+                "copies": [one.name for one in parsed.computations[parsed.entry].values() if _copies(one)],
                 "in place": memory.alias_size_in_bytes,
-                "state": sum(
+                "cache": sum(
                     math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-                    for array in jax.tree.leaves(state)
+                    for array in jax.tree.leaves(cache)
                 ),
             }
         )

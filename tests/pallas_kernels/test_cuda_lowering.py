@@ -51,14 +51,14 @@ def grouped_swiglu(shape):
 
 
 def mixture(shape):
-    into, out_of = BF16((shape.held, shape.N, shape.K)), BF16((shape.held, shape.K, shape.N))
+    into, out_of = BF16((shape.num_local, shape.N, shape.K)), BF16((shape.num_local, shape.K, shape.N))
     tokens = INT32((shape.T, shape.J)), F32((shape.T, shape.J))
     return ops.mixture, (BF16((shape.T, shape.K)), *tokens, into, into, out_of)
 
 
 def int4_mixture(shape):
     def codes(in_, out):
-        return INT4((shape.held, in_, out)), BF16((shape.held, in_ // 32, out))
+        return INT4((shape.num_local, in_, out)), BF16((shape.num_local, in_ // 32, out))
 
     op, (x, chosen, weights, *_) = mixture(shape)
     into, out_of = codes(shape.K, shape.N), codes(shape.N, shape.K)

@@ -86,7 +86,7 @@ def test_few_rows_on_a_chip_without_bf16_arithmetic(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "chip", lambda: V5)
     # Never for float32, whose weights are to be rounded to bf16 first.
     tile = mosaic_tpu.tiles(40, K, N, EXPERTS, jnp.float32)
-    assert mosaic_tpu.apart(tile, jnp.bfloat16) and not mosaic_tpu.apart(tile, jnp.float32)
+    assert mosaic_tpu.uses_block_diagonal(tile, jnp.bfloat16) and not mosaic_tpu.uses_block_diagonal(tile, jnp.float32)
     ops = compiled()
     # Groups of few rows in one window of 8 or not, one in several windows of 16; then one row, and the last window.
     for sizes in ([3, 0, 20, 17], [1, 6, 8, 12], [32, 0, 1, 7]):

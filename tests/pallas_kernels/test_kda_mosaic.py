@@ -14,7 +14,6 @@ from kernel_numerics import dots, relative_rmse
 
 from pallas_kernels import kda
 from pallas_kernels.kda import mosaic_scores, mosaic_tpu, reference
-from pallas_kernels.kda.visits import visits
 
 KERNEL = partial(mosaic_tpu.kda, normalize_qk=False, scale=1.0, lower_bound=None, interpret=True)
 SMALL = jax.jit(KERNEL)
@@ -115,7 +114,7 @@ def test_segments_and_padding_anywhere(ids, whole):
     check_packed(SMALL, jnp.float32, tokens(1, 150, 2, (0.1, 2)), states(1, 4, 2), ids, (1e-5, 1e-5))
 
 
-jitted_visits = jax.jit(visits, static_argnums=(1, 2))
+jitted_visits = jax.jit(chunk_visits, static_argnums=(1, 2))
 
 
 @settings(max_examples=50, deadline=None)

@@ -13,10 +13,10 @@ from kernel_numerics import relative_rmse
 
 from pallas_kernels import kda, kda_step
 from pallas_kernels.kda import reference, xla
-from pallas_kernels.kda.shapes import AWKWARD, KIMI, Shape
+from pallas_kernels.kda.shapes import AWKWARD, KIMI, KdaShape
 
 FORMS = {"recurrent": jax.jit(xla.recurrent), "chunked": jax.jit(xla.chunked)}
-SMALL = Shape("small", 1, 200, 2, 16, 24)
+SMALL = KdaShape("small", 1, 200, 2, 16, 24)
 
 
 def arguments(shape, decay, cosine=0.5, seed=0):
@@ -57,7 +57,7 @@ COSINES = (0.5, 0.99)
 
 def every_kind(tokens, dtype, seed=0):
     """Arguments of a row for each of COSINES and a head for each of DECAYS; the last mix all of them."""
-    shape = Shape("", len(COSINES), tokens, len(DECAYS), 16, 24)
+    shape = KdaShape("", len(COSINES), tokens, len(DECAYS), 16, 24)
     rng = np.random.default_rng(seed)
     rows = [arguments(shape._replace(B=1), 1, cosine, seed) for cosine in COSINES]
     q, k, v, g, beta, state = (np.concatenate(arrays) for arrays in zip(*rows, strict=True))
@@ -141,7 +141,7 @@ def test_transition_maps_the_state(tokens):
 
 
 PACKED = 90
-PACKED_INPUTS = arguments(Shape("packed", 1, PACKED, 1, 8, 4), (0.1, 2))
+PACKED_INPUTS = arguments(KdaShape("packed", 1, PACKED, 1, 8, 4), (0.1, 2))
 PACKED_STATES = np.random.default_rng(9).standard_normal((1, 4, 1, 8, 4)).astype(np.float32)
 PACKED_FORMS = {name: jax.jit(getattr(xla, name)) for name in FORMS}
 
@@ -256,7 +256,7 @@ def test_gradients_of_packed_rows_with_poisoned_padding(monkeypatch):
 
 
 def test_a_broken_lower_bound_is_an_error_under_checkify():
-    q, k, v, g, beta, _ = arguments(Shape("", 1, 6, 1, 8, 4), 1.0)
+    q, k, v, g, beta, _ = arguments(KdaShape("", 1, 6, 1, 8, 4), 1.0)
     ids = np.repeat([[0, -1]], [4, 2], axis=1).astype(np.int32)
     g[:, 4:] = np.nan
     run = partial(kda, num_segments=1, lower_bound=-5.0)
@@ -271,7 +271,7 @@ def test_a_broken_lower_bound_is_an_error_under_checkify():
 
 
 def test_bad_arguments_are_refused():
-    q, k, v, g, beta, state = arguments(Shape("", 1, 4, 1, 8, 4), 1.0)
+    q, k, v, g, beta, state = arguments(KdaShape("", 1, 4, 1, 8, 4), 1.0)
     ids = np.zeros((1, 4), np.int32)
     for message, options in (
         (r"k has shape \(1, 4, 1, 7\), expected \[B=1, T=4, H=1, Dk=8\]", {"k": k[..., :7]}),

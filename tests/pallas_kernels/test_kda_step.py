@@ -12,7 +12,7 @@ from kernel_numerics import dots, relative_rmse
 
 from pallas_kernels import kda, kda_step
 from pallas_kernels.kda import mosaic_step, reference
-from pallas_kernels.kda.shapes import STEP, Step
+from pallas_kernels.kda.shapes import STEP, KdaStepShape
 
 RUN = {
     implementation: jax.jit(partial(kda_step, implementation=implementation))
@@ -70,7 +70,7 @@ def test_steps_are_the_recurrence_over_tokens(implementation):
 
 def test_the_kernel_races_with_nothing_stays_in_bounds_and_in_place():
     strict = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
-    arrays = arguments(Step(8, 3, 128, 128), jnp.bfloat16)
+    arrays = arguments(KdaStepShape(8, 3, 128, 128), jnp.bfloat16)
     check(mosaic_step.kda_step(*arrays, interpret=strict), arrays, 5e-3)
     assert not interpret_pallas_call.races.races_found
     (call,) = [
@@ -99,7 +99,7 @@ def test_the_kernel_has_no_product_that_a_matrix_unit_would_round(dtype):
 
 @pytest.mark.parametrize("implementation", RUN)
 def test_a_step_has_the_gradient_of_the_recurrence(implementation):
-    arrays = arguments(Step(1, 1, 128, 128), jnp.float32, (0.1, 2))
+    arrays = arguments(KdaStepShape(1, 1, 128, 128), jnp.float32, (0.1, 2))
 
     def loss(run, *arrays):
         o, state = run(*arrays)
@@ -116,10 +116,10 @@ def test_a_step_has_the_gradient_of_the_recurrence(implementation):
 @pytest.mark.parametrize(
     "shape,dtype,reason",
     [
-        (Step(2, 2, 64, 128), jnp.float32, "a state is 64 x 128, expected multiples of 128"),
-        (Step(2, 2, 512, 256), jnp.float32, "a state is 512 x 256, expected at most 262144 bytes"),
-        (Step(2, 2, 128, 128), jnp.float16, "operands are float16, expected bfloat16 or float32"),
-        (Step(0, 2, 128, 128), jnp.float32, "it is empty"),
+        (KdaStepShape(2, 2, 64, 128), jnp.float32, "a state is 64 x 128, expected multiples of 128"),
+        (KdaStepShape(2, 2, 512, 256), jnp.float32, "a state is 512 x 256, expected at most 262144 bytes"),
+        (KdaStepShape(2, 2, 128, 128), jnp.float16, "operands are float16, expected bfloat16 or float32"),
+        (KdaStepShape(0, 2, 128, 128), jnp.float32, "it is empty"),
     ],
     ids=str,
 )

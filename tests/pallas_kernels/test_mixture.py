@@ -36,7 +36,7 @@ def experts(rng, shape, dtype, int4):
     """gate, up and down."""
 
     def matrix(out, in_):
-        values = jnp.asarray(rng.normal(size=(shape.held, out, in_)), jnp.float32)
+        values = jnp.asarray(rng.normal(size=(shape.num_local, out, in_)), jnp.float32)
         return quantize_int4(values.swapaxes(1, 2)) if int4 else values.astype(dtype)
 
     return matrix(shape.N, shape.K), matrix(shape.N, shape.K), matrix(shape.K, shape.N)
@@ -61,7 +61,7 @@ PLAIN, INTERPRETED = run("xla"), run("mosaic_tpu")
 @pytest.mark.parametrize(
     ("shape", "int4"),
     [*[(shape, False) for shape in shapes.KIMI + shapes.AWKWARD], *[(shape, True) for shape in shapes.AWKWARD]],
-    ids=lambda part: part.name if isinstance(part, shapes.Shape) else "int4" if part else "dense",
+    ids=lambda part: part.name if isinstance(part, shapes.MixtureShape) else "int4" if part else "dense",
 )
 def test_against_float64(shape, dtype, tolerance, int4):
     given = arguments(shape, dtype, int4)
@@ -93,7 +93,7 @@ def test_on_chips_without_bf16_arithmetic_and_with_two_cores(chip, dtype, tolera
 
 @FORMS
 def test_every_token_to_one_expert_and_to_none(int4):
-    shape = shapes.Shape("", 40, 1, 128, 128, 6, 2, 3)
+    shape = shapes.MixtureShape("", 40, 1, 128, 128, 6, 2, 3)
     x, _, weights, *matrices = arguments(shape, jnp.float32, int4)
     for expert in (1, 2, 4, -1):
         chosen = jnp.full((40, 1), expert, jnp.int32)
@@ -118,7 +118,7 @@ def test_a_row_that_is_not_finite_stays_alone(int4):
 @given(data=st.data())
 def test_any_choices(data):
     # Given tokens each with up to three experts of seven, of which four are here
-    shape = shapes.Shape("", 20, 3, 128, 128, 7, 2, 4)
+    shape = shapes.MixtureShape("", 20, 3, 128, 128, 7, 2, 4)
     x, _, weights, *matrices = arguments(shape, jnp.float32, int4=True)
     one = st.lists(st.integers(0, 6), max_size=3, unique=True).map(lambda experts: [*experts, -1, -1, -1][:3])
     chosen = jnp.asarray(data.draw(st.lists(one, min_size=20, max_size=20)), jnp.int32)
@@ -133,7 +133,7 @@ def test_steps_in_tiles_and_parts(chip, int4, monkeypatch):
         on(chip, monkeypatch)
     for module, name in ((1, "STEP_BYTES"), (1, "PART_WEIGHTS"), (2, "SHARED_PART_WEIGHTS")):
         monkeypatch.setattr(MODULES[module], name, 2**16)
-    shape = shapes.Shape("", 40, 2, 1024, 512, 6, 1, 4)
+    shape = shapes.MixtureShape("", 40, 2, 1024, 512, 6, 1, 4)
     given = arguments(shape, jnp.bfloat16, int4)
     assert relative_rmse(run("mosaic_tpu")(*given, 1), reference.mixture(*given, 1)) <= 4e-3
 
@@ -142,7 +142,7 @@ def test_visits_of_as_many_rows_as_are_gathered_at_once(monkeypatch):
     # Given two cores, and experts with up to three times as many rows, so that a core has some of an expert's visits
     on(V5P, monkeypatch)
     monkeypatch.setattr(KERNEL, "VISIT_ROWS", 16)
-    shape = shapes.Shape("", 60, 2, 128, 128, 5, 1, 3)
+    shape = shapes.MixtureShape("", 60, 2, 128, 128, 5, 1, 3)
     given = arguments(shape, jnp.float32, int4=False)
     assert relative_rmse(run("mosaic_tpu")(*given, 1), reference.mixture(*given, 1)) <= 1e-6
 
@@ -171,7 +171,7 @@ def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised(chip, int4, mon
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
 def test_gradient(implementation):
     # Given a mixture, in float64 one number of x and one weight moved a little
-    shape = shapes.Shape("", 3, 2, 128, 128, 4, 1, 2)
+    shape = shapes.MixtureShape("", 3, 2, 128, 128, 4, 1, 2)
     x, chosen, weights, *matrices = arguments(shape, jnp.float32, int4=True)
     cotangent = np.random.default_rng(1).normal(size=x.shape)
 
@@ -238,7 +238,7 @@ def test_bad_arguments_are_refused(change, message):
     ],
 )
 def test_what_the_kernel_cannot_serve_is_refused_when_asked_for(tokens, inputs, dtype, reason):
-    shape = shapes.Shape("", tokens, 2, inputs, 128, 4, 0, 4)
+    shape = shapes.MixtureShape("", tokens, 2, inputs, 128, 4, 0, 4)
     given = (
         arguments(shape, dtype, int4=False)
         if tokens

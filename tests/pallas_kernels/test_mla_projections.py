@@ -77,7 +77,7 @@ def test_without_rotation_channels_stay_as_they_are(implementation):
 @IMPLEMENTATIONS
 def test_rotation_keeps_the_products_of_two_tokens_at_one_distance(implementation):
     # Given queries and keys of the same channels at positions p and p + 3
-    shape = shapes.Shape("", 4, 128, 128, 128, 64, 1, 128)
+    shape = shapes.ProjectionShape("", 4, 128, 128, 128, 64, 1, 128)
     (q_a, kv_a, _, *rest), _ = query_arguments(shape, jnp.float32)
     same = q_a[:1].repeat(4, 0), kv_a[:1].repeat(4, 0)
     frequency = 50000.0 ** (-np.arange(32) / 32)
@@ -98,7 +98,7 @@ def test_output_on_two_cores_and_in_tiles(monkeypatch):
     monkeypatch.setattr(KERNEL, "chip", lambda: V5P)
     monkeypatch.setattr(KERNEL, "STEP_BYTES", 2**16)
     for columns in (768, 384):  # three tiles for each core; tiles that two cores cannot share
-        given = output_arguments(shapes.Shape("", 9, 128, 128, 128, 64, 2, columns), jnp.bfloat16)
+        given = output_arguments(shapes.ProjectionShape("", 9, 128, 128, 128, 64, 2, columns), jnp.bfloat16)
         assert relative_rmse(output("mosaic_tpu")(*given), reference.mla_output(*given)) <= 5e-3
 
 
@@ -154,7 +154,7 @@ def test_float32_is_multiplied_as_float32(dtype, precision):
 @IMPLEMENTATIONS
 def test_gradient(implementation):
     # Given one head of three tokens, and in float64 all that it depends on moved a little
-    shape = shapes.Shape("", 3, 128, 128, 128, 64, 1, 128)
+    shape = shapes.ProjectionShape("", 3, 128, 128, 128, 64, 1, 128)
     given, (q_a, kv_a, angles, q_norm, *rest) = query_arguments(shape, jnp.float32)
     cotangents = [np.random.default_rng(2).normal(size=size) for size in ((3, 1, 128), (3, 1, 64), (3, 192))]
 
@@ -234,11 +234,15 @@ def test_bad_arguments_of_an_output_are_refused(change, message):
 @pytest.mark.parametrize(
     ("shape", "dtype", "reason"),
     [
-        (shapes.Shape("", 129, 128, 128, 128, 64, 1, 128), jnp.float32, "B is 129, expected 1 to 128"),
-        (shapes.Shape("", 2, 128, 96, 128, 64, 1, 128), jnp.float32, "L is 96, expected a multiple of 128"),
-        (shapes.Shape("", 2, 128, 128, 128, 64, 1, 128), jnp.float16, "x is float16, expected bfloat16 or float32"),
+        (shapes.ProjectionShape("", 129, 128, 128, 128, 64, 1, 128), jnp.float32, "B is 129, expected 1 to 128"),
+        (shapes.ProjectionShape("", 2, 128, 96, 128, 64, 1, 128), jnp.float32, "L is 96, expected a multiple of 128"),
         (
-            shapes.Shape("", 2, 128, 128, 128, 64, 12, 128),
+            shapes.ProjectionShape("", 2, 128, 128, 128, 64, 1, 128),
+            jnp.float16,
+            "x is float16, expected bfloat16 or float32",
+        ),
+        (
+            shapes.ProjectionShape("", 2, 128, 128, 128, 64, 12, 128),
             jnp.float32,
             "there are 12 heads, expected 1, 2, 4 or a multiple of 8",
         ),

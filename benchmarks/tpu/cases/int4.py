@@ -34,7 +34,7 @@ def _trips(K: int, N: int, rows: int, groups: int, matrices: int) -> tuple[int, 
     steps, block_windows = columns * max(groups, blocks), columns * blocks * tile.block // tile.rows
     parts, shared_parts = steps * K // tile.K_part, steps * K // tile.K_shared
     windows = min(rows, tile.block) // tile.rows
-    few = [shared_parts * (rows <= mosaic_tpu.FEW_ROWS)] if mosaic_tpu.apart(tile, jnp.bfloat16) else []
+    few = [shared_parts * (rows <= mosaic_tpu.FEW_ROWS)] if mosaic_tpu.uses_block_diagonal(tile, jnp.bfloat16) else []
     if few and rows * groups <= mosaic_tpu.FEW_ROWS:
         return (steps, block_windows, *few, block_windows)
     one, shared = (0, 0) if any(few) else (parts, 0) if windows <= 1 else (0, shared_parts)

@@ -36,7 +36,7 @@ def _case(lower_bound: float | None) -> Case:
         return prefill, (bf16(wide), bf16(wide), bf16(wide), f32(wide), f32((1, TOKENS, HEADS)))
 
     gate = "any gate" if lower_bound is None else f"gate >= {lower_bound:g}"
-    steps = HEADS // mosaic_tpu.heads_of_step(HEADS, WIDTH, WIDTH) * TOKENS // CHUNK
+    steps = HEADS // mosaic_tpu.heads_per_step(HEADS, WIDTH, WIDTH) * TOKENS // CHUNK
     per_chunk = 10 * CHUNK * CHUNK * WIDTH + 6 * CHUNK * WIDTH * WIDTH
     return Case(
         name=f"kda H={HEADS} {TOKENS // 1024}k tokens, {gate}",

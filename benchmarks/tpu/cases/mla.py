@@ -71,7 +71,7 @@ def _prefill(heads: int, queries: int, keys: int) -> Case:
         )
 
     def trips() -> tuple[int, ...]:
-        size = mosaic_prefill.blocks(bf16((1, queries, heads, width)), bf16((1, keys, heads, width)))
+        size = mosaic_prefill.choose_blocks(bf16((1, queries, heads, width)), bf16((1, keys, heads, width)))
         groups, q_blocks = heads // size.heads, -(-queries // size.queries)
         blocks, parts = -(-keys // size.keys), size.keys // size.part
         whole = masked = masked_parts = 0

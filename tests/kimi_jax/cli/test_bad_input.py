@@ -1,7 +1,9 @@
 """Bad input to the `kimi-jax` command: exit code 2 with its usage, or 1 with one clear line."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 from calls import generate, refused
 from safetensors.numpy import load_file, save_file
@@ -193,3 +195,20 @@ def test_a_chat_file_that_is_none(published, tmp_path, capsys):
 )
 def test_a_bad_flag_is_named(published, capsys, flags, message):
     assert message in refused(capsys, generate(published, "--prompt", "a", *flags))
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_are_no_answer(published, tmp_path, temperature, capsys):
+    folder = tmp_path / "nan"
+    shutil.copytree(published, folder)
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith("embed_tokens.weight"):
+                tensors[name] = np.full_like(tensors[name], np.nan)
+        save_file(tensors, file)
+    options = ("--prompt", "a", "--max-new-tokens", 3, "--temperature", temperature)
+    assert generate(folder, *options) == 1
+    out, err = capsys.readouterr()
+    reason = "kimi-jax: the logits after 0 new tokens are not finite (NaN or infinity)"
+    assert out == "" and err.splitlines()[-1] == reason

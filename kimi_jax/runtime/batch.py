@@ -1,0 +1,151 @@
+"""One step's instructions, made by the host with numpy: which tokens, where they stand, in which pages and slots, how
+the next ones are chosen and when they are the last. New values never compile anything; shapes come from few buckets."""
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from kimi_jax.model.context import PAGE, Context, Phase
+from kimi_jax.model.token_ids import integers
+from kimi_jax.runtime.sampling import Sampling, SamplingRows, sampling_rows
+
+# As `Batch.tokens`: the token that the step before chose, which the host need not know.
+CHOSEN_BEFORE = -1
+
+
+class Finish(enum.IntEnum):
+    """Why a sequence ended, or that it has not."""
+
+    NOT_YET = 0
+    STOP = 1  # with one of its stop ids, which is part of the answer
+    LENGTH = 2  # it may have no more tokens
+    NOT_FINITE = 3  # its logits held NaN or infinity, of which no token can be chosen
+
+
+class Chosen(NamedTuple):
+    """The result of a step for each of its sequences: the last token chosen and `Finish`, int32 [b] each."""
+
+    tokens: Any
+    finish: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Describes one step for b sequences, in rows of t tokens.
+
+    tokens: int32 [rows, t]; CHOSEN_BEFORE is what `before` has of the sequence.
+    positions, page_table, slots, segments, phase: as `model.context.Context` has them. A sequence with
+        `before.finish` set keeps its pages and states as they are, whatever its positions say.
+    sampling: how each sequence's next token is chosen, [b].
+    stop_ids: int32 [b, n], filled up with -1.
+    ends: int32 [b], how many tokens a sequence may have in all; with the last of them it is finished.
+    choosing: bool [b], False where this step has no token to choose: a prompt with more tokens to come, or no tokens.
+    before: the step before's `Chosen`, on the device; None where tokens are all given and nobody is finished.
+    mask: uint32 [b, words / 32], a bit for each token that may be chosen, the lowest first; None allows all.
+    media_index, media: int32 [rows, t] and [m, d], as `splice.media_index` and `Kimi.encode_media_padded` give them.
+
+    On a mesh rows and sequences are split over `data`, and must divide by it. `None` in place of an array, `phase` and
+    shapes decide what is compiled; nothing else does.
+    """
+
+    tokens: Any
+    positions: Any
+    page_table: Any
+    sampling: SamplingRows
+    stop_ids: Any
+    ends: Any
+    choosing: Any
+    before: Chosen | None = None
+    slots: Any = None
+    segments: Any = None
+    mask: Any = None
+    media_index: Any = None
+    media: Any = None
+    phase: Phase = dataclasses.field(default="prefill", metadata={"static": True})
+
+    @property
+    def context(self) -> Context:
+        return Context(self.positions, self.page_table, self.slots, self.segments, self.phase)
+
+    def next_token(self, positions: np.ndarray, before: Chosen | None) -> "Batch":
+        """The decode step of the same sequences that takes the token chosen before, at `positions` [b]; -1 is none."""
+        return dataclasses.replace(
+            self,
+            tokens=np.full((len(positions), 1), CHOSEN_BEFORE, np.int32),
+            positions=positions[:, None].astype(np.int32),
+            choosing=positions >= 0,
+            before=before,
+            segments=None,
+            media_index=None,
+            media=None,
+            phase="decode",
+        )
+
+
+def few(count: int, least: int = 1) -> int:
+    """The next of four numbers an octave, in multiples of `least`, so that few sizes are ever compiled."""
+    step = max(least, 1 << max(0, (count - 1).bit_length() - 3))
+    return -(-count // step) * step
+
+
+def pages_in_order(rows: int, tokens: int, data: int = 1, sequence: int = 1) -> np.ndarray:
+    """The page table of a cache that is these rows' alone, one after another: int32 [rows, row_pages] for at least
+    `tokens` tokens each. On a mesh the rows are split over `data`, and pages over `sequence` (see `Context`)."""
+    row_pages = few(-(-tokens // (PAGE * sequence)))
+    part = np.arange(rows // data * row_pages, dtype=np.int32).reshape(rows // data, row_pages)
+    return np.tile(part, (data, sequence))
+
+
+def padded_stop_ids(stop_ids: Iterable[int], rows: int, vocab_size: int) -> np.ndarray:
+    """The same stop ids for every row, int32 [rows, n] with n a power of two, at least 8.
+
+    Raises ValueError for anything but token ids.
+    """
+    ids = sorted(set(stop_ids))
+    if ids and not 0 <= integers("stop_ids", ids).min() <= max(ids) < vocab_size:
+        raise ValueError(f"stop_ids are {ids}, expected token ids from 0 to {vocab_size - 1}")
+    padded = np.full(max(8, 1 << (len(ids) - 1).bit_length()), -1, np.int32)
+    padded[: len(ids)] = ids
+    return np.tile(padded, (rows, 1))
+
+
+def prompts(
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    page_table: np.ndarray,
+    *,
+    chunk: int,
+    max_new_tokens: int,
+    sampling: Sequence[Sampling],
+    seeds: np.ndarray,
+    stop_ids: np.ndarray,
+    media_index: np.ndarray | None = None,
+    media: jax.Array | None = None,
+) -> Iterator[Batch]:
+    """The prefill steps of prompts, int32 [b, t] right-padded, `chunk` tokens at a time; row i has slot i.
+
+    A row of length 0 takes no part. `before` is still to be filled in, step by step.
+    """
+    chunk = min(chunk, few(tokens.shape[1], 16))
+    padding = [(0, 0), (0, -tokens.shape[1] % chunk)]
+    tokens = np.pad(tokens, padding)
+    index = None if media_index is None else np.pad(media_index, padding, constant_values=-1)
+    values = sampling_rows(sampling, seeds)
+    for first in range(0, tokens.shape[1], chunk):
+        columns = np.arange(first, first + chunk, dtype=np.int32)
+        yield Batch(
+            tokens=tokens[:, first : first + chunk],
+            positions=np.where(columns < lengths[:, None], columns, -1).astype(np.int32),
+            page_table=page_table,
+            sampling=values,
+            stop_ids=stop_ids,
+            ends=(lengths + max_new_tokens).astype(np.int32),
+            choosing=(first < lengths) & (lengths <= first + chunk),
+            media_index=None if index is None else index[:, first : first + chunk],
+            media=media,
+        )

@@ -1,0 +1,107 @@
+"""Pools of memory on the device that decoding carries from step to step: pages of latents, slots of KDA states.
+
+A cache does not know its owners: the host says in each step's `Batch` which pages and which slot a sequence uses. It
+is a pytree, donated to each step.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from kimi_jax.axes import Array, Int32
+from kimi_jax.config import KimiConfig, TextConfig
+from kimi_jax.model.context import PAGE, KDAState, LayerCache, MLACache, cache_specs
+
+
+class Cache(NamedTuple):
+    """Each layer's pool: `MLACache` [pages, channels, PAGE], or `KDAState` [slots, ...]. All MLA layers have as many
+    pages, all KDA layers as many slots, so that one page table and one slot serve a sequence in every layer."""
+
+    layers: tuple[LayerCache, ...]
+
+    @property
+    def pages(self) -> int:
+        """Pages of the pool, over all devices; 0 in a model without MLA layers."""
+        return next((len(layer.pages) for layer in self.layers if isinstance(layer, MLACache)), 0)
+
+    @property
+    def slots(self) -> int:
+        """Slots of the pool, over all devices; 0 in a model without KDA layers."""
+        return next((len(layer.S) for layer in self.layers if isinstance(layer, KDAState)), 0)
+
+
+def empty(config: KimiConfig, pages: int, slots: int, dtype: jax.typing.DTypeLike) -> Cache:
+    """Pools of zeros: `pages` of PAGE tokens and `slots` states, over all devices; latents and tails in `dtype`."""
+    return Cache(tuple(_layer(config.text, kind, pages, slots, dtype) for kind in config.text.layer_kinds))
+
+
+def _layer(text: TextConfig, kind: str, pages: int, slots: int, dtype: jax.typing.DTypeLike) -> LayerCache:
+    if kind == "mla":
+        return MLACache(jnp.zeros((pages, text.latent_dim, PAGE), dtype))
+    kda = text.linear_attn
+    assert kda is not None
+    tail = (slots, kda.short_conv_kernel_size - 1, 3 * kda.num_heads * kda.head_dim)
+    return KDAState(jnp.zeros(tail, dtype), jnp.zeros((slots, kda.num_heads, kda.head_dim, kda.head_dim), jnp.float32))
+
+
+def specs(cache: Cache, mesh: Mesh | AbstractMesh | None = None) -> Any:
+    """The PartitionSpec of every array of a cache, on the mesh in use where none is given.
+
+    Raises ValueError where a pool does not divide by the mesh's axes.
+    """
+    return Cache(cache_specs(cache.layers, mesh))
+
+
+def pages_within(
+    config: KimiConfig,
+    nbytes: int,
+    slots: int,
+    dtype: jax.typing.DTypeLike,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> int:
+    """The pages that a cache of `slots` slots can have, over all devices, if it may take `nbytes` of each device.
+
+    Raises ValueError where not even one page of every device fits.
+    """
+    shape = {"data": 1, "sequence": 1} if mesh is None else mesh.shape
+    parts = shape["data"] * shape["sequence"]
+    fixed, each = (_bytes_per_device(config, pages * parts, slots, dtype, mesh) for pages in (0, 1))
+    count = (nbytes - fixed) // (each - fixed) if each > fixed else 0
+    if count < 1:
+        raise ValueError(f"a cache of {nbytes:,} bytes on each device: {slots} slots and one page take {each:,}")
+    return int(count) * parts
+
+
+def _bytes_per_device(
+    config: KimiConfig, pages: int, slots: int, dtype: jax.typing.DTypeLike, mesh: Mesh | AbstractMesh | None
+) -> int:
+    shapes = jax.eval_shape(functools.partial(empty, config, pages, slots, dtype))
+    if mesh is None:
+        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(shapes))
+
+    def of(array: jax.ShapeDtypeStruct, spec: Any) -> int:
+        names = [name for group in spec for name in ((group,) if isinstance(group, str) else group or ())]
+        parts = 1
+        for name in names:
+            parts *= mesh.shape[name]
+        return array.size * array.dtype.itemsize // parts
+
+    return sum(jax.tree.leaves(jax.tree.map(of, shapes, specs(shapes, mesh))))
+
+
+def copy_slots(cache: Cache, source: Int32[Array, "n"], target: Int32[Array, "n"]) -> Cache:
+    """The cache with the KDA states of slots `source` in slots `target` too; a negative target is nobody's.
+
+    Slots are numbered as in a device's part of the pool. A prefix that several sequences share is one state, copied.
+    """
+
+    def copied(pool: Any) -> Any:
+        if isinstance(pool, MLACache):
+            return pool
+        to = jnp.where(target >= 0, target, len(pool.S))  # past the end, where the scatter drops it
+        return jax.tree.map(lambda x: x.at[to].set(x[jnp.maximum(source, 0)], mode="drop"), pool)
+
+    return Cache(tuple(copied(layer) for layer in cache.layers))

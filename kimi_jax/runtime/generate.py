@@ -1,0 +1,148 @@
+"""From prompts to tokens: prefill in chunks, then a step per token, of which results are read one step behind."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kimi_jax.config import KimiConfig
+from kimi_jax.model.kimi import Kimi
+from kimi_jax.model.splice import Media, media_index
+from kimi_jax.model.token_ids import integers, token_ids
+from kimi_jax.runtime.batch import Batch, Finish, padded_stop_ids, pages_in_order, prompts
+from kimi_jax.runtime.program import Program
+from kimi_jax.runtime.sampling import Sampling, checked_seeds
+
+PREFILL_CHUNK = 2048
+
+
+def generate(
+    model: Kimi,
+    tokens: ArrayLike,
+    max_new_tokens: int = 24,
+    temperature: float = 0.0,
+    lengths: ArrayLike | None = None,
+    media: Media | None = None,
+    stop_ids: Iterable[int] | None = None,
+    seed: int | ArrayLike = 0,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> np.ndarray:
+    """Continues prompts: token ids [b, t], right-padded, row i holding `lengths[i]` -> int32 [b, max_new_tokens].
+
+    After one of `stop_ids` (which is part of the answer) a row goes on with config.json's `pad_token_id`. None is the
+    model's own stop ids, () never stops. `media` belongs to the placeholders in `tokens`, already expanded. The other
+    arguments are `sampling.Sampling`'s. `seed`, from 0 to 2**63 - 1, is one for all rows alike or one for each [b]: the
+    same prompt and seed draw the same tokens wherever they stand in a batch.
+    Raises ValueError for tokens that are no integers of the vocabulary, lengths that do not fit `tokens`, media that do
+    not match the placeholders, prompts that leave no room for `max_new_tokens` within `max_position_embeddings`, and
+    (at the end) for rows whose logits were not finite; `stream` gives the other rows' tokens all the same.
+    """
+    columns = list(
+        stream(
+            model,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, min_p),
+            lengths=lengths,
+            media=media,
+            stop_ids=stop_ids,
+            seed=seed,
+            prefill_chunk=prefill_chunk,
+        )
+    )
+    if (failed := np.flatnonzero(columns[-1].finish == Finish.NOT_FINITE)).size:
+        raise ValueError(f"the logits of rows {failed.tolist()} are not finite (NaN or infinity)")
+    pad = np.full_like(columns[0].tokens, model.config.text.pad_token_id)
+    return np.stack([column.tokens for column in columns] + [pad] * (max_new_tokens - len(columns)), axis=1)
+
+
+class Column(NamedTuple):
+    """One new token of every row: `tokens` int32 [b], `finish` int32 [b], `Finish` so far.
+
+    A row that was finished before, or whose logits were not finite, has config.json's `pad_token_id`.
+    """
+
+    tokens: np.ndarray
+    finish: np.ndarray
+
+
+def stream(
+    model: Kimi,
+    tokens: ArrayLike,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    lengths: ArrayLike | None = None,
+    media: Media | None = None,
+    stop_ids: Iterable[int] | None = None,
+    seed: int | ArrayLike = 0,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[Column]:
+    """`generate`'s columns, as they come; ends when every row is finished. Raises what `generate` raises of arguments
+    before the first is asked for."""
+    config, program = model.config, Program(model)
+    ids = token_ids(tokens, config.text.vocab_size)
+    lengths = checked_lengths(config, ids, lengths, max_new_tokens)
+    if prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
+    index = media_index(np.where(np.arange(ids.shape[1]) < lengths[:, None], ids, -1), media, config)
+    rows, more = len(ids), -len(ids) % program.data  # rows of no tokens make the batch divide by the mesh
+    seeds = np.pad(checked_seeds(seed, rows), (0, more))
+    stops = padded_stop_ids(config.stop_ids if stop_ids is None else stop_ids, rows + more, config.text.vocab_size)
+    table = pages_in_order(rows + more, int(lengths.max()) + max_new_tokens, program.data, program.sequence)
+    steps = prompts(
+        np.pad(ids, [(0, more), (0, 0)]),
+        np.pad(lengths, (0, more)),
+        table,
+        chunk=prefill_chunk,
+        max_new_tokens=max_new_tokens,
+        sampling=[sampling] * (rows + more),
+        seeds=seeds,
+        stop_ids=stops,
+        media_index=None if index is None else np.pad(index, [(0, more), (0, 0)], constant_values=-1),
+        media=None if media is None else model.encode_media_padded(media),
+    )
+    return _columns(program, steps, table, lengths, max_new_tokens)
+
+
+def _columns(
+    program: Program, steps: Iterator[Batch], table: np.ndarray, lengths: np.ndarray, max_new_tokens: int
+) -> Iterator[Column]:
+    cache, chosen = program.cache(table.size, len(table)), program.nothing_chosen(len(table))
+    for batch in steps:
+        cache, chosen = program.step(cache, dataclasses.replace(batch, before=chosen))
+    rows, positions = len(lengths), np.pad(lengths, (0, len(table) - len(lengths)), constant_values=-max_new_tokens)
+    finished = np.zeros(rows, bool)
+    for i in range(max_new_tokens):
+        previous = chosen
+        if i + 1 < max_new_tokens:  # the device goes on while its last tokens are read
+            cache, chosen = program.step(cache, batch.next_token(np.maximum(positions + i, -1), previous))
+        new, finish = (np.asarray(array)[:rows] for array in previous)
+        unusable = finished | (finish == Finish.NOT_FINITE)
+        yield Column(np.where(unusable, program.config.text.pad_token_id, new).astype(np.int32), finish)
+        finished = finish != Finish.NOT_YET
+        if finished.all():
+            return
+
+
+def checked_lengths(
+    config: KimiConfig, tokens: ArrayLike, lengths: ArrayLike | None, max_new_tokens: int
+) -> np.ndarray:
+    """`lengths` int32 [b], the whole width where None; raises what `generate` raises of tokens and lengths."""
+    rows, width = token_ids(tokens, config.text.vocab_size).shape
+    found = np.full(rows, width) if lengths is None else integers("lengths", lengths)
+    if found.shape != (rows,) or found.min() < 1 or found.max() > width:
+        raise ValueError(f"lengths are {found.tolist()}, expected {rows} of them between 1 and {width}")
+    room, longest = config.text.max_position_embeddings, int(found.max())
+    if max_new_tokens < 1 or longest + max_new_tokens > room:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones: expected at least 1 new token, "
+            f"and at most max_position_embeddings = {room} in all"
+        )
+    return found.astype(np.int32)

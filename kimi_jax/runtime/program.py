@@ -1,0 +1,223 @@
+"""The jitted step: what `generate`, the planner, tests and an engine call to run a model over a cache.
+
+A model is taken apart once, into arrays and their structure; models of one structure share what is compiled.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from kimi_jax.axes import AnyArray, Int32, LastLogits
+from kimi_jax.config import KimiConfig
+from kimi_jax.model.context import Phase
+from kimi_jax.model.kimi import Kimi
+from kimi_jax.model.param import weight_specs
+from kimi_jax.runtime import cache as caches
+from kimi_jax.runtime.batch import CHOSEN_BEFORE, Batch, Chosen, Finish
+from kimi_jax.runtime.cache import Cache
+from kimi_jax.runtime.sampling import SamplingRows, sample
+from sharding import REPLICATED, StreamLayout, shard_over_mesh, use_mesh
+
+
+class Program:
+    """Steps of one model. Every cache given to a step is donated: keep only the one that comes back.
+
+    `config`, `dtype` and `mesh` are the model's; a batch's rows must divide by `data`, its tables by `sequence`.
+    """
+
+    def __init__(self, model: Kimi):
+        graph, params = nnx.split(model)
+        self.config, self.dtype = model.config, model.dtype
+        self.arrays, tree = jax.tree.flatten(params)
+        self.placement: Sharding = model.model.embed_tokens.weight.get_value().sharding
+        self.mesh = self.placement.mesh if isinstance(self.placement, NamedSharding) else None
+        self.jitted = _jitted(graph, tree, self.mesh)
+        shape = {"data": 1, "sequence": 1} if self.mesh is None else self.mesh.shape
+        self.data, self.sequence = shape["data"], shape["sequence"]
+
+    def step(self, cache: Cache, batch: Batch) -> tuple[Cache, Chosen]:
+        """Runs the batch's tokens and chooses the next ones: the cache, and tokens and `Finish` int32 [b] each, on
+        every device. A sequence that chooses nothing, or was finished before, has what `batch.before` has of it."""
+        self.check(batch)
+        return self.jitted.step(self.arrays, cache, batch)
+
+    def logits(self, cache: Cache, batch: Batch) -> tuple[Cache, LastLogits]:
+        """Runs the batch's tokens: the cache, and float32 logits [b, vocab_size] after each sequence's last token
+        (meaningless where it has none)."""
+        self.check(batch)
+        return self.jitted.logits(self.arrays, cache, batch)
+
+    def copy_slots(self, cache: Cache, source: Int32[AnyArray, "n"], target: Int32[AnyArray, "n"]) -> Cache:
+        """`cache.copy_slots` on every device: on a mesh the numbers are split over `data`, a part for each part of
+        the pool."""
+        return self.jitted.copy_slots(cache, source, target)
+
+    def cache(self, pages: int, slots: int) -> Cache:
+        """An empty cache, laid out on the model's own devices. On a mesh pages divide by `data * sequence`, slots by
+        `data`; raises ValueError where they do not."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.cache_shapes(pages, slots))
+        leaves, tree = jax.tree.flatten(shardings)
+        return _empty(self.config, pages, slots, self.dtype, tuple(leaves), tree)()
+
+    def cache_shapes(self, pages: int, slots: int) -> Cache:
+        """`cache`'s shapes, dtypes and shardings."""
+        shapes = jax.eval_shape(functools.partial(caches.empty, self.config, pages, slots, self.dtype))
+        if self.mesh is None:
+            shardings = jax.tree.map(lambda _: self.placement, shapes)
+        else:
+            mesh = self.mesh
+            shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), caches.specs(shapes, mesh))
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+        )
+
+    def nothing_chosen(self, sequences: int) -> Chosen:
+        """`Batch.before` of a first step: nobody has a token, nobody is finished."""
+        zeros = np.zeros(sequences, np.int32)
+        everywhere = self.placement if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        array = jax.make_array_from_callback(zeros.shape, everywhere, zeros.__getitem__)
+        return Chosen(array, array)
+
+    def batch_shapes(self, phase: Phase, rows: int, tokens: int, row_pages: int, stop_ids: int = 8) -> Batch:
+        """The shapes, dtypes and shardings of a batch of whole rows with tokens of their own, for compiling without
+        values."""
+
+        def array(*shape: int, dtype: jax.typing.DTypeLike = jnp.int32, spec: Any = ("data",)) -> Any:
+            sharding = self.placement if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(*spec))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        number, seeds = array(rows, dtype=jnp.float32), array(rows, 2, dtype=jnp.uint32)
+        return Batch(
+            tokens=array(rows, tokens),
+            positions=array(rows, tokens),
+            page_table=array(rows, row_pages, spec=("data", "sequence")),
+            sampling=SamplingRows(number, array(rows), number, number, seeds),
+            stop_ids=array(rows, stop_ids),
+            ends=array(rows),
+            choosing=array(rows, dtype=jnp.bool_),
+            phase=phase,
+        )
+
+    @property
+    def compiled(self) -> int:
+        """Programs compiled so far for steps of models of this structure."""
+        return self.jitted.step._cache_size() + self.jitted.logits._cache_size()
+
+    def check(self, batch: Batch) -> None:
+        """Raises ValueError for a batch that the mesh does not divide, and for a decode step of several tokens."""
+        rows, tokens = batch.tokens.shape
+        if rows % self.data:
+            raise ValueError(f"a batch of {rows} rows cannot be sharded over a data axis of {self.data}")
+        if batch.page_table.shape[1] % self.sequence:
+            raise ValueError(
+                f"a page table of {batch.page_table.shape[1]} pages a row cannot be sharded over a sequence axis of "
+                f"{self.sequence}"
+            )
+        if batch.phase == "decode" and (tokens != 1 or batch.segments is not None):
+            raise ValueError(f"a decode step has rows of {tokens} tokens, expected one token and no segments")
+
+
+class _Jitted:
+    """The jitted functions of all models of a structure; one object for each, so that `jit` compares identities."""
+
+    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: Mesh | None):
+        self.graph, self.tree, self.mesh = graph, tree, mesh
+        everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self.step: Any = jax.jit(self.run_and_choose, donate_argnames="cache", out_shardings=(None, everywhere))
+        self.logits: Any = jax.jit(self.run, donate_argnames="cache")
+        self.copy_slots: Any = jax.jit(self.copy, donate_argnames="cache")
+
+    def run(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, LastLogits]:
+        params = jax.tree.unflatten(self.tree, arrays)
+        batch = _with_tokens(batch)
+        with use_mesh(None if self.mesh is None else self.mesh.abstract_mesh):
+            layout = nnx.merge(self.graph, params).stream_layout(*batch.tokens.shape)
+            if batch.segments is not None:
+                # A short convolution reaches back to its own sequence's tokens, which must be on its own device
+                layout = dataclasses.replace(layout, token_axes=())
+
+            places, tree = jax.tree.flatten(batch.context)
+
+            def on_device(params: Any, layers: Any, tokens: Any, places: Any, *media: Any) -> tuple[Any, Any]:
+                context = jax.tree.unflatten(tree, places)
+                return nnx.merge(self.graph, params).extend(layers, tokens, context, *media, layout)
+
+            rows, layers = layout.row_spec(), caches.specs(cache).layers
+            where = [layout.row_spec("row_pages") if array is batch.page_table else rows for array in places]
+            in_specs = (weight_specs(params), layers, rows, where, rows, REPLICATED)
+            run = shard_over_mesh(on_device, in_specs, (layout.row_spec("vocab"), layers))
+            inputs = (batch.tokens, places, batch.media_index, batch.media)
+            logits, after = run(params, cache.layers, *inputs)
+        return Cache(after), logits
+
+    def run_and_choose(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, Chosen]:
+        cache, logits = self.run(arrays, cache, batch)
+        return cache, choose(logits, batch)
+
+    def copy(self, cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
+        with use_mesh(None if self.mesh is None else self.mesh.abstract_mesh):
+            lies, numbers = caches.specs(cache), StreamLayout.choose(self.data_size(), 1).row_spec()
+            return shard_over_mesh(caches.copy_slots, (lies, numbers, numbers), lies)(cache, source, target)
+
+    def data_size(self) -> int:
+        return 1 if self.mesh is None else self.mesh.shape["data"]
+
+
+_jitted = functools.lru_cache(maxsize=16)(_Jitted)
+
+
+@functools.lru_cache(maxsize=64)
+def _empty(
+    config: KimiConfig,
+    pages: int,
+    slots: int,
+    dtype: jnp.dtype,
+    shardings: tuple[Sharding, ...],
+    tree: jax.tree_util.PyTreeDef,
+) -> Any:
+    """A jitted function, kept: made anew at every call, it would be compiled at every call."""
+    make = functools.partial(caches.empty, config, pages, slots, dtype)
+    return jax.jit(make, out_shardings=jax.tree.unflatten(tree, shardings))
+
+
+def _with_tokens(batch: Batch) -> Batch:
+    """The batch with the tokens chosen before in their places, and no tokens of those who are finished."""
+    if batch.before is None:
+        return batch
+    token, finish = batch.before
+    if batch.segments is None:
+        token, finish = token[:, None], finish[:, None]
+    else:
+        rows, owner = len(batch.tokens), jnp.maximum(batch.segments, 0)
+        token, finish = (jnp.take_along_axis(x.reshape(rows, -1), owner, axis=1) for x in (token, finish))
+    return dataclasses.replace(
+        batch,
+        tokens=jnp.where(batch.tokens == CHOSEN_BEFORE, token, batch.tokens),
+        positions=jnp.where(finish == Finish.NOT_YET, batch.positions, -1),
+    )
+
+
+def choose(logits: LastLogits, batch: Batch) -> Chosen:
+    """Each sequence's next token, and whether it is the last."""
+    context = batch.context
+    finite = jnp.isfinite(logits).all(axis=-1)
+    if batch.mask is not None:
+        bits = batch.mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+        allowed = bits.reshape(len(batch.mask), -1)[:, : logits.shape[1]]
+        logits = jnp.where(allowed == 1, logits, -jnp.inf)
+    rows, columns = len(batch.positions), context.last()
+    last = jnp.take_along_axis(batch.positions, columns.reshape(rows, -1), axis=1).reshape(-1)
+    token = sample(logits, batch.sampling, last + 1)
+    finish = jnp.where(last + 2 >= batch.ends, Finish.LENGTH, Finish.NOT_YET)
+    finish = jnp.where((token[:, None] == batch.stop_ids).any(axis=1), Finish.STOP, finish)
+    finish = jnp.where(finite, finish, Finish.NOT_FINITE).astype(jnp.int32)
+    if batch.before is None:
+        return Chosen(token, finish)
+    chooses = batch.choosing & (batch.before.finish == Finish.NOT_YET)
+    return Chosen(jnp.where(chooses, token, batch.before.tokens), jnp.where(chooses, finish, batch.before.finish))

@@ -1,0 +1,112 @@
+"""Choosing the next token: greedy, or drawn after temperature, top-k, top-p (nucleus sampling, arXiv 1904.09751) and
+min-p (arXiv 2407.01082). Each sequence has values of its own, which are arrays: other values compile nothing."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kimi_jax.axes import AnyArray, Array, Float32, Int32, LastLogits, UInt32
+from kimi_jax.model.token_ids import integers
+
+SEEDS = 2**63
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """`temperature` 0 is greedy. The filters apply in the order of the fields: the `top_k` most likely tokens (0: all),
+    then the fewest whose probabilities reach `top_p`, then those with at least `min_p` of the best one's probability.
+
+    Raises ValueError for a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature": (self.temperature >= 0, "at least 0"),
+            "top_k": (self.top_k >= 0 and self.top_k == math.floor(self.top_k), "a whole number, at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+        }
+        for name, (holds, expected) in ranges.items():
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+
+class SamplingRows(NamedTuple):
+    """The values of each sequence of a batch, as `Sampling` has them; `seeds` are two halves, the upper first."""
+
+    temperature: Float32[AnyArray, "b"]
+    top_k: Int32[AnyArray, "b"]
+    top_p: Float32[AnyArray, "b"]
+    min_p: Float32[AnyArray, "b"]
+    seeds: UInt32[AnyArray, "b 2"]
+
+
+def sampling_rows(sampling: Sequence[Sampling], seeds: np.ndarray) -> SamplingRows:
+    """Arrays of the values of each sequence, with its seed as `checked_seeds` gives it."""
+    # Within float32's normal numbers: a device flushes smaller ones to zero, which would mean greedy
+    normal = np.finfo(np.float32)
+    temperature = [np.clip(one.temperature, normal.tiny, normal.max) if one.temperature else 0.0 for one in sampling]
+    return SamplingRows(
+        np.array(temperature, np.float32),
+        np.array([min(one.top_k, np.iinfo(np.int32).max) for one in sampling], np.int32),
+        np.array([one.top_p for one in sampling], np.float32),
+        np.array([one.min_p for one in sampling], np.float32),
+        np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], axis=1).astype(np.uint32),
+    )
+
+
+def checked_seeds(seed: int | ArrayLike, rows: int) -> np.ndarray:
+    """One seed for every row alike, or a seed a row -> uint64 [rows].
+
+    Raises ValueError for anything but integers from 0 to 2**63 - 1, and for another number of them.
+    """
+    values = integers("seeds", seed)
+    if values.shape not in ((), (rows,)):
+        raise ValueError(f"seeds have shape {values.shape}, expected one seed, or one for each of {rows} rows")
+    if values.size and (values.min() < 0 or values.max() >= SEEDS):
+        raise ValueError(f"seeds lie between {values.min()} and {values.max()}, expected 0 to 2**63 - 1")
+    return np.broadcast_to(values.astype(np.uint64), (rows,))
+
+
+def filtered(logits: LastLogits, rows: SamplingRows) -> tuple[LastLogits, Int32[jax.Array, "b w"]]:
+    """Logits over the temperature, best first, -inf where a filter drops them; and the tokens they belong to."""
+    temperature, top_k, top_p, min_p = (values[:, None] for values in rows[:4])
+    order = jnp.argsort(logits, axis=-1, descending=True, stable=True).astype(jnp.int32)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    # From the best one down, for then no temperature, however small, makes an infinity of it
+    ranked = (ranked - ranked[:, :1]) / jnp.where(temperature > 0, temperature, 1)
+    ranked = jnp.where((top_k == 0) | (jnp.arange(ranked.shape[-1]) < top_k), ranked, -jnp.inf)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    ranked = jnp.where((top_p >= 1) | (before < top_p), ranked, -jnp.inf)
+    return jnp.where(ranked >= jnp.log(min_p), ranked, -jnp.inf), order
+
+
+def sample(logits: LastLogits, rows: SamplingRows, positions: Int32[Array, "b"]) -> Int32[jax.Array, "b"]:
+    """The token of each row that is to stand at `positions` in its sequence.
+
+    A draw's key is made of the row's seed and that position, so that it depends neither on the row's place in a batch
+    nor on its neighbours. Where all rows are greedy nothing is sorted.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def drawn() -> jax.Array:
+        ranked, order = filtered(logits, rows)
+        keys = jax.random.wrap_key_data(jnp.asarray(rows.seeds), impl="threefry2x32")
+        keys = jax.vmap(jax.random.fold_in)(keys, positions)
+        rank = jax.vmap(jax.random.categorical)(keys, ranked)
+        token = jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
+        return jnp.where(rows.temperature > 0, token, greedy)
+
+    return jax.lax.cond(jnp.any(rows.temperature > 0), drawn, lambda: greedy)

@@ -1,0 +1,134 @@
+"""The filters against a plain float64 reading of their definitions, and the draw against its probabilities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kimi_jax.runtime.sampling import Sampling, checked_seeds, filtered, sample, sampling_rows
+
+LOGITS = np.random.RandomState(0).normal(size=(4, 50)).astype(np.float32) * 2
+
+
+def expected(row, sampling):
+    """The probabilities of all tokens after the filters, one token at a time."""
+    p = np.exp(row.astype(np.float64) / sampling.temperature)
+    best_first = sorted(range(len(p)), key=lambda i: -p[i])
+    if sampling.top_k:
+        for i in best_first[sampling.top_k :]:
+            p[i] = 0
+    total, reached = p.sum(), 0.0
+    for i in best_first:
+        if reached >= sampling.top_p * total:
+            p[i] = 0
+        reached += p[i]
+    p[p < sampling.min_p * p.max()] = 0
+    return p / p.sum()
+
+
+def rows(sampling, n, seeds=0):
+    """The same values for n rows."""
+    return sampling_rows([sampling] * n, checked_seeds(seeds, n))
+
+
+SETTINGS = [
+    Sampling(1.0),
+    Sampling(0.6),
+    Sampling(1.0, top_k=5),
+    Sampling(1.3, top_p=0.8),
+    Sampling(1.0, min_p=0.1),
+    Sampling(0.9, top_k=20, top_p=0.9, min_p=0.05),
+    Sampling(1.0, top_p=1e-6),
+    Sampling(1.0, top_k=1000),
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_filters_keep_what_their_definitions_keep(sampling):
+    ranked, order = filtered(jnp.asarray(LOGITS), rows(sampling, 4))
+    for row in range(len(LOGITS)):
+        got = np.zeros(LOGITS.shape[1])
+        got[np.asarray(order[row])] = jax.nn.softmax(ranked[row])
+        np.testing.assert_allclose(got, expected(LOGITS[row], sampling), rtol=2e-6, atol=1e-9)
+
+
+def test_rows_of_one_batch_have_values_of_their_own():
+    # Given each setting for another row, greedy between them, all at once
+    mixed = [Sampling(), *SETTINGS]
+    logits = jnp.asarray(np.resize(LOGITS, (len(mixed), 50)))
+    together = sampling_rows(mixed, checked_seeds(np.arange(len(mixed)), len(mixed)))
+    at = jnp.arange(len(mixed), dtype=jnp.int32)
+    drawn = sample(logits, together, at)
+    assert drawn[0] == logits[0].argmax()
+    # Then each draws what it draws alone
+    for i, one in enumerate(mixed):
+        alone = sample(logits[i : i + 1], rows(one, 1, i), at[i : i + 1])
+        assert alone[0] == drawn[i]
+
+
+def test_top_k_keeps_exactly_k_of_equals():
+    ranked, _ = filtered(jnp.zeros((1, 10)), rows(Sampling(1.0, top_k=3), 1))
+    assert int(jnp.isfinite(ranked).sum()) == 3
+
+
+def test_draws_have_the_right_frequencies():
+    sampling, n = Sampling(1.0, top_k=6), 4000
+    logits, positions = jnp.broadcast_to(jnp.asarray(LOGITS[0]), (n, 50)), jnp.zeros(n, jnp.int32)
+    drawn = np.asarray(sample(logits, rows(sampling, n, np.arange(n)), positions))
+    # one seed at one place after another draws as independently
+    later = np.asarray(sample(logits, rows(sampling, n), jnp.arange(n, dtype=jnp.int32)))
+    p = expected(LOGITS[0], sampling)
+    for found in (drawn, later):
+        counts = np.bincount(found, minlength=50)
+        assert counts[p == 0].sum() == 0
+        # chi-square with 5 degrees of freedom stays under 20.5 with probability 0.999; the seeds are fixed
+        assert (((counts - n * p) ** 2)[p > 0] / (n * p[p > 0])).sum() < 20.5
+    assert (drawn != later).any()
+
+
+def test_all_64_bits_of_a_seed_count():
+    seeds = [0, 1, 2**31, 2**32, 2**62, 2**63 - 1]
+    drawn = [
+        tuple(np.asarray(sample(jnp.zeros((9, 500)), rows(Sampling(1.0), 9, seed), jnp.arange(9, dtype=jnp.int32))))
+        for seed in seeds
+    ]
+    assert len(set(drawn)) == len(seeds)
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        (-1, "seeds lie between -1 and -1, expected 0 to 2..63 - 1"),
+        (2**63, "seeds lie between"),
+        (10**20, "seeds are object, expected integers of at most 64 bits"),
+        (1.0, "seeds are float64"),
+        (True, "seeds are bool"),
+        ([1, 2], "seeds have shape .2,., expected one seed, or one for each of 3 rows"),
+    ],
+)
+def test_bad_seeds_are_refused(seed, message):
+    with pytest.raises(ValueError, match=message):
+        checked_seeds(np.asarray(seed), 3)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e30, float("inf")])
+def test_no_temperature_makes_a_token_of_nothing(temperature):
+    # The coldest are greedy but for ties, the hottest uniform, and none is NaN
+    drawn = np.asarray(sample(jnp.asarray(LOGITS), rows(Sampling(temperature), 4), jnp.zeros(4, jnp.int32)))
+    if temperature < 1:
+        np.testing.assert_array_equal(drawn, LOGITS.argmax(-1))
+    else:
+        assert len(set(drawn)) > 1 or (drawn != LOGITS.argmax(-1)).any()
+
+
+def test_greedy_is_the_best_token_whatever_the_filters():
+    greedy = sample(jnp.asarray(LOGITS), rows(Sampling(0.0, top_k=3, min_p=0.5), 4), jnp.zeros(4, jnp.int32))
+    np.testing.assert_array_equal(greedy, LOGITS.argmax(-1))
+
+
+def test_greedy_rows_alone_sort_nothing():
+    # The only sort is in the branch that a drawing row asks for
+    values = rows(Sampling(), 4)
+    jaxpr = jax.make_jaxpr(sample)(jnp.asarray(LOGITS), values, jnp.zeros(4, jnp.int32)).jaxpr
+    assert [eqn.primitive.name for eqn in jaxpr.eqns].count("cond") == 1
+    assert "sort" not in {eqn.primitive.name for eqn in jaxpr.eqns}
