@@ -130,7 +130,7 @@ DAMAGE = {
     name_an_absent_tensor: ["model.safetensors.index.json", "places tensor model.nowhere.weight", "does not hold it"],
     contradict_a_weight_shape: [".safetensors", f"tensor {EXPERT}.weight_shape says [64, 32], expected [32, 64]"],
     odd_groups: ["config.json", "group_size is 33; only 32 is supported"],
-    another_model: ["tensors are missing: language_model.model.layers.0.self_attn.A_log, "],
+    another_model: ["config.json has num_hidden_layers 6, but there are 2 layers"],
     unknown_model: ["config.json", "model_type 'llama'"],
 }
 
