@@ -11,10 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 
 from kimi_jax.axes import Array, Float, Float32, Int32, PageTable, Positions
-from sharding import tree_specs
+from sharding import Partition
 
 # Tokens of a page: what the TPU kernels read at once, and a multiple of every chunk of the delta rule.
 PAGE = 128
@@ -115,9 +114,9 @@ def write_slots(pool: KDAState, rows: KDAState, context: Context) -> KDAState:
     return jax.tree.map(lambda x, new: x.at[slots].set(new, mode="drop"), pool, rows)
 
 
-def cache_specs(layers: tuple[LayerCache, ...], mesh: Mesh | AbstractMesh | None = None) -> Any:
-    """The PartitionSpec of every array of the layers' caches, on the mesh in use where none is given."""
+def cache_specs(layers: tuple[LayerCache, ...], partition: Partition) -> Any:
+    """Returns the PartitionSpec of every array of the layers' caches."""
     mla: Any = MLACache(("pages", None, None))  # type: ignore[arg-type]
     kda: Any = KDAState(("batch", None, "kda_heads"), ("batch", "kda_heads", None, None))  # type: ignore[arg-type]
     axes = tuple(mla if isinstance(cached, MLACache) else kda for cached in layers)
-    return tree_specs(layers, axes, mesh)
+    return partition.tree_specs(layers, axes)

@@ -71,8 +71,8 @@ class KDA(nnx.Module):
         segments: Positions | None = None,
     ) -> tuple[Float32[jax.Array, "b t d"], KDAState | None]:
         """x [b, t, d] -> the sum that the heads held here add to the stream, and the state after the `valid` tokens
-        (which come first in each row). `token_axes`: the mesh axes over which the rows' tokens are split. `segments` are
-        those of `Context`, with the states of all sequences, [b * n, ...]."""
+        (which come first in each row). `token_axes`: the mesh axes over which the rows' tokens are split. `segments`
+        are those of `Context`, with the states of all sequences, [b * n, ...]."""
         raw = jnp.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         if segments is None:
             mixed, tail = self.convolve(raw, valid, state, token_axes)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kimi_jax.axes import Float, Float32, Hidden, Int32, Rows
+from kimi_jax.axes import FlatHidden, Float, Float32, Int32
 from kimi_jax.config import TextConfig
-from kimi_jax.model.param import Init, Linear, reshard_columns
+from kimi_jax.model.param import Init, Linear
 from pallas_kernels import (
     grouped_matmul,
     grouped_swiglu,
@@ -20,7 +20,6 @@ from pallas_kernels import (
     quantize_int4,
 )
 from pallas_kernels.mixture import fits
-from sharding import SINGLE_DEVICE, StreamLayout, dispatch_and_combine, first_local_expert
 
 # One projection of some experts: weight [e, out, in], or codes [e, in, out] and scales [e, in/32, out]
 ExpertWeight = jax.Array | tuple[jax.Array, jax.Array]
@@ -52,7 +51,7 @@ class Router(nnx.Module):
         self.weight = init.normal((config.n_routed_experts, config.hidden_size), ("expert_scores", "embed"))
         self.e_score_correction_bias = init.param(jnp.zeros(config.n_routed_experts, jnp.float32), ("expert_scores",))
 
-    def __call__(self, x: Rows) -> tuple[Int32[jax.Array, "t j"], Float32[jax.Array, "t j"]]:
+    def __call__(self, x: FlatHidden) -> tuple[Int32[jax.Array, "t j"], Float32[jax.Array, "t j"]]:
         """x [t, d] -> the chosen experts of each token and their weights."""
         config = self.config
         x, w = x.astype(jnp.float32), self.weight[...].astype(jnp.float32)
@@ -88,7 +87,7 @@ class ExpertLinear(nnx.Module):
         else:
             weight = init.normal((config.n_routed_experts, in_, out), ("expert", *axes[::-1]))
             codes, scales = jax.jit(quantize_int4)(weight[...])
-            self.codes = nnx.Variable(codes, axes=("expert", *axes[::-1]))
+            self.codes = nnx.Variable(codes, axes=("expert", *axes[::-1]), full_shape=codes.shape)
             self.scales = init.param(scales, ("expert", *axes[::-1]))
 
     def arrays(self) -> ExpertWeight:
@@ -105,11 +104,16 @@ class Experts(nnx.Module):
         self.up_proj = ExpertLinear(init, config, width, hidden, ("expert_mlp", "embed"))
         self.down_proj = ExpertLinear(init, config, hidden, width, ("embed", "expert_mlp"))
 
+    @property
+    def num_local(self) -> int:
+        """The number of experts on this device."""
+        return jax.tree.leaves(self.weights())[0].shape[0]
+
     def weights(self) -> ExpertWeights:
         return self.gate_proj.arrays(), self.up_proj.arrays(), self.down_proj.arrays()
 
 
-def feed_forward(x: Rows, experts: ExpertWeights, group_sizes: Int32[jax.Array, "e"]) -> Rows:
+def feed_forward(x: FlatHidden, experts: ExpertWeights, group_sizes: Int32[jax.Array, "e"]) -> FlatHidden:
     """x [t, d], sorted by expert, `group_sizes[i]` rows to expert i -> [t, d]; rows past the last are zero."""
     gate, up, down = experts
     if isinstance(gate, tuple) and isinstance(up, tuple) and isinstance(down, tuple):
@@ -119,7 +123,7 @@ def feed_forward(x: Rows, experts: ExpertWeights, group_sizes: Int32[jax.Array, 
 
 
 class MoE(nnx.Module):
-    """Routed experts, weighted, plus the shared experts, unweighted."""
+    """Routed experts, weighted, plus the shared experts, unweighted; `block.mix_experts` adds them up over devices."""
 
     def __init__(self, init: Init, config: TextConfig):
         self.gate = Router(init, config)
@@ -127,35 +131,18 @@ class MoE(nnx.Module):
         width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = MLP(init, config.hidden_size, width, "shared_mlp") if width else None
 
-    def __call__(self, x: Hidden, layout: StreamLayout = SINGLE_DEVICE) -> Hidden:
-        if layout.dispatch:
-            return self.dispatched(x, layout)
-        tokens = layout.gather_all(x)
-        y = self.routed(tokens)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(tokens)
-        return layout.reduce_all(y, x)
-
-    def dispatched(self, x: Hidden, layout: StreamLayout) -> Hidden:
-        """The same, tokens travelling to their experts. Shared experts have the tokens of their rows instead of all."""
-        unique = layout.scatter_unique(x)
-        held, count = jax.tree.leaves(self.experts.weights())[0].shape[0], self.gate.config.n_routed_experts
-        y = layout.gather_unique(dispatch_and_combine(unique, *self.gate(unique), self.part, held, count), x)
-        if self.shared_experts is None:
-            return y
-        shared = reshard_columns(self.shared_experts, "shared_mlp", like="mlp")
-        return y + layout.reduce_rows(shared(layout.gather_tokens(x)), "mlp", x.dtype)
-
-    def routed(self, x: Rows) -> Float32[jax.Array, "t d"]:
-        """The part of each token's weighted sum over its experts that comes from those held here."""
-        return self.part(x, *self.gate(x))
-
-    def part(
-        self, x: Float[jax.Array, "t *d"], chosen: Int32[jax.Array, "t j"], weights: Float32[jax.Array, "t j"]
+    def sum_experts(
+        self,
+        x: Float[jax.Array, "t *d"],
+        chosen: Int32[jax.Array, "t j"],
+        weights: Float32[jax.Array, "t j"],
+        first: jax.Array | int = 0,
     ) -> Float32[jax.Array, "t *d"]:
-        experts, count = self.experts.weights(), self.gate.config.n_routed_experts
-        first = first_local_expert(jax.tree.leaves(experts)[0].shape[0], count)
-        return weighted_sum(x, chosen, weights, experts, count, first)
+        """Returns this device's part of each token's weighted sum over its `chosen` experts.
+
+        The experts on this device are those from number `first` on.
+        """
+        return weighted_sum(x, chosen, weights, self.experts.weights(), self.gate.config.n_routed_experts, first)
 
 
 def weighted_sum(

@@ -14,7 +14,7 @@ ROPE_THETA = 10000.0
 CUBIC_A = -0.75
 
 
-class Layout(NamedTuple):
+class PatchLayout(NamedTuple):
     """Per patch p (of the padded row) and per media token m; padding belongs to segment -1.
 
     taps_index, taps_weight [p, 16]: the cells of the position table that a patch blends (bicubic, a = -0.75).
@@ -39,7 +39,7 @@ def padded_size(patches: int) -> int:
     return -(-patches // step) * step
 
 
-def layout(grids: np.ndarray, config: VisionConfig) -> Layout:
+def lay_out_patches(grids: np.ndarray, config: VisionConfig) -> PatchLayout:
     """`grids` [items, (t, h, w)] in patches, items in the order of their patches; padded to `padded_size`."""
     items = [_item(int(t), int(h), int(w), config) for t, h, w in grids]
     patches = sum(len(item["angles"]) for item in items)
@@ -55,7 +55,7 @@ def layout(grids: np.ndarray, config: VisionConfig) -> Layout:
         padding = [(0, rows - len(values))] + [(0, 0)] * (values.ndim - 1)
         return np.pad(values, padding, constant_values=-1 if name == "segment" else 0)
 
-    return Layout(**{name: pad(name, values) for name, values in joined.items()})
+    return PatchLayout(**{name: pad(name, values) for name, values in joined.items()})
 
 
 def _item(t: int, h: int, w: int, config: VisionConfig) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections import Counter
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +14,7 @@ from kimi_jax.config import KimiConfig
 from kimi_jax.model.context import PAGE, KDAState, MLACache
 from kimi_jax.model.kimi import abstract
 from kimi_jax.runtime import cache as caches
-from sharding import AXES, spec
+from sharding import AXES, Partition
 from sharding.topologies import Topology
 
 Phase = Literal["decode", "prefill"]
@@ -73,7 +72,7 @@ class Weight:
     bits: int
 
     def local(self, sizes: Sizes) -> int:
-        """Elements on each device of a mesh. Raises what `sharding.spec` raises where it does not divide the shape."""
+        """Elements on each device of a mesh. Raises ValueError where the mesh does not divide the shape."""
         return _local(self.axes, self.shape, sizes)
 
     def local_bytes(self, sizes: Sizes) -> int:
@@ -81,20 +80,14 @@ class Weight:
 
 
 @functools.cache
-def _mesh(sizes: Sizes) -> AbstractMesh:
-    return AbstractMesh(sizes, AXES)
+def _partition(sizes: Sizes) -> Partition:
+    return Partition(AbstractMesh(sizes, AXES))
 
 
 @functools.cache
 def _local(axes: tuple[str | None, ...], shape: Sizes, sizes: Sizes) -> int:
-    mesh = _mesh(sizes)
-    return _part(shape, spec(axes, shape, mesh), mesh)
-
-
-def _part(shape: Sizes, lies: PartitionSpec, mesh: AbstractMesh) -> int:
-    """Elements of an array on each device. (`NamedSharding.shard_shape` says the same, ten times slower.)"""
-    names = [name for group in lies for name in ((group,) if isinstance(group, str) else group or ())]
-    return math.prod(shape) // math.prod(mesh.shape[name] for name in names)
+    partition = _partition(sizes)
+    return partition.local_size(shape, partition.spec(axes, shape))
 
 
 @functools.cache
@@ -134,13 +127,13 @@ class Cache(NamedTuple):
 @functools.cache
 def layer_cache(config: KimiConfig, batch: int, context: int, sizes: Sizes) -> Cache:
     """Raises ValueError where the mesh does not divide the batch or the heads."""
-    mesh = _mesh(sizes)
-    cache = _cache(config, *pool_sizes(batch, context, mesh.shape["data"], mesh.shape["sequence"]))
+    partition, mesh = _partition(sizes), dict(zip(AXES, sizes, strict=True))
+    cache = _cache(config, *pool_sizes(batch, context, mesh["data"], mesh["sequence"]))
 
-    def size(array: jax.ShapeDtypeStruct, lies: PartitionSpec) -> int:
-        return _part(array.shape, lies, mesh) * array.dtype.itemsize
+    def nbytes(array: jax.ShapeDtypeStruct, spec: PartitionSpec) -> int:
+        return partition.local_size(array.shape, spec) * array.dtype.itemsize
 
-    sized = jax.tree.map(size, cache, caches.specs(cache, mesh))
+    sized = jax.tree.map(nbytes, cache, caches.specs(cache, partition))
     of_kind = {type(layer): sum(layer) for layer in sized.layers}
     return Cache(of_kind.get(MLACache, 0), of_kind.get(KDAState, 0))
 
