@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
@@ -148,7 +149,8 @@ def combine_in_rounds(
     def exchange(rows: Array) -> Array:
         return lax.all_to_all(rows, names, 0, 0)
 
-    def one_round(i: Array, y: Array) -> Array:
+    @jax.checkpoint
+    def one_round(i: Array | int, y: Array) -> Array:
         number = i * block + jnp.arange(block)
         sent, received = (lax.dynamic_slice_in_dim(listed, i * block, block, axis=1) for listed in (send, receive))
         is_sent, is_received = (number < count[:, None] for count in (routes.send_counts, routes.receive_counts))
@@ -159,8 +161,14 @@ def combine_in_rounds(
         returned = exchange(partial_sums.reshape(devices, block, -1))
         return y.at[sent].add(jnp.where(is_sent[:, :, None], returned, 0))
 
-    fullest = lax.pmax(jnp.max(routes.send_counts), names)
-    return lax.fori_loop(0, -(-fullest // block), one_round, jnp.zeros(x.shape, jnp.float32))
+    rounds = -(-lax.pmax(jnp.max(routes.send_counts), names) // block)
+
+    # A scan over all rounds that there could be has a gradient, unlike a loop whose length is not known.
+    def further_round(y: Array, i: Array) -> tuple[Array, None]:
+        return lax.cond(i < rounds, one_round, lambda _, y: y, i, y), None
+
+    most = -(-tokens // block)
+    return lax.scan(further_round, one_round(0, jnp.zeros(x.shape, jnp.float32)), jnp.arange(1, most))[0]
 
 
 def combine_ragged(
