@@ -65,8 +65,11 @@ class MLA(nnx.Module):
     def __call__(
         self, x: Hidden, context: Context, cache: MLACache | None = None, partition: Partition = SINGLE_DEVICE
     ) -> tuple[Float32[jax.Array, "b t d"], MLACache | None]:
-        """x [b, t, d] where `context` says -> the sum that the heads held here add to the stream, and the cache with
-        these tokens in it. A decode step attends in the absorbed form, prefill in the expanded one."""
+        """Mixes x [b, t, d] of the tokens that `context` describes.
+
+        Returns this device's heads' part of the sum for the stream, and the cache with these tokens in it. A decode
+        step attends in the absorbed form, prefill in the expanded one.
+        """
         table = context.page_table
         if cache is None or table is None:
             q, latents = self.project(x, context.positions, partition)
@@ -81,8 +84,10 @@ class MLA(nnx.Module):
     def places(
         self, context: Context, table: PageTable, partition: Partition
     ) -> tuple[Int32[jax.Array, "b pages"], Positions]:
-        """A page table a row, and the tokens' positions in it on this device: where sequences are packed, their tables
-        one after another."""
+        """Returns a page table for each row, and the tokens' positions in it on this device.
+
+        Where sequences are packed, their tables follow one another.
+        """
         positions, rows = local_positions(context.positions, PAGE, partition), len(context.positions)
         if context.segments is None:
             return table, positions
@@ -90,7 +95,7 @@ class MLA(nnx.Module):
         return table.reshape(rows, -1), jnp.where(positions < 0, -1, shifted)
 
     def low_ranks(self, x: Float[jax.Array, "... d"], partition: Partition) -> tuple[jax.Array, jax.Array]:
-        """What queries are made of, before its norm where it has one, and [latent | k_pe] before theirs."""
+        """Computes the source of queries, before its norm where it has one, and [latent | k_pe] before theirs."""
         config, names = self.config, partition.axis_names("latent")
         if config.q_lora_rank is None:
             (kv,) = gather_columns([self.kv_a_proj_with_mqa(x)], [config.latent_dim], names)
@@ -100,7 +105,8 @@ class MLA(nnx.Module):
         return q_a, kv
 
     def project(self, x: Hidden, positions: Positions, partition: Partition) -> tuple[Queries, Latents]:
-        """[nope | rotated] of every head held here, and [normed latent | rotated k_pe], what the cache keeps."""
+        """Computes [nope | rotated] of this device's heads, and [normed latent | rotated k_pe], which the cache
+        keeps."""
         config = self.config
         q_a, kv = self.low_ranks(x, partition)
         flat = self.q_proj(q_a) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_a))
@@ -117,7 +123,7 @@ class MLA(nnx.Module):
         return self.o_proj(rearrange(heads, "b t h v -> b t (h v)"), dtype=jnp.float32)
 
     def within(self, q: Queries, latents: Latents, context: Context) -> tuple[Values, LogSumExp]:
-        """Attention of the tokens of a call among themselves."""
+        """Attends from the tokens of a call to one another."""
         segments = jnp.where(context.valid, 0, -1) if context.segments is None else context.segments
         return self.expanded(q, latents, context, context.positions, segments)
 
@@ -129,7 +135,7 @@ class MLA(nnx.Module):
         kv_positions: Int32[jax.Array, "b s"],
         kv_segments: Int32[jax.Array, "b s"],
     ) -> tuple[Values, LogSumExp]:
-        """Attention over keys and values made from `latents`, with the log-sum-exp of the scores [b, t, h]."""
+        """Attends to keys and values made from `latents`; also returns the log-sum-exp of the scores [b, t, h]."""
         c, pe = jnp.split(latents, [self.config.kv_lora_rank], axis=-1)
         kv = rearrange(self.kv_b_proj(c), "b s (h kv) -> b s h kv", h=q.shape[2])
         k, v = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
@@ -156,7 +162,7 @@ class MLA(nnx.Module):
         table: PageTable,
         partition: Partition,
     ) -> Values:
-        """Attention over these tokens and over the cached ones before them, a few pages of each sequence at a time."""
+        """Attends to these tokens and to the cached ones before them, a few pages of each sequence at a time."""
         rows, devices = len(context.positions), partition.num_shards("row_pages")
         packed = len(table) // rows
         start, table = context.starts().reshape(rows, packed), table.reshape(rows, packed, -1)
@@ -186,7 +192,7 @@ class MLA(nnx.Module):
         page_table: PageTable,
         partition: Partition,
     ) -> tuple[Float32[jax.Array, "b d"], MLACache]:
-        """One token of each row: it enters the cache, and attends to that and to those before it."""
+        """Writes one token of each row into the cache, and attends to it and to those before it."""
         config, (q_a, kv) = self.config, self.low_ranks(x, partition)
         q_b, norm = (
             (self.q_proj, None) if config.q_lora_rank is None else (self.q_b_proj, self.q_a_layernorm.weight[...])

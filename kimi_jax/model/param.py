@@ -104,7 +104,7 @@ class Linear(nnx.Module):
         self.bias = init.zeros((out,), axes[:1]) if bias else None
 
     def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """x [..., in] -> [..., out], in `dtype` where one is given."""
+        """Maps x [..., in] to [..., out], in `dtype` where one is given."""
         y = jnp.einsum("...i,oi->...o", x, self.weight[...], preferred_element_type=jnp.float32)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)

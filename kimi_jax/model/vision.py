@@ -46,7 +46,7 @@ class PositionTable(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """Patches, plus where and when they are."""
+    """Patches, plus embeddings of their place and time."""
 
     def __init__(self, init: Init, config: VisionConfig):
         self.proj = PatchProjection(init, config.vt_hidden_size, config.patch_size)
@@ -68,7 +68,7 @@ class VisionMLP(nnx.Module):
         return self.fc1(jax.nn.gelu(self.fc0(x), approximate=True))
 
 
-class Block(nnx.Module):
+class VisionBlock(nnx.Module):
     """Pre-norm attention and MLP; attention is bidirectional within an item."""
 
     def __init__(self, init: Init, config: VisionConfig):
@@ -108,7 +108,7 @@ class Encoder(nnx.Module):
     """The blocks and their last norm."""
 
     def __init__(self, init: Init, config: VisionConfig):
-        self.blocks = nnx.List([Block(init, config) for _ in range(config.vt_num_hidden_layers)])
+        self.blocks = nnx.List([VisionBlock(init, config) for _ in range(config.vt_num_hidden_layers)])
         self.final_layernorm = LayerNorm(init, config.vt_hidden_size, BLOCK_NORM_EPS)
 
     def __call__(self, x: Float[jax.Array, "p width"], layout: PatchLayout) -> Float[jax.Array, "p width"]:
@@ -132,7 +132,7 @@ class VisionTower(nnx.Module):
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:
-    """x Φ(x). (A function of the module's, not a lambda of the object's: two equal models then share compiled code.)"""
+    """Computes x Φ(x). (Equal models share compiled code, as they would not with a lambda of their own.)"""
     return jax.nn.gelu(x, approximate=False)
 
 

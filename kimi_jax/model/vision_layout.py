@@ -1,4 +1,4 @@
-"""Where each patch of a batch of images and video chunks lies: the grid arithmetic of MoonViT-3D, in numpy.
+"""Places of the patches of a batch of images and video chunks: the grid arithmetic of MoonViT-3D, in numpy.
 
 All items are packed into one row of patches, padded to a few sizes, and everything that depends on their grids becomes
 an array here. The tower itself then depends on the padded size alone, and is compiled once per size, not per grid.
@@ -34,13 +34,13 @@ class PatchLayout(NamedTuple):
 
 
 def padded_size(patches: int) -> int:
-    """The next of four sizes per octave, in multiples of 64, so that few sizes are ever compiled."""
+    """Returns the next of four sizes per octave, in multiples of 64, so that few sizes are ever compiled."""
     step = max(64, 1 << max(0, (patches - 1).bit_length() - 3))
     return -(-patches // step) * step
 
 
 def lay_out_patches(grids: np.ndarray, config: VisionConfig) -> PatchLayout:
-    """`grids` [items, (t, h, w)] in patches, items in the order of their patches; padded to `padded_size`."""
+    """Lays out `grids` [items, (t, h, w)] in patches, items in the order of their patches, padded to `padded_size`."""
     items = [_item(int(t), int(h), int(w), config) for t, h, w in grids]
     patches = sum(len(item["angles"]) for item in items)
     first = np.cumsum([0] + [len(item["angles"]) for item in items])
