@@ -22,9 +22,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kimi_jax import config_json
+from kimi_jax.model.block import mix_experts
 from kimi_jax.model.moe import MoE
 from kimi_jax.model.param import Init, weight_specs
-from sharding import StreamLayout, make_mesh, shard_over_mesh, use_mesh
+from sharding import Partition, StreamLayout, make_mesh
 from sharding.expert_dispatch import dispatch_bytes, replicate_bytes
 
 DEVICES, WIDTH, CHOSEN = 8, 1024, 8
@@ -52,19 +53,17 @@ def main(counts: list[int]) -> None:
     mesh = make_mesh((1, 1, 1, DEVICES))
     model = nnx.eval_shape(lambda: MoE(Init(jax.random.key(0), jnp.dtype(jnp.bfloat16)), config))
     graph, params = nnx.split(model)
+    partition = Partition(mesh)
     print("tokens  way         MB received  estimate  GFLOP a device")
     for tokens in counts:
         for exchange in (False, True):
-            layout = StreamLayout(token_axes=("sequence",), dispatch=exchange)
+            layout = StreamLayout(partition, token_axes=("sequence",), dispatches=exchange)
 
-            def run(params, x, layout=layout):
-                def part(params, x):
-                    return nnx.merge(graph, params)(x, layout)
+            def on_device(params, x, layout=layout):
+                return mix_experts(nnx.merge(graph, params), x, layout)
 
-                lies = PartitionSpec(None, "sequence")
-                with use_mesh(mesh.abstract_mesh):
-                    return shard_over_mesh(part, (weight_specs(params), lies), lies)(params, x)
-
+            spec = PartitionSpec(None, "sequence")
+            run = partition.shard_map(on_device, (weight_specs(params, partition), spec), spec)
             whole = NamedSharding(mesh, PartitionSpec(None, "sequence"))
             x = jax.ShapeDtypeStruct((1, tokens, WIDTH), jnp.bfloat16, sharding=whole)
             compiled = jax.jit(run).lower(params, x).compile()

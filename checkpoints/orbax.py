@@ -28,7 +28,7 @@ from checkpoints.sources import ConvertedSource, PublishedSource, open_checkpoin
 from checkpoints.verify import check
 from kimi_jax.model.kimi import Kimi
 from pallas_kernels import unpack_int4
-from sharding import spec
+from sharding import SERVE, Partition, Rules
 
 BATCH_BYTES = 2**28  # held besides the model; one projection of a layer's experts may be more, and then goes alone
 READERS = 8  # a bucket answers many at once, and a disk too
@@ -40,13 +40,14 @@ def load(
     mesh: Mesh | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     *,
+    rules: Rules = SERVE,
     only: Sequence[str] | None = None,
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Kimi:
     """The model in `path`, a folder or URL: an Orbax checkpoint of ours, or a published folder of safetensors.
 
-    Its arrays lie on `mesh` as `sharding.rules` says, on the default device where there is none. `dtype` casts the
+    Its arrays are sharded over `mesh` by `rules`, or on the default device without a mesh. `dtype` casts the
     parameters, None keeps them as stored, FP8 as bf16, since the model does not compute in FP8. INT4 scales stay bf16,
     and the router's bias, `A_log` and `dt_bias` are float32 in any case. With `verify`, every chunk of a converted
     checkpoint is first held against its checksum, each process its share of them.
@@ -68,9 +69,9 @@ def load(
 
     def out(path: str) -> Sharding:
         variable = variables[variable_path(path)]
-        return _sharding(variable.get_metadata()["axes"], variable.shape, mesh)
+        return _sharding(variable.get_metadata()["axes"], variable.shape, mesh, rules)
 
-    reader = _Reader(source, leaves, mesh, progress)
+    reader = _Reader(source, leaves, mesh, rules, progress)
     for batch in _batches(leaves):
         arrays = reader.arrays(batch)
         values: dict[str, jax.Array] = {}
@@ -121,10 +122,11 @@ class _Reader:
         source: PublishedSource | ConvertedSource,
         leaves: Sequence[Leaf],
         mesh: Mesh | None,
+        rules: Rules,
         progress: Progress | None,
     ):
         self.source = source
-        self.lies = {leaf.path: _sharding(leaf.axes, leaf.shape, mesh) for leaf in leaves}
+        self.lies = {leaf.path: _sharding(leaf.axes, leaf.shape, mesh, rules) for leaf in leaves}
         self.read = {leaf.path: _spread(self.lies[leaf.path], leaf.shape) for leaf in leaves}
         self.count = Counter(sum(map(self._nbytes, leaves)), progress)
 
@@ -213,8 +215,10 @@ def _reshaped(out: Sharding) -> Any:
     )
 
 
-def _sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
-    return jnp.zeros(()).sharding if mesh is None else NamedSharding(mesh, spec(axes, shape, mesh))
+def _sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | None, rules: Rules) -> Sharding:
+    if mesh is None:
+        return jnp.zeros(()).sharding
+    return NamedSharding(mesh, Partition(mesh, rules).spec(axes, shape))
 
 
 def _batches(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:

@@ -29,7 +29,7 @@ Valid = Bool[Array, "b t"]
 Hidden = Float[Array, "b t d"]
 # The residual stream on a device; on a mesh its mixers may see other rows and tokens (`sharding.StreamLayout`).
 Stream = Float[Array, "rows tokens d"]
-Rows = Float[Array, "t d"]
+FlatHidden = Float[Array, "t d"]
 Queries = Float[Array, "b t h k"]
 Values = Float[Array, "b t h v"]
 LogSumExp = Float32[Array, "b t h"]

@@ -3,10 +3,10 @@
 A model's code imports everything that it needs of these from here.
 """
 
-from sharding.collectives import gather_columns, mesh_axes, num_shards, shard_index, shard_over_mesh
+from sharding.collectives import all_gather, gather_columns
 from sharding.expert_dispatch import dispatch_and_combine, first_local_expert
-from sharding.layouts import SINGLE_DEVICE, StreamLayout
-from sharding.mesh import AXES, array_mesh, default_shape, make_mesh, mesh_sizes, use_mesh
+from sharding.layouts import ReplicatedStream, StreamLayout, choose_layout
+from sharding.mesh import AXES, array_mesh, default_shape, make_mesh, mesh_sizes
 from sharding.page_ring import (
     gather_pages,
     local_lengths,
@@ -15,19 +15,24 @@ from sharding.page_ring import (
     merge_shards,
     ring_page_numbers,
 )
-from sharding.rules import DECODE, PREFILL, REPLICATED, TRAIN, Rules, spec, tree_specs
+from sharding.partition import REPLICATED, SINGLE_DEVICE, Partition
+from sharding.rules import SERVE, TRAIN, Rule, Rules
 from sharding.shard_scan import scan_shards, select_last, shift_right
 
 __all__ = [
     "AXES",
-    "DECODE",
-    "PREFILL",
     "REPLICATED",
+    "SERVE",
     "SINGLE_DEVICE",
     "TRAIN",
+    "Partition",
+    "ReplicatedStream",
+    "Rule",
     "Rules",
     "StreamLayout",
+    "all_gather",
     "array_mesh",
+    "choose_layout",
     "default_shape",
     "dispatch_and_combine",
     "first_local_expert",
@@ -38,16 +43,9 @@ __all__ = [
     "longest_length",
     "make_mesh",
     "merge_shards",
-    "mesh_axes",
     "mesh_sizes",
-    "num_shards",
     "ring_page_numbers",
     "scan_shards",
     "select_last",
-    "shard_index",
-    "shard_over_mesh",
     "shift_right",
-    "spec",
-    "tree_specs",
-    "use_mesh",
 ]

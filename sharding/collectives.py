@@ -1,47 +1,14 @@
-"""Messages between devices, named by logical axes. On a single device every function here returns its argument.
+"""Messages between devices that differ in some mesh axes, under `Partition.shard_map`.
 
-A model's step runs under one `shard_map` (`shard_over_mesh`): its code sees each device's shard of every array, and
-data moves between devices only where a function of this package moves it.
+Model code sees each device's shard of every array, and data moves between devices only where a function of this package
+moves it. Where no mesh axis is named, a function returns its argument.
 """
 
-from collections.abc import Callable, Sequence
-from math import prod
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
-
-from sharding.rules import PREFILL
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def shard_over_mesh(compute: Function, in_specs: Any, out_specs: Any) -> Function:
-    """Returns `compute` run on every device of the mesh in use with that device's shards; `compute` itself without a
-    mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return compute
-    # The kernels' loops carry values that vary over the mesh from constants that do not, which the check refuses.
-    return jax.shard_map(compute, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def active_axes(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of those mesh axes that have several devices under the `shard_map` that is being traced."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(name for name in names if name in mesh.manual_axes and mesh.shape[name] > 1)
-
-
-def mesh_axes(axis: str) -> tuple[str, ...]:
-    """Returns the mesh axes over which a logical axis is sharded."""
-    return active_axes(PREFILL.get(axis, ()))
-
-
-def num_devices(names: Sequence[str]) -> int:
-    """Returns the number of devices along these mesh axes."""
-    return prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
 
 
 def device_index(names: tuple[str, ...]) -> Array | int:
@@ -49,23 +16,36 @@ def device_index(names: tuple[str, ...]) -> Array | int:
     return lax.axis_index(names) if names else 0
 
 
-def num_shards(axis: str) -> int:
-    """Returns the number of shards of a logical axis."""
-    return num_devices(mesh_axes(axis))
+def num_devices(names: tuple[str, ...]) -> int:
+    """Returns the number of devices along these mesh axes."""
+    return lax.axis_size(names) if names else 1
 
 
-def shard_index(axis: str) -> Array | int:
-    """Returns the number of this device's shard of a logical axis."""
-    return device_index(mesh_axes(axis))
-
-
-def all_reduce(x: Array, names: Sequence[str]) -> Array:
+def all_reduce(x: Array, names: tuple[str, ...]) -> Array:
     """Sums `x` over these mesh axes."""
-    return lax.psum(x, tuple(names)) if names else x
+    return lax.psum(x, names) if names else x
 
 
-def gather_columns(shards: Sequence[Array], widths: Sequence[int], axis: str) -> list[Array]:
-    """All-gathers column shards of several arrays [..., columns] over logical axis `axis`, in one message.
+def all_gather(x: Array, names: tuple[str, ...], axis: int) -> Array:
+    """Joins the shards of `x` over these mesh axes along its dimension `axis`."""
+    return lax.all_gather(x, names, axis=axis, tiled=True) if names else x
+
+
+def reduce_scatter(x: Array, names: tuple[str, ...], axis: int) -> Array:
+    """Sums `x` over these mesh axes and keeps this device's shard of the sum's dimension `axis`."""
+    return lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True) if names else x
+
+
+def take_shard(x: Array, names: tuple[str, ...], axis: int) -> Array:
+    """Keeps this device's shard of dimension `axis` of an array that all of these devices have."""
+    if not names:
+        return x
+    size = x.shape[axis] // num_devices(names)
+    return lax.dynamic_slice_in_dim(x, device_index(names) * size, size, axis=axis)
+
+
+def gather_columns(shards: Sequence[Array], widths: Sequence[int], names: tuple[str, ...]) -> list[Array]:
+    """All-gathers column shards of several arrays [..., columns] over these mesh axes, in one message.
 
     `widths` are the whole arrays' numbers of columns; an array that has as many is returned as it is.
     """
@@ -73,7 +53,7 @@ def gather_columns(shards: Sequence[Array], widths: Sequence[int], axis: str) ->
     if all(whole):
         return list(shards)
     sent = [shard for shard, complete in zip(shards, whole, strict=True) if not complete]
-    blocks = lax.all_gather(jnp.concatenate(sent, axis=-1), mesh_axes(axis))
+    blocks = lax.all_gather(jnp.concatenate(sent, axis=-1), names)
     ends = [sum(shard.shape[-1] for shard in sent[: i + 1]) for i in range(len(sent) - 1)]
     gathered = iter(
         jnp.moveaxis(block, 0, -2).reshape(*block.shape[1:-1], -1) for block in jnp.split(blocks, ends, axis=-1)

@@ -1,7 +1,7 @@
 """Expert parallelism, in two ways that give the same sums; in either, weights never move and no token is dropped.
 
 *Replicated*, for few tokens: every device has the tokens of all devices and computes what its own experts give them; a
-sum over the mesh follows (`StreamLayout.gather_all`, `StreamLayout.reduce_all`).
+sum over the mesh follows (`StreamLayout.gather_all`, `reduce_all`).
 
 *Dispatched*, for many: each device routes its share of the tokens and sends each token once to every device with one of
 its experts; that device sends back what its experts give, and the sender combines. Where the compiler has it,
@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from sharding.collectives import active_axes, device_index, num_devices
-from sharding.mesh import AXES
-from sharding.rules import WEIGHTS, divide_axes
+from sharding.collectives import device_index, num_devices
+from sharding.partition import Partition
 
 # compute(tokens [n, *d], their experts [n, j], their weights [n, j]) -> this device's part of their weighted sums
 Compute = Callable[[Array, Array, Array], Float32[Array, "n *d"]]
@@ -37,13 +36,9 @@ SUBLANES, LANES = 8, 128
 SLACK = 1.25
 
 
-def first_local_expert(num_local: int, num_experts: int) -> Array | int:
+def first_local_expert(num_local: int, num_experts: int, partition: Partition) -> Array | int:
     """Returns the number, among `num_experts`, of the first of the `num_local` experts on this device."""
-    return num_local * device_index(_expert_mesh_axes(num_experts))
-
-
-def _expert_mesh_axes(num_experts: int) -> tuple[str, ...]:
-    return tuple(divide_axes(list(active_axes(WEIGHTS["expert"])), num_experts, jax.sharding.get_abstract_mesh())[0])
+    return num_local * device_index(partition.axis_names("expert", num_experts))
 
 
 def replicate_bytes(tokens: int, width: int) -> float:
@@ -89,14 +84,15 @@ def dispatch_and_combine(
     compute: Compute,
     num_local: int,
     num_experts: int,
+    partition: Partition,
 ) -> Float32[Array, "n d"]:
     """Returns the weighted sums over `experts` of tokens x that no other device has.
 
     `compute` gives a device's part of any tokens' sums, by the `num_local` of all `num_experts` experts that it has.
     """
-    names = active_axes(AXES)
-    routes = make_routes(experts, weights, names, num_local, num_experts)
-    copies = num_devices(names) // num_devices(_expert_mesh_axes(num_experts))
+    names, expert_axes = partition.mesh_axes, partition.axis_names("expert", num_experts)
+    routes = make_routes(experts, weights, names, expert_axes, num_local)
+    copies = num_devices(names) // num_devices(expert_axes)
     return lax.platform_dependent(
         x,
         routes,
@@ -109,12 +105,15 @@ def make_routes(
     experts: Int32[Array, "n j"],
     weights: Float32[Array, "n j"],
     names: tuple[str, ...],
+    expert_axes: tuple[str, ...],
     num_local: int,
-    num_experts: int,
 ) -> Routes:
-    """Works out who sends what to whom, after gathering all tokens' experts and weights."""
+    """Works out who sends what to whom, after gathering all tokens' experts and weights.
+
+    Experts are sharded over the mesh axes `expert_axes`, `num_local` of them to a device; tokens travel over `names`.
+    """
     # The number of each device's shard of the experts: several have the same where an expert's width is sharded too.
-    shard = device_index(_expert_mesh_axes(num_experts))
+    shard = device_index(expert_axes)
     shards = lax.all_gather(jnp.asarray(shard, jnp.int32), names)
     all_experts, all_weights = lax.all_gather(experts, names), lax.all_gather(weights, names)
     send, send_counts = _list_true((experts[:, :, None] // num_local == shards).any(axis=1).T)
@@ -150,7 +149,8 @@ def combine_in_rounds(
     def exchange(rows: Array) -> Array:
         return lax.all_to_all(rows, names, 0, 0)
 
-    def one_round(i: Array, y: Array) -> Array:
+    @jax.checkpoint
+    def one_round(i: Array | int, y: Array) -> Array:
         number = i * block + jnp.arange(block)
         sent, received = (lax.dynamic_slice_in_dim(listed, i * block, block, axis=1) for listed in (send, receive))
         is_sent, is_received = (number < count[:, None] for count in (routes.send_counts, routes.receive_counts))
@@ -161,8 +161,14 @@ def combine_in_rounds(
         returned = exchange(partial_sums.reshape(devices, block, -1))
         return y.at[sent].add(jnp.where(is_sent[:, :, None], returned, 0))
 
-    fullest = lax.pmax(jnp.max(routes.send_counts), names)
-    return lax.fori_loop(0, -(-fullest // block), one_round, jnp.zeros(x.shape, jnp.float32))
+    rounds = -(-lax.pmax(jnp.max(routes.send_counts), names) // block)
+
+    # A scan over all rounds that there could be has a gradient, unlike a loop whose length is not known.
+    def further_round(y: Array, i: Array) -> tuple[Array, None]:
+        return lax.cond(i < rounds, one_round, lambda _, y: y, i, y), None
+
+    most = -(-tokens // block)
+    return lax.scan(further_round, one_round(0, jnp.zeros(x.shape, jnp.float32)), jnp.arange(1, most))[0]
 
 
 def combine_ragged(

@@ -8,7 +8,6 @@ sequence  shards these, a prompt's tokens and the pages of the cache, for long c
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -60,11 +59,6 @@ def default_shape(devices: int, heads: int, batch: int = 1) -> tuple[int, int, i
     return data, devices // tensor // data, tensor, 1
 
 
-def array_mesh(array: jax.Array) -> AbstractMesh | None:
+def array_mesh(array: jax.Array) -> Mesh | AbstractMesh | None:
     """Returns the mesh that the array is sharded over, None for an array on a single device."""
-    return array.sharding.mesh.abstract_mesh if isinstance(array.sharding, NamedSharding) else None
-
-
-def use_mesh(mesh: AbstractMesh | None) -> AbstractContextManager[object]:
-    """Makes `mesh` the one in use, over which `shard_over_mesh` shards, for code that is traced in this context."""
-    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh)
+    return array.sharding.mesh if isinstance(array.sharding, NamedSharding) else None

@@ -6,51 +6,50 @@ a partial softmax; partial softmaxes are merged by their log-sum-exp (arXiv 2205
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32, Int32
 
-from sharding.collectives import active_axes, device_index, mesh_axes, num_devices, num_shards, shard_index
-from sharding.mesh import AXES
+from sharding.collectives import device_index, num_devices
+from sharding.partition import Partition
 
 # Given a gather among at least so many devices, all that there are, libtpu compiles a sum if the result has fewer bytes
 # (a sum for 9 MB, a gather for 18): each operand is then as large as the result.
 SUMMED_FROM, SUMMED_BELOW = 64, 2**24
 
 
-def local_positions(positions: Int32[Array, "..."], page: int) -> Int32[Array, "..."]:
+def local_positions(positions: Int32[Array, "..."], page: int, partition: Partition) -> Int32[Array, "..."]:
     """Renumbers token positions within this device's own pages; -1 for tokens of other devices, and for -1."""
-    if (count := num_shards("row_pages")) == 1:
+    if (count := partition.num_shards("row_pages")) == 1:
         return positions
     number, offset = positions // page, positions % page
-    is_local = (positions >= 0) & (number % count == shard_index("row_pages"))
+    is_local = (positions >= 0) & (number % count == partition.shard_index("row_pages"))
     return jnp.where(is_local, number // count * page + offset, -1)
 
 
-def local_lengths(lengths: Int32[Array, "b"], page: int) -> Int32[Array, "b"]:
+def local_lengths(lengths: Int32[Array, "b"], page: int, partition: Partition) -> Int32[Array, "b"]:
     """Counts the tokens of each row on this device, out of `lengths`; they are the first in its own pages."""
-    if (count := num_shards("row_pages")) == 1:
+    if (count := partition.num_shards("row_pages")) == 1:
         return lengths
-    full, shard = lengths // page, shard_index("row_pages")
+    full, shard = lengths // page, partition.shard_index("row_pages")
     full_local = (full + count - 1 - shard) // count
     return full_local * page + jnp.where(full % count == shard, lengths % page, 0)
 
 
-def ring_page_numbers(first: Array | int, count: int) -> Int32[Array, "shards pages"]:
+def ring_page_numbers(first: Array | int, count: int, partition: Partition) -> Int32[Array, "shards pages"]:
     """Returns each device's numbers, among all pages of a row, of `count` local pages from `first` on."""
-    local = first + jnp.arange(count, dtype=jnp.int32)
-    return local * num_shards("row_pages") + jnp.arange(num_shards("row_pages"), dtype=jnp.int32)[:, None]
+    local, shards = first + jnp.arange(count, dtype=jnp.int32), partition.num_shards("row_pages")
+    return local * shards + jnp.arange(shards, dtype=jnp.int32)[:, None]
 
 
-def gather_pages(x: Array) -> Array:
+def gather_pages(x: Array, partition: Partition) -> Array:
     """All-gathers x [b, n, ...] from the devices with a row's pages: [b, shards * n, ...], one shard after another."""
-    if not (names := mesh_axes("row_pages")):
+    if not (names := partition.axis_names("row_pages")):
         return x
     gather = partial(lax.all_gather, axis_name=names, axis=1, tiled=True)
-    devices, all_devices = num_devices(names), jax.sharding.get_abstract_mesh().size
-    if devices < max(SUMMED_FROM, all_devices) or devices * x.size * x.dtype.itemsize >= SUMMED_BELOW:
+    devices = num_devices(names)
+    if devices < max(SUMMED_FROM, partition.devices) or devices * x.size * x.dtype.itemsize >= SUMMED_BELOW:
         return gather(x)
     return lax.platform_dependent(x, tpu=partial(gather_ragged, names), default=gather)
 
@@ -64,22 +63,23 @@ def gather_ragged(names: tuple[str, ...], x: Array) -> Array:
     return jnp.moveaxis(received, 0, 1).reshape(len(x), -1, *x.shape[2:])
 
 
-def longest_length(lengths: Int32[Array, "b"]) -> Int32[Array, ""]:
+def longest_length(lengths: Int32[Array, "b"], partition: Partition) -> Int32[Array, ""]:
     """Returns the greatest length of any row on any device: loops over a history then make as many turns everywhere."""
-    names = active_axes(AXES)
     longest = jnp.max(lengths, initial=0)
-    return lax.pmax(longest, names) if names else longest
+    return lax.pmax(longest, partition.mesh_axes) if partition.mesh_axes else longest
 
 
-def merge_shards(out: Float[Array, "b heads v"], lse: Float32[Array, "b heads"]) -> Float[Array, "b h v"]:
+def merge_shards(
+    out: Float[Array, "b heads v"], lse: Float32[Array, "b heads"], partition: Partition
+) -> Float[Array, "b h v"]:
     """Merges partial softmaxes over each device's tokens into one over all tokens.
 
     Takes the outputs and log-sum-exps of every device's heads, and returns those of this device's heads.
     """
-    names = mesh_axes("row_pages")
+    names = partition.axis_names("row_pages")
     if not names:
         return out
-    (batch, heads, width), count = out.shape, num_shards("row_pages")
+    (batch, heads, width), count = out.shape, partition.num_shards("row_pages")
     packed = jnp.concatenate([out.astype(jnp.float32), lse[..., None]], axis=-1)
     packed = lax.all_to_all(packed.reshape(batch, count, heads // count, width + 1), names, 1, 0)
     # Left to itself a TPU puts the width first, where slices of it are free and tiles almost empty.

@@ -1,8 +1,8 @@
-"""Where a call's tokens stand, and what mixers continue from: pages of latents and slots of recurrent states.
+"""The tokens of a call and the caches that mixers continue from: pages of latents and slots of recurrent states.
 
 An MLA layer keeps the compressed latents of every token, in pages (`pallas_kernels.mla_attention`): `kv_lora_rank +
 qk_rope_head_dim` values a token, never expanded heads. A KDA layer keeps its float32 state and the raw projections of
-the last `short_conv_kernel_size - 1` tokens. Pages and slots belong to nobody here: a `Context` says which of them a
+the last `short_conv_kernel_size - 1` tokens. Pages and slots have no owner here: a `Context` says which of them a
 sequence uses in this call.
 """
 
@@ -11,10 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 
 from kimi_jax.axes import Array, Float, Float32, Int32, PageTable, Positions
-from sharding import tree_specs
+from sharding import Partition
 
 # Tokens of a page: what the TPU kernels read at once, and a multiple of every chunk of the delta rule.
 PAGE = 128
@@ -30,7 +29,8 @@ class MLACache(NamedTuple):
 
 
 class KDAState(NamedTuple):
-    """`tail`: the last raw projections q, k and v (before convolution and SiLU), side by side; `S`: keys x values."""
+    """`tail` has the last raw projections q, k and v (before convolution and SiLU), side by side; `S` is keys x
+    values."""
 
     tail: Float[Array, "slots taps channels"]
     S: Float32[Array, "slots h k v"]
@@ -47,10 +47,10 @@ class Context:
     positions: int32 [rows, t], each token's place in its sequence; -1 is padding, which nothing sees.
     page_table: int32 [rows * n, row_pages], the pages of each sequence in order; None where nothing is cached. Several
         sequences may name a page that none of them writes. On a mesh a device's part of the table numbers the pages of
-        its own part of the pool, and a sequence's page i lies on device i mod S of the `sequence` axis.
+        its own part of the pool, and a sequence's page i is on device i mod S of the `sequence` axis.
     slots: int32 [rows * n], the slot of each sequence's KDA states, -1 for none (what it leaves is dropped); on a mesh
         numbered within the part of the row's device. None: sequence i has slot i, and there are as many of both, so
-        that states are used where they lie.
+        that states are used in place.
     segments: int32 [rows, t], the sequence (0 to n - 1, in order) of each token of a packed row, -1 for padding. None:
         a row is one sequence, its padding last.
     phase: "decode" promises t = 1 and no segments.
@@ -64,11 +64,11 @@ class Context:
 
     @property
     def valid(self) -> jax.Array:
-        """Tokens that are no padding, bool [rows, t]."""
+        """A mask of the tokens that are no padding, bool [rows, t]."""
         return self.positions >= 0
 
     def starts(self) -> Int32[Array, "sequences"]:
-        """The place of each sequence's first token of this call, int32 [rows * n]; -1 where it has none here."""
+        """Returns the position of each sequence's first token of this call, int32 [rows * n]; -1 where it has none."""
         if self.segments is None:
             return self.positions[:, 0]
         member = self.members()
@@ -77,14 +77,14 @@ class Context:
         return jnp.where(first == none, -1, first).reshape(-1)
 
     def last(self) -> Int32[Array, "sequences"]:
-        """The column of each sequence's last token of this call, int32 [rows * n]; 0 where it has none here."""
+        """Returns the column of each sequence's last token of this call, int32 [rows * n]; 0 where it has none."""
         columns = jnp.arange(self.positions.shape[1], dtype=jnp.int32)
         if self.segments is None:
             return jnp.max(jnp.where(self.valid, columns, 0), axis=-1)
         return jnp.max(jnp.where(self.members(), columns, 0), axis=-1).reshape(-1)
 
     def members(self) -> jax.Array:
-        """Which tokens are each sequence's, bool [rows, n, t]."""
+        """Returns a mask of each sequence's tokens, bool [rows, n, t]."""
         assert self.segments is not None
         rows = len(self.positions)
         sequences = self.page_table.shape[0] // rows if self.page_table is not None else 1
@@ -92,10 +92,10 @@ class Context:
 
 
 def read_slots(pool: KDAState, context: Context) -> KDAState:
-    """The states that a call's sequences begin with, [rows * n, ...].
+    """Reads the states that a call's sequences begin with, [rows * n, ...].
 
-    A sequence whose first token here stands at 0 begins with an empty state, whatever its slot was left with. A decode
-    step takes its states as they are: the first token of a sequence belongs to prefill, or to a slot that is clear.
+    A sequence whose first token of this call has position 0 begins with an empty state, whatever is in its slot. A
+    decode step reads states unchanged: a sequence's first token belongs to prefill, or to a slot that is clear.
     """
     rows, slots = pool, context.slots
     if slots is not None:
@@ -107,7 +107,7 @@ def read_slots(pool: KDAState, context: Context) -> KDAState:
 
 
 def write_slots(pool: KDAState, rows: KDAState, context: Context) -> KDAState:
-    """The pool with the states that a call's sequences end with in their slots."""
+    """Writes the states that a call's sequences end with into their slots of the pool."""
     if context.slots is None:
         return rows
     # past the end, where the scatter drops it: a negative index would count from the end
@@ -115,9 +115,9 @@ def write_slots(pool: KDAState, rows: KDAState, context: Context) -> KDAState:
     return jax.tree.map(lambda x, new: x.at[slots].set(new, mode="drop"), pool, rows)
 
 
-def cache_specs(layers: tuple[LayerCache, ...], mesh: Mesh | AbstractMesh | None = None) -> Any:
-    """The PartitionSpec of every array of the layers' caches, on the mesh in use where none is given."""
+def cache_specs(layers: tuple[LayerCache, ...], partition: Partition) -> Any:
+    """Returns the PartitionSpec of every array of the layers' caches."""
     mla: Any = MLACache(("pages", None, None))  # type: ignore[arg-type]
     kda: Any = KDAState(("batch", None, "kda_heads"), ("batch", "kda_heads", None, None))  # type: ignore[arg-type]
     axes = tuple(mla if isinstance(cached, MLACache) else kda for cached in layers)
-    return tree_specs(layers, axes, mesh)
+    return partition.tree_specs(layers, axes)

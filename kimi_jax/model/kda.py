@@ -28,7 +28,7 @@ class ShortConv(nnx.Module):
 
 
 class KDA(nnx.Module):
-    """Token mixing of one layer."""
+    """The token mixer of one layer."""
 
     def __init__(self, init: Init, config: TextConfig):
         linear = config.linear_attn
@@ -52,11 +52,11 @@ class KDA(nnx.Module):
         self.o_proj = Linear(init, hidden, width, ("embed", "kda_heads"))
 
     def initial_decay(self, init: Init) -> jax.Array:
-        """A_log: log U(1, 16) per head, as the paper's recipe has it."""
+        """Draws A_log = log U(1, 16) per head, as in the paper's recipe."""
         return jnp.log(jax.random.uniform(init.next_key(), (self.heads,), jnp.float32, 1.0, 16.0))
 
     def initial_dt_bias(self, init: Init) -> jax.Array:
-        """Inverse softplus of a time step drawn log-uniformly from [0.001, 0.1]."""
+        """Returns the inverse softplus of a time step drawn log-uniformly from [0.001, 0.1]."""
         span = (jnp.log(0.001), jnp.log(0.1))
         dt = jnp.exp(jax.random.uniform(init.next_key(), (self.heads * self.head_dim,), jnp.float32, *span))
         return dt + jnp.log(-jnp.expm1(-dt))
@@ -70,9 +70,11 @@ class KDA(nnx.Module):
         token_axes: tuple[str, ...] = (),
         segments: Positions | None = None,
     ) -> tuple[Float32[jax.Array, "b t d"], KDAState | None]:
-        """x [b, t, d] -> the sum that the heads held here add to the stream, and the state after the `valid` tokens
-        (which come first in each row). `token_axes`: the mesh axes over which the rows' tokens are split. `segments`
-        are those of `Context`, with the states of all sequences, [b * n, ...]."""
+        """Mixes x [b, t, d]: returns this device's heads' part of the sum for the stream, and the state after the call.
+
+        `valid` tokens come first in each row. The rows' tokens are sharded over the mesh axes `token_axes`. `segments`
+        are those of `Context`, with the states of all sequences, [b * n, ...].
+        """
         raw = jnp.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         if segments is None:
             mixed, tail = self.convolve(raw, valid, state, token_axes)
@@ -105,14 +107,14 @@ class KDA(nnx.Module):
         return self.gated_output(o, x), None if state is None else KDAState(tail, S)
 
     def taps(self) -> Float32[jax.Array, "channels taps"]:
-        """The convolutions of q, k and v, side by side."""
+        """Returns the convolutions of q, k and v, side by side."""
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         return jnp.concatenate([conv.weight[...] for conv in convs]).astype(jnp.float32)[:, 0]
 
     def convolve(
         self, raw: jax.Array, valid: Valid, state: KDAState | None, token_axes: tuple[str, ...] = ()
     ) -> tuple[jax.Array, jax.Array]:
-        """SiLU(conv(raw)), and the raw values that the next call's first tokens will reach back to."""
+        """Computes SiLU(conv(raw)), and the raw values that the next call's first tokens will reach back to."""
         w = self.taps()
         t, reach = raw.shape[1], w.shape[-1] - 1
         before = jnp.zeros((raw.shape[0], reach, raw.shape[2]), raw.dtype) if state is None else state.tail
@@ -126,8 +128,7 @@ class KDA(nnx.Module):
     def convolve_packed(
         self, raw: jax.Array, valid: Valid, state: KDAState, segments: Positions
     ) -> tuple[jax.Array, jax.Array]:
-        """`convolve` of rows in which sequences follow one another: the first tokens of each reach back to its own
-        tail."""
+        """Computes `convolve` of packed rows: the first tokens of each sequence reach back to its own tail."""
         w = self.taps()
         (rows, t, _), reach = raw.shape, w.shape[-1] - 1
         tail = rearrange(state.tail, "(b n) reach c -> b n reach c", b=rows).astype(raw.dtype)
@@ -139,14 +140,14 @@ class KDA(nnx.Module):
         nth = columns - jnp.take_along_axis(first, owner, axis=1)  # among its sequence's tokens of this call
         row = jnp.arange(rows)[:, None]
 
-        def back(distance: int) -> jax.Array:
-            """The raw values so many tokens before each, b t c."""
+        def raw_before(distance: int) -> jax.Array:
+            """Returns the raw values so many tokens before each, b t c."""
             own = jnp.roll(raw, distance, axis=1)
             carried = tail[row, owner, jnp.clip(reach - distance + nth, 0, reach - 1)]
             return jnp.where((nth >= distance)[:, :, None], own, carried)
 
-        y = sum(back(reach - j).astype(jnp.float32) * w[:, j] for j in range(reach + 1))
-        # Of the tail and the tokens after it, the last `reach`
+        y = sum(raw_before(reach - j).astype(jnp.float32) * w[:, j] for j in range(reach + 1))
+        # The last `reach` of the tail and the tokens after it
         place = counts[:, :, None] + jnp.arange(reach) - reach
         own = raw[row[:, :, None], jnp.clip(first[:, :, None] + place, 0, t - 1)]
         carried = jnp.take_along_axis(tail, jnp.clip(place + reach, 0, reach - 1)[..., None], axis=2)
@@ -155,7 +156,7 @@ class KDA(nnx.Module):
         return y, rearrange(after, "b n reach c -> (b n) reach c").astype(state.tail.dtype)
 
     def gates(self, x: Hidden, valid: Valid) -> tuple[Float32[jax.Array, "b t h k"], Float32[jax.Array, "b t h"]]:
-        """Log-decay g <= 0 per key channel and step size beta in (0, 1) per head; padding neither decays nor writes."""
+        """Computes log-decay g <= 0 per key channel and step size beta in (0, 1) per head, both zero for padding."""
         f = self.f_b_proj(self.f_a_proj(x), dtype=jnp.float32) + self.dt_bias[...].astype(jnp.float32)
         f = rearrange(f, "b t (h k) -> b t h k", k=self.head_dim)
         g = -jnp.exp(self.A_log[...].astype(jnp.float32))[:, None] * jax.nn.softplus(f)
@@ -163,7 +164,7 @@ class KDA(nnx.Module):
         return jnp.where(valid[:, :, None, None], g, 0.0), jnp.where(valid[:, :, None], beta, 0.0)
 
     def gated_output(self, o: jax.Array, x: Hidden) -> Float32[jax.Array, "b t d"]:
-        """o_proj(RMSNorm(o) * sigmoid(z)): the gate comes after the norm."""
+        """Computes o_proj(RMSNorm(o) * sigmoid(z)): the gate comes after the norm."""
         z = rearrange(self.g_b_proj(self.g_a_proj(x)), "b t (h v) -> b t h v", v=self.head_dim)
         y = self.o_norm(o.astype(x.dtype)).astype(jnp.float32) * jax.nn.sigmoid(z.astype(jnp.float32))
         return self.o_proj(rearrange(y.astype(x.dtype), "b t h v -> b t (h v)"), dtype=jnp.float32)

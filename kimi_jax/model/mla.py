@@ -29,13 +29,14 @@ from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, Linear
 from pallas_kernels import merge_partials, mla_decode, mla_output, mla_prefill, mla_query, mla_write
 from sharding import (
+    SINGLE_DEVICE,
+    Partition,
     gather_columns,
     gather_pages,
     local_lengths,
     local_positions,
     longest_length,
     merge_shards,
-    num_shards,
     ring_page_numbers,
 )
 
@@ -62,44 +63,52 @@ class MLA(nnx.Module):
         self.o_proj = Linear(init, hidden, heads * config.v_head_dim, ("embed", "heads"))
 
     def __call__(
-        self, x: Hidden, context: Context, cache: MLACache | None = None
+        self, x: Hidden, context: Context, cache: MLACache | None = None, partition: Partition = SINGLE_DEVICE
     ) -> tuple[Float32[jax.Array, "b t d"], MLACache | None]:
-        """x [b, t, d] where `context` says -> the sum that the heads held here add to the stream, and the cache with
-        these tokens in it. A decode step attends in the absorbed form, prefill in the expanded one."""
+        """Mixes x [b, t, d] of the tokens that `context` describes.
+
+        Returns this device's heads' part of the sum for the stream, and the cache with these tokens in it. A decode
+        step attends in the absorbed form, prefill in the expanded one.
+        """
         table = context.page_table
         if cache is None or table is None:
-            q, latents = self.project(x, context.positions)
+            q, latents = self.project(x, context.positions, partition)
             return self.output(self.within(q, latents, context)[0]), None
         if context.phase == "decode":
-            out, cache = self.absorbed(x[:, 0], context.positions[:, 0], cache, table)
+            out, cache = self.absorbed(x[:, 0], context.positions[:, 0], cache, table, partition)
             return out[:, None], cache
-        q, latents = self.project(x, context.positions)
-        cache = MLACache(mla_write(cache.pages, latents, *self.places(context, table)))
-        return self.output(self.with_history(q, latents, context, cache, table)), cache
+        q, latents = self.project(x, context.positions, partition)
+        cache = MLACache(mla_write(cache.pages, latents, *self.places(context, table, partition)))
+        return self.output(self.with_history(q, latents, context, cache, table, partition)), cache
 
-    def places(self, context: Context, table: PageTable) -> tuple[Int32[jax.Array, "b pages"], Positions]:
-        """A page table a row, and the tokens' positions in it on this device: where sequences are packed, their tables
-        one after another."""
-        positions, rows = local_positions(context.positions, PAGE), len(context.positions)
+    def places(
+        self, context: Context, table: PageTable, partition: Partition
+    ) -> tuple[Int32[jax.Array, "b pages"], Positions]:
+        """Returns a page table for each row, and the tokens' positions in it on this device.
+
+        Where sequences are packed, their tables follow one another.
+        """
+        positions, rows = local_positions(context.positions, PAGE, partition), len(context.positions)
         if context.segments is None:
             return table, positions
         shifted = positions + context.segments * table.shape[1] * PAGE
         return table.reshape(rows, -1), jnp.where(positions < 0, -1, shifted)
 
-    def low_ranks(self, x: Float[jax.Array, "... d"]) -> tuple[jax.Array, jax.Array]:
-        """What queries are made of, before its norm where it has one, and [latent | k_pe] before theirs."""
-        config = self.config
+    def low_ranks(self, x: Float[jax.Array, "... d"], partition: Partition) -> tuple[jax.Array, jax.Array]:
+        """Computes the source of queries, before its norm where it has one, and [latent | k_pe] before theirs."""
+        config, names = self.config, partition.axis_names("latent")
         if config.q_lora_rank is None:
-            (kv,) = gather_columns([self.kv_a_proj_with_mqa(x)], [config.latent_dim], "latent")
+            (kv,) = gather_columns([self.kv_a_proj_with_mqa(x)], [config.latent_dim], names)
             return x, kv
         low = [self.q_a_proj(x), self.kv_a_proj_with_mqa(x)]
-        q_a, kv = gather_columns(low, [config.q_lora_rank, config.latent_dim], "latent")
+        q_a, kv = gather_columns(low, [config.q_lora_rank, config.latent_dim], names)
         return q_a, kv
 
-    def project(self, x: Hidden, positions: Positions) -> tuple[Queries, Latents]:
-        """[nope | rotated] of every head held here, and [normed latent | rotated k_pe], what the cache keeps."""
+    def project(self, x: Hidden, positions: Positions, partition: Partition) -> tuple[Queries, Latents]:
+        """Computes [nope | rotated] of this device's heads, and [normed latent | rotated k_pe], which the cache
+        keeps."""
         config = self.config
-        q_a, kv = self.low_ranks(x)
+        q_a, kv = self.low_ranks(x, partition)
         flat = self.q_proj(q_a) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_a))
         q = rearrange(flat, "b t (h k) -> b t h k", k=config.qk_head_dim)
         nope, q_pe = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
@@ -114,7 +123,7 @@ class MLA(nnx.Module):
         return self.o_proj(rearrange(heads, "b t h v -> b t (h v)"), dtype=jnp.float32)
 
     def within(self, q: Queries, latents: Latents, context: Context) -> tuple[Values, LogSumExp]:
-        """Attention of the tokens of a call among themselves."""
+        """Attends from the tokens of a call to one another."""
         segments = jnp.where(context.valid, 0, -1) if context.segments is None else context.segments
         return self.expanded(q, latents, context, context.positions, segments)
 
@@ -126,7 +135,7 @@ class MLA(nnx.Module):
         kv_positions: Int32[jax.Array, "b s"],
         kv_segments: Int32[jax.Array, "b s"],
     ) -> tuple[Values, LogSumExp]:
-        """Attention over keys and values made from `latents`, with the log-sum-exp of the scores [b, t, h]."""
+        """Attends to keys and values made from `latents`; also returns the log-sum-exp of the scores [b, t, h]."""
         c, pe = jnp.split(latents, [self.config.kv_lora_rank], axis=-1)
         kv = rearrange(self.kv_b_proj(c), "b s (h kv) -> b s h kv", h=q.shape[2])
         k, v = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
@@ -144,9 +153,17 @@ class MLA(nnx.Module):
         )
         return out, lse
 
-    def with_history(self, q: Queries, latents: Latents, context: Context, cache: MLACache, table: PageTable) -> Values:
-        """Attention over these tokens and over the cached ones before them, a few pages of each sequence at a time."""
-        rows, devices = len(context.positions), num_shards("row_pages")
+    def with_history(
+        self,
+        q: Queries,
+        latents: Latents,
+        context: Context,
+        cache: MLACache,
+        table: PageTable,
+        partition: Partition,
+    ) -> Values:
+        """Attends to these tokens and to the cached ones before them, a few pages of each sequence at a time."""
+        rows, devices = len(context.positions), partition.num_shards("row_pages")
         packed = len(table) // rows
         start, table = context.starts().reshape(rows, packed), table.reshape(rows, packed, -1)
         # of each device's pages of a sequence
@@ -157,21 +174,26 @@ class MLA(nnx.Module):
             # the last piece may begin early, so as to stay inside the table; what an earlier one covered is masked
             first = jnp.minimum(i * span, table.shape[2] - span)
             pages = cache.pages[jax.lax.dynamic_slice_in_dim(table, first, span, axis=2)]
-            history = gather_pages(rearrange(pages, "b n p c page -> b (n p page) c").astype(q.dtype))
-            number = ring_page_numbers(first, span)[:, None, :, None]  # of devices, sequences, pages, tokens
+            history = gather_pages(rearrange(pages, "b n p c page -> b (n p page) c").astype(q.dtype), partition)
+            number = ring_page_numbers(first, span, partition)[:, None, :, None]  # of devices, sequences, pages, tokens
             at = number * PAGE + jnp.arange(PAGE)
             seen = (at >= i * span * devices * PAGE) & (at < start[:, None, :, None, None])
             at, owner = (jnp.where(seen, x, -1).reshape(rows, -1) for x in (at, sequence))
             return merge_partials(merged, self.expanded(q, history, context, at, owner))
 
-        pieces = -(-longest_length(start.reshape(-1)) // (span * devices * PAGE))
+        pieces = -(-longest_length(start.reshape(-1), partition) // (span * devices * PAGE))
         return jax.lax.fori_loop(0, pieces, piece, self.within(q, latents, context))[0]
 
     def absorbed(
-        self, x: Float[jax.Array, "b d"], positions: Int32[jax.Array, "b"], cache: MLACache, page_table: PageTable
+        self,
+        x: Float[jax.Array, "b d"],
+        positions: Int32[jax.Array, "b"],
+        cache: MLACache,
+        page_table: PageTable,
+        partition: Partition,
     ) -> tuple[Float32[jax.Array, "b d"], MLACache]:
-        """One token of each row: it enters the cache, and attends to that and to those before it."""
-        config, (q_a, kv) = self.config, self.low_ranks(x)
+        """Writes one token of each row into the cache, and attends to it and to those before it."""
+        config, (q_a, kv) = self.config, self.low_ranks(x, partition)
         q_b, norm = (
             (self.q_proj, None) if config.q_lora_rank is None else (self.q_b_proj, self.q_a_layernorm.weight[...])
         )
@@ -187,11 +209,11 @@ class MLA(nnx.Module):
             heads=kv_b.shape[0] // (config.qk_nope_head_dim + config.v_head_dim),
             eps=config.mla_inner_norm_eps,
         )
-        own = local_positions(positions[:, None], PAGE)
+        own = local_positions(positions[:, None], PAGE, partition)
         cache = MLACache(mla_write(cache.pages, latents[:, None], page_table, own))
         q_latent, q_rope = jnp.split(
-            gather_pages(jnp.concatenate([q_latent, q_rope], -1)), [config.kv_lora_rank], axis=-1
+            gather_pages(jnp.concatenate([q_latent, q_rope], -1), partition), [config.kv_lora_rank], axis=-1
         )
-        scale, lengths = rope.softmax_scale(config), local_lengths(positions + 1, PAGE)
+        scale, lengths = rope.softmax_scale(config), local_lengths(positions + 1, PAGE, partition)
         o, lse = mla_decode(q_latent, q_rope, cache.pages, page_table, lengths, scale=scale, return_lse=True)
-        return mla_output(merge_shards(o, lse), kv_b, self.o_proj.weight[...]), cache
+        return mla_output(merge_shards(o, lse, partition), kv_b, self.o_proj.weight[...]), cache

@@ -1,16 +1,16 @@
 """Feed-forward layers: SwiGLU, and the mixture of experts of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
 
 Tokens go through grouped matmuls (`pallas_kernels`), sorted by expert, few of them through one kernel of their own; an
-expert nobody chose costs nothing, and no token meets an expert it did not choose.
+expert that no token chose costs nothing, and no token meets an expert it did not choose.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kimi_jax.axes import Float, Float32, Hidden, Int32, Rows
+from kimi_jax.axes import FlatHidden, Float, Float32, Int32
 from kimi_jax.config import TextConfig
-from kimi_jax.model.param import Init, Linear, reshard_columns
+from kimi_jax.model.param import Init, Linear
 from pallas_kernels import (
     grouped_matmul,
     grouped_swiglu,
@@ -20,20 +20,19 @@ from pallas_kernels import (
     quantize_int4,
 )
 from pallas_kernels.mixture import fits
-from sharding import SINGLE_DEVICE, StreamLayout, dispatch_and_combine, first_local_expert
 
 # One projection of some experts: weight [e, out, in], or codes [e, in, out] and scales [e, in/32, out]
 ExpertWeight = jax.Array | tuple[jax.Array, jax.Array]
-# Pairs of a token and an expert of its whose vectors exist at one time, at most.
+# The most pairs of a token and one of its experts whose vectors exist at one time.
 BLOCK = 8192
-# A block is a multiple of it, if there are as many pairs.
+# A block is a multiple of this, if there are as many pairs.
 WINDOW = 128
 # gate, up, down
 ExpertWeights = tuple[ExpertWeight, ExpertWeight, ExpertWeight]
 
 
 class MLP(nnx.Module):
-    """down(silu(gate x) * up x); where the width is split, this part of the sum."""
+    """Computes down(silu(gate x) * up x); where the width is sharded, this device's part of the sum."""
 
     def __init__(self, init: Init, hidden: int, width: int, axis: str = "mlp"):
         self.gate_proj = Linear(init, width, hidden, (axis, "embed"))
@@ -52,8 +51,8 @@ class Router(nnx.Module):
         self.weight = init.normal((config.n_routed_experts, config.hidden_size), ("expert_scores", "embed"))
         self.e_score_correction_bias = init.param(jnp.zeros(config.n_routed_experts, jnp.float32), ("expert_scores",))
 
-    def __call__(self, x: Rows) -> tuple[Int32[jax.Array, "t j"], Float32[jax.Array, "t j"]]:
-        """x [t, d] -> the chosen experts of each token and their weights."""
+    def __call__(self, x: FlatHidden) -> tuple[Int32[jax.Array, "t j"], Float32[jax.Array, "t j"]]:
+        """Returns the chosen experts of each token of x [t, d], and their weights."""
         config = self.config
         x, w = x.astype(jnp.float32), self.weight[...].astype(jnp.float32)
         scores = jax.nn.sigmoid(jnp.einsum("td,ed->te", x, w, precision=jax.lax.Precision.HIGHEST))
@@ -67,7 +66,7 @@ class Router(nnx.Module):
         return chosen, weights * config.routed_scaling_factor
 
     def eligible(self, choice: Float32[jax.Array, "t e"]) -> Float32[jax.Array, "t e"]:
-        """-inf outside the `topk_group` groups whose two best experts sum highest."""
+        """Sets scores to -inf outside the `topk_group` groups whose two best experts sum highest."""
         config = self.config
         if config.n_group == 1:
             return choice
@@ -88,11 +87,11 @@ class ExpertLinear(nnx.Module):
         else:
             weight = init.normal((config.n_routed_experts, in_, out), ("expert", *axes[::-1]))
             codes, scales = jax.jit(quantize_int4)(weight[...])
-            self.codes = nnx.Variable(codes, axes=("expert", *axes[::-1]))
+            self.codes = nnx.Variable(codes, axes=("expert", *axes[::-1]), full_shape=codes.shape)
             self.scales = init.param(scales, ("expert", *axes[::-1]))
 
     def arrays(self) -> ExpertWeight:
-        """`weight`, or (`codes`, `scales`)."""
+        """Returns `weight`, or (`codes`, `scales`)."""
         return (self.codes[...], self.scales[...]) if hasattr(self, "codes") else self.weight[...]
 
 
@@ -105,12 +104,17 @@ class Experts(nnx.Module):
         self.up_proj = ExpertLinear(init, config, width, hidden, ("expert_mlp", "embed"))
         self.down_proj = ExpertLinear(init, config, hidden, width, ("embed", "expert_mlp"))
 
+    @property
+    def num_local(self) -> int:
+        """The number of experts on this device."""
+        return jax.tree.leaves(self.weights())[0].shape[0]
+
     def weights(self) -> ExpertWeights:
         return self.gate_proj.arrays(), self.up_proj.arrays(), self.down_proj.arrays()
 
 
-def feed_forward(x: Rows, experts: ExpertWeights, group_sizes: Int32[jax.Array, "e"]) -> Rows:
-    """x [t, d], sorted by expert, `group_sizes[i]` rows to expert i -> [t, d]; rows past the last are zero."""
+def feed_forward(x: FlatHidden, experts: ExpertWeights, group_sizes: Int32[jax.Array, "e"]) -> FlatHidden:
+    """Computes SwiGLU of x [t, d] sorted by expert, `group_sizes[i]` rows to expert i; rows past the last are zero."""
     gate, up, down = experts
     if isinstance(gate, tuple) and isinstance(up, tuple) and isinstance(down, tuple):
         return int4_grouped_matmul(int4_grouped_swiglu(x, gate, up, group_sizes), *down, group_sizes)
@@ -119,7 +123,7 @@ def feed_forward(x: Rows, experts: ExpertWeights, group_sizes: Int32[jax.Array, 
 
 
 class MoE(nnx.Module):
-    """Routed experts, weighted, plus the shared experts, unweighted."""
+    """Routed experts, weighted, plus the shared experts, unweighted; `block.mix_experts` adds them up over devices."""
 
     def __init__(self, init: Init, config: TextConfig):
         self.gate = Router(init, config)
@@ -127,35 +131,18 @@ class MoE(nnx.Module):
         width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = MLP(init, config.hidden_size, width, "shared_mlp") if width else None
 
-    def __call__(self, x: Hidden, layout: StreamLayout = SINGLE_DEVICE) -> Hidden:
-        if layout.dispatch:
-            return self.dispatched(x, layout)
-        tokens = layout.gather_all(x)
-        y = self.routed(tokens)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(tokens)
-        return layout.reduce_all(y, x)
-
-    def dispatched(self, x: Hidden, layout: StreamLayout) -> Hidden:
-        """The same, tokens travelling to their experts. Shared experts have the tokens of their rows instead of all."""
-        unique = layout.scatter_unique(x)
-        held, count = jax.tree.leaves(self.experts.weights())[0].shape[0], self.gate.config.n_routed_experts
-        y = layout.gather_unique(dispatch_and_combine(unique, *self.gate(unique), self.part, held, count), x)
-        if self.shared_experts is None:
-            return y
-        shared = reshard_columns(self.shared_experts, "shared_mlp", like="mlp")
-        return y + layout.reduce_rows(shared(layout.gather_tokens(x)), "mlp", x.dtype)
-
-    def routed(self, x: Rows) -> Float32[jax.Array, "t d"]:
-        """The part of each token's weighted sum over its experts that comes from those held here."""
-        return self.part(x, *self.gate(x))
-
-    def part(
-        self, x: Float[jax.Array, "t *d"], chosen: Int32[jax.Array, "t j"], weights: Float32[jax.Array, "t j"]
+    def sum_experts(
+        self,
+        x: Float[jax.Array, "t *d"],
+        chosen: Int32[jax.Array, "t j"],
+        weights: Float32[jax.Array, "t j"],
+        first: jax.Array | int = 0,
     ) -> Float32[jax.Array, "t *d"]:
-        experts, count = self.experts.weights(), self.gate.config.n_routed_experts
-        first = first_local_expert(jax.tree.leaves(experts)[0].shape[0], count)
-        return weighted_sum(x, chosen, weights, experts, count, first)
+        """Returns this device's part of each token's weighted sum over its `chosen` experts.
+
+        The experts on this device are those from number `first` on.
+        """
+        return weighted_sum(x, chosen, weights, self.experts.weights(), self.gate.config.n_routed_experts, first)
 
 
 def weighted_sum(
@@ -166,21 +153,21 @@ def weighted_sum(
     num_experts: int,
     first: jax.Array | int,
 ) -> Float32[jax.Array, "t *d"]:
-    """The part of each token's sum that comes from `experts`, those from number `first` on of `num_experts`; a `chosen`
-    of -1 is no expert. A token's vector may have any shape.
+    """Computes the part of each token's weighted sum that comes from `experts`, numbers `first` on of `num_experts`.
 
-    Few tokens go through one kernel. Of many the pairs of a token and one of its experts are sorted, those held here
-    first, and taken in blocks, so that memory and work are bounded by the pairs that there are. The first block has
-    room for twice as many as are here if all choices are alike.
+    A `chosen` of -1 is no expert. A token's vector may have any shape. Few tokens go through one kernel. For many,
+    pairs of a token and one of its experts are sorted, those of local experts first, and taken in blocks, so that
+    memory and work are bounded by the number of local pairs. The first block has room for twice as many as there are if
+    experts are chosen evenly.
     """
     if fits(len(x), x.size // len(x)):
         return mixture(x.reshape(len(x), -1), chosen, weights, *experts, first=first).reshape(x.shape)
-    held, choices, flat = jax.tree.leaves(experts)[0].shape[0], chosen.shape[1], chosen.reshape(-1)
-    size = min(BLOCK, flat.size, -(-2 * flat.size * held // num_experts // WINDOW) * WINDOW)
-    local = jnp.where((flat >= first) & (flat < first + held), flat - first, held)
+    num_local, choices, flat = jax.tree.leaves(experts)[0].shape[0], chosen.shape[1], chosen.reshape(-1)
+    size = min(BLOCK, flat.size, -(-2 * flat.size * num_local // num_experts // WINDOW) * WINDOW)
+    local = jnp.where((flat >= first) & (flat < first + num_local), flat - first, num_local)
     order = jnp.argsort(local, stable=True)
     # (jnp.bincount would scatter, which a TPU sends to its SparseCore and back)
-    ends = jnp.sum(local[:, None] <= jnp.arange(held), axis=0, dtype=jnp.int32)
+    ends = jnp.sum(local[:, None] <= jnp.arange(num_local), axis=0, dtype=jnp.int32)
     order = jnp.pad(order, (0, -order.size % size))
 
     @jax.checkpoint

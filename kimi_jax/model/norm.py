@@ -16,7 +16,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., width] -> the same shape and dtype."""
+        """Normalises x [..., width] in its own dtype."""
         return rms_norm(x, self.weight[...], self.eps)
 
 
@@ -29,7 +29,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., width] -> the same shape and dtype."""
+        """Normalises x [..., width] in its own dtype."""
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)

@@ -1,23 +1,24 @@
-"""How a weight is made: its shape, logical axes and initialiser on one line, its dtype from the `Init` at hand."""
+"""Weights: made on one line with shape, logical axes and initialiser, sharded by a partition, and `Linear`."""
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
-from sharding import mesh_axes, tree_specs
+from sharding import SERVE, Partition, Rules, all_gather
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """Makes parameters. `axes` are logical names that `sharding.rules` turns into mesh axes; None is never sharded."""
+    """Makes parameters. `axes` are logical names that `sharding.rules` maps to mesh axes; None is never sharded."""
 
     key: jax.Array
     dtype: jnp.dtype
@@ -25,7 +26,8 @@ class Init:
     drawn: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     def next_key(self) -> jax.Array:
-        """A key nobody else has. (A stream of `nnx.Rngs` gives the same, ten times slower under tracing.)"""
+        """Returns a key that no other parameter has. (A stream of `nnx.Rngs` does too, ten times slower under
+        tracing.)"""
         return jax.random.fold_in(self.key, next(self.drawn))
 
     def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -40,30 +42,52 @@ class Init:
     def param(self, value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
         if len(axes) != value.ndim:
             raise ValueError(f"{len(axes)} axes {axes} for a parameter of shape {value.shape}")
-        return nnx.Param(value, axes=axes)
+        return nnx.Param(value, axes=axes, full_shape=value.shape)
 
 
-def weight_specs(params: Any) -> Any:
-    """The PartitionSpec of every parameter, on the mesh in use."""
+def map_weights(change: Callable[[jax.Array, tuple[str | None, ...], tuple[int, ...]], Any], params: Any) -> Any:
+    """Replaces every parameter by `change(array, logical axes, shape over all devices)`."""
 
-    def of(variable: nnx.Variable) -> nnx.Variable:
-        return variable.replace(tree_specs(variable.get_value(), variable.get_metadata()["axes"]))
+    def replace(variable: nnx.Variable) -> nnx.Variable:
+        marks = variable.get_metadata()
+        return variable.replace(change(variable.get_value(), marks["axes"], marks["full_shape"]))
 
-    return jax.tree.map(of, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return jax.tree.map(replace, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def reshard_columns(module: Module, axis: str, like: str) -> Module:
-    """The module with logical axis `axis` of its weights split as `like` is, gathered over the mesh's other axes."""
+def weight_specs(params: Any, partition: Partition) -> Any:
+    """Returns the PartitionSpec of every parameter."""
+    return map_weights(lambda _, axes, shape: partition.spec(axes, shape), params)
+
+
+def weight_shardings(params: Any, mesh: Mesh, rules: Rules = SERVE) -> Any:
+    """Returns the sharding of every parameter on the devices of `mesh`: what `jax.device_put` takes."""
+    partition = Partition(mesh, rules)
+    return map_weights(lambda _, axes, shape: NamedSharding(mesh, partition.spec(axes, shape)), params)
+
+
+def gather_weights(module: Module, partition: Partition) -> Module:
+    """Returns the module with those shards gathered that rules keep in memory only (`Rule.gathered`).
+
+    A gradient goes back by a reduce-scatter, so that it is sharded as the weights are.
+    """
+    if not any(rule.gathered for rule in partition.rules):
+        return module
+
+    def gather(array: jax.Array, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> jax.Array:
+        for dimension, names in partition.gathered_axes(axes, shape).items():
+            array = all_gather(array, names, dimension)
+        return array
+
     graph, params = nnx.split(module)
-    names = tuple(name for name in mesh_axes(axis) if name not in mesh_axes(like))
+    return nnx.merge(graph, map_weights(gather, params))
 
-    def joined(variable: nnx.Variable) -> nnx.Variable:
-        if not names:
-            return variable
-        dimension = variable.get_metadata()["axes"].index(axis)
-        return variable.replace(jax.lax.all_gather(variable.get_value(), names, axis=dimension, tiled=True))
 
-    return nnx.merge(graph, jax.tree.map(joined, params, is_leaf=lambda node: isinstance(node, nnx.Variable)))
+def reshard(module: Module, axis: str, like: str, partition: Partition) -> Module:
+    """Returns the module with logical axis `axis` of its weights sharded as `like`, gathered over other mesh axes."""
+    names = tuple(name for name in partition.axis_names(axis) if name not in partition.axis_names(like))
+    graph, params = nnx.split(module)
+    return nnx.merge(graph, map_weights(lambda array, axes, _: all_gather(array, names, axes.index(axis)), params))
 
 
 # Traced once per shape: a 61-layer model asks for the same few a thousand times.
@@ -80,7 +104,7 @@ class Linear(nnx.Module):
         self.bias = init.zeros((out,), axes[:1]) if bias else None
 
     def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """x [..., in] -> [..., out], in `dtype` where one is given."""
+        """Maps x [..., in] to [..., out], in `dtype` where one is given."""
         y = jnp.einsum("...i,oi->...o", x, self.weight[...], preferred_element_type=jnp.float32)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Images and video in a prompt: what a model is given of them, and which token takes which of their embeddings."""
+"""Images and video in a prompt: the arrays that a model is given, and the embedding that each token takes."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ class Media:
 
 
 def tokens_per_item(grids: np.ndarray, config: KimiConfig) -> np.ndarray:
-    """Media tokens of each item, whatever its number of frames: h * w over the merge kernel's cells.
+    """Counts the media tokens of each item, whatever its number of frames: h * w over the merge kernel's cells.
 
     Raises ValueError for a grid that the kernel does not divide, or with more frames than `init_pos_emb_time`.
     """
@@ -50,7 +50,7 @@ def tokens_per_item(grids: np.ndarray, config: KimiConfig) -> np.ndarray:
 
 
 def media_index(tokens: np.ndarray, media: Media | None, config: KimiConfig) -> np.ndarray | None:
-    """Which media token each prompt token [b, t] is replaced by, -1 for text; None without media.
+    """Returns the media token that replaces each prompt token [b, t], -1 for text; None without media.
 
     Raises ValueError where the placeholders are not as many as the media's tokens.
     """

@@ -15,7 +15,7 @@ from kimi_jax.config import VisionConfig
 from kimi_jax.model import rope
 from kimi_jax.model.norm import LayerNorm
 from kimi_jax.model.param import Init, Linear
-from kimi_jax.model.vision_layout import Layout
+from kimi_jax.model.vision_layout import PatchLayout
 from pallas_kernels import mla_prefill
 
 BLOCK_NORM_EPS = 1e-5
@@ -40,19 +40,19 @@ class PositionTable(nnx.Module):
         shape = (config.init_pos_emb_height, config.init_pos_emb_width, config.vt_hidden_size)
         self.weight = init.normal(shape, (None, None, None))
 
-    def __call__(self, layout: Layout) -> Float[jax.Array, "p width"]:
+    def __call__(self, layout: PatchLayout) -> Float[jax.Array, "p width"]:
         cells = rearrange(self.weight[...], "h w d -> (h w) d")[layout.taps_index]
         return jnp.einsum("pnd,pn->pd", cells, layout.taps_weight, preferred_element_type=jnp.float32)
 
 
 class PatchEmbed(nnx.Module):
-    """Patches, plus where and when they are."""
+    """Patches, plus embeddings of their place and time."""
 
     def __init__(self, init: Init, config: VisionConfig):
         self.proj = PatchProjection(init, config.vt_hidden_size, config.patch_size)
         self.pos_emb = PositionTable(init, config)
 
-    def __call__(self, patches: Patches, layout: Layout) -> Float[jax.Array, "p width"]:
+    def __call__(self, patches: Patches, layout: PatchLayout) -> Float[jax.Array, "p width"]:
         x = self.proj(patches)
         return x + (self.pos_emb(layout) + layout.time).astype(x.dtype)
 
@@ -68,7 +68,7 @@ class VisionMLP(nnx.Module):
         return self.fc1(jax.nn.gelu(self.fc0(x), approximate=True))
 
 
-class Block(nnx.Module):
+class VisionBlock(nnx.Module):
     """Pre-norm attention and MLP; attention is bidirectional within an item."""
 
     def __init__(self, init: Init, config: VisionConfig):
@@ -80,11 +80,11 @@ class Block(nnx.Module):
         self.norm1 = LayerNorm(init, width, BLOCK_NORM_EPS)
         self.mlp = VisionMLP(init, width, config.vt_intermediate_size)
 
-    def __call__(self, x: Float[jax.Array, "p width"], layout: Layout) -> Float[jax.Array, "p width"]:
+    def __call__(self, x: Float[jax.Array, "p width"], layout: PatchLayout) -> Float[jax.Array, "p width"]:
         x = x + self.wo(self.attention(self.wqkv(self.norm0(x)), layout))
         return x + self.mlp(self.norm1(x))
 
-    def attention(self, qkv: Float[jax.Array, "p three_width"], layout: Layout) -> Float[jax.Array, "p width"]:
+    def attention(self, qkv: Float[jax.Array, "p three_width"], layout: PatchLayout) -> Float[jax.Array, "p width"]:
         q, k, v = rearrange(qkv, "p (qkv h k) -> qkv 1 p h k", qkv=3, h=self.heads)
         angles = jnp.asarray(layout.angles)[None, :, None, :]
         q, k = rope.rotate(q, angles), rope.rotate(k, angles)
@@ -108,10 +108,10 @@ class Encoder(nnx.Module):
     """The blocks and their last norm."""
 
     def __init__(self, init: Init, config: VisionConfig):
-        self.blocks = nnx.List([Block(init, config) for _ in range(config.vt_num_hidden_layers)])
+        self.blocks = nnx.List([VisionBlock(init, config) for _ in range(config.vt_num_hidden_layers)])
         self.final_layernorm = LayerNorm(init, config.vt_hidden_size, BLOCK_NORM_EPS)
 
-    def __call__(self, x: Float[jax.Array, "p width"], layout: Layout) -> Float[jax.Array, "p width"]:
+    def __call__(self, x: Float[jax.Array, "p width"], layout: PatchLayout) -> Float[jax.Array, "p width"]:
         for block in self.blocks:
             x = block(x, layout)
         return self.final_layernorm(x)
@@ -124,7 +124,7 @@ class VisionTower(nnx.Module):
         self.patch_embed = PatchEmbed(init, config)
         self.encoder = Encoder(init, config)
 
-    def __call__(self, patches: Patches, layout: Layout) -> Float[jax.Array, "m cells width"]:
+    def __call__(self, patches: Patches, layout: PatchLayout) -> Float[jax.Array, "m cells width"]:
         x = self.encoder(self.patch_embed(patches, layout), layout)
         frames = x[layout.merge_index]
         merged = jnp.einsum("mcfd,mcf->mcd", frames, layout.merge_weight, preferred_element_type=jnp.float32)
@@ -132,7 +132,7 @@ class VisionTower(nnx.Module):
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:
-    """x Φ(x). (A function of the module's, not a lambda of the object's: two equal models then share compiled code.)"""
+    """Computes x Φ(x). (Equal models share compiled code, as they would not with a lambda of their own.)"""
     return jax.nn.gelu(x, approximate=False)
 
 

@@ -1,4 +1,4 @@
-"""Where each patch of a batch of images and video chunks lies: the grid arithmetic of MoonViT-3D, in numpy.
+"""Places of the patches of a batch of images and video chunks: the grid arithmetic of MoonViT-3D, in numpy.
 
 All items are packed into one row of patches, padded to a few sizes, and everything that depends on their grids becomes
 an array here. The tower itself then depends on the padded size alone, and is compiled once per size, not per grid.
@@ -14,7 +14,7 @@ ROPE_THETA = 10000.0
 CUBIC_A = -0.75
 
 
-class Layout(NamedTuple):
+class PatchLayout(NamedTuple):
     """Per patch p (of the padded row) and per media token m; padding belongs to segment -1.
 
     taps_index, taps_weight [p, 16]: the cells of the position table that a patch blends (bicubic, a = -0.75).
@@ -34,13 +34,13 @@ class Layout(NamedTuple):
 
 
 def padded_size(patches: int) -> int:
-    """The next of four sizes per octave, in multiples of 64, so that few sizes are ever compiled."""
+    """Returns the next of four sizes per octave, in multiples of 64, so that few sizes are ever compiled."""
     step = max(64, 1 << max(0, (patches - 1).bit_length() - 3))
     return -(-patches // step) * step
 
 
-def layout(grids: np.ndarray, config: VisionConfig) -> Layout:
-    """`grids` [items, (t, h, w)] in patches, items in the order of their patches; padded to `padded_size`."""
+def lay_out_patches(grids: np.ndarray, config: VisionConfig) -> PatchLayout:
+    """Lays out `grids` [items, (t, h, w)] in patches, items in the order of their patches, padded to `padded_size`."""
     items = [_item(int(t), int(h), int(w), config) for t, h, w in grids]
     patches = sum(len(item["angles"]) for item in items)
     first = np.cumsum([0] + [len(item["angles"]) for item in items])
@@ -55,7 +55,7 @@ def layout(grids: np.ndarray, config: VisionConfig) -> Layout:
         padding = [(0, rows - len(values))] + [(0, 0)] * (values.ndim - 1)
         return np.pad(values, padding, constant_values=-1 if name == "segment" else 0)
 
-    return Layout(**{name: pad(name, values) for name, values in joined.items()})
+    return PatchLayout(**{name: pad(name, values) for name, values in joined.items()})
 
 
 def _item(t: int, h: int, w: int, config: VisionConfig) -> dict[str, np.ndarray]:

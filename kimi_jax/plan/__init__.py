@@ -1,4 +1,4 @@
-"""What a model needs and moves on a TPU slice, by arithmetic and by compiling its step without one."""
+"""Memory and traffic of a model on a TPU slice, by arithmetic and by compiling its step without one."""
 
 from kimi_jax.plan.compile import Compiled, DoesNotFitError, available, compiled
 from kimi_jax.plan.job import Job

@@ -1,4 +1,4 @@
-"""What a step needs and moves on each device, by arithmetic: the shapes of the real model under the real rules.
+"""Memory and traffic of a step on each device, by arithmetic: the shapes of the real model under the real rules.
 
 Times are lower bounds: every byte once at the HBM's peak, every product at the matrix units', every message over all of
 a chip's links at once; nothing waits for anything else.
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 
 from kimi_jax.model.context import PAGE
-from kimi_jax.plan.job import Job, Weight, layer_cache, weights
+from kimi_jax.plan.job import Job, Parameter, layer_cache, parameters
 from kimi_jax.plan.traffic import Collective
 
 # Programs, and what the compiler keeps beside buffers: 61 layers' kernels came to 60 to 250 MB.
@@ -18,7 +18,7 @@ PROGRAM_BYTES = 300 * 10**6
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device by kind, of `available` in all."""
+    """Bytes on each device by kind, out of `available`."""
 
     available: int
     experts: int
@@ -31,18 +31,19 @@ class Memory:
 
     @property
     def weights(self) -> int:
-        """Those that a text step reads, without the vision tower's."""
+        """Bytes of the weights that a text step reads, without the vision tower's."""
         return self.experts + self.attention + self.embeddings + self.other_weights
 
     @property
     def headroom(self) -> int:
-        """What is left; negative where the job does not fit."""
+        """Bytes that are left; negative where the job does not fit."""
         return self.available - self.weights - self.vision - self.cache - self.temporaries
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """What a device reads, multiplies and sends in a step. The bound is the longest of the three times."""
+class StepBound:
+    """Bytes that a device reads and sends and products that it computes in a step. The longest of three times bounds
+    it."""
 
     hbm_bytes: float
     flops: float
@@ -63,19 +64,19 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class PerLayer:
-    """The last layer's share, with its part of the cache: bytes that lie on a device and that a step reads there."""
+    """The last layer's share, with its part of the cache: bytes on a device, and bytes that a step reads there."""
 
     resident: int
     read: float
 
 
 def memory(job: Job, temporaries: int | None = None) -> Memory:
-    """By kind; `temporaries` as the compiler has them, an estimate where None.
+    """Computes memory by kind; `temporaries` are the compiler's, an estimate where None.
 
     Raises ValueError where the mesh divides the job's batch, heads or widths unevenly.
     """
     of_kind = dict.fromkeys(("experts", "attention", "embeddings", "other weights", "vision"), 0)
-    for weight, count in weights(job.config):
+    for weight, count in parameters(job.config):
         of_kind[weight.kind] += count * weight.local_bytes(job.sizes)
     return Memory(
         available=job.topology.chip.memory,
@@ -90,14 +91,15 @@ def memory(job: Job, temporaries: int | None = None) -> Memory:
 
 
 def cache_bytes(job: Job) -> int:
-    """Of all layers, on each device."""
+    """Computes the bytes of all layers' caches on each device."""
     each = layer_cache(job.config, job.batch, job.context, job.sizes)
     kinds = job.config.text.layer_kinds
     return each.mla * kinds.count("mla") + each.kda * kinds.count("kda")
 
 
 def _temporaries(job: Job) -> int:
-    """An estimate: the stream in float32 twice, one mixture's rows sorted by expert, the logits, the program."""
+    """Estimates temporaries: the stream in float32 twice, one mixture's rows sorted by expert, the logits, the
+    program."""
     text, mesh = job.config.text, job.mesh
     stream = job.tokens * text.hidden_size * 8
     share = min(1.0, 2 / math.prod(job.sizes)) if job.phase == "prefill" else 1.0
@@ -108,7 +110,7 @@ def _temporaries(job: Job) -> int:
 
 
 def touched(job: Job) -> float:
-    """The share of experts that the step's tokens choose among them, where each choice is as likely as any."""
+    """Computes the share of experts that some token of the step chooses, where all choices are equally likely."""
     text = job.config.text
     return (
         1.0 - (1.0 - text.num_experts_per_tok / text.n_routed_experts) ** job.tokens if text.n_routed_experts else 0.0
@@ -116,15 +118,18 @@ def touched(job: Job) -> float:
 
 
 def hbm_bytes(job: Job) -> float:
-    """Weights once, of the experts the share that is chosen; latents once; KDA states once there and once back."""
+    """Computes HBM bytes: weights once (the chosen share of experts), latents once, KDA states read and written
+    once."""
     each = layer_cache(job.config, job.batch, job.context, job.sizes)
     kinds = job.config.text.layer_kinds
-    return _weights_read(job, weights(job.config)) + each.mla * kinds.count("mla") + 2 * each.kda * kinds.count("kda")
+    return (
+        _weights_read(job, parameters(job.config)) + each.mla * kinds.count("mla") + 2 * each.kda * kinds.count("kda")
+    )
 
 
-def _weights_read(job: Job, held: tuple[tuple[Weight, int], ...]) -> float:
+def _weights_read(job: Job, read: tuple[tuple[Parameter, int], ...]) -> float:
     total = 0.0
-    for weight, count in held:
+    for weight, count in read:
         if weight.kind != "vision" and "embed_tokens" not in weight.path:  # a row of that table per token
             share = touched(job) if weight.kind == "experts" else 1.0
             total += count * weight.local_bytes(job.sizes) * share
@@ -132,9 +137,9 @@ def _weights_read(job: Job, held: tuple[tuple[Weight, int], ...]) -> float:
 
 
 def per_layer(job: Job) -> PerLayer:
-    """Of the last layer, a mixture in every published model."""
+    """Computes the share of the last layer, a mixture in every published model."""
     text = job.config.text
-    last = weights(job.config, text.num_hidden_layers - 1)
+    last = parameters(job.config, text.num_hidden_layers - 1)
     each = layer_cache(job.config, job.batch, job.context, job.sizes)
     kept, moved = (each.mla, each.mla) if text.layer_kinds[-1] == "mla" else (each.kda, 2 * each.kda)
     resident = sum(count * weight.local_bytes(job.sizes) for weight, count in last)
@@ -142,24 +147,25 @@ def per_layer(job: Job) -> PerLayer:
 
 
 def flops(job: Job) -> float:
-    """Products of weights with the tokens that a device treats, and attention's own."""
+    """Counts the products of weights with a device's tokens, and attention's own."""
     text, mesh = job.config.text, job.mesh
-    mine, total = job.tokens / mesh["data"], 0.0
-    for weight, count in weights(job.config):
+    row_tokens, total = job.tokens / mesh["data"], 0.0
+    for weight, count in parameters(job.config):
         products = 2 * count * weight.local(job.sizes)
         if weight.kind == "experts":  # each expert's tokens, were they spread evenly
             total += products * job.tokens * text.num_experts_per_tok / text.n_routed_experts
         elif "lm_head" in weight.path:
             total += products * job.batch / mesh["data"]
         elif weight.kind in ("attention", "other weights"):
-            everybodys = ".shared_experts." in weight.path or ".mlp.gate." in weight.path
-            total += products * (job.tokens if everybodys else mine)
+            of_all_rows = ".shared_experts." in weight.path or ".mlp.gate." in weight.path
+            total += products * (job.tokens if of_all_rows else row_tokens)
     kinds = text.layer_kinds
     return total + kinds.count("mla") * _mla_flops(job) + kinds.count("kda") * _kda_flops(job)
 
 
 def _mla_flops(job: Job) -> float:
-    """Scores and their products with values: absorbed for one token, over keys and values of every head for more."""
+    """Counts scores and their products with values: absorbed for one token, over every head's keys and values for
+    more."""
     text, mesh = job.config.text, job.mesh
     heads = text.num_attention_heads / (mesh["tensor"] * mesh["sequence"])
     pairs = job.batch / mesh["data"] * job.chunk * (job.context - (job.chunk - 1) / 2)
@@ -168,7 +174,7 @@ def _mla_flops(job: Job) -> float:
 
 
 def _kda_flops(job: Job) -> float:
-    """Two products with the state and its update."""
+    """Counts two products with the state and its update."""
     linear = job.config.text.linear_attn
     if linear is None:
         return 0.0
@@ -176,11 +182,11 @@ def _kda_flops(job: Job) -> float:
     return job.tokens / job.mesh["data"] * heads * 6 * linear.head_dim**2
 
 
-def step(job: Job, sent: list[Collective]) -> Step:
-    """The step's lower bounds, with the messages that it sends."""
+def step(job: Job, sent: list[Collective]) -> StepBound:
+    """Computes the step's lower bounds, with the messages that it sends."""
     chip, read, products = job.topology.chip, hbm_bytes(job), flops(job)
     over_links = sum((collective.sent for collective in sent), 0.0)
-    return Step(
+    return StepBound(
         hbm_bytes=read,
         flops=products,
         sent_bytes=over_links,
@@ -191,8 +197,11 @@ def step(job: Job, sent: list[Collective]) -> Step:
 
 
 def expected_collectives(job: Job) -> list[Collective]:
-    """What the rules have a step send, before it is compiled: per layer the mixer's sum and the feed-forward's, the
-    low-rank projections where they are split, and where the cache is, queries and partial softmaxes."""
+    """Predicts the messages of a step that is not compiled.
+
+    They are, for each layer, the mixer's sum and the feed-forward's, the low-rank projections where these are sharded,
+    and queries and partial softmaxes where the cache is.
+    """
     text, mesh, layers = job.config.text, job.mesh, job.config.text.num_hidden_layers
     mla, rows = text.layer_kinds.count("mla"), job.tokens / mesh["data"]
     heads: tuple[str, ...] = ("tensor", "sequence")
@@ -219,7 +228,7 @@ def expected_collectives(job: Job) -> list[Collective]:
 
 
 def largest_batch(job: Job, temporaries: int | None = None) -> int:
-    """Rows that fit with this context, a multiple of the `data` axis; 0 where none do."""
+    """Finds the most rows that fit with this context, a multiple of the `data` axis; 0 where none do."""
     data = job.mesh["data"]
 
     def fits(parts: int) -> bool:
@@ -229,7 +238,7 @@ def largest_batch(job: Job, temporaries: int | None = None) -> int:
 
 
 def largest_context(job: Job, temporaries: int | None = None) -> int:
-    """Tokens a row that fit with this batch, whole pages up to `max_position_embeddings`; 0 where none do."""
+    """Finds the most tokens a row that fit with this batch, in whole pages; 0 where none do."""
     pages = job.config.text.max_position_embeddings // PAGE
 
     def fits(count: int) -> bool:
@@ -240,14 +249,14 @@ def largest_context(job: Job, temporaries: int | None = None) -> int:
 
 
 def _fits(job: Job, measured: Job, temporaries: int | None) -> bool:
-    """`temporaries` are those that the compiler had for the `measured` job: what more there are is estimated."""
+    """Tells whether the job fits; `temporaries` are those compiled for the `measured` job, and growth is estimated."""
     if temporaries is not None:
         temporaries += max(0, _temporaries(job) - _temporaries(measured))
     return memory(job, temporaries).headroom >= 0
 
 
 def _last(true_up_to: Callable[[int], bool], most: int) -> int:
-    """The greatest n of 1 to `most` for which it is true, which it is up to some n; 0 where it never is."""
+    """Finds the greatest n of 1 to `most` for which it is true, given that it is true up to some n; 0 where never."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -22,7 +22,7 @@ from kimi_jax.plan.traffic import Collective, MovedWeight, collectives, moved_we
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a device's program. `arguments` are weights, cache and tokens, of which `in_place` are
+    """The compiler's report on a device's program. `arguments` are weights, cache and tokens, of which `in_place` are
     results too; `results` come beside them. `hbm_bytes` goes to and from HBM (`plan.hbm`); `accessed` is the
     compiler's own count, of all memories together. `small_cycles` is its estimate for what is neither kernel nor
     message (`plan.hlo`). `cpu_seconds` beside `seconds` shows how busy the machine was."""
@@ -42,7 +42,7 @@ class Compiled:
 
     @property
     def beside_arguments(self) -> int:
-        """Bytes that a device needs for the step over those of weights and cache."""
+        """Bytes that a device needs for the step beyond weights and cache."""
         return self.temporaries + self.program + max(0, self.results - self.in_place)
 
 
@@ -51,7 +51,7 @@ class DoesNotFitError(ValueError):
 
 
 def available() -> bool:
-    """Whether libtpu, the compiler, is installed (Linux on x86-64 only)."""
+    """Tells whether libtpu, the compiler, is installed (Linux on x86-64 only)."""
     return importlib.util.find_spec("libtpu") is not None
 
 
@@ -84,7 +84,7 @@ def compiled(job: Job) -> Compiled:
 
 
 def _compile(job: Job) -> Compiled:
-    """In this process."""
+    """Compiles in this process."""
     from jax.experimental import topologies
 
     from kimi_jax.model.kimi import abstract
@@ -103,13 +103,13 @@ def _compile(job: Job) -> Compiled:
     traced = program.jitted.logits.trace(program.arrays, program.cache_shapes(pages, slots), batch)
     made = traced.lower(lowering_platforms=("tpu",)).compile()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
-    held, hlo = made.memory_analysis(), parse(made.as_text())
+    memory, hlo = made.memory_analysis(), parse(made.as_text())
     return Compiled(
-        arguments=held.argument_size_in_bytes,
-        results=held.output_size_in_bytes,
-        in_place=held.alias_size_in_bytes,
-        temporaries=held.temp_size_in_bytes,
-        program=held.generated_code_size_in_bytes,
+        arguments=memory.argument_size_in_bytes,
+        results=memory.output_size_in_bytes,
+        in_place=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        program=memory.generated_code_size_in_bytes,
         hbm_bytes=hbm_bytes(hlo),
         accessed=made.cost_analysis().get("bytes accessed", 0.0),
         small_cycles=small_cycles(hlo),

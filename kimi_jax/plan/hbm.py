@@ -1,23 +1,23 @@
-"""How many bytes a compiled step moves to and from HBM, from its HLO text.
+"""Bytes that a compiled step moves to and from HBM, from its HLO text.
 
 XLA's own count ("bytes accessed") adds up all memories: what is fetched into a TPU's VMEM before a kernel reads it
 there counts three times. Here HBM alone counts. A kernel reads its operands whole, and writes nothing of a result that
 is one of them (of a cache, it writes a token's row).
 """
 
-from kimi_jax.plan.hlo import FREE, Instruction, Program, nbytes, result
+from kimi_jax.plan.hlo import FREE, HloProgram, Instruction, nbytes, result
 
 # These read of their first operand only what they make.
 _PARTIAL = frozenset({"gather", "dynamic-slice", "slice"})
 
 
-def hbm_bytes(program: Program) -> int:
-    """Of one run of the entry computation; loops and branches within it count their operands and results."""
+def hbm_bytes(program: HloProgram) -> int:
+    """Counts the bytes of one run of the entry computation; loops and branches in it count operands and results."""
     entry = program.computations[program.entry]
     return sum(_moved(instruction, entry, program) for instruction in entry.values())
 
 
-def _moved(instruction: Instruction, entry: dict[str, Instruction], program: Program) -> int:
+def _moved(instruction: Instruction, entry: dict[str, Instruction], program: HloProgram) -> int:
     if instruction.op in FREE or instruction.op.endswith(("-done", "-update")):
         return 0
     made = nbytes(result(instruction), hbm_only=True)
@@ -35,8 +35,8 @@ def _moved(instruction: Instruction, entry: dict[str, Instruction], program: Pro
     return made + sum(_read(source, i, instruction, program) for i, source in enumerate(sources))
 
 
-def _read(source: Instruction, number: int, reader: Instruction, program: Program) -> int:
-    """Bytes of its operand that an instruction reads: all of them, save where a fusion only picks some."""
+def _read(source: Instruction, number: int, reader: Instruction, program: HloProgram) -> int:
+    """Counts the bytes of its operand that an instruction reads: all, except where a fusion only picks some."""
     whole = nbytes(source.shape, hbm_only=True)
     if reader.op != "fusion" or not whole:
         return whole

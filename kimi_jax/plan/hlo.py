@@ -33,20 +33,21 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """The computations that this one runs."""
+        """The names of the computations that this instruction runs."""
         branches = ",".join(_BRANCHES.findall(self.attributes))
         return _CALLED.findall(self.attributes) + [name.strip(" %") for name in branches.split(",") if name]
 
 
 @dataclass(frozen=True)
-class Program:
+class HloProgram:
     """`computations` by name, each with its instructions by name, in order."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
 
     def counted(self) -> Iterator[tuple[dict[str, Instruction], Instruction, int, bool]]:
-        """Every instruction: (its computation, itself, how often it runs at most, whether in a loop of unknown length).
+        """Yields every instruction: (its computation, itself, how often it runs at most, whether in a loop of unknown
+        length).
 
         A loop whose length the program does not state counts one turn; all branches of a conditional count.
         """
@@ -62,9 +63,9 @@ class Program:
                 for called in instruction.called:
                     todo.append((called, times * (int(turns[1]) if turns else 1), open_ended or unknown))
 
-    def of_weights(self, mark: str) -> set[str]:
-        """Names in the entry computation that depend on parameters whose `op_name` begins with `mark`, and on no other
-        parameters."""
+    def weight_names(self, mark: str) -> set[str]:
+        """Lists the names in the entry computation that depend on parameters whose `op_name` begins with `mark`, and on
+        no other parameters."""
         found: dict[str, bool | None] = {}  # None: on constants alone
         for instruction in self.computations[self.entry].values():
             if instruction.op == "parameter":
@@ -75,8 +76,8 @@ class Program:
         return {name for name, whole in found.items() if whole}
 
 
-def parse(text: str) -> Program:
-    """The program that `text` writes. Raises ValueError where it has no entry computation."""
+def parse(text: str) -> HloProgram:
+    """Parses the text of a program. Raises ValueError where it has no entry computation."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", {}  # type: tuple[str, dict[str, Instruction]]
     for line in text.splitlines():
@@ -88,7 +89,7 @@ def parse(text: str) -> Program:
             current[instruction.name] = instruction
     if not entry:
         raise ValueError("the compiled program's text has no ENTRY computation")
-    return Program(computations, entry)
+    return HloProgram(computations, entry)
 
 
 def _instruction(name: str, text: str) -> Instruction:
@@ -102,7 +103,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, begin: int) -> int:
-    """Where the bracket that opens at `begin` closes."""
+    """Finds the bracket that closes the one at `begin`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, begin):
         depth += 1 if match[0] == "(" else -1
@@ -111,16 +112,18 @@ def _closing(text: str, begin: int) -> int:
     raise ValueError(f"unbalanced brackets in {text[:80]!r}")
 
 
-def small_cycles(program: Program) -> int:
-    """Cycles that the compiler expects a run of the entry computation to take beside kernels and messages, of which it
-    writes no estimate, nor of sorts, gathers and loops: they count nothing here."""
+def small_cycles(program: HloProgram) -> int:
+    """Adds up the cycles that the compiler expects of the entry computation's small operations.
+
+    It writes no estimate for kernels, messages, sorts, gathers and loops: they count nothing here.
+    """
     found = (_CYCLES.search(one.attributes) for one in program.computations[program.entry].values())
     cycles = (int(one[1]) for one in found if one)
     return sum(count for count in cycles if count < 2**62)  # more stands for not known
 
 
 def result(instruction: Instruction) -> str:
-    """The shape of what an instruction makes; of a start's (source, destination, ...) tuple, the destination."""
+    """Returns the shape of an instruction's result: for a start's (source, destination, ...) tuple, the destination."""
     if not instruction.op.endswith("-start") or not instruction.shape.startswith("("):
         return instruction.shape
     arrays = re.findall(r"[a-z]+\d*\w*\[[\d,]*\](?:\{[^}]*\})?", instruction.shape)
@@ -129,8 +132,10 @@ def result(instruction: Instruction) -> str:
 
 
 def nbytes(shape: str, *, hbm_only: bool = False) -> int:
-    """Bytes of all arrays of a shape, tuples added up; INT4 counts half a byte. `hbm_only` leaves out what lies in
-    another memory, such as a TPU's VMEM, `S(1)`."""
+    """Counts the bytes of all arrays of a shape, tuples added up; INT4 counts half a byte.
+
+    `hbm_only` leaves out arrays in another memory, such as a TPU's VMEM, `S(1)`.
+    """
     total = 0
     for dtype, dims, layout in _ARRAY.findall(shape):
         if dtype == "token" or (hbm_only and re.search(r"S\([1-9]", layout)):

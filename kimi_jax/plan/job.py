@@ -1,8 +1,7 @@
-"""What a plan is about, and how a model's arrays lie on the devices of its slice: sizes alone, nothing is allocated."""
+"""The job that a plan is for, and the sizes of a model's arrays on the devices of its slice; nothing is allocated."""
 
 import dataclasses
 import functools
-import math
 from collections import Counter
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +14,7 @@ from kimi_jax.config import KimiConfig
 from kimi_jax.model.context import PAGE, KDAState, MLACache
 from kimi_jax.model.kimi import abstract
 from kimi_jax.runtime import cache as caches
-from sharding import AXES, spec
+from sharding import AXES, Partition
 from sharding.topologies import Topology
 
 Phase = Literal["decode", "prefill"]
@@ -54,7 +53,7 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """That the step takes in."""
+        """The number of tokens that the step takes in."""
         return self.batch * self.chunk
 
     @property
@@ -63,8 +62,8 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
-    """A parameter; `path` leaves out the numbers of layers, `bits` are an element's."""
+class Parameter:
+    """A weight of the model; `path` leaves out the numbers of layers, `bits` are an element's."""
 
     kind: str
     path: str
@@ -73,7 +72,7 @@ class Weight:
     bits: int
 
     def local(self, sizes: Sizes) -> int:
-        """Elements on each device of a mesh. Raises what `sharding.spec` raises where it does not divide the shape."""
+        """Counts the elements on each device of a mesh. Raises ValueError where the mesh does not divide the shape."""
         return _local(self.axes, self.shape, sizes)
 
     def local_bytes(self, sizes: Sizes) -> int:
@@ -81,32 +80,26 @@ class Weight:
 
 
 @functools.cache
-def _mesh(sizes: Sizes) -> AbstractMesh:
-    return AbstractMesh(sizes, AXES)
+def _partition(sizes: Sizes) -> Partition:
+    return Partition(AbstractMesh(sizes, AXES))
 
 
 @functools.cache
 def _local(axes: tuple[str | None, ...], shape: Sizes, sizes: Sizes) -> int:
-    mesh = _mesh(sizes)
-    return _part(shape, spec(axes, shape, mesh), mesh)
-
-
-def _part(shape: Sizes, lies: PartitionSpec, mesh: AbstractMesh) -> int:
-    """Elements of an array on each device. (`NamedSharding.shard_shape` says the same, ten times slower.)"""
-    names = [name for group in lies for name in ((group,) if isinstance(group, str) else group or ())]
-    return math.prod(shape) // math.prod(mesh.shape[name] for name in names)
+    partition = _partition(sizes)
+    return partition.local_size(shape, partition.spec(axes, shape))
 
 
 @functools.cache
-def weights(config: KimiConfig, layer: int | None = None) -> tuple[tuple[Weight, int], ...]:
-    """The parameters of the model, or of one text layer: those that are alike once, and how many they are."""
+def parameters(config: KimiConfig, layer: int | None = None) -> tuple[tuple[Parameter, int], ...]:
+    """Lists the parameters of the model, or of one text layer: like ones once, with their number."""
     wanted = (weight for number, weight in _parameters(config) if layer is None or number == layer)
     return tuple(Counter(wanted).items())
 
 
 @functools.cache
-def _parameters(config: KimiConfig) -> tuple[tuple[int | None, Weight], ...]:
-    """All of them, each with its text layer's number."""
+def _parameters(config: KimiConfig) -> tuple[tuple[int | None, Parameter], ...]:
+    """Lists all parameters, each with its text layer's number."""
     _, params = nnx.split(abstract(config))
     found = []
     for path, variable in nnx.to_flat_state(params):
@@ -115,38 +108,39 @@ def _parameters(config: KimiConfig) -> tuple[tuple[int | None, Weight], ...]:
         name = ".".join(part for part in path if isinstance(part, str))
         kind = next(kind for mark, kind in _KINDS if mark in name)
         layer = int(str(path[2])) if path[:2] == ("model", "layers") else None
-        found.append((layer, Weight(kind, name, axes, variable.shape, bits(variable.dtype))))
+        found.append((layer, Parameter(kind, name, axes, variable.shape, bits(variable.dtype))))
     return tuple(found)
 
 
 def bits(dtype: Any) -> int:
-    """Of an element on a device, where an INT4 code takes half a byte (numpy says a whole one)."""
+    """Returns the bits of an element on a device, where an INT4 code takes half a byte (numpy says a whole one)."""
     return 4 if jnp.dtype(dtype).name in ("int4", "uint4") else 8 * jnp.dtype(dtype).itemsize
 
 
-class Cache(NamedTuple):
-    """Bytes of what decoding carries in a layer of each kind, on each device; 0 where there are no such layers."""
+class LayerCacheBytes(NamedTuple):
+    """Bytes of a layer's cache on each device, for each kind of layer; 0 where there are no such layers."""
 
     mla: int
     kda: int
 
 
 @functools.cache
-def layer_cache(config: KimiConfig, batch: int, context: int, sizes: Sizes) -> Cache:
-    """Raises ValueError where the mesh does not divide the batch or the heads."""
-    mesh = _mesh(sizes)
-    cache = _cache(config, *pool_sizes(batch, context, mesh.shape["data"], mesh.shape["sequence"]))
+def layer_cache(config: KimiConfig, batch: int, context: int, sizes: Sizes) -> LayerCacheBytes:
+    """Computes the bytes of a layer's cache. Raises ValueError where the mesh does not divide the batch or the
+    heads."""
+    partition, mesh = _partition(sizes), dict(zip(AXES, sizes, strict=True))
+    cache = _cache(config, *pool_sizes(batch, context, mesh["data"], mesh["sequence"]))
 
-    def size(array: jax.ShapeDtypeStruct, lies: PartitionSpec) -> int:
-        return _part(array.shape, lies, mesh) * array.dtype.itemsize
+    def nbytes(array: jax.ShapeDtypeStruct, spec: PartitionSpec) -> int:
+        return partition.local_size(array.shape, spec) * array.dtype.itemsize
 
-    sized = jax.tree.map(size, cache, caches.specs(cache, mesh))
+    sized = jax.tree.map(nbytes, cache, caches.specs(cache, partition))
     of_kind = {type(layer): sum(layer) for layer in sized.layers}
-    return Cache(of_kind.get(MLACache, 0), of_kind.get(KDAState, 0))
+    return LayerCacheBytes(of_kind.get(MLACache, 0), of_kind.get(KDAState, 0))
 
 
 def pool_sizes(batch: int, context: int, data: int, sequence: int) -> tuple[int, int]:
-    """Pages and slots of a cache for `batch` rows of `context` tokens.
+    """Computes the pages and slots of a cache for `batch` rows of `context` tokens.
 
     Raises ValueError where the batch does not divide by the data axis.
     """
@@ -157,7 +151,7 @@ def pool_sizes(batch: int, context: int, data: int, sequence: int) -> tuple[int,
 
 @functools.cache
 def _cache(config: KimiConfig, pages: int, slots: int) -> caches.Cache:
-    """The shapes of a layer of each kind: the others are alike."""
+    """Returns the shapes of a layer of each kind: the others are alike."""
     kinds = config.text.layer_kinds
     first = {kinds.index(kind) for kind in kinds}
     short = dataclasses.replace(config, text=dataclasses.replace(config.text, num_hidden_layers=max(first) + 1))

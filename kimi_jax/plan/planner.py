@@ -1,4 +1,4 @@
-"""A plan: will a model fit on a slice, with how much context and batch, and what will a step move?"""
+"""Plans say whether a model fits on a slice, with how much context and batch, and what a step moves."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kimi_jax.plan import analytic
-from kimi_jax.plan.analytic import Memory, PerLayer, Step
+from kimi_jax.plan.analytic import Memory, PerLayer, StepBound
 from kimi_jax.plan.compile import Compiled, DoesNotFitError
 from kimi_jax.plan.job import Job, Sizes
 from kimi_jax.plan.search import MESSAGE_SECONDS, Candidate, candidate, candidates, smallest_that_fits
@@ -39,7 +39,7 @@ class Plan:
     why: str
     memory: Memory
     per_layer: PerLayer
-    step: Step
+    step: StepBound
     collectives: tuple[Collective, ...]
     largest_batch: int
     largest_context: int
@@ -49,7 +49,7 @@ class Plan:
     warnings: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts: what `kimi-jax plan --json` prints of each plan."""
+        """Returns numbers, strings, lists and dicts, which `kimi-jax plan --json` prints."""
         job, compiled = self.job, self.compiled
         return {
             "model": self.model,
@@ -74,7 +74,7 @@ class Plan:
 
 
 def plan(model: str, job: Job, *, sizes: Sizes | None = None, compile_step: Compile | None = None) -> Plan:
-    """The plan of `job` on a mesh of `sizes`, the best one where None; `model` is its name in what is printed.
+    """Plans `job` on a mesh of `sizes`, the best one where None; `model` is its name in the report.
 
     `compile_step` (`compile.compiled`) is called for the job and once more for the largest batch; None leaves out what
     only a compiler knows.
@@ -139,13 +139,13 @@ def _why(ranked: list[Candidate]) -> str:
 
 
 def _too_small(model: str, chosen: Candidate) -> str:
-    held, job = chosen.memory, chosen.job
-    need = held.available + chosen.bytes_over
+    memory, job = chosen.memory, chosen.job
+    need = memory.available + chosen.bytes_over
     enough = smallest_that_fits(job)
     would = f"no known {job.topology.chip.name} slice would do" if enough is None else f"{enough.name} would do"
     return (
         f"{model} with {job.batch} x {job.context} tokens does not fit on {job.topology.name} with mesh "
-        f"{words(job.mesh)}: a device would need {need / GIB:.2f} GiB of its {held.available / GIB:.2f}, "
+        f"{words(job.mesh)}: a device would need {need / GIB:.2f} GiB of its {memory.available / GIB:.2f}, "
         f"{chosen.bytes_over / GIB:.2f} GiB too much; {would}"
     )
 
@@ -161,7 +161,7 @@ def _compile(model: str, job: Job, compile_step: Compile) -> Compiled:
 
 
 def _fits(job: Job, batch: int, compile_step: Compile) -> bool:
-    """Whether the compiler fits this batch, knowing that it fits the job's own."""
+    """Tells whether the compiler fits this batch, given that it fits the job's own."""
     try:
         if batch > job.batch:
             compile_step(dataclasses.replace(job, batch=batch))
@@ -171,7 +171,7 @@ def _fits(job: Job, batch: int, compile_step: Compile) -> bool:
 
 
 def _alternatives(job: Job, ranked: list[Candidate]) -> list[Alternative]:
-    """The best meshes that leave the cache of a row whole and that split it, unless that is the one chosen."""
+    """Lists the best mesh that leaves a row's cache whole and the best that shards it, except the chosen one."""
     best = [next((one for one in ranked if (one.job.mesh["sequence"] > 1) is split), None) for split in (False, True)]
     return [
         Alternative(

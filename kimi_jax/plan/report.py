@@ -23,7 +23,8 @@ MEMORY = (
 
 
 def show_all(console: Console, plans: Sequence[Plan], refused: Mapping[str, str]) -> None:
-    """Every plan whole, then where there are several, a line for each; `refused`: why a slice has none."""
+    """Shows every plan, then where there are several, a line for each; `refused` gives the reasons of slices
+    without."""
     for plan in plans:
         _show(console, plan)
         console.print()

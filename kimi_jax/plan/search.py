@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from kimi_jax.plan.analytic import Memory, Step, expected_collectives, memory, step
+from kimi_jax.plan.analytic import Memory, StepBound, expected_collectives, memory, step
 from kimi_jax.plan.job import Job, Sizes
 from sharding import AXES
 from sharding.topologies import Topology, topologies
@@ -15,32 +15,32 @@ MESSAGE_SECONDS = 2e-6
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A mesh, and what a step on it would need, move and send."""
+    """A mesh with the memory and traffic of a step on it."""
 
     job: Job
     memory: Memory
-    step: Step
+    step: StepBound
     messages: int
 
     @property
     def cost(self) -> float:
-        """What candidates are ranked by."""
+        """The number by which candidates are ranked."""
         return self.step.lower_bound_seconds + self.messages * MESSAGE_SECONDS
 
     @property
     def bytes_over(self) -> int:
-        """By how much a device's memory is too small; 0 where it fits."""
+        """The bytes that a device's memory lacks; 0 where the job fits."""
         return max(0, -self.memory.headroom)
 
 
 def candidate(job: Job) -> Candidate:
-    """Raises ValueError where the mesh does not divide the job."""
+    """Computes the job's candidate. Raises ValueError where the mesh does not divide the job."""
     sent = expected_collectives(job)
     return Candidate(job, memory(job), step(job, sent), sum(collective.count for collective in sent))
 
 
 def candidates(job: Job) -> list[Candidate]:
-    """Every mesh of the slice's devices that divides the job, those that fit first, the fastest first."""
+    """Lists the meshes of the slice's devices that divide the job, those that fit first, the fastest first."""
     found = []
     for sizes in _factors(job.topology.devices, len(AXES)):
         try:
@@ -51,7 +51,7 @@ def candidates(job: Job) -> list[Candidate]:
 
 
 def smallest_that_fits(job: Job) -> Topology | None:
-    """The smallest slice of the same chips on which the job fits in some mesh; None where it fits on none."""
+    """Finds the smallest slice of the same chips on which the job fits in some mesh; None where it fits on none."""
     for slice_ in topologies(job.topology.chip.name):
         best = candidates(dataclasses.replace(job, topology=slice_))
         if best and not best[0].bytes_over:

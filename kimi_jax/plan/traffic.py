@@ -1,4 +1,4 @@
-"""What a compiled step sends between devices, and what of its weights it moves or copies, from its HLO text."""
+"""Messages of a compiled step, and the weights that it moves or copies, from its HLO text."""
 
 import re
 from collections import Counter
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kimi_jax.plan.hlo import FREE, Program, nbytes, result
+from kimi_jax.plan.hlo import FREE, HloProgram, nbytes, result
 
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "ragged-all-to-all",
          "reduce-scatter")  # fmt: skip
@@ -29,14 +29,14 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device has to send for all of them, at least."""
+        """The least bytes that a device has to send for all of these messages."""
         share = (self.group - 1) / self.group
         each = {"all-reduce": 2 * share, "all-gather": self.group - 1, "collective-permute": 1}.get(self.kind, share)
         return float(self.count * self.nbytes * each)
 
 
-def collectives(program: Program, mesh: dict[str, int]) -> list[Collective]:
-    """Those of a program for devices numbered along `mesh`'s axes, the last fastest; the largest first.
+def collectives(program: HloProgram, mesh: dict[str, int]) -> list[Collective]:
+    """Lists a program's messages, the largest first, for devices numbered along `mesh`'s axes, the last fastest.
 
     One that the compiler cuts up, to send while it multiplies, stands in several fusions, which share a `chain_id`.
     """
@@ -58,7 +58,7 @@ def collectives(program: Program, mesh: dict[str, int]) -> list[Collective]:
 
 
 def _axes(attributes: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], int]:
-    """The mesh axes in which the devices of a group differ, and how many they are."""
+    """Returns the mesh axes in which the devices of a group differ, and the number of these devices."""
     groups = _groups(attributes, int(np.prod(list(mesh.values()))))
     at = np.stack(np.unravel_index(groups, tuple(mesh.values())), axis=-1)  # [groups, members, axes]
     differ = (at != at[:, :1]).any(axis=(0, 1))
@@ -67,7 +67,7 @@ def _axes(attributes: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], int]:
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray:
-    """Device numbers, [groups, members]; pairs of a permutation count as groups of two."""
+    """Returns device numbers, [groups, members]; pairs of a permutation count as groups of two."""
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes):
         return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", listed[1])])
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
@@ -97,12 +97,12 @@ class MovedWeight:
     nbytes: int
 
 
-def moved_weights(program: Program, mark: str) -> list[MovedWeight]:
-    """What a step does to weights beside reading them: the arguments whose `op_name` begins with `mark`.
+def moved_weights(program: HloProgram, mark: str) -> list[MovedWeight]:
+    """Lists the instructions that move or copy weights, the arguments whose `op_name` begins with `mark`.
 
     Copies into VMEM are how a TPU reads, and do not count.
     """
-    ours = program.of_weights(mark)
+    ours = program.weight_names(mark)
     found = []
     for instruction in program.computations[program.entry].values():
         if instruction.name not in ours or instruction.op in FREE or instruction.op.endswith(("-done", "-update")):

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from kimi_jax.axes import Array, Int32
 from kimi_jax.config import KimiConfig, TextConfig
 from kimi_jax.model.context import PAGE, KDAState, LayerCache, MLACache, cache_specs
+from sharding import Partition
 
 
 class Cache(NamedTuple):
@@ -47,12 +48,12 @@ def _layer(text: TextConfig, kind: str, pages: int, slots: int, dtype: jax.typin
     return KDAState(jnp.zeros(tail, dtype), jnp.zeros((slots, kda.num_heads, kda.head_dim, kda.head_dim), jnp.float32))
 
 
-def specs(cache: Cache, mesh: Mesh | AbstractMesh | None = None) -> Any:
-    """The PartitionSpec of every array of a cache, on the mesh in use where none is given.
+def specs(cache: Cache, partition: Partition) -> Any:
+    """Returns the PartitionSpec of every array of a cache.
 
     Raises ValueError where a pool does not divide by the mesh's axes.
     """
-    return Cache(cache_specs(cache.layers, mesh))
+    return Cache(cache_specs(cache.layers, partition))
 
 
 def pages_within(
@@ -66,9 +67,9 @@ def pages_within(
 
     Raises ValueError where not even one page of every device fits.
     """
-    shape = {"data": 1, "sequence": 1} if mesh is None else mesh.shape
-    parts = shape["data"] * shape["sequence"]
-    fixed, each = (_bytes_per_device(config, pages * parts, slots, dtype, mesh) for pages in (0, 1))
+    partition = Partition(mesh)
+    parts = partition.num_shards("pages")
+    fixed, each = (_bytes_per_device(config, pages * parts, slots, dtype, partition) for pages in (0, 1))
     count = (nbytes - fixed) // (each - fixed) if each > fixed else 0
     if count < 1:
         raise ValueError(f"a cache of {nbytes:,} bytes on each device: {slots} slots and one page take {each:,}")
@@ -76,20 +77,14 @@ def pages_within(
 
 
 def _bytes_per_device(
-    config: KimiConfig, pages: int, slots: int, dtype: jax.typing.DTypeLike, mesh: Mesh | AbstractMesh | None
+    config: KimiConfig, pages: int, slots: int, dtype: jax.typing.DTypeLike, partition: Partition
 ) -> int:
     shapes = jax.eval_shape(functools.partial(empty, config, pages, slots, dtype))
-    if mesh is None:
-        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(shapes))
 
-    def of(array: jax.ShapeDtypeStruct, spec: Any) -> int:
-        names = [name for group in spec for name in ((group,) if isinstance(group, str) else group or ())]
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
-        return array.size * array.dtype.itemsize // parts
+    def nbytes(array: jax.ShapeDtypeStruct, spec: Any) -> int:
+        return partition.local_size(array.shape, spec) * array.dtype.itemsize
 
-    return sum(jax.tree.leaves(jax.tree.map(of, shapes, specs(shapes, mesh))))
+    return sum(jax.tree.leaves(jax.tree.map(nbytes, shapes, specs(shapes, partition))))
 
 
 def copy_slots(cache: Cache, source: Int32[Array, "n"], target: Int32[Array, "n"]) -> Cache:

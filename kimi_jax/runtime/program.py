@@ -22,7 +22,7 @@ from kimi_jax.runtime import cache as caches
 from kimi_jax.runtime.batch import CHOSEN_BEFORE, Batch, Chosen, Finish
 from kimi_jax.runtime.cache import Cache
 from kimi_jax.runtime.sampling import SamplingRows, sample
-from sharding import REPLICATED, StreamLayout, shard_over_mesh, use_mesh
+from sharding import REPLICATED, Partition, choose_layout
 
 
 class Program:
@@ -72,7 +72,7 @@ class Program:
             shardings = jax.tree.map(lambda _: self.placement, shapes)
         else:
             mesh = self.mesh
-            shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), caches.specs(shapes, mesh))
+            shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), caches.specs(shapes, Partition(mesh)))
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
         )
@@ -127,7 +127,7 @@ class _Jitted:
     """The jitted functions of all models of a structure; one object for each, so that `jit` compares identities."""
 
     def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: Mesh | None):
-        self.graph, self.tree, self.mesh = graph, tree, mesh
+        self.graph, self.tree, self.partition = graph, tree, Partition(mesh)
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self.step: Any = jax.jit(self.run_and_choose, donate_argnames="cache", out_shardings=(None, everywhere))
         self.logits: Any = jax.jit(self.run, donate_argnames="cache")
@@ -136,24 +136,24 @@ class _Jitted:
     def run(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, LastLogits]:
         params = jax.tree.unflatten(self.tree, arrays)
         batch = _with_tokens(batch)
-        with use_mesh(None if self.mesh is None else self.mesh.abstract_mesh):
-            layout = nnx.merge(self.graph, params).stream_layout(*batch.tokens.shape)
-            if batch.segments is not None:
-                # A short convolution reaches back to its own sequence's tokens, which must be on its own device
-                layout = dataclasses.replace(layout, token_axes=())
+        partition = self.partition
+        layout = nnx.merge(self.graph, params).stream_layout(partition, *batch.tokens.shape)
+        if batch.segments is not None:
+            # A short convolution reaches back to its own sequence's tokens, which must be on its own device
+            layout = dataclasses.replace(layout, token_axes=())
 
-            places, tree = jax.tree.flatten(batch.context)
+        places, tree = jax.tree.flatten(batch.context)
 
-            def on_device(params: Any, layers: Any, tokens: Any, places: Any, *media: Any) -> tuple[Any, Any]:
-                context = jax.tree.unflatten(tree, places)
-                return nnx.merge(self.graph, params).extend(layers, tokens, context, *media, layout)
+        def on_device(params: Any, layers: Any, tokens: Any, places: Any, *media: Any) -> tuple[Any, Any]:
+            context = jax.tree.unflatten(tree, places)
+            return nnx.merge(self.graph, params).extend(layers, tokens, context, *media, layout)
 
-            rows, layers = layout.row_spec(), caches.specs(cache).layers
-            where = [layout.row_spec("row_pages") if array is batch.page_table else rows for array in places]
-            in_specs = (weight_specs(params), layers, rows, where, rows, REPLICATED)
-            run = shard_over_mesh(on_device, in_specs, (layout.row_spec("vocab"), layers))
-            inputs = (batch.tokens, places, batch.media_index, batch.media)
-            logits, after = run(params, cache.layers, *inputs)
+        rows, layers = layout.row_spec(), caches.specs(cache, partition).layers
+        where = [layout.row_spec("row_pages") if array is batch.page_table else rows for array in places]
+        in_specs = (weight_specs(params, partition), layers, rows, where, rows, REPLICATED)
+        run = partition.shard_map(on_device, in_specs, (layout.row_spec("vocab"), layers))
+        inputs = (batch.tokens, places, batch.media_index, batch.media)
+        logits, after = run(params, cache.layers, *inputs)
         return Cache(after), logits
 
     def run_and_choose(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, Chosen]:
@@ -161,12 +161,9 @@ class _Jitted:
         return cache, choose(logits, batch)
 
     def copy(self, cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
-        with use_mesh(None if self.mesh is None else self.mesh.abstract_mesh):
-            lies, numbers = caches.specs(cache), StreamLayout.choose(self.data_size(), 1).row_spec()
-            return shard_over_mesh(caches.copy_slots, (lies, numbers, numbers), lies)(cache, source, target)
-
-    def data_size(self) -> int:
-        return 1 if self.mesh is None else self.mesh.shape["data"]
+        specs = caches.specs(cache, self.partition)
+        numbers = choose_layout(self.partition, self.partition.num_shards("batch"), 1).row_spec()
+        return self.partition.shard_map(caches.copy_slots, (specs, numbers, numbers), specs)(cache, source, target)
 
 
 _jitted = functools.lru_cache(maxsize=16)(_Jitted)

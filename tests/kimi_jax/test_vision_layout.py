@@ -6,7 +6,7 @@ import pytest
 
 import kimi_jax
 from kimi_jax.config import VisionConfig
-from kimi_jax.model.vision_layout import layout, padded_size
+from kimi_jax.model.vision_layout import lay_out_patches, padded_size
 
 
 def vision(height=64, width=64, *, hidden=48, heads=2):
@@ -57,7 +57,7 @@ def resampling(size, out):
 
 @pytest.mark.parametrize(("h", "w"), [(6, 10), (2, 64), (90, 4), (100, 2)])
 def test_bicubic_weights_are_those_of_the_rule(h, w):
-    taps = dense_taps(layout(grids((1, h, w)), vision()), h * w, 64 * 64)
+    taps = dense_taps(lay_out_patches(grids((1, h, w)), vision()), h * w, 64 * 64)
     np.testing.assert_allclose(taps, np.kron(resampling(64, h), resampling(64, w)), rtol=0, atol=1e-7)
     np.testing.assert_allclose(taps.sum(1), 1, atol=1e-6)
 
@@ -83,17 +83,17 @@ TORCH = {
 def test_bicubic_equals_torch(shape):
     i, j = np.mgrid[:4, :5]
     table = (3 * i * i + 5 * j + i * j) % 7 - 3
-    taps = dense_taps(layout(grids((1, *shape)), vision(4, 5)), shape[0] * shape[1], 20)
+    taps = dense_taps(lay_out_patches(grids((1, *shape)), vision(4, 5)), shape[0] * shape[1], 20)
     np.testing.assert_allclose((taps @ table.reshape(-1)).reshape(shape), TORCH[shape], rtol=0, atol=2e-6)
 
 
 def test_a_grid_of_the_table_s_size_takes_it_as_it_is():
-    taps = dense_taps(layout(grids((1, 8, 6)), vision(8, 6)), 48, 48)
+    taps = dense_taps(lay_out_patches(grids((1, 8, 6)), vision(8, 6)), 48, 48)
     np.testing.assert_array_equal(taps, np.eye(48))
 
 
 def test_time_is_added_to_videos_only():
-    where = layout(grids((1, 2, 4), (3, 2, 2)), vision())
+    where = lay_out_patches(grids((1, 2, 4), (3, 2, 2)), vision())
     assert not where.time[:8].any()
     # Given ω_k = 10000^(-k/24), frame p has [sin(pω) | cos(pω)]
     expected = [
@@ -106,7 +106,7 @@ def test_time_is_added_to_videos_only():
 
 def test_rope_turns_by_the_column_first_and_by_the_same_in_every_frame():
     config = vision(hidden=144, heads=2)  # heads of 72, as published
-    where = layout(grids((2, 4, 6)), config)
+    where = lay_out_patches(grids((2, 4, 6)), config)
     assert where.angles.shape == (64, 36)
     for patch in range(48):
         row, column = divmod(patch % 24, 6)
@@ -117,7 +117,7 @@ def test_rope_turns_by_the_column_first_and_by_the_same_in_every_frame():
 
 def test_merge_order_and_mean_over_frames():
     t, h, w = 3, 4, 6
-    where = layout(grids((t, h, w)), vision())
+    where = lay_out_patches(grids((t, h, w)), vision())
     x = np.random.RandomState(0).standard_normal((t * h * w, 5))
     merged = np.einsum("mcfd,mcf->mcd", x[where.merge_index[:6]], where.merge_weight[:6].astype(np.float64))
     image = x.reshape(t, h, w, 5)
@@ -131,10 +131,10 @@ def test_merge_order_and_mean_over_frames():
 
 def test_packed_items_are_the_items_one_after_another():
     config, items = vision(8, 8), [(1, 4, 6), (3, 2, 4), (1, 8, 8)]
-    together = layout(grids(*items), config)
+    together = lay_out_patches(grids(*items), config)
     first_patch = first_token = 0
     for number, (t, h, w) in enumerate(items):
-        alone = layout(grids((t, h, w)), config)
+        alone = lay_out_patches(grids((t, h, w)), config)
         n, m = t * h * w, h * w // 4
         for name in ("taps_index", "taps_weight", "time", "angles"):
             packed = getattr(together, name)[first_patch : first_patch + n]

@@ -14,6 +14,7 @@ from kernel_numerics import dots, relative_rmse
 
 from pallas_kernels import kda
 from pallas_kernels.kda import mosaic_scores, mosaic_tpu, reference
+from pallas_kernels.kda.visits import chunk_visits
 
 KERNEL = partial(mosaic_tpu.kda, normalize_qk=False, scale=1.0, lower_bound=None, interpret=True)
 SMALL = jax.jit(KERNEL)

@@ -7,15 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from ragged_messages import ragged_all_to_all
 
 from checkpoints.toy import toy_config
 from kimi_jax.config_json import from_dict
 from kimi_jax.model import moe as moe_module
+from kimi_jax.model.block import mix_experts
 from kimi_jax.model.moe import MoE
 from kimi_jax.model.param import Init, weight_specs
-from sharding import StreamLayout, expert_dispatch, make_mesh, shard_over_mesh, use_mesh
+from sharding import (
+    REPLICATED,
+    Partition,
+    ReplicatedStream,
+    StreamLayout,
+    choose_layout,
+    expert_dispatch,
+    make_mesh,
+)
 
 HIDDEN, WIDTH, EXPERTS, CHOSEN = 64, 32, 8, 2
 TEXT = from_dict(
@@ -42,26 +51,23 @@ def layer(choice="spread", int4=False):
     return moe
 
 
-def on_mesh(moe, x, shape, exchange):
-    """moe(x) with the experts on a mesh and x as the residual stream of such a call lies."""
+def on_mesh(moe, x, shape, dispatches):
+    """The mixture of x with the experts on a mesh, and x laid out as the residual stream of such a call."""
     graph, params = nnx.split(moe)
     mesh = make_mesh(shape)
+    partition = Partition(mesh)
+    layout = choose_layout(partition, *x.shape[:2])
+    if dispatches:
+        layout = StreamLayout(partition, layout.row_axes, layout.token_axes, dispatches=True)
 
-    @jax.jit
-    def run(params, x):
-        with use_mesh(mesh.abstract_mesh):
-            layout = StreamLayout.choose(*x.shape[:2])
-            if exchange:
-                layout = dataclasses.replace(layout, replicated=False, dispatch=True)
+    def on_device(params, x):
+        y = mix_experts(nnx.merge(graph, params), layout.slice_rows(x), layout)
+        return layout.gather_rows(layout.take_local(y))
 
-            def part(params, x):
-                return layout.gather_tokens(nnx.merge(graph, params)(layout.slice_tokens(x), layout))
-
-            # the stream of a decode step has all rows everywhere
-            lies = PartitionSpec() if layout.replicated else layout.row_spec()
-            return shard_over_mesh(part, (weight_specs(params), lies), layout.row_spec())(params, x)
-
-    return run(*jax.device_put((params, x), NamedSharding(mesh, PartitionSpec())))
+    # the stream of a decode step has all rows everywhere
+    spec = REPLICATED if isinstance(layout, ReplicatedStream) else layout.row_spec()
+    run = partition.shard_map(on_device, (weight_specs(params, partition), spec), layout.row_spec())
+    return jax.jit(run)(*jax.device_put((params, x), NamedSharding(mesh, REPLICATED)))
 
 
 @pytest.mark.parametrize("how", ["replicated", "in rounds", "by ragged messages"])
@@ -86,8 +92,8 @@ def test_each_token_gets_the_sum_over_its_experts(monkeypatch, shape, rows, toke
             monkeypatch.setattr(moe_module, "fits", lambda *_: False)
     moe = layer(choice)
     x = jnp.asarray(np.random.RandomState(0).standard_normal((rows, tokens, HIDDEN)), jnp.float32)
-    expected = np.asarray(moe(x))
-    found = on_mesh(moe, x, shape, exchange=how != "replicated")
+    expected = np.asarray(mix_experts(moe, x, StreamLayout()))
+    found = on_mesh(moe, x, shape, dispatches=how != "replicated")
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
@@ -96,15 +102,14 @@ def test_experts_and_their_width_split_together():
     config = dataclasses.replace(TEXT, n_routed_experts=4, moe_intermediate_size=128)
     moe = MoE(Init(jax.random.key(0), jnp.dtype(jnp.float32), std=0.2), config)
     x = jnp.asarray(np.random.RandomState(0).standard_normal((4, 8, HIDDEN)), jnp.float32)
-    expected = np.asarray(moe(x))
+    expected = np.asarray(mix_experts(moe, x, StreamLayout()))
     for shape in ("2x4", "1x1x4x2"):
         mesh = make_mesh(shape)
-        with use_mesh(mesh.abstract_mesh):
-            specs = weight_specs(nnx.split(moe)[1])
+        specs = weight_specs(nnx.split(moe)[1], Partition(mesh))
         down = specs["experts"]["down_proj"]
         # Then codes and scales are cut at the same inputs, between groups of 32
         assert down["codes"].get_value() == down["scales"].get_value()
         assert down["codes"].get_value()[1] is not None
-        for exchange in (False, True):
-            found = on_mesh(moe, x, shape, exchange)
+        for dispatches in (False, True):
+            found = on_mesh(moe, x, shape, dispatches)
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from ragged_messages import ragged_all_to_all
 
 from sharding import (
+    AXES,
+    Partition,
     gather_pages,
     local_lengths,
     local_positions,
@@ -16,23 +18,19 @@ from sharding import (
     page_ring,
     ring_page_numbers,
     scan_shards,
-    shard_over_mesh,
-    use_mesh,
 )
 
 PAGE, DEVICES = 4, 4
 PARTS, ALL = PartitionSpec("sequence"), PartitionSpec()
 
 
+PARTITION = Partition(AbstractMesh((1, 1, 2, DEVICES), AXES))
+
+
 def on_devices(compute, in_specs, out_specs, *arguments):
     mesh = make_mesh("1x1x2x4")
-
-    def run(*arguments):
-        with use_mesh(mesh.abstract_mesh):
-            return shard_over_mesh(compute, in_specs, out_specs)(*arguments)
-
-    with jax.set_mesh(mesh):
-        return jax.tree.map(np.asarray, jax.jit(run)(*arguments))
+    run = jax.jit(PARTITION.shard_map(compute, in_specs, out_specs))
+    return jax.tree.map(np.asarray, run(*jax.device_put(arguments, NamedSharding(mesh, ALL))))
 
 
 def test_every_token_lies_on_one_device_and_first_in_its_pages():
@@ -41,9 +39,9 @@ def test_every_token_lies_on_one_device_and_first_in_its_pages():
     positions = np.where(np.arange(32) < lengths[:, None], np.arange(32), -1).astype(np.int32)
     own, count, numbers = on_devices(
         lambda lengths, positions: (
-            local_positions(positions, PAGE)[None],
-            local_lengths(lengths, PAGE)[None],
-            ring_page_numbers(0, 2),
+            local_positions(positions, PAGE, PARTITION)[None],
+            local_lengths(lengths, PAGE, PARTITION)[None],
+            ring_page_numbers(0, 2, PARTITION),
         ),
         (ALL, ALL),
         (PARTS, PARTS, ALL),
@@ -62,7 +60,9 @@ def test_every_token_lies_on_one_device_and_first_in_its_pages():
 
 
 @pytest.mark.parametrize(
-    "gather", [gather_pages, lambda x: page_ring.gather_ragged(("sequence",), x)], ids=["gather", "ragged"]
+    "gather",
+    [lambda x: gather_pages(x, PARTITION), lambda x: page_ring.gather_ragged(("sequence",), x)],
+    ids=["gather", "ragged"],
 )
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 2)])
 def test_what_all_devices_have_in_their_order(monkeypatch, gather, batch, rows):
@@ -85,7 +85,7 @@ def test_partial_softmaxes_are_merged_as_if_over_all_tokens():
 
     # When each device has its own two heads of all
     found = on_devices(
-        lambda out, lse: merge_shards(out[0], lse[0]),
+        lambda out, lse: merge_shards(out[0], lse[0], PARTITION),
         (PARTS, PARTS),
         PartitionSpec(None, "sequence"),
         outs.astype(np.float32),

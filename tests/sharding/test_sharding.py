@@ -1,11 +1,11 @@
-"""Meshes and the rules that lay logical axes on them."""
+"""Meshes, and partitions of arrays over them."""
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from sharding import AXES, DECODE, PREFILL, TRAIN, default_shape, make_mesh, spec
+from sharding import AXES, SERVE, TRAIN, Partition, Rule, default_shape, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_the_default_uses_all_devices_and_divides(devices, heads, batch, shape):
     assert np.prod(shape) == devices and heads % shape[2] == 0 and batch % shape[0] == 0
 
 
-def mesh_of_sizes(*sizes):
-    return AbstractMesh(sizes, AXES)
+def partition(sizes, rules=SERVE):
+    return Partition(AbstractMesh(sizes, AXES), rules)
 
 
 @pytest.mark.parametrize(
@@ -88,20 +88,59 @@ def mesh_of_sizes(*sizes):
     ],
 )
 def test_where_an_array_lies(axes, shape, sizes, expected):
-    assert spec(axes, shape, mesh_of_sizes(*sizes)) == PartitionSpec(*expected)
+    assert partition(sizes).spec(axes, shape) == PartitionSpec(*expected)
 
 
-def test_weights_lie_the_same_for_all_purposes():
-    names = ("expert", "expert_mlp", "shared_mlp", "mlp", "vocab", "heads", "latent", "kda_heads")
-    for name in names:
-        assert DECODE[name] == PREFILL[name] == TRAIN[name]
-    assert PREFILL["tokens"] == TRAIN["tokens"] == ("sequence",) and "tokens" not in DECODE
+@pytest.mark.parametrize(
+    ("axes", "shape", "sizes", "expected"),
+    [
+        # What serving replicates is sharded over data and expert too
+        (("heads", "embed"), (64, 7168), (2, 2, 2, 1), ("tensor", ("data", "expert"))),
+        (("embed", "heads"), (7168, 64), (4, 1, 1, 2), ("data", "sequence")),
+        (("vocab", "embed"), (163840, 7168), (2, 2, 2, 1), (("expert", "tensor"), "data")),
+        (("expert_scores", "embed"), (384, 7168), (4, 1, 2, 1), (None, "data")),
+        # Of the axes that another dimension takes, or the width does not divide by, none
+        (("expert", "embed", "expert_mlp"), (384, 7168, 2048), (8, 1, 8, 1), (("data", "tensor"), None, None)),
+        (("embed", "shared_mlp"), (7168, 2048), (8, 1, 1, 1), (None, "data")),
+        (("latent", "embed"), (576, 66), (4, 3, 1, 1), (None, "expert")),
+    ],
+)
+def test_training_shards_what_serving_replicates(axes, shape, sizes, expected):
+    train, serve = partition(sizes, TRAIN), partition(sizes)
+    assert train.spec(axes, shape) == PartitionSpec(*expected)
+    # And what is gathered before use leaves it as in serving
+    gathered = train.gathered_axes(axes, shape)
+    left = [None if i in gathered else names for i, names in enumerate(train.spec(axes, shape))]
+    assert PartitionSpec(*left) == serve.spec(axes, shape)
+
+
+def test_a_table_decides_nothing_by_name():
+    # Given the model's rules under other names
+    renamed = tuple(Rule(f"{r.axis}2", r.mesh_axes, r.uneven, r.taken, r.gathered) for r in TRAIN)
+    for axes, shape in ((("expert", "expert_mlp", "embed"), (384, 2048, 7168)), (("latent", "embed"), (576, 7168))):
+        for sizes in ((16, 1, 16, 1), (1, 1, 128, 1), (2, 2, 2, 2)):
+            expected = partition(sizes, TRAIN).spec(axes, shape)
+            assert partition(sizes, renamed).spec(tuple(f"{axis}2" for axis in axes), shape) == expected
+
+
+def test_equal_partitions_are_equal_values():
+    mesh = make_mesh("2x4")
+    same = Partition(mesh.abstract_mesh), Partition(make_mesh("data=2,expert=4"), SERVE)
+    assert {Partition(mesh), *same} == {Partition(mesh)}
+    assert Partition(mesh, TRAIN) != Partition(mesh) != Partition(make_mesh("4x2"))
+
+
+def test_without_a_mesh_nothing_is_sharded():
+    for alone in (Partition(), partition((1, 1, 1, 1), TRAIN)):
+        assert alone.spec(("expert", "embed"), (3, 5)) == PartitionSpec(None, None)
+        assert (alone.devices, alone.num_shards("heads"), alone.mesh_axes) == (1, 1, ())
+        assert alone.shard_map(print, (), ()) is print
 
 
 def test_each_device_holds_its_share():
     mesh = make_mesh("2x4")
     values = np.arange(8 * 3).reshape(8, 3)
-    array = jax.device_put(values, NamedSharding(mesh, spec(("expert", "embed"), values.shape, mesh)))
+    array = jax.device_put(values, NamedSharding(mesh, Partition(mesh).spec(("expert", "embed"), values.shape)))
     for shard in array.addressable_shards:
         row, column = (int(n[0]) for n in np.nonzero(mesh.devices == shard.device)[:2])
         np.testing.assert_array_equal(shard.data, values[4 * row + column][None])
@@ -109,7 +148,7 @@ def test_each_device_holds_its_share():
 
 def test_a_mesh_axis_serves_one_dimension():
     with pytest.raises(ValueError, match=r"\('heads', 'mlp'\) of shape \(8, 8\) use a mesh axis twice"):
-        spec(("heads", "mlp"), (8, 8), make_mesh("1x2x4"))
+        partition((1, 2, 4, 1)).spec(("heads", "mlp"), (8, 8))
 
 
 @pytest.mark.parametrize(
@@ -130,9 +169,9 @@ def test_a_mesh_axis_serves_one_dimension():
 )
 def test_a_dimension_must_divide(axes, shape, sizes, message):
     with pytest.raises(ValueError, match=message):
-        spec(axes, shape, mesh_of_sizes(*sizes))
+        partition(sizes).spec(axes, shape)
 
 
 def test_every_dimension_has_a_logical_axis():
     with pytest.raises(ValueError, match=r"1 logical axes \('expert',\) for an array of shape \(4, 4\)"):
-        spec(("expert",), (4, 4), make_mesh("2x4"))
+        partition((2, 4, 1, 1)).spec(("expert",), (4, 4))

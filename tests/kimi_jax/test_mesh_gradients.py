@@ -1,0 +1,114 @@
+"""Loss and gradients on meshes, with weights sharded for serving and for training, are those of a single device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from checkpoints.toy import toy_config
+from kimi_jax import Kimi
+from kimi_jax.config_json import from_dict
+from kimi_jax.model.param import weight_shardings
+from sharding import SERVE, TRAIN, Partition, expert_dispatch, make_mesh
+
+# Eight heads, experts and key channels, so that every mesh divides them; every expert is chosen: where a choice
+# changes, a loss jumps and has no slope.
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "initializer_range": 0.2,
+}  # fmt: skip
+LAYERS = {"full_attn_layers": [2], "kda_layers": [1], "head_dim": 8, "num_heads": 8, "short_conv_kernel_size": 4}
+CONFIGS = {
+    "k2": toy_config("k2", **SIZES, q_lora_rank=16, num_hidden_layers=2, n_routed_experts=8, num_experts_per_tok=8),
+    "kimi-linear": toy_config(
+        "kimi-linear", **SIZES, num_hidden_layers=2, linear_attn_config=LAYERS, num_experts=8, num_experts_per_token=8
+    ),
+}
+ROWS, TOKENS = 4, 64
+ATOL = 7e-6  # of the largest gradient of an array; 2.4e-6 was measured
+
+
+def loss_and_gradients(name, partition, params, tokens, targets):
+    """Next-token cross-entropy, as a trainer computes it: outside of what runs on each device."""
+    graph, _ = nnx.split(model(name))
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            logits = nnx.merge(graph, params)(tokens, partition=partition)
+            return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], axis=-1))
+
+        return jax.value_and_grad(loss)(params)
+
+    return run(params)
+
+
+def model(name):
+    return Kimi(from_dict(CONFIGS[name]), rngs=nnx.Rngs(0), dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    random = np.random.RandomState(0)
+    return tuple(jnp.asarray(random.randint(0, 768, (ROWS, TOKENS)), jnp.int32) for _ in range(2))
+
+
+@pytest.fixture(scope="module")
+def alone(batch):
+    """name -> the parameters, and their loss and gradients on a single device."""
+    found = {}
+
+    def compute(name):
+        if name not in found:
+            _, params = nnx.split(model(name))
+            found[name] = params, *loss_and_gradients(name, Partition(), params, *batch)
+        return found[name]
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "rules", "dispatches"),
+    [
+        ("k2", "2x2x2x1", SERVE, False),
+        ("k2", "2x2x2x1", TRAIN, False),
+        ("k2", "2x1x2x2", TRAIN, True),
+        ("k2", "4x2x1x1", TRAIN, False),
+        ("kimi-linear", "2x1x2x2", TRAIN, False),
+        ("kimi-linear", "1x2x2x2", SERVE, True),
+    ],
+)
+def test_gradients_on_a_mesh(monkeypatch, alone, batch, name, shape, rules, dispatches):
+    # Given a model whose weights are sharded over eight devices
+    if dispatches:
+        monkeypatch.setattr(expert_dispatch, "MIN_BYTES_SAVED", -1e9)
+    mesh = make_mesh(shape)
+    params, expected_loss, expected = alone(name)
+    shardings = weight_shardings(params, mesh, rules)
+    loss, gradients = loss_and_gradients(name, Partition(mesh, rules), jax.device_put(params, shardings), *batch)
+    # Then loss and gradients are those of one device
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
+    for (path, found), (_, want) in zip(nnx.to_flat_state(gradients), nnx.to_flat_state(expected), strict=True):
+        want = np.asarray(want)
+        np.testing.assert_allclose(found, want, rtol=0, atol=ATOL * max(np.abs(want).max(), 1e-3), err_msg=str(path))
+    # And gradients are sharded as the weights are
+    for found, sharding in zip(jax.tree.leaves(gradients), jax.tree.leaves(shardings), strict=True):
+        assert found.sharding.is_equivalent_to(sharding, found.ndim)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_keeps_an_eighth_of_all_matrices(name):
+    # Given a mesh whose devices serving gives the same attention
+    mesh = make_mesh("4x2x1x1")
+    shapes = nnx.split(nnx.eval_shape(lambda: model(name)))[1]
+    shares = {}
+    for key, rules in (("serve", SERVE), ("train", TRAIN)):
+        shardings = weight_shardings(shapes, mesh, rules)
+        shards = jax.tree.map(lambda x, at: np.prod(at.shard_shape(x.shape)) / x.size, shapes, shardings)
+        shares[key] = {path: shard[...] for path, shard in nnx.to_flat_state(shards)}
+    # Then each device has an eighth of each, for training only
+    matrices = [path for path in shares["train"] if "self_attn" in path and path[-2].endswith("_proj")]
+    eighths = [path for path in matrices if shares["train"][path] == 1 / 8]
+    assert len(eighths) >= 3 and all(shares["serve"][path] == 1 for path in eighths)
