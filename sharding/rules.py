@@ -48,4 +48,8 @@ SERVE: Rules = (
 
 # Gradients and an optimiser's state take several times a weight's memory, so that what serving replicates over `data`
 # and `expert` is sharded over them too (ZeRO, arXiv 1910.02054, stage 3), and gathered a layer at a time.
-TRAIN: Rules = (*SERVE, Rule("embed", ("data", "expert"), uneven="skip", taken="skip", gathered=True))
+TRAIN: Rules = (
+    *SERVE,
+    Rule("embed", ("data", "expert"), uneven="skip", taken="skip", gathered=True),
+    Rule("rank", ("data", "expert"), uneven="skip", taken="skip", gathered=True),
+)

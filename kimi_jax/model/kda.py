@@ -44,10 +44,10 @@ class KDA(nnx.Module):
         self.A_log = init.param(self.initial_decay(init), ("kda_heads",))
         self.dt_bias = init.param(self.initial_dt_bias(init), ("kda_heads",))
         self.f_a_proj = Linear(init, linear.head_dim, hidden, (None, "embed"))
-        self.f_b_proj = Linear(init, width, linear.head_dim, ("kda_heads", None))
+        self.f_b_proj = Linear(init, width, linear.head_dim, ("kda_heads", "rank"))
         self.b_proj = Linear(init, linear.num_heads, hidden, ("kda_heads", "embed"))
         self.g_a_proj = Linear(init, linear.head_dim, hidden, (None, "embed"))
-        self.g_b_proj = Linear(init, width, linear.head_dim, ("kda_heads", None))
+        self.g_b_proj = Linear(init, width, linear.head_dim, ("kda_heads", "rank"))
         self.o_norm = RMSNorm(init, linear.head_dim, config.rms_norm_eps)
         self.o_proj = Linear(init, hidden, width, ("embed", "kda_heads"))
 

@@ -55,11 +55,11 @@ class MLA(nnx.Module):
         else:
             self.q_a_proj = Linear(init, config.q_lora_rank, hidden, ("latent", "embed"))
             self.q_a_layernorm = RMSNorm(init, config.q_lora_rank, config.mla_inner_norm_eps)
-            self.q_b_proj = Linear(init, heads * config.qk_head_dim, config.q_lora_rank, ("heads", None))
+            self.q_b_proj = Linear(init, heads * config.qk_head_dim, config.q_lora_rank, ("heads", "rank"))
         self.kv_a_proj_with_mqa = Linear(init, config.latent_dim, hidden, ("latent", "embed"))
         self.kv_a_layernorm = RMSNorm(init, config.kv_lora_rank, config.mla_inner_norm_eps)
         kv_width = config.qk_nope_head_dim + config.v_head_dim
-        self.kv_b_proj = Linear(init, heads * kv_width, config.kv_lora_rank, ("heads", None))
+        self.kv_b_proj = Linear(init, heads * kv_width, config.kv_lora_rank, ("heads", "rank"))
         self.o_proj = Linear(init, hidden, heads * config.v_head_dim, ("embed", "heads"))
 
     def __call__(
