@@ -7,7 +7,9 @@ depth and holds finite numbers only, so whoever uses a value need not ask.
 
 import json
 import math
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from kimi_jax.file_kinds import HEAD, mistaken
@@ -15,7 +17,6 @@ from kimi_jax.printable import printable
 
 MAX_BYTES = 128 * 2**20  # the index of a release with 200,000 tensors has 20 MB
 MAX_DEPTH = 64  # tool schemas are the deepest that is written by hand, some ten levels
-_MAX_DIGITS = 400  # of a number; the largest float64 has 309
 
 
 class JSONError(ValueError):
@@ -51,7 +52,7 @@ def parse(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) 
     """Returns the JSON value that `data` holds; `name` says in errors where it comes from.
 
     Raises `error` where `data` is not UTF-8 or not JSON, gives a name twice in one object, nests deeper than
-    `MAX_DEPTH`, or holds a number that is not finite or has more than some hundred digits, or a lone surrogate.
+    `MAX_DEPTH`, or holds a number that is not finite or has more digits than Python takes (4,300), or a lone surrogate.
     Bytes of another kind of file that is known (`file_kinds`) are called what they are.
     """
 
@@ -71,17 +72,12 @@ def parse(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) 
             raise wrong(f"holds the number {text}, which is not finite in float64")
         return value
 
-    def whole(text: str) -> int:
-        if len(text) > _MAX_DIGITS:
-            raise wrong(f"holds a number of {len(text)} digits")
-        return int(text)
-
     def refuse(text: str) -> None:
         raise wrong(f"holds {text}, which is not JSON")
 
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_int=whole, parse_constant=refuse)
+        value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=refuse)
         text.encode("utf-8")
         if "\\u" in text:  # half of a surrogate pair, which no encoder takes, may be written as an escape
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -91,33 +87,40 @@ def parse(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) 
         raise wrong(f"not {'UTF-8 text' if isinstance(failure, UnicodeError) else 'JSON'} ({failure})") from None
     except RecursionError:
         raise wrong(f"nests deeper than {MAX_DEPTH} levels") from None
+    except error:
+        raise
+    except ValueError:  # a hook for each number would double the time of a large header
+        raise wrong(f"holds a number of more than {sys.get_int_max_str_digits():,} digits") from None
     if _deeper(value, MAX_DEPTH):
         raise wrong(f"nests deeper than {MAX_DEPTH} levels")
     return value
 
 
 def _bytes(file: File, max_bytes: int, error: type[ValueError]) -> bytes:
-    size = getattr(getattr(file, "stat", lambda: None)(), "st_size", 0)
-    data = file.read_bytes() if size <= max_bytes else b""
-    if (found := max(size, len(data))) > max_bytes:
-        raise error(f"{printable(file)}: has {found:,} bytes, expected at most {max_bytes:,}")
+    if isinstance(file, Path):  # a device or pipe has no size, and perhaps no end
+        with file.open("rb") as stream:
+            data = stream.read(max_bytes + 1)
+    else:
+        data = file.read_bytes()
+    if len(data) > max_bytes:
+        size = file.stat().st_size if isinstance(file, Path) else len(data)
+        raise error(f"{printable(file)}: has {max(size, len(data)):,} bytes, expected at most {max_bytes:,}")
     return data
 
 
 def _deeper(value: Any, depth: int) -> bool:
     """Says whether lists and objects nest more than `depth` times; without recursion."""
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
         level = [
             one
             for outer in level
-            if isinstance(outer, dict | list)
-            for one in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(one, dict | list)
+            for one in (outer.values() if type(outer) is dict else outer)
+            if type(one) is dict or type(one) is list
         ]
         if not level:
             return False
-    return True
+    return bool(level)
 
 
 def _kind(value: Any) -> str:

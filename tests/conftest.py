@@ -30,7 +30,15 @@ jaxtyping.install_import_hook(["kimi_jax", "pallas_kernels", "sharding", "checkp
 
 
 # Begun first, lest one of two processes be left with them at the end
-LONGEST = ("test_tpu_schedule.py", "test_meshes.py", "test_goldens.py", "test_generate.py", "test_mixture.py")
+LONGEST = (
+    "test_tpu_schedule.py",
+    "test_generate.py",
+    "test_meshes.py",
+    "test_mesh_gradients.py",
+    "test_goldens.py",
+    "test_program.py",
+    "test_mixture.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
