@@ -60,5 +60,8 @@ def default_shape(devices: int, heads: int, batch: int = 1) -> tuple[int, int, i
 
 
 def array_mesh(array: jax.Array) -> Mesh | AbstractMesh | None:
-    """Returns the mesh that the array is sharded over, None for an array on a single device."""
-    return array.sharding.mesh if isinstance(array.sharding, NamedSharding) else None
+    """Returns the mesh that the array is sharded over, None for an array on a single device, and for a traced one,
+    whose devices are not known yet."""
+    if isinstance(array, jax.core.Tracer) or not isinstance(array.sharding, NamedSharding):
+        return None
+    return array.sharding.mesh
