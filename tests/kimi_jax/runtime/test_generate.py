@@ -173,7 +173,8 @@ def test_a_row_that_is_not_finite_ends_with_that_reason(checkpoint, model, promp
                 kimi_jax.generate(kimi, bad, max_new_tokens=4, stop_ids=(), temperature=temperature)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Kimi Linear has both kinds of mixers
+@pytest.mark.parametrize("name", [pytest.param("k2.5", marks=pytest.mark.slow), "kimi-linear"])
 def test_batches_of_1_to_9_rows_on_eight_devices(checkpoint, model, name):
     # Given nine rows on one device
     random = np.random.RandomState(3)
