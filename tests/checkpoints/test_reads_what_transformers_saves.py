@@ -15,6 +15,7 @@ from checkpoints import load
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.filterwarnings("ignore:.rope_scaling. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["k2.5", "k2", "kimi-linear"])
 @pytest.mark.parametrize("original", [True, False], ids=["original", "own"])
 def test_saved_models_give_the_goldens(name: str, original: bool, tmp_path: Path) -> None:
