@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from ragged_messages import ragged_all_to_all
 
 from sharding import (
@@ -24,7 +24,7 @@ PAGE, DEVICES = 4, 4
 PARTS, ALL = PartitionSpec("sequence"), PartitionSpec()
 
 
-PARTITION = Partition(AbstractMesh((1, 1, 2, DEVICES), AXES))
+PARTITION = Partition(AbstractMesh((1, 1, 2, DEVICES), AXES, (AxisType.Auto,) * 4))
 
 
 def on_devices(compute, in_specs, out_specs, *arguments):
