@@ -1,4 +1,4 @@
-"""How a command ends: errors and warnings as one line each on standard error, signals, and a reader that has gone."""
+"""The end of a command: errors and warnings as one line each on standard error, signals, and a reader that has gone."""
 
 import os
 import select

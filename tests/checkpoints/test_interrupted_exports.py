@@ -100,7 +100,7 @@ def test_a_shard_that_is_not_what_it_should_be_is_written_again(
 
 
 def test_another_export_starts_over(converted: dict[str, Path], stopped: Path, tmp_path: Path) -> None:
-    """Of other shards, and of another checkpoint."""
+    """Exports with other shards, and another checkpoint."""
     partial, copy = stopped.with_name("out.partial"), tmp_path / "copy.partial"
     shutil.copytree(partial, copy)
     for source, size in (("k2.5", 2 * SHARD), ("k2", SHARD)):

@@ -161,7 +161,7 @@ def _x(shape: Any, offsets: Any, dtype: Any = "I8", **more: Any) -> dict[str, An
 
 
 def _ours(folder: Path, data: bytes) -> str:
-    """What is wrong with the file for us, in a line that names it; empty for nothing."""
+    """Returns a line that names the file and says what is wrong with it; empty where nothing is."""
     (folder / "model.safetensors").write_bytes(data)
     try:
         Published.open(folder)

@@ -1,4 +1,4 @@
-"""How a command ends: every error in one line, warnings too, signals, and a reader that goes away."""
+"""The end of a command: every error in one line, warnings too, signals, and a reader that goes away."""
 
 import json
 import os
