@@ -44,7 +44,7 @@ _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the manifest for one leaf: `published` is its name there, with {} for the expert's number; `sha256` has
+    """One leaf in the manifest: `published` is its name there, with {} for the expert's number; `sha256` has
     a checksum for each chunk by its number; `weight_shape` is published beside INT4 words, and stored here alone."""
 
     layout: Layout
