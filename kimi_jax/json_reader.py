@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from kimi_jax.bounded_read import read_at_most
 from kimi_jax.file_kinds import HEAD, mistaken
 from kimi_jax.printable import printable
 
@@ -99,7 +100,7 @@ def parse(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) 
 def _bytes(file: File, max_bytes: int, error: type[ValueError]) -> bytes:
     if isinstance(file, Path):  # a device or pipe has no size, and perhaps no end
         with file.open("rb") as stream:
-            data = stream.read(max_bytes + 1)
+            data = read_at_most(stream, max_bytes)
     else:
         data = file.read_bytes()
     if len(data) > max_bytes:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
+from kimi_jax.bounded_read import read_at_most
 from kimi_jax.media.limits import MAX_BYTES
 from kimi_jax.printable import printable
 
@@ -101,7 +102,7 @@ def _from_file(path: Path) -> bytes:
     try:
         if path.is_file():
             with path.open("rb") as file:
-                return file.read(MAX_BYTES + 1)
+                return read_at_most(file, MAX_BYTES)
         if path.exists():
             raise ValueError(f"{name}: not a regular file")
     except OSError as error:

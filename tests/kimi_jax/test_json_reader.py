@@ -1,5 +1,6 @@
 """JSON from elsewhere is read whole and finite, or refused in one line that names its file."""
 
+import io
 import json
 import string
 from pathlib import Path
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_jax import json_reader
+from kimi_jax.bounded_read import PIECE, read_at_most
 from kimi_jax.json_reader import MAX_DEPTH, JSONError
 from kimi_jax.printable import printable
 
@@ -98,3 +100,16 @@ class _OursError(KeyError, ValueError):
 )
 def test_printable_text_steers_no_terminal_and_has_an_end(text, shown):
     assert printable(text, 4 if "..." in shown else 200) == shown
+
+
+@pytest.mark.parametrize(("size", "limit"), [(0, 10), (PIECE, PIECE), (PIECE + 1, PIECE), (3 * PIECE, 10)])
+def test_a_read_asks_for_no_more_than_the_file_has(size: int, limit: int) -> None:
+    """A reader that asks for the limit at once allocates all of it, for a file of ten bytes too."""
+
+    class File(io.BytesIO):
+        def read(self, count: int | None = -1) -> bytes:
+            assert count is not None and 0 < count <= PIECE
+            return super().read(count)
+
+    data = read_at_most(File(b"x" * size), limit)
+    assert len(data) == size if size <= limit else len(data) > limit
