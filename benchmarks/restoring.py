@@ -18,7 +18,9 @@ jax.config.update("jax_num_cpu_devices", 4)
 import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from checkpoints import load, reading, sources  # noqa: E402
+from checkpoints import load  # noqa: E402
+from checkpoints.published import reading  # noqa: E402
+from checkpoints.stored import sources  # noqa: E402
 from sharding import make_mesh  # noqa: E402
 
 

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from checkpoints import load as load
+    from checkpoints.load import load as load
     from kimi_jax import media as media
     from kimi_jax.model.kimi import Kimi as Kimi
     from kimi_jax.model.splice import Media as Media

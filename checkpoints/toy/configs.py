@@ -6,7 +6,7 @@ from copy import deepcopy
 from importlib import resources
 from typing import Any
 
-from checkpoints.quantization_config import int4
+from checkpoints.published.quantization_config import int4
 from kimi_jax.config_json import preset_names
 
 TINY_VOCAB = 768

@@ -13,8 +13,8 @@ from zlib import crc32
 
 import numpy as np
 
-from checkpoints.numerics import BF16, BLOCK, CODES_PER_WORD, GROUP_SIZE, quantize_fp8
-from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.published.numerics import BF16, BLOCK, CODES_PER_WORD, GROUP_SIZE, quantize_fp8
+from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.toy.weights import Weight
 
 BLOCK_WEIGHTS = 2**21  # drawn at a time: some 50 MB

@@ -13,9 +13,18 @@ from zlib import crc32
 
 import numpy as np
 
-from checkpoints.numerics import BF16, BLOCK, CODES_PER_WORD, F32, FP8, GROUP_SIZE, quantize_fp8, quantize_int4
-from checkpoints.quantization_config import Form, form_of
-from checkpoints.shards import Entry
+from checkpoints.jobs.shards import Entry
+from checkpoints.published.numerics import (
+    BF16,
+    BLOCK,
+    CODES_PER_WORD,
+    F32,
+    FP8,
+    GROUP_SIZE,
+    quantize_fp8,
+    quantize_int4,
+)
+from checkpoints.published.quantization_config import Form, form_of
 
 _BEFORE_NORM = 0.1
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints.files import new_folder, was_finished
-from checkpoints.metadata import carry
-from checkpoints.progress import Counter, Progress
-from checkpoints.reading import identity
-from checkpoints.shards import SHARD_BYTES, Entry, ShardWriter, planned
-from checkpoints.spellings import open_published
+from checkpoints.jobs.files import new_folder, was_finished
+from checkpoints.jobs.progress import Counter, Progress
+from checkpoints.jobs.shards import SHARD_BYTES, Entry, ShardWriter, planned
+from checkpoints.published.reading import identity
+from checkpoints.published.spellings import open_published
+from checkpoints.stored.metadata import carry
 from checkpoints.toy.configs import PREPROCESSOR, TINY_VOCAB
 from checkpoints.toy.draw import copied, drawn
 from checkpoints.toy.weights import Weight, weights

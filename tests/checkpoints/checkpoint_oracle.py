@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import deserialize
 
-from checkpoints import quantization_config
+from checkpoints.published import quantization_config
 from checkpoints.toy import toy_config
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -11,7 +11,8 @@ import pytest
 from checkpoint_oracle import CONFIGS, read_all
 from safetensors.numpy import save_file
 
-from checkpoints import convert, names
+from checkpoints import convert
+from checkpoints.stored import names
 from checkpoints.toy import write_toy
 
 

@@ -16,9 +16,10 @@ import time
 import warnings
 from pathlib import Path
 
-from checkpoints import convert, layout, names
+from checkpoints import convert
+from checkpoints.stored import layout, names
 
-convert_module = importlib.import_module("checkpoints.convert")
+convert_module = importlib.import_module("checkpoints.jobs.convert")
 
 
 def main(source: Path, target: Path, kills: int) -> None:

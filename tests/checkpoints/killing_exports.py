@@ -12,7 +12,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from checkpoints import export, shards
+from checkpoints import export
+from checkpoints.jobs import shards
 
 
 def main(source: Path, target: Path, kills: int, shard_bytes: int) -> None:

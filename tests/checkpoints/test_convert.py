@@ -18,7 +18,8 @@ import pytest
 from checkpoint_oracle import in_tree, leaves, read_all, same_bytes, same_folders
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from checkpoints import CheckpointError, convert, layout
+from checkpoints import CheckpointError, convert
+from checkpoints.stored import layout
 from checkpoints.toy import toy_config
 
 FAMILIES = ["k2.5", "k2", "kimi-linear"]

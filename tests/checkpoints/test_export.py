@@ -13,9 +13,11 @@ import pytest
 from checkpoint_oracle import FORMS, read_all, same_bytes
 from safetensors import safe_open
 
-from checkpoints import convert, export, layout, shards
-from checkpoints.safetensors import CheckpointError
-from checkpoints.shards import Entry, ShardWriter, planned
+from checkpoints import convert, export
+from checkpoints.jobs import shards
+from checkpoints.jobs.shards import Entry, ShardWriter, planned
+from checkpoints.published.safetensors import CheckpointError
+from checkpoints.stored import layout
 from checkpoints.toy import write_toy
 from kimi_jax import config_json
 

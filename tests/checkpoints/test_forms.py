@@ -11,11 +11,12 @@ from checkpoint_oracle import BF16, FORMS, in_tree, read_all, same_bytes
 from flax import nnx
 from number_oracle import FP8, bf16, codes_of, fp8_of, from_fp8, from_int4, int4_of
 
-from checkpoints import convert, layout, load
-from checkpoints.forms import Plan, plan
-from checkpoints.metadata import nested
-from checkpoints.names import contents
-from checkpoints.safetensors import CheckpointError, Published
+from checkpoints import convert, load
+from checkpoints.forms.forms import Plan, plan
+from checkpoints.published.safetensors import CheckpointError, Published
+from checkpoints.stored import layout
+from checkpoints.stored.metadata import nested
+from checkpoints.stored.names import contents
 from checkpoints.toy import write_toy
 from kimi_jax import config_json
 from sharding import make_mesh

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from checkpoint_oracle import CONFIGS, same_folders
 
-from checkpoints import convert, export, files, journal, shards
-from checkpoints.shards import Entry, ShardWriter
+from checkpoints import convert, export
+from checkpoints.jobs import files, shards
+from checkpoints.jobs.shards import Entry, ShardWriter
+from checkpoints.stored import journal
 from checkpoints.toy import make_toy, toy_config
 
 SHARD = 200_000
@@ -132,7 +134,7 @@ def test_stopped_while_it_is_made_whole(
         elif step == "rmtree":
             patch.setattr(files.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         else:
-            module = sys.modules["checkpoints.export"] if step == "carry" else files
+            module = sys.modules["checkpoints.jobs.export"] if step == "carry" else files
             patch.setattr(module, step, after(getattr(module, step)))
         with pytest.raises(KeyboardInterrupt):
             export(converted["k2.5"], tmp_path / "out", shard_bytes=SHARD)

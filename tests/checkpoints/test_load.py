@@ -20,17 +20,18 @@ from checkpoint_oracle import BF16, codes, read_all, same_bytes
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from checkpoints import CheckpointError, convert, layout, load, sources
-from checkpoints.journal import digest
-from checkpoints.reading import read_into
-from checkpoints.safetensors import Published
+from checkpoints import CheckpointError, convert, load
+from checkpoints.published.reading import read_into
+from checkpoints.published.safetensors import Published
+from checkpoints.stored import layout, sources
+from checkpoints.stored.journal import digest
 from checkpoints.toy import toy_config, write_toy
 from kimi_jax.model.kimi import Kimi
 from sharding import make_mesh
 
 FAMILIES = ["k2.5", "k2", "kimi-linear"]
 FLOAT32 = ("A_log", "dt_bias", "e_score_correction_bias")
-orbax = importlib.import_module("checkpoints.orbax")
+orbax = importlib.import_module("checkpoints.load")
 
 
 def variables(model: Kimi) -> dict[tuple[Any, ...], jax.Array]:

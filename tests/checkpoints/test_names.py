@@ -11,8 +11,8 @@ import pytest
 from checkpoint_oracle import BF16, read_all
 from flax import nnx
 
-from checkpoints.names import contents, variable_path
-from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.published.safetensors import CheckpointError, Published
+from checkpoints.stored.names import contents, variable_path
 from kimi_jax import config_json
 
 FAMILIES = ["k2.5", "k2", "kimi-linear"]

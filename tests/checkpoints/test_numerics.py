@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from number_oracle import bf16, codes_of, fp8_of, from_fp8, from_int4, int4_of
 
-from checkpoints.numerics import BF16, FP8, dequantize_fp8, dequantize_int4, quantize_fp8, quantize_int4
+from checkpoints.published.numerics import BF16, FP8, dequantize_fp8, dequantize_int4, quantize_fp8, quantize_int4
 
 # Kimi-K2.6, layer 1, expert 0, gate_proj, row 0, the first 64 columns (as bf16 bits).
 REAL_PACKED = [1467423512, -1771734362, 1525177177, -1138393451, -1984456792, 2020181896, -1733860218, 2136586633]

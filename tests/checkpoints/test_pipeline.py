@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints import pipeline, writing
+from checkpoints.jobs import pipeline
+from checkpoints.stored import writing
 
 
 @pytest.mark.parametrize("limit", [10, 25, 1000])

@@ -16,9 +16,10 @@ import fsspec
 import pytest
 from checkpoint_oracle import same_folders
 
-from checkpoints import CheckpointError, convert, journal, layout, metadata
+from checkpoints import CheckpointError, convert
+from checkpoints.stored import journal, layout, metadata
 
-module = importlib.import_module("checkpoints.convert")  # the package's attribute of that name is the function
+module = importlib.import_module("checkpoints.jobs.convert")  # the package's attribute of that name is the function
 LEAF = "model.layers.1.mlp.experts.up_proj.weight"
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
-from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.published.safetensors import CheckpointError, Published
 
 NORM = "mm_projector.pre_norm.weight"
 SHARD = "model-00003-of-000003.safetensors"

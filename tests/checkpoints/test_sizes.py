@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from checkpoint_oracle import BF16
 
-from checkpoints import convert, names
-from checkpoints.safetensors import CheckpointError
-from checkpoints.sources import open_checkpoint
+from checkpoints import convert
+from checkpoints.published.safetensors import CheckpointError
+from checkpoints.stored import names
+from checkpoints.stored.sources import open_checkpoint
 from kimi_jax.config_json import ConfigError, from_folder
 
 

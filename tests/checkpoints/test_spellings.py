@@ -19,10 +19,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import checkpoints
-from checkpoints import spellings
-from checkpoints.numerics import dequantize_int4
-from checkpoints.safetensors import CheckpointError, Published
-from checkpoints.spellings import open_published
+from checkpoints.published import spellings
+from checkpoints.published.numerics import dequantize_int4
+from checkpoints.published.safetensors import CheckpointError, Published
+from checkpoints.published.spellings import open_published
 from checkpoints.toy import published_tensors, toy_config
 
 Tensors = dict[str, np.ndarray]

@@ -9,10 +9,10 @@ import pytest
 from checkpoint_oracle import read_all
 from safetensors.numpy import load_file
 
-from checkpoints.names import contents
-from checkpoints.numerics import dequantize_int4, quantize_int4
-from checkpoints.quantization_config import described
-from checkpoints.safetensors import CheckpointError, Published
+from checkpoints.published.numerics import dequantize_int4, quantize_int4
+from checkpoints.published.quantization_config import described
+from checkpoints.published.safetensors import CheckpointError, Published
+from checkpoints.stored.names import contents
 from checkpoints.toy import cut_config, draw, make_toy, published_tensors, toy_config, weights, write_toy
 from kimi_jax import config_json
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from checkpoint_oracle import FORMS, read_all
 
-from checkpoints import compare, convert, export, layout, load, manifest, verify
-from checkpoints.safetensors import CheckpointError
+from checkpoints import convert, export, load, verify
+from checkpoints.jobs import compare
+from checkpoints.published.safetensors import CheckpointError
+from checkpoints.stored import layout, manifest
 from checkpoints.toy import toy_config, write_toy
 
 UP = "language_model.model.layers.1.mlp.experts.3.up_proj.weight_packed"

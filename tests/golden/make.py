@@ -36,7 +36,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.kimi_k25 import modeling_kimi_k25
 from transformers.models.kimi_linear import modeling_kimi_linear
 
-from checkpoints.numerics import dequantize_int4
+from checkpoints.published.numerics import dequantize_int4
 from checkpoints.toy import published_tensors
 
 Logits = Callable[..., np.ndarray]

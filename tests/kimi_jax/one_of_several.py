@@ -3,7 +3,7 @@ bytes of safetensors it read. Run by test_processes.py."""
 
 import sys
 
-from checkpoints.safetensors import Published
+from checkpoints.published.safetensors import Published
 from kimi_jax import cli
 
 read_bytes = 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints.names import stored
+from checkpoints.stored.names import stored
 from checkpoints.toy import toy_config
 from kimi_jax import Kimi
 from kimi_jax.config_json import from_dict, preset

@@ -11,7 +11,7 @@ import pytest
 from calls import refused
 
 import checkpoints
-from checkpoints.compare import Finding
+from checkpoints.jobs.compare import Finding
 from kimi_jax.cli import main
 from kimi_jax.cli.terminal import escaped, print_line
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from checkpoints import pipeline
-from checkpoints.converted import Converted
-from checkpoints.layout import CHUNK_BYTES
-from checkpoints.names import PACKED, SCALE, SCALE_INV, SHAPE
-from checkpoints.numerics import BLOCK, CODES_PER_WORD, F32
-from checkpoints.progress import Counter, Progress
-from checkpoints.safetensors import CheckpointError, Published, Tensor
-from checkpoints.transform import SCRATCH_BYTES, plain
+from checkpoints.forms.transform import SCRATCH_BYTES, plain
+from checkpoints.jobs import pipeline
+from checkpoints.jobs.progress import Counter, Progress
+from checkpoints.published.numerics import BLOCK, CODES_PER_WORD, F32
+from checkpoints.published.safetensors import CheckpointError, Published, Tensor
+from checkpoints.stored.converted import Converted
+from checkpoints.stored.layout import CHUNK_BYTES
+from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, SHAPE
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from checkpoints.journal import locked
-from checkpoints.writing import fsync, write_whole
+from checkpoints.stored.journal import locked
+from checkpoints.stored.writing import fsync, write_whole
 from kimi_jax import json_reader
 
 STATE = ".writing"  # in a folder that is being written: its lock and its settings

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from checkpoints.numerics import (
+from checkpoints.published.numerics import (
     BF16,
     BLOCK,
     F32,

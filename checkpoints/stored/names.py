@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from checkpoints.numerics import BLOCK, CODES_PER_WORD, F32, FP8
-from checkpoints.safetensors import CheckpointError, Published, Tensor
-from checkpoints.sizes import check_sizes
+from checkpoints.published.numerics import BLOCK, CODES_PER_WORD, F32, FP8
+from checkpoints.published.safetensors import CheckpointError, Published, Tensor
+from checkpoints.published.sizes import check_sizes
 from kimi_jax.config import KimiConfig, QuantizationConfig
 from kimi_jax.model.kimi import Kimi, abstract
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints import manifest
-from checkpoints.journal import digest
-from checkpoints.layout import Layout
-from checkpoints.manifest import MANIFEST, Entry, Manifest
-from checkpoints.names import PACKED, SHAPE
-from checkpoints.reading import Place, Remote, at, read_into, size
-from checkpoints.safetensors import CheckpointError, Tensor
+from checkpoints.published.reading import Place, Remote, at, read_into, size
+from checkpoints.published.safetensors import CheckpointError, Tensor
+from checkpoints.stored import manifest
+from checkpoints.stored.journal import digest
+from checkpoints.stored.layout import Layout
+from checkpoints.stored.manifest import MANIFEST, Entry, Manifest
+from checkpoints.stored.names import PACKED, SHAPE
 from kimi_jax.printable import printable
 
 

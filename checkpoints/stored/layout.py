@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints.names import Leaf
+from checkpoints.stored.names import Leaf
 
 CHUNK_BYTES = 32 * 2**20
 PARTS = 16  # the finest tensor parallelism that reads its own bytes only

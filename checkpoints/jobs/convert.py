@@ -18,18 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints import forms, journal, layout, manifest, metadata, pipeline
-from checkpoints.files import check_room
-from checkpoints.forms import Job, Plan, Rest, Rows
-from checkpoints.manifest import MANIFEST
-from checkpoints.names import Contents, contents
-from checkpoints.pipeline import MEMORY, WORKERS
-from checkpoints.progress import Counter, Progress
-from checkpoints.quantization_config import Form
-from checkpoints.reading import Remote, files_under, identity, sha256
-from checkpoints.safetensors import CheckpointError, Published
-from checkpoints.spellings import open_published
-from checkpoints.writing import aligned, fsync, write_file, write_whole
+from checkpoints.forms import forms
+from checkpoints.forms.forms import Job, Plan, Rest, Rows
+from checkpoints.jobs import pipeline
+from checkpoints.jobs.files import check_room
+from checkpoints.jobs.pipeline import MEMORY, WORKERS
+from checkpoints.jobs.progress import Counter, Progress
+from checkpoints.published.quantization_config import Form
+from checkpoints.published.reading import Remote, files_under, identity, sha256
+from checkpoints.published.safetensors import CheckpointError, Published
+from checkpoints.published.spellings import open_published
+from checkpoints.stored import journal, layout, manifest, metadata
+from checkpoints.stored.manifest import MANIFEST
+from checkpoints.stored.names import Contents, contents
+from checkpoints.stored.writing import aligned, fsync, write_file, write_whole
 from kimi_jax import config_json
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from checkpoints.safetensors import CheckpointError
+from checkpoints.published.safetensors import CheckpointError
 from kimi_jax.config import KimiConfig
 
 _STACKED = ".experts."

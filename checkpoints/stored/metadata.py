@@ -13,10 +13,10 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from checkpoints.layout import Layout
-from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.reading import Place, size
-from checkpoints.safetensors import INDEX, CheckpointError
+from checkpoints.published.reading import Place, size
+from checkpoints.published.safetensors import INDEX, CheckpointError
+from checkpoints.stored.layout import Layout
+from checkpoints.stored.manifest import MANIFEST, Manifest
 from kimi_jax import json_reader
 from kimi_jax.printable import printable
 

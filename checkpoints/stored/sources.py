@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints import manifest
-from checkpoints.layout import Box, Layout
-from checkpoints.manifest import MANIFEST
-from checkpoints.names import Contents, Leaf, contents
-from checkpoints.reading import Place, Remote, at, read_into
-from checkpoints.safetensors import CheckpointError, Published
-from checkpoints.spellings import open_published
-from checkpoints.writing import aligned
+from checkpoints.published.reading import Place, Remote, at, read_into
+from checkpoints.published.safetensors import CheckpointError, Published
+from checkpoints.published.spellings import open_published
+from checkpoints.stored import manifest
+from checkpoints.stored.layout import Box, Layout
+from checkpoints.stored.manifest import MANIFEST
+from checkpoints.stored.names import Contents, Leaf, contents
+from checkpoints.stored.writing import aligned
 from kimi_jax import config_json
 
 # What fills some arrays, in any order and by several threads.

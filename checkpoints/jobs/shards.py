@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.files import check_room
-from checkpoints.safetensors import DTYPES, INDEX
-from checkpoints.writing import fsync
+from checkpoints.jobs.files import check_room
+from checkpoints.published.safetensors import DTYPES, INDEX
+from checkpoints.stored.writing import fsync
 
 SHARD_BYTES = 5 * 10**9
 _UNFINISHED = ".unfinished"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
-from checkpoints.numerics import BLOCK, GROUP_SIZE
+from checkpoints.published.numerics import BLOCK, GROUP_SIZE
 
 Form = Literal["int4", "fp8", "bf16"]
 FORMS: tuple[Form, ...] = ("int4", "fp8", "bf16")

@@ -8,9 +8,9 @@ from typing import Literal
 
 from rich.table import Table
 
-from checkpoints.names import PACKED, SCALE, SCALE_INV, Leaf, stored
-from checkpoints.numerics import CODES_PER_WORD
-from checkpoints.sources import ConvertedSource, open_checkpoint
+from checkpoints.published.numerics import CODES_PER_WORD
+from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Leaf, stored
+from checkpoints.stored.sources import ConvertedSource, open_checkpoint
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import abstract
 

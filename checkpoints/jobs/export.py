@@ -10,16 +10,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints import pipeline
-from checkpoints.converted import Chunk, Converted
-from checkpoints.files import new_folder, was_finished
-from checkpoints.manifest import MANIFEST
-from checkpoints.metadata import carry, recorded
-from checkpoints.names import PACKED, SHAPE
-from checkpoints.pipeline import MEMORY, WORKERS
-from checkpoints.progress import Counter, Progress
-from checkpoints.safetensors import INDEX
-from checkpoints.shards import SHARD_BYTES, Entry, ShardWriter, planned
+from checkpoints.jobs import pipeline
+from checkpoints.jobs.files import new_folder, was_finished
+from checkpoints.jobs.pipeline import MEMORY, WORKERS
+from checkpoints.jobs.progress import Counter, Progress
+from checkpoints.jobs.shards import SHARD_BYTES, Entry, ShardWriter, planned
+from checkpoints.published.safetensors import INDEX
+from checkpoints.stored.converted import Chunk, Converted
+from checkpoints.stored.manifest import MANIFEST
+from checkpoints.stored.metadata import carry, recorded
+from checkpoints.stored.names import PACKED, SHAPE
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints.layout import Layout
-from checkpoints.safetensors import CheckpointError
-from checkpoints.writing import fsync
+from checkpoints.published.safetensors import CheckpointError
+from checkpoints.stored.layout import Layout
+from checkpoints.stored.writing import fsync
 from kimi_jax import json_reader
 
 FOLDER = ".conversion"

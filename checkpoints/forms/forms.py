@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from checkpoints import quantization_config
-from checkpoints.layout import layout
-from checkpoints.names import PACKED, SCALE, SCALE_INV, Contents, Leaf, stored, with_fp8
-from checkpoints.numerics import BF16, BLOCK, CODES_PER_WORD, F32, FP8, GROUP_SIZE
-from checkpoints.quantization_config import Form
-from checkpoints.safetensors import CheckpointError, Published
-from checkpoints.transform import SCRATCH_BYTES, transformed
+from checkpoints.forms.transform import SCRATCH_BYTES, transformed
+from checkpoints.published import quantization_config
+from checkpoints.published.numerics import BF16, BLOCK, CODES_PER_WORD, F32, FP8, GROUP_SIZE
+from checkpoints.published.quantization_config import Form
+from checkpoints.published.safetensors import CheckpointError, Published
+from checkpoints.stored.layout import layout
+from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Contents, Leaf, stored, with_fp8
 
 Rest = Literal["bfloat16", "float32"]
 

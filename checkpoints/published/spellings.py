@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints.reading import Remote
-from checkpoints.safetensors import CheckpointError, Published, Tensor
+from checkpoints.published.reading import Remote
+from checkpoints.published.safetensors import CheckpointError, Published, Tensor
 from kimi_jax.printable import printable
 
 _MOST_EXPERTS = 2**16  # of a layer; a header that claims more is damaged, and each would be an entry in a table

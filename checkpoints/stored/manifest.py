@@ -15,8 +15,12 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from checkpoints.layout import Layout
-from checkpoints.names import (
+from checkpoints.published.numerics import CODES_PER_WORD
+from checkpoints.published.reading import Place, size
+from checkpoints.published.safetensors import DTYPES, CheckpointError, Published
+from checkpoints.published.sizes import check_sizes
+from checkpoints.stored.layout import Layout
+from checkpoints.stored.names import (
     PACKED,
     PREFIX,
     SHAPE,
@@ -28,10 +32,6 @@ from checkpoints.names import (
     with_fp8,
     with_prefix,
 )
-from checkpoints.numerics import CODES_PER_WORD
-from checkpoints.reading import Place, size
-from checkpoints.safetensors import DTYPES, CheckpointError, Published
-from checkpoints.sizes import check_sizes
 from kimi_jax import config_json, json_reader
 from kimi_jax.printable import printable
 

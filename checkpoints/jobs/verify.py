@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from checkpoints import manifest, pipeline
-from checkpoints.compare import Compare, Finding
-from checkpoints.converted import Converted
-from checkpoints.journal import FOLDER
-from checkpoints.manifest import MANIFEST, Manifest
-from checkpoints.pipeline import MEMORY, WORKERS
-from checkpoints.progress import Counter, Progress
-from checkpoints.reading import Remote, at, files_under, sha256
-from checkpoints.safetensors import CheckpointError, Published
-from checkpoints.spellings import open_published
+from checkpoints.jobs import pipeline
+from checkpoints.jobs.compare import Compare, Finding
+from checkpoints.jobs.pipeline import MEMORY, WORKERS
+from checkpoints.jobs.progress import Counter, Progress
+from checkpoints.published.reading import Remote, at, files_under, sha256
+from checkpoints.published.safetensors import CheckpointError, Published
+from checkpoints.published.spellings import open_published
+from checkpoints.stored import manifest
+from checkpoints.stored.converted import Converted
+from checkpoints.stored.journal import FOLDER
+from checkpoints.stored.manifest import MANIFEST, Manifest
 from kimi_jax.printable import printable
 
 

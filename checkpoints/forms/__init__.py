@@ -1,0 +1,1 @@
+"""Weights from one stored form to another: bf16, INT4, FP8."""

@@ -1,0 +1,1 @@
+"""A published folder of safetensors: its files, its tensors by name, and the numbers in them."""
