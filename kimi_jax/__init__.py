@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from checkpoints.load import load as load
     from kimi_jax import media as media
+    from kimi_jax.engine.engine import Engine as Engine
+    from kimi_jax.engine.requests import Request as Request
     from kimi_jax.model.kimi import Kimi as Kimi
     from kimi_jax.model.splice import Media as Media
     from kimi_jax.runtime.generate import generate as generate
@@ -14,8 +16,10 @@ if TYPE_CHECKING:
     from kimi_jax.text import chat as chat
 
 _HOMES = {
+    "Engine": "kimi_jax.engine.engine",
     "Kimi": "kimi_jax.model.kimi",
     "Media": "kimi_jax.model.splice",
+    "Request": "kimi_jax.engine.requests",
     "Sampling": "kimi_jax.runtime.sampling",
     "Tokenizer": "kimi_jax.text.tokenizer",
     "generate": "kimi_jax.runtime.generate",

@@ -76,6 +76,14 @@ def pages_within(
     return int(count) * parts
 
 
+def slot_bytes(config: KimiConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Returns the bytes on each device of one more slot a data shard."""
+    partition = Partition(mesh)
+    data = partition.num_shards("batch")
+    fixed, each = (_bytes_per_device(config, 0, slots * data, dtype, partition) for slots in (0, 1))
+    return each - fixed
+
+
 def _bytes_per_device(
     config: KimiConfig, pages: int, slots: int, dtype: jax.typing.DTypeLike, partition: Partition
 ) -> int:
@@ -87,16 +95,20 @@ def _bytes_per_device(
     return sum(jax.tree.leaves(jax.tree.map(nbytes, shapes, specs(shapes, partition))))
 
 
-def copy_slots(cache: Cache, source: Int32[Array, "n"], target: Int32[Array, "n"]) -> Cache:
-    """The cache with the KDA states of slots `source` in slots `target` too; a negative target is nobody's.
+def copy_slots(
+    cache: Cache, source: Int32[Array, "n"], target: Int32[Array, "n"], origin: Cache | None = None
+) -> Cache:
+    """Returns the cache with the KDA states of slots `source` of `origin` in its slots `target`.
 
-    Slots are numbered as in a device's part of the pool. A prefix that several sequences share is one state, copied.
+    `origin` is another pool of the same model, or the cache itself where it is None. A negative target is dropped.
+    Slots are numbered as in a device's part of a pool. A prefix that several sequences share is one state, copied.
     """
 
-    def copied(pool: Any) -> Any:
+    def copied(pool: Any, other: Any) -> Any:
         if isinstance(pool, MLACache):
             return pool
         to = jnp.where(target >= 0, target, len(pool.S))  # past the end, where the scatter drops it
-        return jax.tree.map(lambda x: x.at[to].set(x[jnp.maximum(source, 0)], mode="drop"), pool)
+        return jax.tree.map(lambda x, y: x.at[to].set(y[jnp.maximum(source, 0)], mode="drop"), pool, other)
 
-    return Cache(tuple(copied(layer) for layer in cache.layers))
+    others = cache if origin is None else origin
+    return Cache(tuple(map(copied, cache.layers, others.layers)))

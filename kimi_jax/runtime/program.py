@@ -53,10 +53,12 @@ class Program:
         self.check(batch)
         return self.jitted.logits(self.arrays, cache, batch)
 
-    def copy_slots(self, cache: Cache, source: Int32[AnyArray, "n"], target: Int32[AnyArray, "n"]) -> Cache:
-        """`cache.copy_slots` on every device: on a mesh the numbers are split over `data`, a part for each part of
-        the pool."""
-        return self.jitted.copy_slots(cache, source, target)
+    def copy_slots(
+        self, cache: Cache, source: Int32[AnyArray, "n"], target: Int32[AnyArray, "n"], origin: Cache | None = None
+    ) -> Cache:
+        """Calls `cache.copy_slots` on every device: on a mesh the numbers are split over `data`, a part for each part
+        of the pool. `cache` is donated, `origin` is not."""
+        return self.jitted.copy_slots(cache, source, target, origin)
 
     def cache(self, pages: int, slots: int) -> Cache:
         """An empty cache, laid out on the model's own devices. On a mesh pages divide by `data * sequence`, slots by
@@ -106,8 +108,9 @@ class Program:
 
     @property
     def compiled(self) -> int:
-        """Programs compiled so far for steps of models of this structure."""
-        return self.jitted.step._cache_size() + self.jitted.logits._cache_size()
+        """The number of programs compiled so far for models of this structure: steps, and copies of states."""
+        jitted = self.jitted
+        return sum(function._cache_size() for function in (jitted.step, jitted.logits, jitted.copy_slots))
 
     def check(self, batch: Batch) -> None:
         """Raises ValueError for a batch that the mesh does not divide, and for a decode step of several tokens."""
@@ -160,10 +163,12 @@ class _Jitted:
         cache, logits = self.run(arrays, cache, batch)
         return cache, choose(logits, batch)
 
-    def copy(self, cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
+    def copy(self, cache: Cache, source: jax.Array, target: jax.Array, origin: Cache | None) -> Cache:
         specs = caches.specs(cache, self.partition)
         numbers = choose_layout(self.partition, self.partition.num_shards("batch"), 1).row_spec()
-        return self.partition.shard_map(caches.copy_slots, (specs, numbers, numbers), specs)(cache, source, target)
+        origin_specs = None if origin is None else caches.specs(origin, self.partition)
+        in_specs = (specs, numbers, numbers, origin_specs)
+        return self.partition.shard_map(caches.copy_slots, in_specs, specs)(cache, source, target, origin)
 
 
 _jitted = functools.lru_cache(maxsize=16)(_Jitted)

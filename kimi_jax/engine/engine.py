@@ -1,0 +1,381 @@
+"""The engine: a thread that plans a step, sends it, and reads the step before, for as long as there is work.
+
+Requests come from any thread or event loop, and events go back to each. Nothing that one request brings ends another:
+what cannot be served is refused in words when it is submitted, and a row whose numbers are not finite ends alone.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import functools
+import hashlib
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kimi_jax.engine.pages import PagePool, Placeholders
+from kimi_jax.engine.requests import Event, FinishReason, QueueFullError, Request, Result, Times, Usage
+from kimi_jax.engine.runner import STOP_IDS, Dispatched, MediaTokens, Runner
+from kimi_jax.engine.scheduler import Scheduler, Shard, message_ends
+from kimi_jax.engine.sequence import Sequence, Status, Step
+from kimi_jax.engine.sizes import Sizes, pool_sizes
+from kimi_jax.engine.snapshots import SnapshotPool
+from kimi_jax.model.kimi import Kimi
+from kimi_jax.model.splice import Media, media_index, tokens_per_item
+from kimi_jax.model.token_ids import integers, token_ids
+from kimi_jax.runtime.batch import Finish
+from kimi_jax.runtime.sampling import checked_seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Counts of the moment. Pages that no sequence uses are free, whether or not they are kept for their content."""
+
+    compiled_programs: int
+    pages: int
+    free_pages: int
+    slots: int
+    free_slots: int
+    waiting: int
+    running: int
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """A request in the engine, and where its events go."""
+
+    request: Request
+    sequence: Sequence
+    stop_ids: tuple[int, ...]
+    media: Media | None
+    index: np.ndarray | None
+    deliver: Callable[[Event], Any]
+    submitted: float
+    first_token: float | None = None
+    generated: int = 0
+    cancelled: str | None = None
+
+    @property
+    def deadline(self) -> float:
+        return float("inf") if self.request.timeout is None else self.submitted + self.request.timeout
+
+
+class Engine:
+    """Serves many requests at once from one copy of a model.
+
+    slots: sequences that are computed at one time.
+    cache_memory: bytes of each device for the cache ("1GiB"); None is what the devices have left, at most what `slots`
+        sequences of the longest length take.
+    prefill_chunk: the most tokens of a prompt that are taken in beside a decode step: less makes other answers
+        smoother, more makes prompts faster.
+    max_length: the longest prompt with its answer; None is the model's longest, or what the cache holds if it is less.
+    max_waiting: requests that wait at most; more are refused with `QueueFullError`.
+    progress: is given the name of each program before it is compiled.
+
+    Raises ValueError where the mesh's data axis does not divide `slots`, or the memory holds no sequence.
+    """
+
+    def __init__(
+        self,
+        model: Kimi,
+        *,
+        slots: int = 16,
+        cache_memory: int | str | None = None,
+        prefill_chunk: int = 512,
+        max_length: int | None = None,
+        max_waiting: int = 1024,
+        progress: Callable[[str], Any] | None = None,
+    ):
+        self.model, self.config = model, model.config
+        self.sizes: Sizes = pool_sizes(model, slots, cache_memory, prefill_chunk, max_length)
+        sizes, self.max_waiting = self.sizes, max_waiting
+        self.runner = Runner(
+            model,
+            slots=slots,
+            pages=sizes.pages,
+            places=sizes.places,
+            row_pages=sizes.row_pages,
+            chunks=sizes.chunks,
+            decode_rows=sizes.decode_rows,
+        )
+        data, sequence = self.runner.program.data, self.runner.program.sequence
+        shards = [
+            Shard(
+                PagePool(sizes.pages // (data * sequence), sequence),
+                list(reversed(range(slots // data))),
+                SnapshotPool(sizes.places // data) if sizes.recurrent else None,
+            )
+            for _ in range(data)
+        ]
+        self.scheduler = Scheduler(shards, sizes.chunks[-1])
+        for name in self.runner.warm():
+            if progress is not None:
+                progress(name)
+        self._numbers = itertools.count()
+        self._jobs: dict[Sequence, _Job] = {}
+        self._inbox: collections.deque[_Job] = collections.deque()
+        self._lock = threading.Condition()
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop, name="kimi-jax engine", daemon=True)
+        self._thread.start()
+
+    def answer(self, request: Request) -> Result:
+        """Waits for a request's whole answer. Raises what `submit` raises."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        job = self._enqueue(request, events.put)
+        tokens: list[int] = []
+        try:
+            while True:
+                event = events.get()
+                tokens += event.tokens
+                if event.finish_reason is not None:
+                    assert event.usage is not None and event.times is not None
+                    return Result(tokens, event.finish_reason, event.usage, event.times, event.error)
+        finally:
+            self._cancel(job)
+
+    def submit(self, request: Request) -> "Stream":
+        """Takes in a request, and returns its events, to be read with `async for`; closing the iterator cancels.
+
+        Call it where an event loop runs. Raises ValueError, naming what is wrong, for a request that cannot be served,
+        `QueueFullError` where too many wait, and RuntimeError where the engine is closed or has failed.
+        """
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        # The engine holds the queue, not the stream: a stream that nobody holds any more cancels its request
+        loop = asyncio.get_running_loop()
+
+        def deliver(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        return Stream(self, self._enqueue(request, deliver), events)
+
+    def stats(self) -> Stats:
+        """Returns counts of pages, slots, requests and programs."""
+        with self._lock:
+            shards = self.scheduler.shards
+            return Stats(
+                compiled_programs=self.runner.compiled,
+                pages=sum(shard.pages.pages for shard in shards),
+                free_pages=sum(shard.pages.free for shard in shards),
+                slots=self.runner.slots,
+                free_slots=sum(len(shard.slots) for shard in shards),
+                waiting=len(self.scheduler.waiting) + len(self._inbox),
+                running=len(self.scheduler.running),
+            )
+
+    def prefix_ready(self, tokens: Any, media: Media | None = None) -> bool:
+        """Returns whether the full pages of `tokens` (128 each, at least one) need not be computed again."""
+        ids = self._ids(tokens)
+        index = media_index(ids[None], media, self.config)
+        sequence = Sequence(ids.tolist(), len(ids), -1, media=self._placeholders(media, index))
+        with self._lock:
+            return self.scheduler.has_prefix(sequence)
+
+    def close(self) -> None:
+        """Ends all requests as cancelled, and the engine's thread."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify()
+        self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ids(self, tokens: Any) -> np.ndarray:
+        ids = np.asarray(tokens)
+        ids = token_ids(ids[None] if ids.ndim == 1 else ids, self.config.text.vocab_size)
+        if ids.shape[0] != 1 or not ids.size:
+            raise ValueError(f"tokens have shape {ids.shape}, expected one prompt of at least one token")
+        return ids[0]
+
+    def _enqueue(self, request: Request, deliver: Callable[[Event], Any]) -> _Job:
+        job = self._checked(request, deliver)
+        with self._lock:
+            if self._failure is not None:
+                raise RuntimeError(f"the engine has failed: {self._failure}") from self._failure
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            if len(self.scheduler.waiting) + len(self._inbox) >= self.max_waiting:
+                raise QueueFullError(f"{self.max_waiting} requests wait already; try again later")
+            self._inbox.append(job)
+            self._lock.notify()
+        return job
+
+    def _checked(self, request: Request, deliver: Callable[[Event], Any]) -> _Job:
+        """Raises ValueError for a request that cannot be served; the job of any other."""
+        ids, vocab = self._ids(request.tokens), self.config.text.vocab_size
+        if isinstance(request.max_new_tokens, bool) or not isinstance(request.max_new_tokens, int | np.integer):
+            raise ValueError(f"max_new_tokens is {request.max_new_tokens!r}, expected a whole number")
+        ends = len(ids) + int(request.max_new_tokens)
+        if request.max_new_tokens < 1 or ends > self.sizes.max_length:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens and {request.max_new_tokens} new ones: expected at least 1 new token, "
+                f"and at most {self.sizes.max_length} in all"
+            )
+        (seed,) = checked_seeds(request.seed, 1)
+        stops = self.config.stop_ids if request.stop_ids is None else tuple(request.stop_ids)
+        if stops and not 0 <= integers("stop_ids", stops).min() <= max(stops) < vocab:
+            raise ValueError(f"stop_ids are {sorted(stops)}, expected token ids from 0 to {vocab - 1}")
+        if len(stops := tuple(sorted(set(map(int, stops))))) > STOP_IDS:
+            raise ValueError(f"{len(stops)} stop_ids, expected at most {STOP_IDS}")
+        index = media_index(ids[None], request.media, self.config)
+        boundaries = (*message_ends(ids.tolist(), frozenset(self.config.stop_ids)), *request.shared_prefixes)
+        sequence = Sequence(
+            ids.tolist(),
+            ends,
+            next(self._numbers),
+            priority=int(request.priority),
+            media=self._placeholders(request.media, index),
+            boundaries=boundaries,
+        )
+        request = dataclasses.replace(request, seed=int(seed))
+        return _Job(request, sequence, stops, request.media, index, deliver, time.monotonic())
+
+    def _placeholders(self, media: Media | None, index: np.ndarray | None) -> tuple[Placeholders, ...]:
+        """Returns where each picture's placeholders stand, with a digest of it."""
+        if media is None or index is None:
+            return ()
+        counts = tokens_per_item(media.grids, self.config)
+        starts = np.flatnonzero(index[0] >= 0)
+        patches, found, first, token = np.asarray(media.patches), [], 0, 0
+        for grid, count in zip(media.grids, counts, strict=True):
+            size = int(grid.prod())
+            content = digest(grid, patches[first : first + size])
+            at = starts[token : token + count]
+            found.append(Placeholders(int(at[0]), int(at[-1]) + 1, content))
+            first, token = first + size, token + int(count)
+        return tuple(found)
+
+    def _cancel(self, job: _Job, reason: str = "") -> None:
+        with self._lock:
+            if job.cancelled is None:
+                job.cancelled = reason
+                self._lock.notify()
+
+    def _loop(self) -> None:
+        before: Dispatched | None = None
+        try:
+            while True:
+                with self._lock:
+                    while not (self._closed or self._inbox or self._jobs or before):
+                        self._lock.wait()
+                    if self._closed:
+                        break
+                    step = self._next_step()
+                dispatched = None if step.empty else self.runner.run(step)
+                if before is not None:
+                    self._read(before)
+                before = dispatched
+        except BaseException as failure:  # the device's state is unknown: every request is told, and no more are taken
+            self._failure = failure
+        with self._lock:
+            self._closed = True
+            reason: FinishReason = "cancelled" if self._failure is None else "error"
+            why = "the engine was closed" if self._failure is None else f"the engine has failed: {self._failure}"
+            for job in [*self._jobs.values(), *self._inbox]:
+                self._end(job, reason, why)
+            self._inbox.clear()
+
+    def _next_step(self) -> Step:
+        """Takes in what has come, ends what is cancelled or late, and plans."""
+        while self._inbox:
+            job = self._inbox.popleft()
+            self._jobs[job.sequence] = job
+            self.scheduler.add(job.sequence)
+        now = time.monotonic()
+        for job in list(self._jobs.values()):
+            if job.cancelled is not None or now > job.deadline:
+                late = None if job.cancelled is not None else f"not finished within {job.request.timeout} s"
+                self.scheduler.finish(job.sequence)
+                self._end(job, "cancelled", late)
+        step = self.scheduler.plan()
+        for sequence in step.admitted:
+            self._admit(self._jobs[sequence])
+        return step
+
+    def _admit(self, job: _Job) -> None:
+        sequence, request = job.sequence, job.request
+        self.runner.admit(sequence, request.sampling, request.seed, job.stop_ids)
+        if job.media is not None and job.index is not None and sequence.number not in self.runner.media:
+            embeddings = self.model.encode_media_padded(job.media)
+            index = np.pad(job.index[0], (0, len(sequence.tokens) - job.index.shape[1]), constant_values=-1)
+            self.runner.encode(sequence, MediaTokens(embeddings, index))
+
+    def _read(self, dispatched: Dispatched) -> None:
+        """Waits for a step, and hands its tokens out."""
+        for sequence, token, finish in dispatched.read():
+            with self._lock:
+                if sequence.status is Status.DONE:
+                    continue
+                job = self._jobs[sequence]
+                if finish != Finish.NOT_FINITE:
+                    self.scheduler.read(sequence, token)
+                    job.generated += 1
+                    job.first_token = job.first_token or time.monotonic()
+                if finish == Finish.NOT_YET:
+                    self._deliver(job, Event((token,)))
+                    continue
+                self.scheduler.finish(sequence, sound=finish != Finish.NOT_FINITE)
+                if finish == Finish.NOT_FINITE:
+                    self._end(job, "error", f"the logits after {job.generated} new tokens are not finite")
+                elif finish == Finish.STOP:
+                    self._end(job, "stop")
+                else:
+                    self._end(job, "length", tokens=(token,))
+
+    def _end(self, job: _Job, reason: FinishReason, error: str | None = None, tokens: tuple[int, ...] = ()) -> None:
+        self._jobs.pop(job.sequence, None)
+        self.runner.media.pop(job.sequence.number, None)
+        usage = Usage(job.sequence.prompt, job.generated, job.sequence.cached or 0)
+        times = Times(job.submitted, job.first_token, time.monotonic())
+        self._deliver(job, Event(tokens, reason, usage, times, error))
+
+    def _deliver(self, job: _Job, event: Event) -> None:
+        try:
+            job.deliver(event)
+        except RuntimeError:  # its event loop is closed: nobody reads any more
+            job.cancelled = job.cancelled or ""
+
+
+class Stream:
+    """The events of one request: an async iterator, which ends after the event with a finish reason."""
+
+    def __init__(self, engine: Engine, job: _Job, events: asyncio.Queue[Event]):
+        self._engine, self._job, self._events, self._ended = engine, job, events, False
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._ended = event.finish_reason is not None
+        return event
+
+    async def aclose(self) -> None:
+        """Cancels the request, if it has not ended."""
+        self._close()
+
+    def _close(self) -> None:
+        self._ended = True
+        self._engine._cancel(self._job)
+
+    def __del__(self) -> None:
+        self._close()
+
+
+def digest(grid: np.ndarray, patches: np.ndarray) -> bytes:
+    """Returns a digest of one picture's content, 16 bytes."""
+    content = hashlib.blake2b(np.asarray(grid, np.int32).tobytes(), digest_size=16)
+    content.update(np.ascontiguousarray(patches).tobytes())
+    return content.digest()

@@ -1,0 +1,86 @@
+"""What is asked of an engine, and what it answers: tokens in, events out."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Literal
+
+from numpy.typing import ArrayLike
+
+from kimi_jax.model.splice import Media
+from kimi_jax.runtime.sampling import Sampling
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to continue.
+
+    tokens: the prompt's ids, with every media placeholder expanded (`Processor` makes them), [t] or [1, t].
+    max_new_tokens: the most tokens that are generated, a stop id included.
+    sampling, seed: how tokens are chosen; the same prompt, seed and sampling give the same tokens whatever else runs.
+    stop_ids: token ids that end the answer; None is the model's own, () never stops.
+    media: belongs to the placeholders in `tokens`.
+    priority: requests with a larger one go first; a waiting request's rises as it ages.
+    shared_prefixes: lengths of beginnings of `tokens` that other requests share, such as a system prompt with its
+        tools. Ends of messages are found without it; only where a model has recurrent states does it matter.
+    timeout: seconds from `submit` after which the request is cancelled; None is no limit.
+    """
+
+    tokens: ArrayLike
+    max_new_tokens: int = 24
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    seed: int = 0
+    stop_ids: Iterable[int] | None = None
+    media: Media | None = None
+    priority: int = 0
+    shared_prefixes: tuple[int, ...] = ()
+    timeout: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Counts of tokens: the prompt's, those generated (a stop id included), and those of the prompt whose computation
+    an earlier request had done."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds on `time.monotonic`'s clock: when the request came, when its first token was there, when it ended."""
+
+    submitted: float
+    first_token: float | None
+    finished: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """New tokens of an answer, without a stop id; the last event has a reason, usage and times too.
+
+    `error` says in words why an answer ended by "error" or "cancelled".
+    """
+
+    tokens: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    times: Times | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A whole answer: what its events say, together."""
+
+    tokens: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    times: Times
+    error: str | None = None
+
+
+class QueueFullError(RuntimeError):
+    """Raised by `Engine.submit` where as many requests wait as the engine keeps."""

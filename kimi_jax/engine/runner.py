@@ -1,0 +1,251 @@
+"""Carries out the scheduler's steps on the device: the arrays of each, and what the device keeps between them.
+
+A few programs do everything: decode for one or a few numbers of rows, prefill for a few lengths of a piece (with
+media and without), and three that move values between slots, places for snapshots and steps. All are compiled by
+`warm`; nothing that a request chooses compiles another.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kimi_jax.engine.sequence import Piece, Snapshot, Step
+from kimi_jax.engine.sequence import Sequence as Running
+from kimi_jax.model.context import PAGE
+from kimi_jax.model.kimi import Kimi
+from kimi_jax.runtime.batch import CHOSEN_BEFORE, Batch, Chosen
+from kimi_jax.runtime.program import Program
+from kimi_jax.runtime.sampling import Sampling, SamplingRows, sampling_rows
+
+# The width of `Batch.stop_ids`, and so the most stop ids of a request.
+STOP_IDS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaTokens:
+    """The media embeddings of a prompt, [m, d], and for each of its tokens the embedding that it takes, -1 for text."""
+
+    embeddings: jax.Array
+    index: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """A step on its way: for each of its programs, the sequences that it chooses tokens for, their rows, `Chosen`."""
+
+    parts: tuple[tuple[tuple[Running, ...], tuple[int, ...], Chosen], ...]
+
+    def read(self) -> Iterator[tuple[Running, int, int]]:
+        """Waits for the step: each sequence, its token, and its `Finish`."""
+        for sequences, rows, chosen in self.parts:
+            tokens, finish = np.asarray(chosen.tokens), np.asarray(chosen.finish)
+            for sequence, row in zip(sequences, rows, strict=True):
+                yield sequence, int(tokens[row]), int(finish[row])
+
+
+class Runner:
+    """`slots` sequences over all data shards, `pages` and `places` (for snapshots) as well; a sequence has at most
+    `row_pages` pages. `chunks` are the lengths of a piece of prefill, ascending, `decode_rows` the numbers of rows of a
+    decode step, ascending, of which the last is `slots`."""
+
+    def __init__(
+        self,
+        model: Kimi,
+        *,
+        slots: int,
+        pages: int,
+        places: int,
+        row_pages: int,
+        chunks: Sequence[int],
+        decode_rows: Sequence[int],
+    ):
+        self.model, self.program = model, Program(model)
+        self.chunks, self.decode_rows = tuple(chunks), tuple(decode_rows)
+        self.data, self.slots = self.program.data, slots
+        self.cache = self.program.cache(pages, slots)
+        self.snapshots = self.program.cache(0, places) if places else None
+        self.chosen = self.program.nothing_chosen(slots)
+        # A row for each slot, filled when it is taken over
+        self.table = np.zeros((slots, row_pages), np.int32)
+        self.stop_ids = np.full((slots, STOP_IDS), -1, np.int32)
+        self.ends = np.zeros(slots, np.int32)
+        self.sampling = sampling_rows([Sampling()] * slots, np.zeros(slots, np.uint64))
+        self.media: dict[int, MediaTokens] = {}
+
+    def slot_number(self, sequence: Running) -> int:
+        """Returns a sequence's slot, counted over all data shards."""
+        return sequence.shard * (self.slots // self.data) + sequence.slot
+
+    def admit(self, sequence: Running, sampling: Sampling, seed: int, stop_ids: Sequence[int]) -> None:
+        """Fills the values of a sequence's slot."""
+        slot = self.slot_number(sequence)
+        self.stop_ids[slot], self.ends[slot] = -1, sequence.ends
+        self.stop_ids[slot, : len(stop_ids)] = stop_ids
+        for values, new in zip(self.sampling, sampling_rows([sampling], np.array([seed], np.uint64)), strict=True):
+            np.asarray(values)[slot] = new[0]
+        self.table[slot] = 0
+        for index in range(len(sequence.pages)):
+            self._enter_page(slot, sequence, index)
+
+    def encode(self, sequence: Running, media: MediaTokens) -> None:
+        """Keeps the media embeddings of a sequence until its prefill ends."""
+        self.media[sequence.number] = media
+
+    def run(self, step: Step) -> Dispatched:
+        """Sends a step to the device, and returns without waiting for it."""
+        for load in step.loads:
+            self._copy_states(load, into_slot=True)
+        parts = [self._decode(step.decode)] if step.decode else []
+        if step.pieces:
+            parts.append(self._prefill(step.pieces))
+        for save in step.saves:
+            self._copy_states(save, into_slot=False)
+        for _, _, chosen in parts:
+            for array in chosen:
+                array.copy_to_host_async()
+        return Dispatched(tuple(parts))
+
+    def warm(self) -> Iterator[str]:
+        """Compiles every program, and names each before; the steps have no tokens and change nothing."""
+        for rows in self.decode_rows:
+            yield f"decode, {rows} rows"
+            self._decode((), rows)
+        for tokens in self.chunks:
+            for media in (False, True) if self.model.config.vision is not None else (False,):
+                yield f"prefill, {tokens} tokens{' with media' if media else ''}"
+                self._prefill((), tokens, media)
+        if self.snapshots is not None:
+            yield "copies of states"
+            for into_slot in (True, False):
+                self._copy_states(None, into_slot=into_slot)
+
+    @property
+    def compiled(self) -> int:
+        """The number of programs compiled so far."""
+        moves: tuple[Any, ...] = (_take, _place)
+        return self.program.compiled + sum(move._cache_size() for move in moves)
+
+    def _enter_page(self, slot: int, sequence: Running, index: int) -> None:
+        parts = self.program.sequence
+        column = index % parts * (self.table.shape[1] // parts) + index // parts
+        self.table[slot, column] = sequence.pages[index].number
+
+    def _decode(self, sequences: tuple[Running, ...], rows: int | None = None) -> Any:
+        """Dispatches a token of each sequence. All slots are rows where there are many, else rows are gathered."""
+        numbers = [self.slot_number(sequence) for sequence in sequences]
+        rows = rows or next(count for count in self.decode_rows if count >= len(sequences))
+        for slot, sequence in zip(numbers, sequences, strict=True):
+            self._enter_page(slot, sequence, (sequence.dispatched - 1) // PAGE)
+        full = rows == self.slots
+        slots = np.arange(rows) if full else np.array(numbers + [-1] * (rows - len(numbers)), np.int32)
+        places = numbers if full else list(range(len(numbers)))
+        positions = np.full(rows, -1, np.int32)
+        positions[places] = [sequence.dispatched - 1 for sequence in sequences]
+        batch = dataclasses.replace(
+            self._rows(slots),
+            tokens=np.full((rows, 1), CHOSEN_BEFORE, np.int32),
+            positions=positions[:, None],
+            choosing=positions >= 0,
+            before=self.chosen if full else _take(self.chosen, slots),
+            slots=None if full else self._local(slots),
+            phase="decode",
+        )
+        self.cache, chosen = self.program.step(self.cache, batch)
+        self.chosen = chosen if full else _place(self.chosen, chosen, slots)
+        return sequences, tuple(places), chosen
+
+    def _prefill(self, pieces: tuple[Piece, ...], tokens: int | None = None, media: bool = False) -> Any:
+        """Dispatches a piece of each data shard that has one; row i is data shard i's."""
+        longest = max((piece.stop - piece.first for piece in pieces), default=0)
+        tokens = tokens or next(count for count in self.chunks if count >= longest)
+        ids, positions = np.zeros((self.data, tokens), np.int32), np.full((self.data, tokens), -1, np.int32)
+        index, slots = np.full((self.data, tokens), -1, np.int32), np.full(self.data, -1, np.int32)
+        choosing, embeddings = np.zeros(self.data, bool), {}
+        for piece in pieces:
+            sequence, row, count = piece.sequence, piece.sequence.shard, piece.stop - piece.first
+            ids[row, :count] = sequence.tokens[piece.first : piece.stop]
+            positions[row, :count] = np.arange(piece.first, piece.stop)
+            slots[row], choosing[row] = self.slot_number(sequence), piece.last
+            if (own := self.media.get(sequence.number)) is not None:
+                here = own.index[piece.first : piece.stop]
+                if (here >= 0).any():
+                    start = int(here[here >= 0].min())
+                    index[row, :count] = np.where(here >= 0, here - start + row * tokens, -1)
+                    embeddings[row] = _slice(own.embeddings, start, tokens)
+                if piece.last:
+                    del self.media[sequence.number]
+        media = media or bool(embeddings)
+        batch = dataclasses.replace(
+            self._rows(slots),
+            tokens=ids,
+            positions=positions,
+            choosing=choosing,
+            slots=self._local(slots),
+            media_index=index if media else None,
+            media=self._side_by_side(embeddings, tokens) if media else None,
+        )
+        self.cache, chosen = self.program.step(self.cache, batch)
+        last = np.where(choosing, slots, -1)
+        self.chosen = _place(self.chosen, chosen, last)
+        chosen_for = [piece.sequence for piece in pieces if piece.last]
+        return tuple(chosen_for), tuple(sequence.shard for sequence in chosen_for), chosen
+
+    def _side_by_side(self, embeddings: dict[int, jax.Array], tokens: int) -> jax.Array:
+        """Returns the media embeddings of a piece of each data shard, [data * tokens, d]."""
+        if self.data == 1 and embeddings:
+            return embeddings[0]
+        zeros = jnp.zeros((tokens, self.model.config.text.hidden_size), self.program.dtype)
+        return jnp.concatenate([embeddings.get(row, zeros) for row in range(self.data)])
+
+    def _rows(self, slots: np.ndarray) -> Batch:
+        """Returns a batch with the values of these slots; -1 is a row of its own without any."""
+        at = np.maximum(slots, 0)  # (indexing copies: what the device reads is not changed by the next step)
+        nothing: Any = None
+        return Batch(
+            tokens=nothing,
+            positions=nothing,
+            page_table=self.table[at],
+            sampling=SamplingRows(*(np.asarray(values)[at] for values in self.sampling)),
+            stop_ids=self.stop_ids[at],
+            ends=self.ends[at],
+            choosing=nothing,
+        )
+
+    def _local(self, slots: np.ndarray) -> np.ndarray:
+        """Returns slots as numbered within their data shard."""
+        return np.where(slots >= 0, slots % (self.slots // self.data), -1).astype(np.int32)
+
+    def _copy_states(self, snapshot: Snapshot | None, *, into_slot: bool) -> None:
+        """Copies a state between a slot and a place for snapshots."""
+        assert self.snapshots is not None
+        slots, places = np.full((2, self.data), -1, np.int32)
+        if snapshot is not None:
+            sequence = snapshot.sequence
+            slots[sequence.shard], places[sequence.shard] = sequence.slot, snapshot.place
+        if into_slot:
+            self.cache = self.program.copy_slots(self.cache, places, slots, origin=self.snapshots)
+        else:
+            self.snapshots = self.program.copy_slots(self.snapshots, slots, places, origin=self.cache)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _slice(embeddings: jax.Array, start: int, tokens: int) -> jax.Array:
+    """Returns `tokens` embeddings from `start` on, zeros past the last."""
+    return jax.lax.dynamic_slice_in_dim(jnp.pad(embeddings, [(0, tokens), (0, 0)]), start, tokens)
+
+
+@jax.jit
+def _take(chosen: Chosen, slots: jax.Array) -> Chosen:
+    return jax.tree.map(lambda x: x[jnp.maximum(slots, 0)], chosen)
+
+
+@jax.jit
+def _place(chosen: Chosen, new: Chosen, slots: jax.Array) -> Chosen:
+    """Returns `chosen` [slots] with `new` of some slots; a negative slot is nobody's."""
+    at = jnp.where(slots >= 0, slots, len(chosen.tokens))
+    return jax.tree.map(lambda x, y: x.at[at].set(y, mode="drop"), chosen, new)

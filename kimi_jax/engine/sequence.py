@@ -1,0 +1,104 @@
+"""A request on its way through the engine: which of its tokens are known, computed, and where."""
+
+import dataclasses
+import enum
+
+from kimi_jax.engine.pages import Key, Page, Placeholders, extend_keys
+from kimi_jax.model.context import PAGE
+
+
+class Status(enum.Enum):
+    """WAITING has neither pages nor slot; PREFILL and DECODE have both; LEAVING was preempted, and waits for the result
+    of a step that it is still part of; DONE has an end."""
+
+    WAITING = enum.auto()
+    PREFILL = enum.auto()
+    DECODE = enum.auto()
+    LEAVING = enum.auto()
+    DONE = enum.auto()
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """`tokens` are the known ones: the prompt's, then those generated and read. Of these and the one not yet read, the
+    first `dispatched` have been given to the device. `ends` is the length at which it is full."""
+
+    tokens: list[int]
+    ends: int
+    number: int
+    priority: int = 0
+    media: tuple[Placeholders, ...] = ()
+    boundaries: tuple[int, ...] = ()
+    status: Status = Status.WAITING
+    arrived: int = 0
+    prompt: int = 0
+    prefill: int = 0  # the number of tokens known when prefill began: it ends with the last of them
+    dispatched: int = 0
+    unread: int = 0  # steps dispatched whose token for this sequence is not read yet
+    cached: int | None = None  # prompt tokens that were not computed at its first admission
+    shard: int = 0
+    slot: int = -1
+    pages: list[Page] = dataclasses.field(default_factory=list)
+    keys: list[Key] = dataclasses.field(default_factory=list)
+    cuts: list[int] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.tokens)
+
+    @property
+    def computed(self) -> int:
+        """The number of its first tokens that are known and computed, or will be before any later step."""
+        return min(self.dispatched, max(self.prefill, len(self.tokens) - 1))
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a decode step is left to dispatch: the token at `ends - 1` is chosen, never computed."""
+        return self.dispatched < self.ends - 1
+
+    def update_keys(self) -> list[Key]:
+        """Returns the keys of all full pages of the known tokens."""
+        extend_keys(self.keys, self.tokens, self.media)
+        return self.keys
+
+    def full_pages(self) -> int:
+        """Returns the number of pages filled with computed tokens."""
+        return self.computed // PAGE
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens [first, stop) of a sequence's prefill; the `last` piece chooses the token after them."""
+
+    sequence: Sequence
+    first: int
+    stop: int
+    last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Copies a KDA state between a sequence's slot and a place for snapshots, both of one data shard."""
+
+    sequence: Sequence
+    place: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the device does next, in this order: fill slots from snapshots, decode one token of each of `decode`, one
+    piece of prefill a data shard, and copy states at the pieces' ends. `admitted` have new slots and pages."""
+
+    admitted: tuple[Sequence, ...] = ()
+    loads: tuple[Snapshot, ...] = ()
+    decode: tuple[Sequence, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    saves: tuple[Snapshot, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        return not (self.decode or self.pieces)
+
+    @property
+    def choosing(self) -> tuple[Sequence, ...]:
+        """The sequences that this step chooses a token for."""
+        return (*self.decode, *(piece.sequence for piece in self.pieces if piece.last))
