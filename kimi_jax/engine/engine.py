@@ -7,7 +7,6 @@ what cannot be served is refused in words when it is submitted, and a row whose 
 import asyncio
 import collections
 import dataclasses
-import functools
 import hashlib
 import itertools
 import queue

@@ -1,11 +1,10 @@
 """What is asked of an engine, and what it answers: tokens in, events out."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from numpy.typing import ArrayLike
-
+from kimi_jax.axes import AnyArray
 from kimi_jax.model.splice import Media
 from kimi_jax.runtime.sampling import Sampling
 
@@ -27,7 +26,7 @@ class Request:
     timeout: seconds from `submit` after which the request is cancelled; None is no limit.
     """
 
-    tokens: ArrayLike
+    tokens: AnyArray | Sequence[int]
     max_new_tokens: int = 24
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0

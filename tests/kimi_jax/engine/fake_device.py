@@ -1,0 +1,90 @@
+"""A device for the scheduler's tests: its next token is a hash of all tokens before, as read from pages and states.
+
+Pages, slots and snapshots hold the tokens themselves, so that a page given to two sequences, written while shared, or
+found under a wrong key gives another answer, or ends the test at once.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+from kimi_jax.engine.sequence import Sequence, Step
+from kimi_jax.model.context import PAGE
+
+STOP = 0
+
+
+def next_token(tokens: list[int]) -> int:
+    """Returns the token after `tokens`, 0 to 49; one in fifty is STOP."""
+    return hashlib.blake2b(str(tokens).encode(), digest_size=2).digest()[0] % 50
+
+
+def whole_answer(prompt: list[int], ends: int) -> list[int]:
+    """Returns what a sequence must become that is computed alone."""
+    tokens = list(prompt)
+    while len(tokens) < ends:
+        tokens.append(next_token(tokens))
+        if tokens[-1] == STOP:
+            break
+    return tokens
+
+
+class FakeDevice:
+    """Runs steps in order, and returns their tokens when they are read."""
+
+    def __init__(self, recurrent: bool):
+        self.recurrent = recurrent
+        self.pages: dict[tuple[int, int, int], dict[int, int]] = {}
+        self.states: dict[tuple[int, int], list[int]] = {}
+        self.snapshots: dict[tuple[int, int], list[int]] = {}
+        self.chosen: dict[tuple[int, int], tuple[int, bool]] = {}
+
+    def run(self, step: Step) -> list[tuple[Sequence, int, bool]]:
+        """Returns each sequence's token, and whether it is the last."""
+        found = []
+        for load in step.loads:
+            shard = load.sequence.shard
+            self.states[shard, load.sequence.slot] = self.snapshots[shard, load.place]
+        for sequence in step.decode:
+            at = sequence.shard, sequence.slot
+            token, finished = self.chosen[at]
+            if not finished:
+                self._compute(sequence, sequence.dispatched - 1, [token])
+                self.chosen[at] = self._choose(sequence, sequence.dispatched)
+            found.append((sequence, *self.chosen[at]))
+        for piece in step.pieces:
+            sequence = piece.sequence
+            self._compute(sequence, piece.first, sequence.tokens[piece.first : piece.stop])
+            if piece.last:
+                self.chosen[sequence.shard, sequence.slot] = self._choose(sequence, piece.stop)
+                found.append((sequence, *self.chosen[sequence.shard, sequence.slot]))
+        for save in step.saves:
+            shard = save.sequence.shard
+            self.snapshots[shard, save.place] = list(self.states[shard, save.sequence.slot])
+        return found
+
+    def _compute(self, sequence: Sequence, first: int, tokens: list[int]) -> None:
+        at = sequence.shard, sequence.slot
+        if first == 0:
+            self.states[at] = []
+        if self.recurrent:
+            assert self.states[at] == self._history(sequence, first), "a state of another sequence, or another place"
+            self.states[at] = self.states[at] + tokens
+        for position, token in enumerate(tokens, first):
+            page = sequence.pages[position // PAGE]
+            assert page.users == 1, "a shared page is written"
+            self.pages.setdefault((sequence.shard, page.part, page.number), {})[position % PAGE] = token
+
+    def _history(self, sequence: Sequence, count: int) -> list[int]:
+        pages = [self.pages[sequence.shard, page.part, page.number] for page in sequence.pages[: -(-count // PAGE)]]
+        return [pages[position // PAGE][position % PAGE] for position in range(count)]
+
+    def _choose(self, sequence: Sequence, count: int) -> tuple[int, bool]:
+        token = next_token(self._history(sequence, count))
+        return token, token == STOP or count + 1 >= sequence.ends
+
+
+def every_page(sequences: list[Sequence]) -> Iterator[tuple[int, int, int]]:
+    """Yields (shard, part, number) of each page of each sequence."""
+    for sequence in sequences:
+        for page in sequence.pages:
+            yield sequence.shard, page.part, page.number

@@ -1,0 +1,196 @@
+"""The engine's answers are those of `generate`, whatever runs beside them, is cached, cancelled or refused."""
+
+import asyncio
+import threading
+
+import cases
+import numpy as np
+import pytest
+
+import kimi_jax
+from kimi_jax.engine import Engine, QueueFullError, Request
+from kimi_jax.model.context import PAGE
+
+NAMES = ["k2.5", "kimi-linear"]
+RANDOM = np.random.RandomState(0)
+LENGTHS = (5, 150, 300, 400, 131, 128, 129, 256, 1)
+PROMPTS = [RANDOM.randint(0, 500, length).astype(np.int32) for length in LENGTHS]
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    """name -> an engine of three slots, too few for all requests at once."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = Engine(model(name), slots=3, cache_memory="8MiB", prefill_chunk=PAGE)
+        return made[name]
+
+    yield of
+    for one in made.values():
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """name -> what `generate` answers to each of PROMPTS."""
+    known = {}
+
+    def of(name):
+        if name not in known:
+            tokens = np.zeros((len(PROMPTS), max(LENGTHS)), np.int32)
+            for row, prompt in enumerate(PROMPTS):
+                tokens[row, : len(prompt)] = prompt
+            known[name] = kimi_jax.generate(model(name), tokens, NEW, lengths=np.array(LENGTHS), stop_ids=()).tolist()
+        return known[name]
+
+    return of
+
+
+async def read(engine, request):
+    """All tokens of a request, and its last event."""
+    tokens = []
+    async for event in engine.submit(request):
+        tokens += event.tokens
+    return tokens, event
+
+
+def ask(prompt, **more):
+    return Request(prompt, **({"max_new_tokens": NEW, "stop_ids": ()} | more))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_at_once_answer_as_each_alone(engine, expected, name):
+    one = engine(name)
+    programs = one.stats().compiled_programs
+
+    async def everybody():
+        quitters = [one.submit(ask(prompt, max_new_tokens=200)) for prompt in PROMPTS[1:4]]
+        answers = asyncio.gather(*(read(one, ask(prompt, priority=i % 3)) for i, prompt in enumerate(PROMPTS)))
+        for stream in quitters:
+            await stream.__anext__()
+            await stream.aclose()
+        return await answers
+
+    answers = asyncio.run(everybody())
+    assert [tokens for tokens, _ in answers] == expected(name)
+    for length, (_, last) in zip(LENGTHS, answers, strict=True):
+        assert (last.finish_reason, last.error) == ("length", None)
+        assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (length, NEW)
+    stats = one.stats()
+    assert (stats.free_pages, stats.free_slots, stats.waiting, stats.running) == (stats.pages, 3, 0, 0)
+    assert stats.compiled_programs == programs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prefix_in_the_cache_changes_no_token(engine, expected, name):
+    one, (_, _, _, longest, *_) = engine(name), PROMPTS
+    one.answer(ask(longest))
+    assert one.prefix_ready(longest[: 3 * PAGE]) and not one.prefix_ready(longest[:100])
+    again = one.answer(ask(longest))
+    assert again.tokens == expected(name)[3] and again.usage.cached_tokens == 3 * PAGE
+    drawn = [one.answer(ask(longest, sampling=kimi_jax.Sampling(1.0, top_p=0.9), seed=5)).tokens for _ in range(2)]
+    other = np.concatenate([longest[: 2 * PAGE], PROMPTS[1]])
+    one.answer(ask(other))
+    assert drawn[0] == drawn[1] != again.tokens
+
+
+def test_pictures_of_one_size_are_no_prefix_of_each_other(engine, model):
+    one, config = engine("k2.5"), model("k2.5").config
+    grid = np.array([[1, 4, 4]], np.int32)
+    count = 16 // int(np.prod(config.vision.merge_kernel_size))
+    before, after = np.full(120, 3), np.full(60, 4)
+    tokens = np.concatenate([before, np.full(count, config.media_placeholder_token_id), after]).astype(np.int32)
+    pictures = [kimi_jax.Media(cases.media(grid[0]) * scale, grid) for scale in (1.0, -1.0)]
+    answers = [one.answer(ask(tokens, media=picture)) for picture in (*pictures, *pictures)]
+    expected = [kimi_jax.generate(one.model, tokens[None], NEW, media=p, stop_ids=())[0].tolist() for p in pictures]
+    assert [answer.tokens for answer in answers] == expected * 2 and expected[0] != expected[1]
+    assert [answer.usage.cached_tokens for answer in answers] == [0, 0, PAGE, PAGE]
+
+
+def test_a_row_that_is_not_finite_ends_alone(engine, expected, model):
+    one, config, grid = engine("k2.5"), model("k2.5").config, np.array([[1, 4, 4]], np.int32)
+    count = 16 // int(np.prod(config.vision.merge_kernel_size))
+    tokens = np.full(count, config.media_placeholder_token_id, np.int32)
+    nan = kimi_jax.Media(np.full((16, 3, 14, 14), np.nan, np.float32), grid)
+
+    async def both():
+        return await asyncio.gather(read(one, ask(tokens, media=nan)), read(one, ask(PROMPTS[1])))
+
+    (none, bad), (tokens, good) = asyncio.run(both())
+    assert none == [] and bad.finish_reason == "error" and "not finite" in bad.error
+    assert tokens == expected("k2.5")[1] and good.error is None
+
+
+def test_stop_ids_end_an_answer_without_being_part_of_it(engine, expected):
+    one, answer = engine("k2.5"), expected("k2.5")[2]
+    stop = answer[4]
+    result = one.answer(ask(PROMPTS[2], stop_ids=(stop,)))
+    assert result.tokens == answer[: answer.index(stop)] and result.finish_reason == "stop"
+    assert result.usage.completion_tokens == len(result.tokens) + 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([]), "at least one token"),
+        (Request([1, 10**6]), "vocabulary|token"),
+        (Request([1], max_new_tokens=0), "at least 1 new token"),
+        (Request([1], max_new_tokens=True), "whole number"),
+        (Request([1] * 10, max_new_tokens=10**7), "in all"),
+        (Request([1], seed=-1), "seeds"),
+        (Request([1], seed=2**64), "seeds|integers"),
+        (Request([1], stop_ids=(-3,)), "stop_ids"),
+        (Request([1], stop_ids=range(40)), "at most 16"),
+        (Request([1], media=kimi_jax.Media(np.zeros((4, 3, 14, 14), np.float32), np.array([[1, 2, 2]]))), "placehold"),
+    ],
+)
+def test_a_bad_request_is_refused_in_words_and_alone(engine, expected, request_, message):
+    with pytest.raises((ValueError, TypeError, OverflowError), match=message):
+        engine("k2.5").answer(request_)
+    assert engine("k2.5").answer(ask(PROMPTS[0])).tokens == expected("k2.5")[0]
+
+
+def test_a_dropped_stream_a_timeout_and_a_full_queue(engine):
+    one = engine("k2.5")
+
+    async def impatient():
+        async for _ in one.submit(ask(PROMPTS[0], max_new_tokens=2000)):
+            break
+        late = await read(one, ask(PROMPTS[1], max_new_tokens=2000, timeout=0.2))
+        one.max_waiting = 0
+        try:
+            with pytest.raises(QueueFullError):
+                one.submit(ask(PROMPTS[0]))
+        finally:
+            one.max_waiting = 1024
+        return late
+
+    _, last = asyncio.run(impatient())
+    assert last.finish_reason == "cancelled" and "0.2 s" in last.error
+    assert one.answer(ask(PROMPTS[0])).finish_reason == "length"
+    assert one.stats().running == 0
+
+
+def test_a_closed_or_failed_engine_tells_everyone(model):
+    def waits(engine, results):
+        results.append(engine.answer(ask(PROMPTS[0], max_new_tokens=5000)))
+
+    for failure in (False, True):
+        one = Engine(model("k2.5"), slots=3, cache_memory="8MiB", prefill_chunk=PAGE)
+        results = []
+        thread = threading.Thread(target=waits, args=(one, results))
+        if failure:
+            one.runner.run = lambda step: 1 / 0
+        thread.start()
+        while not failure and not one.stats().running:
+            pass
+        if not failure:
+            one.close()
+        thread.join()
+        assert results[0].finish_reason == ("error" if failure else "cancelled")
+        with pytest.raises(RuntimeError, match="has failed: division" if failure else "closed"):
+            one.answer(ask(PROMPTS[0]))
+        one.close()
