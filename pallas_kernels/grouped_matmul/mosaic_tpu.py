@@ -28,7 +28,7 @@ BLOCK_BYTES, STEP_BYTES = 2**23, 2**22
 LANES = 128
 
 
-def unsupported(x: Array, weights: Array) -> str | None:
+def unsupported(x: Array, weights: Array, *others: Array) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     N, K = weights.shape[1:]
     if x.dtype not in (jnp.bfloat16, jnp.float32):

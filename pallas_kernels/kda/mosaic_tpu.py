@@ -63,7 +63,7 @@ class KdaScratch(NamedTuple):
     read: Any
 
 
-def unsupported(q: Array, k: Array, v: Array, g: Array) -> str | None:
+def unsupported(q: Array, k: Array, v: Array, g: Array, *others: Array | None) -> str | None:
     """Says why the kernel cannot serve these arguments; None where it can."""
     if 0 in (*q.shape, *v.shape):
         return "it is empty"

@@ -37,7 +37,15 @@ def fits(tokens: int, inputs: int) -> bool:
     return tokens <= MOST_TOKENS and inputs <= MOST_INPUTS and tokens * inputs * 4 <= chip().vmem // 8
 
 
-def unsupported(x: Array, gate: ExpertMatrix, down: ExpertMatrix) -> str | None:
+def unsupported(
+    x: Array,
+    chosen: Array,
+    weights: Array,
+    gate: ExpertMatrix,
+    up: ExpertMatrix,
+    down: ExpertMatrix,
+    first: Array,
+) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     tokens, K = x.shape
     if x.dtype not in (jnp.bfloat16, jnp.float32):

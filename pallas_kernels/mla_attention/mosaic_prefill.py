@@ -62,7 +62,7 @@ def choose_blocks(q: Array, k: Array) -> Blocks:
     return Blocks(math.gcd(q.shape[2], most.heads), min(most.queries, queries), keys, min(most.part, keys))
 
 
-def unsupported(q: Array, k: Array, v: Array) -> str | None:
+def unsupported(q: Array, k: Array, v: Array, *marks: Array) -> str | None:
     """Says why the prefill kernel cannot serve these arguments; None where it can."""
     if 0 in (*q.shape, *k.shape, *v.shape):
         return "it is empty"

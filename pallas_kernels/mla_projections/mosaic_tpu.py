@@ -32,6 +32,7 @@ def query_unsupported(
     kv_norm: Array,
     q_b: Array,
     kv_b: Array,
+    *,
     heads: int,
 ) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
