@@ -28,8 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int4, Int32
 
-from pallas_kernels.chip import chip
 from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, window_size
+from pallas_kernels.hardware import VMEM_LIMIT, chip
 from pallas_kernels.int4_grouped_matmul import block_diagonal
 from pallas_kernels.int4_grouped_matmul.product import (
     FEW_ROWS,
@@ -188,7 +188,7 @@ def _call(
         ),
         out_shape=jax.ShapeDtypeStruct((blocks * tile.block, N), dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=cost,
         name=name,

@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.chip import chip
 from pallas_kernels.grouped_matmul.blocks import swiglu
+from pallas_kernels.hardware import chip
 from pallas_kernels.mixture.stages import WINDOW, DenseStage, ExpertMatrix, Int4Stage, choose_stage, unsupported_matrix
 from pallas_kernels.mixture.visits import expert_visits
 
