@@ -65,4 +65,8 @@ def test_the_compiler_lets_a_program_use_the_memory_that_the_table_says():
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | quiet
     done = subprocess.run([sys.executable, "-c", COMPILE, *SLICES], capture_output=True, env=environment, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert found == [[KINDS[name], round(listed.memory / GIB, 2)] for name, listed in CHIPS.items()]
+    assert [kind for kind, _ in found] == [KINDS[name] for name in CHIPS]
+    # libtpu 0.0.50.1 keeps ten megabytes more of some chips for itself
+    assert [memory for _, memory in found] == pytest.approx(
+        [listed.memory / GIB for listed in CHIPS.values()], abs=0.02
+    )
