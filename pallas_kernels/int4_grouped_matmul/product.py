@@ -10,10 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from pallas_kernels.hardware import LANES
 from pallas_kernels.int4_grouped_matmul import block_diagonal
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE
 
-LANES, FEW_ROWS = 128, 8
+FEW_ROWS = 8
 
 
 class Tiles(NamedTuple):

@@ -29,8 +29,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hardware import LANES
+
 BLOCK_TOKENS = 1024
-LANES = 128
 # Below every score, yet finite: the difference to a score of -inf is then no NaN.
 LOWEST = -1e37
 
@@ -40,7 +41,7 @@ def block_pages(page: int, max_pages: int) -> int:
     return max(1, min(max_pages, BLOCK_TOKENS // page))
 
 
-def unsupported(q_latent: Array, q_rope: Array, cache: Array, page_table: Array) -> str | None:
+def unsupported(q_latent: Array, q_rope: Array, cache: Array, page_table: Array, lengths: Array) -> str | None:
     """Says why the decode kernel cannot serve these arguments; None where it can."""
     if 0 in (*q_latent.shape, *page_table.shape, cache.shape[0]):
         return "it is empty"
