@@ -221,10 +221,10 @@ class Engine:
                 f"and at most {self.sizes.max_length} in all"
             )
         (seed,) = checked_seeds(request.seed, 1)
-        stops = self.config.stop_ids if request.stop_ids is None else tuple(request.stop_ids)
+        stops = sorted(set(self.config.stop_ids if request.stop_ids is None else request.stop_ids))
         if stops and not 0 <= integers("stop_ids", stops).min() <= max(stops) < vocab:
-            raise ValueError(f"stop_ids are {sorted(stops)}, expected token ids from 0 to {vocab - 1}")
-        if len(stops := tuple(sorted(set(map(int, stops))))) > STOP_IDS:
+            raise ValueError(f"stop_ids are {stops}, expected token ids from 0 to {vocab - 1}")
+        if len(stops) > STOP_IDS:
             raise ValueError(f"{len(stops)} stop_ids, expected at most {STOP_IDS}")
         index = media_index(ids[None], request.media, self.config)
         boundaries = (*message_ends(ids.tolist(), frozenset(self.config.stop_ids)), *request.shared_prefixes)
@@ -237,7 +237,7 @@ class Engine:
             boundaries=boundaries,
         )
         request = dataclasses.replace(request, seed=int(seed))
-        return _Job(request, sequence, stops, request.media, index, deliver, time.monotonic())
+        return _Job(request, sequence, tuple(stops), request.media, index, deliver, time.monotonic())
 
     def _placeholders(self, media: Media | None, index: np.ndarray | None) -> tuple[Placeholders, ...]:
         """Returns where each picture's placeholders stand, with a digest of it."""
@@ -298,7 +298,13 @@ class Engine:
                 self._end(job, "cancelled", late)
         step = self.scheduler.plan()
         for sequence in step.admitted:
-            self._admit(self._jobs[sequence])
+            job = self._jobs[sequence]
+            try:
+                self._admit(job)
+            except Exception as failure:  # no memory for its pictures, say: it ends alone
+                self.scheduler.finish(sequence, sound=False)
+                self._end(job, "error", f"its media could not be encoded: {failure}")
+                step = step.without(sequence)
         return step
 
     def _admit(self, job: _Job) -> None:

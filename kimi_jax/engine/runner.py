@@ -76,6 +76,7 @@ class Runner:
         self.ends = np.zeros(slots, np.int32)
         self.sampling = sampling_rows([Sampling()] * slots, np.zeros(slots, np.uint64))
         self.media: dict[int, MediaTokens] = {}
+        self.compiled = 0  # programs: those that `warm` made ready, and any that a step should have found ready
 
     def slot_number(self, sequence: Running) -> int:
         """Returns a sequence's slot, counted over all data shards."""
@@ -98,6 +99,12 @@ class Runner:
 
     def run(self, step: Step) -> Dispatched:
         """Sends a step to the device, and returns without waiting for it."""
+        before = self._cached()
+        dispatched = self._run(step)
+        self.compiled += self._cached() - before
+        return dispatched
+
+    def _run(self, step: Step) -> Dispatched:
         for load in step.loads:
             self._copy_states(load, into_slot=True)
         parts = [self._decode(step.decode)] if step.decode else []
@@ -113,20 +120,21 @@ class Runner:
     def warm(self) -> Iterator[str]:
         """Compiles every program, and names each before; the steps have no tokens and change nothing."""
         for rows in self.decode_rows:
+            self.compiled += 1
             yield f"decode, {rows} rows"
             self._decode((), rows)
         for tokens in self.chunks:
             for media in (False, True) if self.model.config.vision is not None else (False,):
+                self.compiled += 1
                 yield f"prefill, {tokens} tokens{' with media' if media else ''}"
                 self._prefill((), tokens, media)
         if self.snapshots is not None:
-            yield "copies of states"
             for into_slot in (True, False):
+                self.compiled += 1
+                yield f"copies of states {'from' if into_slot else 'to'} snapshots"
                 self._copy_states(None, into_slot=into_slot)
 
-    @property
-    def compiled(self) -> int:
-        """The number of programs compiled so far."""
+    def _cached(self) -> int:
         moves: tuple[Any, ...] = (_take, _place)
         return self.program.compiled + sum(move._cache_size() for move in moves)
 
@@ -234,7 +242,7 @@ class Runner:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _slice(embeddings: jax.Array, start: int, tokens: int) -> jax.Array:
+def _slice(embeddings: jax.Array, start: jax.Array | int, tokens: int) -> jax.Array:
     """Returns `tokens` embeddings from `start` on, zeros past the last."""
     return jax.lax.dynamic_slice_in_dim(jnp.pad(embeddings, [(0, tokens), (0, 0)]), start, tokens)
 

@@ -102,3 +102,13 @@ class Step:
     def choosing(self) -> tuple[Sequence, ...]:
         """The sequences that this step chooses a token for."""
         return (*self.decode, *(piece.sequence for piece in self.pieces if piece.last))
+
+    def without(self, sequence: Sequence) -> "Step":
+        """Returns the step without what it does for a sequence."""
+        return Step(
+            tuple(one for one in self.admitted if one is not sequence),
+            tuple(load for load in self.loads if load.sequence is not sequence),
+            tuple(one for one in self.decode if one is not sequence),
+            tuple(piece for piece in self.pieces if piece.sequence is not sequence),
+            tuple(save for save in self.saves if save.sequence is not sequence),
+        )

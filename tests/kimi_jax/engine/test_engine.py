@@ -135,7 +135,7 @@ def test_stop_ids_end_an_answer_without_being_part_of_it(engine, expected):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request([]), "at least one token"),
+        (Request(np.zeros(0, np.int32)), "at least one token"),
         (Request([1, 10**6]), "vocabulary|token"),
         (Request([1], max_new_tokens=0), "at least 1 new token"),
         (Request([1], max_new_tokens=True), "whole number"),
