@@ -106,7 +106,7 @@ def stream(
         seeds=seeds,
         stop_ids=stops,
         media_index=None if index is None else np.pad(index, [(0, more), (0, 0)], constant_values=-1),
-        media=None if media is None else model.encode_media_padded(media),
+        media_tokens=None if media is None else model.encode_media_padded(media),
     )
     return _columns(program, steps, table, lengths, max_new_tokens)
 
