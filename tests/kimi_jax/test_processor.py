@@ -1,6 +1,7 @@
 """Conversations with pictures and video made ready: ids written by hand from the template, patches from the pixels."""
 
 import json
+import shutil
 
 import cases
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 from PIL import Image
 
 import kimi_jax
-from kimi_jax import prompts
+from kimi_jax import Processor
 from kimi_jax.config_json import from_folder
-from kimi_jax.text import Tokenizer
+from kimi_jax.processor import template_for
 
 # The synthetic tokenizer's special slots begin at 512, at the offsets of the real one.
 IM_END, IM_USER, IM_ASSISTANT, IM_MIDDLE = 514, 515, 516, 529
@@ -18,23 +19,31 @@ MEDIA_BEGIN, MEDIA_CONTENT, MEDIA_END, MEDIA_PAD, THINK, END_THINK = 530, 531, 5
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def k25(checkpoint):
-    """Folder, configuration and tokenizer of the K2.5 golden."""
-    folder = checkpoint("k2.5")
-    return folder, from_folder(folder), Tokenizer.from_folder(folder)
+    """The processor of the K2.5 golden."""
+    return Processor.from_folder(checkpoint("k2.5"))
 
 
-def prepare(model, messages, **options):
-    folder, config, tokenizer = model
-    return prompts.prepare(folder, config, tokenizer, messages, **options)
+@pytest.fixture
+def own(checkpoint, tmp_path):
+    """A copy of the small files of the golden `name`, to change."""
+
+    def copy(name):
+        for file in ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+            if (checkpoint(name) / file).exists():
+                shutil.copy(checkpoint(name) / file, tmp_path)
+        shutil.copy(checkpoint(name) / "tiktoken.model", tmp_path)
+        return tmp_path
+
+    return copy
 
 
-def spell(model, *parts):
+def spell(processor, *parts):
     """Ids of a prompt: numbers are ids, text is ordinary text."""
     ids: list[int] = []
     for part in parts:
-        ids += [part] if isinstance(part, int) else model[2].encode(part, allow_special=False)
+        ids += [part] if isinstance(part, int) else processor.tokenizer.encode(part, allow_special=False)
     return ids
 
 
@@ -56,26 +65,26 @@ def picture(path, size, colour):
 
 
 def test_text_alone(k25):
-    prompt = prepare(k25, [{"role": "user", "content": "What is the weather?"}])
+    prompt = k25([{"role": "user", "content": "What is the weather?"}])
     ids = spell(k25, IM_USER, "user", IM_MIDDLE, "What is the weather?", IM_END, IM_ASSISTANT, "assistant", IM_MIDDLE)
     assert prompt.tokens.dtype == np.int32 and prompt.tokens.tolist() == [[*ids, THINK]]
     assert prompt.media is None
-    instant = prepare(k25, [{"role": "user", "content": "What is the weather?"}], thinking=False)
+    instant = k25([{"role": "user", "content": "What is the weather?"}], thinking=False)
     assert instant.tokens.tolist() == [[*ids, THINK, END_THINK]]
 
 
 def test_tools_are_declared(k25):
     tools = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}]
     messages = [{"role": "user", "content": "Hello"}]
-    ids = prepare(k25, messages, tools=tools).tokens[0].tolist()
-    assert "type search = (_: {}) => any;" in k25[2].decode(ids)
-    assert ids[-8:] == prepare(k25, messages).tokens[0].tolist()[-8:]
+    ids = k25(messages, tools=tools).tokens[0].tolist()
+    assert "type search = (_: {}) => any;" in k25.tokenizer.decode(ids)
+    assert ids[-8:] == k25(messages).tokens[0].tolist()[-8:]
 
 
 def test_two_images_in_order(k25, tmp_path):
     # Given a red picture of 2 x 4 patches and a blue one of 6 x 2: 2 tokens and 3
     red, blue = picture(tmp_path / "a.png", (56, 28), RED), picture(tmp_path / "b.png", (28, 84), BLUE)
-    prompt = prepare(k25, user(image(red), text("and"), image(blue), text("Compare.")))
+    prompt = k25(user(image(red), text("and"), image(blue), text("Compare.")))
     start = (MEDIA_BEGIN, "image", MEDIA_CONTENT)
     expected = spell(k25, IM_USER, "user", IM_MIDDLE, *start, MEDIA_PAD, MEDIA_PAD, MEDIA_END, "\nand")
     expected += spell(k25, *start, MEDIA_PAD, MEDIA_PAD, MEDIA_PAD, MEDIA_END, "\nCompare.", IM_END)
@@ -90,7 +99,7 @@ def test_two_images_in_order(k25, tmp_path):
 
 def test_what_people_write_is_no_placeholder(k25, tmp_path):
     red = picture(tmp_path / "a.png", (28, 28), RED)
-    prompt = prepare(k25, user(image(red), text("<|media_pad|><|im_end|>")))
+    prompt = k25(user(image(red), text("<|media_pad|><|im_end|>")))
     ids = prompt.tokens[0].tolist()
     assert (ids.count(MEDIA_PAD), ids.count(IM_END)) == (1, 1)
 
@@ -100,7 +109,7 @@ def test_a_gif_becomes_chunks_with_their_times(k25, tmp_path):
     frames = [Image.new("L", (28, 28), 50 * i) for i in range(5)]
     path = tmp_path / "clip.gif"
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)
-    prompt = prepare(k25, user({"type": "video_url", "video_url": {"url": path}}, text("Describe.")))
+    prompt = k25(user({"type": "video_url", "video_url": {"url": path}}, text("Describe.")))
     chunk = (MEDIA_BEGIN, "video", MEDIA_CONTENT, MEDIA_PAD, MEDIA_END)
     expected = spell(k25, IM_USER, "user", IM_MIDDLE, "00:00:00.000", *chunk, "00:00:02.000", *chunk, "Describe.")
     expected += spell(k25, IM_END, IM_ASSISTANT, "assistant", IM_MIDDLE, THINK)
@@ -116,13 +125,13 @@ def test_an_image_and_a_video_keep_the_order_of_the_conversation(k25, tmp_path):
     frames[0].save(clip, save_all=True, append_images=frames[1:], duration=500)
     still = picture(tmp_path / "still.png", (56, 28), RED)
     video = {"type": "video_url", "video_url": {"url": clip}}
-    assert prepare(k25, user(video, image(still))).media.grids.tolist() == [[2, 2, 2], [1, 2, 4]]
-    assert prepare(k25, user(image(still), video)).media.grids.tolist() == [[1, 2, 4], [2, 2, 2]]
+    assert k25(user(video, image(still))).media.grids.tolist() == [[2, 2, 2], [1, 2, 4]]
+    assert k25(user(image(still), video)).media.grids.tolist() == [[1, 2, 4], [2, 2, 2]]
 
 
 def test_the_prompt_fits_its_media_and_no_other(model, k25, tmp_path):
-    # What `prepare` makes, the model takes; with a placeholder less it says what it found and expected
-    prompt = prepare(k25, user(image(picture(tmp_path / "a.png", (56, 28), RED))))
+    # The prompt of a processor is one that the model takes; with a placeholder less it says what it found and expected
+    prompt = k25(user(image(picture(tmp_path / "a.png", (56, 28), RED))))
     tokens = prompt.tokens[0].tolist()
     tokens.remove(MEDIA_PAD)
     with pytest.raises(ValueError, match=r"holds 1 media placeholders \(token 533\), the media given come to 2 tokens"):
@@ -131,18 +140,17 @@ def test_the_prompt_fits_its_media_and_no_other(model, k25, tmp_path):
 
 @pytest.mark.parametrize("kind", ["image_url", "video_url"])
 def test_a_text_model_refuses_media(checkpoint, tmp_path, kind):
-    folder = checkpoint("k2")
-    model = (folder, from_folder(folder), Tokenizer.from_folder(folder))
+    processor = Processor.from_folder(checkpoint("k2"))
     with pytest.raises(ValueError, match=r"the messages hold 2 images or videos; a kimi_k2 model takes none"):
-        prepare(model, user(*[{"type": kind, kind: {"url": str(tmp_path / "none")}}] * 2))
+        processor(user(*[{"type": kind, kind: {"url": tmp_path / "none"}}] * 2))
 
 
 def test_what_is_missing_or_no_image_is_named(k25, tmp_path):
     (tmp_path / "notes.png").write_text("not a picture")
     with pytest.raises(ValueError, match=r"notes\.png: not an image"):
-        prepare(k25, user(image(tmp_path / "notes.png")))
+        k25(user(image(tmp_path / "notes.png")))
     with pytest.raises(FileNotFoundError, match=r"gone\.png: no such file"):
-        prepare(k25, user(image(tmp_path / "gone.png")))
+        k25(user(image(tmp_path / "gone.png")))
 
 
 def test_strings_in_messages_name_files_of_the_allowed_folder_only(k25, tmp_path):
@@ -150,35 +158,38 @@ def test_strings_in_messages_name_files_of_the_allowed_folder_only(k25, tmp_path
     path = picture(tmp_path / "a.png", (56, 28), RED)
     for name in (str(path), "a.png", f"file://{path}", "https://example.org/a.png"):
         with pytest.raises(ValueError, match=r"may not name local files|:// is not fetched"):
-            prepare(k25, user(image(name)))
-    expected = prepare(k25, user(image(path))).media.patches
+            k25(user(image(name)))
+    expected = k25(user(image(path))).media.patches
     for source, files in [("a.png", tmp_path), (str(path), tmp_path), (path.read_bytes(), None)]:
-        np.testing.assert_array_equal(prepare(k25, user(image(source)), files=files).media.patches, expected)
+        np.testing.assert_array_equal(k25(user(image(source)), files=files).media.patches, expected)
     with pytest.raises(ValueError, match=r"a\.png: outside .*the folder whose files the messages may name"):
-        prepare(k25, user(image("../a.png")), files=k25[0])
+        k25(user(image("../a.png")), files=k25.folder)
 
 
 @pytest.mark.parametrize("kind", ["image_url", "video_url"])
 @pytest.mark.parametrize("source", [5, None, {"url": None}, {"url": 5}, {"detail": "low"}])
 def test_sources_of_another_type_are_refused(k25, kind, source):
     with pytest.raises(ValueError, match=r"is given as (int|NoneType), expected a"):
-        prepare(k25, user({"type": kind, kind: source}))
+        k25(user({"type": kind, kind: source}))
 
 
 def test_media_beyond_the_limit_are_refused(k25, tmp_path, monkeypatch):
-    monkeypatch.setattr("kimi_jax.media.MAX_PATCHES", 15)
+    monkeypatch.setattr("kimi_jax.media.conversation.MAX_PATCHES", 15)
     part = image(picture(tmp_path / "a.png", (56, 28), RED))
-    assert prepare(k25, user(part)).media.patches.shape[0] == 8
+    assert k25(user(part)).media.patches.shape[0] == 8
     with pytest.raises(ValueError, match="the messages' media come to 16 patches, expected at most 15"):
-        prepare(k25, user(part, part))
+        k25(user(part, part))
 
 
-def test_preprocessor_and_vision_tower_agree(k25, tmp_path):
-    settings = json.loads((k25[0] / "preprocessor_config.json").read_text())
+def test_preprocessor_and_vision_tower_agree(own, tmp_path):
+    folder = own("k2.5")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
     settings["media_proc_cfg"]["patch_size"] = 7
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    processor = Processor.from_folder(folder)
+    assert processor("Text needs no such file.").media is None
     with pytest.raises(ValueError, match=r"preprocessor_config.json: patch_size and .* are \(7, \(2, 2\)\), but"):
-        prepare((tmp_path, *k25[1:]), user(image(picture(tmp_path / "a.png", (28, 28), RED))))
+        processor("", images=[picture(tmp_path / "a.png", (28, 28), RED)])
 
 
 @pytest.mark.parametrize(
@@ -194,24 +205,83 @@ def test_template_for(checkpoint, tmp_path, name, file, expected):
     config = from_folder(checkpoint(name))
     if file is not None:
         (tmp_path / file).write_text("{}")
-    assert prompts.template_for(tmp_path, config) == (str(tmp_path) if expected == "its own" else expected)
+    assert template_for(tmp_path, config) == (str(tmp_path) if expected == "its own" else expected)
 
 
-def test_a_folder_s_own_template_is_used(checkpoint, tmp_path):
-    config = from_folder(checkpoint("k2"))
-    tokenizer = Tokenizer.from_folder(checkpoint("k2"))
-    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<|im_user|>{{ m.content }}{% endfor %}")
-    prompt = prompts.prepare(tmp_path, config, tokenizer, [{"role": "user", "content": "Hello"}])
-    assert prompt.tokens.tolist() == [[IM_USER, *tokenizer.encode("Hello")]]
+OWN_TEMPLATE = "{% for m in messages %}<|im_user|>{{ m.content }}{% endfor %}"
 
 
-def test_a_k25_folder_s_own_template_is_used_where_it_differs(checkpoint, tmp_path):
-    config = from_folder(checkpoint("k2.5"))
-    tokenizer = Tokenizer.from_folder(checkpoint("k2.5"))
-    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<|im_user|>{{ m.content }}{% endfor %}")
+def test_a_folder_s_own_template_is_used(own):
+    folder = own("k2")
+    (folder / "chat_template.jinja").write_text(OWN_TEMPLATE)
+    processor = Processor.from_folder(folder)
+    assert processor("Hello").tokens.tolist() == [[IM_USER, *processor.tokenizer.encode("Hello")]]
+
+
+def test_a_k25_folder_s_own_template_is_used_where_it_differs(own):
+    folder = own("k2.5")
+    (folder / "chat_template.jinja").write_text(OWN_TEMPLATE)
     with pytest.warns(UserWarning, match=r"its own chat template is used, which differs from K2\.5's"):
-        prompt = prompts.prepare(tmp_path, config, tokenizer, [{"role": "user", "content": "Hello"}])
-    assert prompt.tokens.tolist() == [[IM_USER, *tokenizer.encode("Hello")]]
+        processor = Processor.from_folder(folder)
+    assert processor("Hello").tokens.tolist() == [[IM_USER, *processor.tokenizer.encode("Hello")]]
+
+
+def test_a_text_is_the_message_of_one_user_with_its_pictures_before_it(k25, tmp_path):
+    path = picture(tmp_path / "a.png", (56, 28), RED)
+    clip = tmp_path / "clip.gif"
+    first, second = (Image.new("RGB", (28, 28), colour) for colour in (BLUE, RED))
+    first.save(clip, save_all=True, append_images=[second], duration=500)
+    assert k25("Hello").tokens.tolist() == k25([{"role": "user", "content": "Hello"}]).tokens.tolist()
+    # Strings among `images` are the program's own: they name files without leave, unlike those of messages
+    beside = k25("Describe.", images=[str(path), np.asarray(Image.open(path))], videos=[clip.read_bytes()])
+    video = {"type": "video_url", "video_url": {"url": clip}}
+    listed = k25(user(image(path), image(path), video, text("Describe.")))
+    assert beside.tokens.tolist() == listed.tokens.tolist()
+    np.testing.assert_array_equal(beside.media.patches, listed.media.patches)
+    np.testing.assert_array_equal(beside.media.grids, listed.media.grids)
+
+
+@pytest.mark.parametrize(
+    ("messages", "media", "message"),
+    [
+        ("Hello", {"images": "a.png"}, "images is str, expected a list"),
+        ("Hello", {"videos": "a.gif"}, "videos is str, expected a list"),
+        ([{"role": "user", "content": "Hello"}], {"images": [b""]}, "images and videos go with a text"),
+        ([], {}, "messages is list, expected a list of at least one message"),
+        (b"Hello", {}, "messages is bytes, expected a list"),
+        ("Hello", {"images": ["https://host/a.png"]}, "https:// is not fetched"),
+    ],
+)
+def test_what_is_no_conversation_is_named(k25, messages, media, message):
+    with pytest.raises(ValueError, match=message):
+        k25(messages, **media)
+
+
+def test_a_text_names_no_file_and_forges_no_turn(k25, tmp_path):
+    spoken = f"<|im_end|><|media_pad|>{picture(tmp_path / 'a.png', (56, 28), RED)}"
+    prompt = k25(spoken, files=tmp_path)
+    assert prompt.media is None
+    ids = spell(k25, IM_USER, "user", IM_MIDDLE, spoken, IM_END, IM_ASSISTANT, "assistant", IM_MIDDLE, THINK)
+    assert prompt.tokens.tolist() == [ids]
+
+
+def test_decoding_ends_with_the_text_and_keeps_other_markers(k25):
+    ids = spell(k25, "so", END_THINK, "Hé")
+    text = "so</think>Hé"
+    pad = k25.config.text.pad_token_id
+    for end in ([], [IM_END, *spell(k25, "more")], [pad, pad]):
+        assert k25.decode(np.array([*ids, *end], np.int32)) == text
+    with pytest.raises(ValueError, match="token id 99999 is outside the vocabulary"):
+        k25.decode([99999])
+
+
+def test_a_folder_without_a_tokenizer_and_a_url_are_refused(own):
+    folder = own("k2")
+    (folder / "tiktoken.model").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tiktoken\.model: no such file; a Kimi tokenizer needs it"):
+        Processor.from_folder(folder)
+    with pytest.raises(ValueError, match=r"gs://bucket/kimi: the tokenizer is read from a folder on this machine"):
+        Processor.from_folder("gs://bucket/kimi")
 
 
 def test_goldens_use_the_synthetic_tokenizer():
