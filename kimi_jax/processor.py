@@ -81,15 +81,18 @@ class Processor:
 
         Raises ValueError or OSError naming the message, field or file that is wrong.
         """
-        messages, sources = _with_sources(messages, images, videos, files)
-        if not sources:
+        own = isinstance(messages, str)  # then the program itself, not a stranger, says what is shown
+        messages, parts = _with_parts(messages, images, videos)
+        if not parts:
             ids = chat.encode(self.tokenizer, messages, tools, thinking, self.template)
             return Prompt(np.array([ids], np.int32), None)
         vision, placeholder = self.config.vision, self.config.media_placeholder_token_id
         if vision is None or placeholder is None:
             raise ValueError(
-                f"the messages hold {len(sources)} images or videos; a {self.config.model_type} model takes none"
+                f"the messages hold {len(parts)} images or videos; a {self.config.model_type} model takes none"
             )
+        folder = None if files is None else Path(files)
+        sources = [(part.kind, part.source if own else media.from_message(part.source, folder)) for part in parts]
         patches, grids, chunks = read_all(sources, self.media_config)
         ids = chat.encode(self.tokenizer, messages, tools, thinking, self.template, videos=chunks)
         ids = media.expand(ids, grids, placeholder_id=placeholder, merge_kernel_size=vision.merge_kernel_size[0])
@@ -123,23 +126,22 @@ class Processor:
         return settings
 
 
-def _with_sources(
-    messages: Messages, images: Sequence[Any], videos: Sequence[Any], files: str | Path | None
-) -> tuple[Messages, list[tuple[str, object]]]:
-    """Returns the conversation as a list of messages, and its images and videos as `media` may open them."""
+def _with_parts(
+    messages: Messages, images: Sequence[Any], videos: Sequence[Any]
+) -> tuple[Messages, list[chat.MediaPart]]:
+    """Returns the conversation as a list of messages, with its images and videos in the order of the prompt."""
     for name, given in (("images", images), ("videos", videos)):
         if not isinstance(given, list | tuple):
             raise ValueError(f"{name} is {type(given).__name__}, expected a list")
     if not isinstance(messages, str):
         if images or videos:
             raise ValueError("images and videos go with a text; in a list of messages they are parts of a message")
-        folder = None if files is None else Path(files)
-        return messages, [(part.kind, media.from_message(part.source, folder)) for part in chat.media_parts(messages)]
-    sources: list[tuple[str, object]] = [*(("image", one) for one in images), *(("video", one) for one in videos)]
-    if not sources:
+        return messages, chat.media_parts(messages)
+    parts = [chat.MediaPart("image", one) for one in images] + [chat.MediaPart("video", one) for one in videos]
+    if not parts:
         return [{"role": "user", "content": messages}], []
-    content = [{"type": f"{kind}_url", f"{kind}_url": ""} for kind, _ in sources]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": messages}]}], sources
+    shown = [{"type": f"{part.kind}_url", f"{part.kind}_url": ""} for part in parts]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": messages}]}], parts
 
 
 def template_for(folder: str | Path, config: KimiConfig) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import cases
 import numpy as np
@@ -142,7 +143,7 @@ def test_the_prompt_fits_its_media_and_no_other(model, k25, tmp_path):
 def test_a_text_model_refuses_media(checkpoint, tmp_path, kind):
     processor = Processor.from_folder(checkpoint("k2"))
     with pytest.raises(ValueError, match=r"the messages hold 2 images or videos; a kimi_k2 model takes none"):
-        processor(user(*[{"type": kind, kind: {"url": tmp_path / "none"}}] * 2))
+        processor(user(*[{"type": kind, kind: {"url": str(tmp_path / "none")}}] * 2))
 
 
 def test_what_is_missing_or_no_image_is_named(k25, tmp_path):
@@ -273,6 +274,17 @@ def test_decoding_ends_with_the_text_and_keeps_other_markers(k25):
         assert k25.decode(np.array([*ids, *end], np.int32)) == text
     with pytest.raises(ValueError, match="token id 99999 is outside the vocabulary"):
         k25.decode([99999])
+
+
+def test_an_unknown_key_is_named_once_though_processor_and_model_read_it(own):
+    folder = own("k2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"novel": 1}))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        Processor.from_folder(folder)
+        from_folder(folder)
+    assert [str(warning.message).split(": ")[-1] for warning in seen] == ["novel"]
 
 
 def test_a_folder_without_a_tokenizer_and_a_url_are_refused(own):
