@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from checkpoints.jobs.progress import Counter, Progress
 from checkpoints.jobs.verify import check
 from checkpoints.published.numerics import BLOCK, FP8
-from checkpoints.published.reading import Remote
+from checkpoints.published.reading import Remote, at
 from checkpoints.stored.layout import Box
 from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Leaf, variable_path
 from checkpoints.stored.sources import ConvertedSource, PublishedSource, open_checkpoint
@@ -60,7 +60,8 @@ def load(
     it is damaged or of another model than its config.json says, ValueError where `mesh` does not divide the experts, or
     the model has no part that `only` names.
     """
-    source = open_checkpoint(path)
+    folder = at(path)
+    source = open_checkpoint(folder)
     if verify:
         check(path, process_index=jax.process_index(), num_processes=jax.process_count())
     graphdef, state = nnx.split(source.contents.model)
@@ -94,6 +95,7 @@ def load(
         for path, value in values.items():
             variables[variable_path(path)] = variables[variable_path(path)].replace(value)
     model = nnx.merge(graphdef, nnx.from_flat_state(variables))
+    model.config = dataclasses.replace(model.config, folder=str(folder))
     if not any(leaf.path.startswith(_VISION) for leaf in leaves):
         model.vision_tower = model.mm_projector = None
         model.config = dataclasses.replace(model.config, vision=None)

@@ -125,13 +125,18 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class KimiConfig:
-    """A whole model. `stop_ids` is the union of what config.json, its text_config and generation_config.json name."""
+    """A whole model. `stop_ids` are those of config.json, its text_config and generation_config.json together.
+
+    `folder` is the folder or URL that `checkpoints.load` filled the model from, None before that. Configurations that
+    differ in `folder` alone are equal, so that a model found elsewhere runs the programs compiled for this one.
+    """
 
     model_type: str
     text: TextConfig
     stop_ids: tuple[int, ...]
     vision: VisionConfig | None = None
     media_placeholder_token_id: int | None = None
+    folder: str | None = dataclasses.field(default=None, compare=False)
 
     def dense(self) -> "KimiConfig":
         """The same model with its routed experts in plain floating point."""

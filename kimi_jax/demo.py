@@ -15,10 +15,11 @@ from rich.markup import escape
 
 import checkpoints
 from checkpoints.toy import toy_config, write_toy
-from kimi_jax import decoding, prompts
 from kimi_jax.printable import printable
+from kimi_jax.processor import Processor
+from kimi_jax.runtime.generate import stream
 from kimi_jax.runtime.sampling import Sampling
-from kimi_jax.text import StreamDecoder, Tokenizer
+from kimi_jax.text import StreamDecoder
 from sharding import make_mesh
 
 MESH = "2x4"
@@ -78,10 +79,8 @@ def _show_and_ask(console: Console, folder: Path, picture: Path, max_new_tokens:
     console.print(f"Loaded over a mesh of {dict(mesh.shape)}. Bytes on each of its {len(held)} devices:")
     console.print("  " + ", ".join(f"{device}: {size:,}" for device, size in held.items()), highlight=False)
 
-    tokenizer = Tokenizer.from_folder(folder)
-    image = {"type": "image_url", "image_url": {"url": picture}}
-    messages = [{"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}]
-    prompt = prompts.prepare(folder, model.config, tokenizer, messages, thinking=False)
+    processor = Processor.from_folder(folder)
+    prompt = processor(QUESTION, images=[picture], thinking=False)
     assert prompt.media is not None
     (grid,) = prompt.media.grids.tolist()
     placeholders = int((prompt.tokens == model.config.media_placeholder_token_id).sum())
@@ -89,19 +88,16 @@ def _show_and_ask(console: Console, folder: Path, picture: Path, max_new_tokens:
     console.print(f"\nThe picture {name}: grid (t, h, w) = {tuple(grid)} in patches, {placeholders} tokens.")
     console.print(f"The prompt: {prompt.tokens.shape[1]} tokens. {QUESTION!r} Kimi answers:\n")
 
-    text = StreamDecoder(tokenizer)
-    sampling = Sampling(temperature=0.8, top_p=0.95)
-    times = []
-    new = decoding.stream(
+    text, times = StreamDecoder(processor.tokenizer), []
+    for column in stream(
         model,
         prompt.tokens,
         media=prompt.media,
         max_new_tokens=max_new_tokens,
-        sampling=sampling,
+        sampling=Sampling(temperature=0.8, top_p=0.95),
         stop_ids=(),  # random weights know no end
         seed=1,
-    )
-    for column in new:
+    ):
         times.append(time.perf_counter())
         said = _visible(text.push(column.tokens.tolist()))
         console.print(said, end="", markup=False, highlight=False, soft_wrap=True)

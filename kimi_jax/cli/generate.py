@@ -1,9 +1,9 @@
 """`kimi-jax generate`: a prompt's answer, token by token."""
 
 import argparse
+import dataclasses
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 from kimi_jax import json_reader
@@ -34,31 +34,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens",
         type=whole(1),
-        default=256,
         metavar="N",
-        help="length of the answer at most (default %(default)s)",
+        help="length of the answer at most (default 1024, or less where the model's positions end)",
     )
     parser.add_argument(
         "--temperature",
         type=number(0.0, 1000.0),
-        default=0.0,
         metavar="T",
-        help="0 is greedy (default); Moonshot recommends for K2.5 1.0 with thinking, 0.6 without",
+        help="0 is greedy (default, unless generation_config.json says otherwise, here and in the next three flags); "
+        "Moonshot recommends for K2.5 1.0 with thinking, 0.6 without",
     )
     parser.add_argument(
-        "--top-k", type=whole(0), default=0, metavar="K", help="draw from the K most likely tokens (default 0: all)"
+        "--top-k", type=whole(0), metavar="K", help="draw from the K most likely tokens (default 0: all)"
     )
     parser.add_argument(
         "--top-p",
         type=number(0.0, 1.0, above=True),
-        default=1.0,
         metavar="P",
         help="draw from the fewest tokens whose probabilities reach P (default 1: all; K2.5: 0.95)",
     )
     parser.add_argument(
         "--min-p",
         type=number(0.0, 1.0),
-        default=0.0,
         metavar="P",
         help="draw from tokens with at least P times the best one's probability (default 0: all)",
     )
@@ -91,11 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if isinstance(arguments.path, str):
-        raise ValueError(
-            f"{arguments.path}: generate reads the tokenizer from a folder on this machine; `kimi-jax convert "
-            f"{arguments.path} FOLDER` brings the checkpoint here"
-        )
     who = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if not arguments.distributed:
         if who != (None, None, None):
@@ -114,37 +106,34 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     import jax
 
     import checkpoints
-    from kimi_jax import config_json, decoding, prompts
+    from kimi_jax.answering import checked_max_new_tokens
     from kimi_jax.cli.console import console
+    from kimi_jax.processor import Processor
     from kimi_jax.runtime.batch import Finish
-    from kimi_jax.runtime.sampling import Sampling
-    from kimi_jax.text import StreamDecoder, Tokenizer
+    from kimi_jax.runtime.generate import stream
+    from kimi_jax.text import StreamDecoder
     from sharding import default_shape, make_mesh
 
     log = console(stderr=True, quiet=not aloud)
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
-    messages, tools = _messages(arguments)
-    tokenizer = Tokenizer.from_folder(arguments.path)
+    conversation = _conversation(arguments)
+    began = time.perf_counter()
+    processor = Processor.from_folder(arguments.path)
+    prompt = processor(thinking=arguments.thinking, **conversation)
+    max_new_tokens = checked_max_new_tokens(processor.config, prompt, arguments.max_new_tokens)
+    sampling = _sampling(arguments)
     shape = arguments.mesh
     if shape == "auto":
-        heads = config_json.from_folder(arguments.path).text.num_attention_heads
-        shape = default_shape(len(jax.devices()), heads)
+        shape = default_shape(len(jax.devices()), processor.config.text.num_attention_heads)
     mesh = None if shape is None else make_mesh(shape)
-    began = time.perf_counter()
     model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
-    files = arguments.chat.parent if arguments.chat else None  # a chat's strings name files beside it, and no others
-    prompt = prompts.prepare(
-        arguments.path, model.config, tokenizer, messages, tools=tools, thinking=arguments.thinking, files=files
-    )
-    decoding.checked_lengths(model.config, prompt.tokens, None, arguments.max_new_tokens)
     log.print(f"loaded in {time.perf_counter() - began:.1f} s; the prompt has {prompt.tokens.shape[1]} tokens")
-    text = StreamDecoder(tokenizer)
+    text = StreamDecoder(processor.tokenizer)
     times = [time.perf_counter()]
-    for new, finish in decoding.stream(
+    for new, finish in stream(
         model,
         prompt.tokens,
         media=prompt.media,
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         sampling=sampling,
         seed=arguments.seed,
     ):
@@ -159,13 +148,19 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     log.print(f"{len(times) - 1} tokens; the first after {times[1] - times[0]:.1f} s, compilation included{rate}")
 
 
-def _messages(arguments: argparse.Namespace) -> tuple[list[Any], list[Any] | None]:
-    """The conversation that the flags describe, and its tools."""
+def _sampling(arguments: argparse.Namespace) -> Any:
+    """Returns the `Sampling` of the checkpoint's folder, with the values of the flags that are given."""
+    from kimi_jax.runtime.sampling import Sampling
+
+    names = ("temperature", "top_k", "top_p", "min_p")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return dataclasses.replace(Sampling.from_folder(arguments.path), **given)
+
+
+def _conversation(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of a `Processor` that the flags describe."""
     if arguments.chat is None:
-        content: list[Any] = [{"type": "image_url", "image_url": {"url": Path(image)}} for image in arguments.image]
-        content += [{"type": "video_url", "video_url": {"url": Path(video)}} for video in arguments.video]
-        content.append({"type": "text", "text": arguments.prompt})
-        return [{"role": "user", "content": content if len(content) > 1 else arguments.prompt}], None
+        return {"messages": arguments.prompt, "images": arguments.image, "videos": arguments.video}
     if arguments.image or arguments.video:
         raise ValueError("--image and --video go with --prompt; in a --chat file they are parts of a message")
     chat = json_reader.read(arguments.chat)
@@ -178,4 +173,5 @@ def _messages(arguments: argparse.Namespace) -> tuple[list[Any], list[Any] | Non
         warnings.warn(
             f"{arguments.chat}: only messages and tools are read, not {', '.join(sorted(unread))}", stacklevel=1
         )
-    return fields["messages"], fields.get("tools")
+    # A chat's strings name files beside it, and no others
+    return {"messages": fields["messages"], "tools": fields.get("tools"), "files": arguments.chat.parent}

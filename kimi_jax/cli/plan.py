@@ -62,10 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # a plan needs no accelerator, and leaves one to others
-    from kimi_jax import decoding
     from kimi_jax import plan as planning
     from kimi_jax.cli.console import console
     from kimi_jax.plan import plot, report
+    from kimi_jax.runtime.generate import PREFILL_CHUNK
     from sharding import mesh_sizes
     from sharding.topologies import topologies, topology
 
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     slices = topologies() if arguments.topology == ["all"] else [topology(name) for name in arguments.topology]
     sizes = None if arguments.mesh is None else mesh_sizes(arguments.mesh)
     log = console(stderr=True)
-    chunk = 1 if arguments.phase == "decode" else arguments.chunk or min(decoding.PREFILL_CHUNK, arguments.context)
+    chunk = 1 if arguments.phase == "decode" else arguments.chunk or min(PREFILL_CHUNK, arguments.context)
     compiles = arguments.compile and planning.available()
     if arguments.compile and not compiles:
         log.print("libtpu, the TPU compiler, is not installed (Linux x86-64: pip install libtpu): arithmetic alone")

@@ -94,7 +94,8 @@ def from_dict(
     if unread:
         more = f" and {len(unread) - 20} more" if len(unread) > 20 else ""
         names = ", ".join(printable(name) for name in unread[:20])
-        warnings.warn(f"{where}: has keys that are not known, or not acted on: {names}{more}", stacklevel=3)
+        # With this line as its place, so that Python shows it once although processor and model both read the file
+        warnings.warn(f"{where}: has keys that are not known, or not acted on: {names}{more}", stacklevel=1)
     return KimiConfig(model_type, language, tuple(sorted(set(stops))), seen, placeholder)
 
 

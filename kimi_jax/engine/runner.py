@@ -195,7 +195,7 @@ class Runner:
             choosing=choosing,
             slots=self._local(slots),
             media_index=index if media else None,
-            media=self._side_by_side(embeddings, tokens) if media else None,
+            media_tokens=self._side_by_side(embeddings, tokens) if media else None,
         )
         self.cache, chosen = self.program.step(self.cache, batch)
         last = np.where(choosing, slots, -1)

@@ -1,7 +1,7 @@
 """Images and video to the patches and grids that MoonViT reads, as Kimi K2.5's own processor makes them.
 
 `sources` finds the bytes and `opening` their format, `appearance` shows them as a viewer does, `patches` scales and
-cuts, `video` samples. Nothing here knows JAX.
+cuts, `video` samples, `conversation` does all this for several at once. Nothing here knows JAX.
 """
 
 from kimi_jax.media.config import Config as Config

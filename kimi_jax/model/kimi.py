@@ -88,13 +88,18 @@ class Kimi(nnx.Module):
         return _encode(self, jnp.asarray(patches, self.dtype), jax.tree.map(jnp.asarray, where), partition)
 
     def embed(
-        self, tokens: Tokens, index: Int32[jax.Array, "b t"] | None, media: MediaTokens | None, layout: StreamLayout
+        self,
+        tokens: Tokens,
+        index: Int32[jax.Array, "b t"] | None,
+        media_tokens: MediaTokens | None,
+        layout: StreamLayout,
     ) -> Stream:
-        """Makes the residual stream of word embeddings, and of `media[index]` where `index` is not -1."""
+        """Makes the residual stream of word embeddings, and of `media_tokens[index]` where `index` is not -1."""
         partition = layout.partition
         x = gather_weights(self.model.embed_tokens, partition)(tokens, partition)
-        if index is not None and media is not None:
-            here = jnp.where(partition.shard_index("vocab") == 0, media[jnp.maximum(index, 0)].astype(x.dtype), 0)
+        if index is not None and media_tokens is not None:
+            chosen = media_tokens[jnp.maximum(index, 0)].astype(x.dtype)
+            here = jnp.where(partition.shard_index("vocab") == 0, chosen, 0)
             x = jnp.where((index >= 0)[:, :, None], here, x)
         return layout.reduce_rows(x, "vocab", x.dtype)
 
@@ -106,7 +111,7 @@ class Kimi(nnx.Module):
         self,
         tokens: Tokens,
         index: Int32[jax.Array, "b t"] | None = None,
-        media: MediaTokens | None = None,
+        media_tokens: MediaTokens | None = None,
         partition: Partition = SINGLE_DEVICE,
     ) -> Logits:
         """Computes logits of whole prompts at every position, without a cache."""
@@ -114,15 +119,15 @@ class Kimi(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         graph, params = nnx.split(self)
 
-        def on_device(params: Any, tokens: Any, positions: Any, index: Any, media: Any) -> jax.Array:
+        def on_device(params: Any, tokens: Any, positions: Any, index: Any, media_tokens: Any) -> jax.Array:
             model = nnx.merge(graph, params)
-            x, _ = model.model(model.embed(tokens, index, media, layout), Context(positions), layout=layout)
+            x, _ = model.model(model.embed(tokens, index, media_tokens, layout), Context(positions), layout=layout)
             return model.logits(layout.gather_rows(layout.take_local(x)), partition)
 
         rows = layout.row_spec()
         in_specs = (weight_specs(params, partition), rows, rows, rows, REPLICATED)
         run = partition.shard_map(on_device, in_specs, layout.row_spec(None, "vocab"))
-        return run(params, tokens, positions, index, media)
+        return run(params, tokens, positions, index, media_tokens)
 
     def stream_layout(self, partition: Partition, rows: int, tokens: int) -> StreamLayout:
         """Chooses the layout of the residual stream of a call of `rows` rows with `tokens` tokens each."""
@@ -136,7 +141,7 @@ class Kimi(nnx.Module):
         tokens: Tokens,
         context: Context,
         index: Int32[jax.Array, "b t"] | None,
-        media: MediaTokens | None,
+        media_tokens: MediaTokens | None,
         layout: StreamLayout,
     ) -> tuple[Float32[jax.Array, "sequences words"], tuple[LayerCache, ...]]:
         """Continues from the caches with the tokens that `context` describes; all arrays are this device's shards.
@@ -145,7 +150,7 @@ class Kimi(nnx.Module):
         Returns the logits after each sequence's last token (meaningless where it has none), float32 [sequences, words],
         and the caches with the tokens in them.
         """
-        x, after = self.model(self.embed(tokens, index, media, layout), context, caches, layout)
+        x, after = self.model(self.embed(tokens, index, media_tokens, layout), context, caches, layout)
         assert after is not None
         if context.segments is None:
             return self.logits(layout.take_token(x, context.last()), layout.partition), after
@@ -156,9 +161,9 @@ class Kimi(nnx.Module):
 
 @nnx.jit(static_argnums=4)
 def _logits(
-    model: Kimi, tokens: jax.Array, index: jax.Array | None, media: jax.Array | None, partition: Partition
+    model: Kimi, tokens: jax.Array, index: jax.Array | None, media_tokens: jax.Array | None, partition: Partition
 ) -> jax.Array:
-    return model.forward(tokens, index, media, partition)
+    return model.forward(tokens, index, media_tokens, partition)
 
 
 @nnx.jit(static_argnums=3)

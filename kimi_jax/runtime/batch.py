@@ -47,7 +47,7 @@ class Batch:
     choosing: bool [b], False where this step has no token to choose: a prompt with more tokens to come, or no tokens.
     before: the step before's `Chosen`, on the device; None where tokens are all given and nobody is finished.
     mask: uint32 [b, words / 32], a bit for each token that may be chosen, the lowest first; None allows all.
-    media_index, media: int32 [rows, t] and [m, d], as `splice.media_index` and `Kimi.encode_media_padded` give them.
+    media_index, media_tokens: int32 [rows, t] and [m, d], from `splice.media_index` and `Kimi.encode_media_padded`.
 
     On a mesh rows and sequences are split over `data`, and must divide by it. `None` in place of an array, `phase` and
     shapes decide what is compiled; nothing else does.
@@ -65,7 +65,7 @@ class Batch:
     segments: Any = None
     mask: Any = None
     media_index: Any = None
-    media: Any = None
+    media_tokens: Any = None
     phase: Phase = dataclasses.field(default="prefill", metadata={"static": True})
 
     @property
@@ -82,7 +82,7 @@ class Batch:
             before=before,
             segments=None,
             media_index=None,
-            media=None,
+            media_tokens=None,
             phase="decode",
         )
 
@@ -125,7 +125,7 @@ def prompts(
     seeds: np.ndarray,
     stop_ids: np.ndarray,
     media_index: np.ndarray | None = None,
-    media: jax.Array | None = None,
+    media_tokens: jax.Array | None = None,
 ) -> Iterator[Batch]:
     """The prefill steps of prompts, int32 [b, t] right-padded, `chunk` tokens at a time; row i has slot i.
 
@@ -147,5 +147,5 @@ def prompts(
             ends=(lengths + max_new_tokens).astype(np.int32),
             choosing=(first < lengths) & (lengths <= first + chunk),
             media_index=None if index is None else index[:, first : first + chunk],
-            media=media,
+            media_tokens=media_tokens,
         )

@@ -28,27 +28,38 @@ def generate(
     stop_ids: Iterable[int] | None = None,
     seed: int | ArrayLike = 0,
     *,
+    sampling: Sampling | None = None,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> np.ndarray:
-    """Continues prompts: token ids [b, t], right-padded, row i holding `lengths[i]` -> int32 [b, max_new_tokens].
+    """Continues prompts, token ids [b, t] right-padded, and returns the new tokens, int32 [b, max_new_tokens].
 
-    After one of `stop_ids` (which is part of the answer) a row goes on with config.json's `pad_token_id`. None is the
-    model's own stop ids, () never stops. `media` belongs to the placeholders in `tokens`, already expanded. The other
-    arguments are `sampling.Sampling`'s. `seed`, from 0 to 2**63 - 1, is one for all rows alike or one for each [b]: the
-    same prompt and seed draw the same tokens wherever they stand in a batch.
-    Raises ValueError for tokens that are no integers of the vocabulary, lengths that do not fit `tokens`, media that do
-    not match the placeholders, prompts that leave no room for `max_new_tokens` within `max_position_embeddings`, and
-    (at the end) for rows whose logits were not finite; `stream` gives the other rows' tokens all the same.
+    lengths: [b], the tokens of each row; None is the whole width.
+    media: belong to the placeholders in `tokens`, which are already expanded (`kimi_jax.media.expand`).
+    stop_ids: end a row, and are part of the answer; the rest of the row is config.json's `pad_token_id`. None stands
+        for the model's own, () never stops.
+    seed: from 0 to 2**63 - 1, one for all rows or one for each [b]. A prompt and seed draw the same tokens in any place
+        of any batch.
+    sampling: how tokens are drawn; None is greedy. `temperature`, `top_k`, `top_p` and `min_p` are short for a
+        `Sampling` of these values.
+    prefill_chunk: the most tokens of a row in a prefill step.
+
+    Raises ValueError for a `sampling` beside values of another, tokens that are no integers of the vocabulary, lengths
+    that do not fit `tokens`, media that do not match the placeholders, prompts that leave no room for `max_new_tokens`
+    within `max_position_embeddings`, and (at the end) for rows whose logits were not finite; `stream` yields the tokens
+    of the other rows all the same.
     """
+    values = Sampling(temperature, top_k, top_p, min_p)
+    if sampling is not None and values != Sampling():
+        raise ValueError(f"both sampling={sampling} and values of another are given: {values}; give one of them")
     columns = list(
         stream(
             model,
             tokens,
             max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p, min_p),
+            sampling=values if sampling is None else sampling,
             lengths=lengths,
             media=media,
             stop_ids=stop_ids,
@@ -106,7 +117,7 @@ def stream(
         seeds=seeds,
         stop_ids=stops,
         media_index=None if index is None else np.pad(index, [(0, more), (0, 0)], constant_values=-1),
-        media=None if media is None else model.encode_media_padded(media),
+        media_tokens=None if media is None else model.encode_media_padded(media),
     )
     return _columns(program, steps, table, lengths, max_new_tokens)
 

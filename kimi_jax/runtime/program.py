@@ -155,7 +155,7 @@ class _Jitted:
         where = [layout.row_spec("row_pages") if array is batch.page_table else rows for array in places]
         in_specs = (weight_specs(params, partition), layers, rows, where, rows, REPLICATED)
         run = partition.shard_map(on_device, in_specs, (layout.row_spec("vocab"), layers))
-        inputs = (batch.tokens, places, batch.media_index, batch.media)
+        inputs = (batch.tokens, places, batch.media_index, batch.media_tokens)
         logits, after = run(params, cache.layers, *inputs)
         return Cache(after), logits
 

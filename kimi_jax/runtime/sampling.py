@@ -4,6 +4,7 @@ min-p (arXiv 2407.01082). Each sequence has values of its own, which are arrays:
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,10 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from kimi_jax import json_reader
 from kimi_jax.axes import AnyArray, Array, Float32, Int32, LastLogits, UInt32
+from kimi_jax.config_json.fields import ConfigError, Fields
 from kimi_jax.model.token_ids import integers
+from kimi_jax.printable import printable
 
 SEEDS = 2**63
+MAX_TOP_K = 2**31 - 1  # an int32 on the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,27 @@ class Sampling:
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
 
+    @classmethod
+    def from_folder(cls, path: str | Path) -> "Sampling":
+        """Reads how the checkpoint in the folder `path` wants its answers drawn, from generation_config.json.
+
+        Where that says `do_sample`, or names a temperature without it, its values hold, with temperature 1 and no
+        filters for those it leaves out. Anywhere else answers are greedy; Kimi's own releases say nothing. Raises
+        `ConfigError` (a ValueError) naming the file and the field of a value outside its range.
+        """
+        file = Path(path) / "generation_config.json"
+        if not file.exists():
+            return cls()
+        fields = Fields(json_reader.read_object(file, error=ConfigError), printable(file))
+        if not fields.flag("do_sample", fields.has("temperature")):
+            return cls()
+        return cls(
+            temperature=fields.number("temperature", 1.0, above=False),
+            top_k=fields.integer("top_k", 0, most=MAX_TOP_K),
+            top_p=fields.number("top_p", 1.0, most=1.0),
+            min_p=fields.number("min_p", 0.0, above=False, most=1.0),
+        )
+
 
 class SamplingRows(NamedTuple):
     """The values of each sequence of a batch, as `Sampling` has them; `seeds` are two halves, the upper first."""
@@ -59,7 +85,7 @@ def sampling_rows(sampling: Sequence[Sampling], seeds: np.ndarray) -> SamplingRo
     temperature = [np.clip(one.temperature, normal.tiny, normal.max) if one.temperature else 0.0 for one in sampling]
     return SamplingRows(
         np.array(temperature, np.float32),
-        np.array([min(one.top_k, np.iinfo(np.int32).max) for one in sampling], np.int32),
+        np.array([min(one.top_k, MAX_TOP_K) for one in sampling], np.int32),
         np.array([one.top_p for one in sampling], np.float32),
         np.array([one.min_p for one in sampling], np.float32),
         np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], axis=1).astype(np.uint32),

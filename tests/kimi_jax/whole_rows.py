@@ -16,12 +16,12 @@ class WholeRows:
         self.cache = self.program.cache(self.table.size, rows)
         self.lengths = np.zeros(rows, np.int32)
 
-    def batches(self, tokens, lengths, chunk=2048, index=None, media=None):
+    def batches(self, tokens, lengths, chunk=2048, index=None, media_tokens=None):
         rows, vocab = len(self.lengths), self.program.config.text.vocab_size
         return prompts(
             np.asarray(tokens, np.int32), np.asarray(lengths), self.table, chunk=chunk, max_new_tokens=1,
             sampling=[Sampling()] * rows, seeds=np.zeros(rows, np.uint64), stop_ids=padded_stop_ids((), rows, vocab),
-            media_index=index, media=media,
+            media_index=index, media_tokens=media_tokens,
         )  # fmt: skip
 
     def prefill(self, tokens, lengths, chunk=2048):

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import kimi_jax
-from kimi_jax import prompts
 from kimi_jax.cli import main
 
 
@@ -13,12 +12,12 @@ def generate(folder, *arguments):
 
 def answer(kimi, folder, messages, *, tools=None, thinking=True, **options):
     """What the command should print: the text of `kimi_jax.generate`'s tokens, up to the stop."""
-    tokenizer = kimi_jax.Tokenizer.from_folder(folder)
-    prompt = prompts.prepare(folder, kimi.config, tokenizer, messages, tools=tools, thinking=thinking, files=Path("/"))
+    processor = kimi_jax.Processor.from_folder(folder)
+    prompt = processor(messages, tools, thinking, files=Path("/"))
     stops = kimi.config.stop_ids
     new = kimi_jax.generate(kimi, prompt.tokens, media=prompt.media, stop_ids=stops, **options)[0].tolist()
     end = next((i for i, token in enumerate(new) if token in stops), len(new))
-    return tokenizer.decode(new[:end]) + "\n", end + (end < len(new))
+    return processor.tokenizer.decode(new[:end]) + "\n", end + (end < len(new))
 
 
 def user(content):

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import checkpoints
 import kimi_jax
-from kimi_jax import config_json, prompts
+from kimi_jax import config_json
 from kimi_jax.cli import main
 from sharding import default_shape
 
@@ -63,7 +63,7 @@ def test_generate_prints_the_answer_and_keeps_the_rest_for_stderr(published, kim
     expected, count = answer(kimi, published, user("Hello"), max_new_tokens=6)
     assert out == expected and len(out) > 3
     log = " ".join(err.split())
-    tokens = prompts.prepare(published, kimi.config, kimi_jax.Tokenizer.from_folder(published), user("Hello")).tokens
+    tokens = kimi_jax.Processor.from_folder(published)("Hello").tokens
     assert f"the prompt has {tokens.shape[1]} tokens" in log and f" {count} tokens; the first after " in log
     assert log.startswith("loaded in ") and log.endswith("tokens per second")
     assert loads == [(published, None, "float32")]
@@ -80,10 +80,22 @@ def test_generate_with_sampling(published, kimi, loads, capsys):
     assert capsys.readouterr().out == expected[0] != expected[1]
 
 
+def test_flags_of_sampling_win_over_generation_config(damaged, kimi, loads, capsys):
+    (damaged / "generation_config.json").write_text('{"do_sample": true, "temperature": 1.5, "top_k": 50}')
+    options = ("--prompt", "Hello", "--max-new-tokens", 6)
+    for flags, sampling in [
+        ((), {"temperature": 1.5, "top_k": 50}),
+        (("--top-k", 2), {"temperature": 1.5, "top_k": 2}),
+        (("--temperature", 0), {"temperature": 0.0}),
+    ]:
+        assert generate(damaged, *options, *flags) == 0
+        assert capsys.readouterr().out == answer(kimi, damaged, user("Hello"), max_new_tokens=6, **sampling)[0]
+
+
 def test_generate_stops_at_a_stop_id(published, kimi, monkeypatch, capsys):
     # Given a model whose configuration names the third token of its usual answer as a stop
-    tokenizer = kimi_jax.Tokenizer.from_folder(published)
-    prompt = prompts.prepare(published, kimi.config, tokenizer, user("Hello")).tokens
+    processor = kimi_jax.Processor.from_folder(published)
+    prompt = processor("Hello").tokens
     new = kimi_jax.generate(kimi, prompt, max_new_tokens=6, stop_ids=kimi.config.stop_ids)[0].tolist()
     assert new[2] not in new[:2]
     model = nnx.clone(kimi)
@@ -91,7 +103,7 @@ def test_generate_stops_at_a_stop_id(published, kimi, monkeypatch, capsys):
     monkeypatch.setattr(checkpoints, "load", lambda *args, **kwargs: model)
     assert generate(published, "--prompt", "Hello", "--dtype", "float32", "--max-new-tokens", 6) == 0
     out, err = capsys.readouterr()
-    assert out == tokenizer.decode(new[:2]) + "\n" and "3 tokens; the first" in err
+    assert out == processor.tokenizer.decode(new[:2]) + "\n" and "3 tokens; the first" in err
 
 
 def test_an_answer_does_not_steer_a_terminal_and_reaches_a_pipe_as_it_is(published, loads, monkeypatch, capsys):

@@ -44,7 +44,7 @@ def test_checkpoints_behind_other_urls(published, tmp_path, capsys):
         assert main(["plan", "--model", url, "--topology", "v5e:2x2", "--context=64", "--no-compile"]) == 0
         capsys.readouterr()
         line = refused(capsys, generate(url, "--prompt", "a"))
-        assert line.startswith(f"kimi-jax: {url}: generate reads the tokenizer from a folder on this machine")
+        assert line.startswith(f"kimi-jax: {url}: the tokenizer is read from a folder on this machine")
     finally:
         memory.rm("/cli", recursive=True)
 

@@ -1,10 +1,13 @@
 """The filters against a plain float64 reading of their definitions, and the draw against its probabilities."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kimi_jax.config_json import ConfigError
 from kimi_jax.runtime.sampling import Sampling, checked_seeds, filtered, sample, sampling_rows
 
 LOGITS = np.random.RandomState(0).normal(size=(4, 50)).astype(np.float32) * 2
@@ -132,3 +135,40 @@ def test_greedy_rows_alone_sort_nothing():
     jaxpr = jax.make_jaxpr(sample)(jnp.asarray(LOGITS), values, jnp.zeros(4, jnp.int32)).jaxpr
     assert [eqn.primitive.name for eqn in jaxpr.eqns].count("cond") == 1
     assert "sort" not in {eqn.primitive.name for eqn in jaxpr.eqns}
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (None, Sampling()),
+        ({"eos_token_id": 5}, Sampling()),
+        ({"temperature": 0.6, "top_p": 0.95}, Sampling(0.6, top_p=0.95)),
+        ({"do_sample": True, "top_k": 20, "min_p": 0.01, "top_p": None}, Sampling(1.0, top_k=20, min_p=0.01)),
+        ({"do_sample": False, "temperature": 0.6}, Sampling()),
+        ({"top_p": 0.95}, Sampling()),
+        ({"temperature": 0}, Sampling()),
+    ],
+)
+def test_generation_config_says_how_answers_are_drawn(tmp_path, said, expected):
+    if said is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    assert Sampling.from_folder(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ('{"temperature": -1}', r"temperature is -1, expected a number from 0"),
+        ('{"temperature": "hot"}', r"temperature is 'hot', expected a number"),
+        ('{"temperature": NaN}', r"holds NaN"),
+        ('{"do_sample": 1}', r"do_sample is 1, expected true or false"),
+        ('{"do_sample": true, "top_k": 1.5}', r"top_k is 1\.5, expected an integer"),
+        ('{"do_sample": true, "top_p": 0}', r"top_p is 0, expected a number above 0 to 1"),
+        ('{"do_sample": true, "min_p": 1.5}', r"min_p is 1\.5, expected a number from 0 to 1"),
+        ("[]", r"expected a JSON object"),
+    ],
+)
+def test_a_generation_config_that_says_nonsense_is_named(tmp_path, said, message):
+    (tmp_path / "generation_config.json").write_text(said)
+    with pytest.raises(ConfigError, match=rf"generation_config\.json.*{message}"):
+        Sampling.from_folder(tmp_path)

@@ -1,0 +1,159 @@
+"""Conversations to what a model reads, and its token ids back to text, as the files of one checkpoint's folder say."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from kimi_jax import config_json, media
+from kimi_jax.config import KimiConfig
+from kimi_jax.media.conversation import read_all
+from kimi_jax.model.splice import Media
+from kimi_jax.printable import printable
+from kimi_jax.text import Tokenizer, chat
+from kimi_jax.text.messages import Messages
+from kimi_jax.text.template_choice import follows_k25
+from kimi_jax.text.template_files import has_template
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A conversation as a model takes it: `tokens` int32 [1, t] with every media placeholder expanded, and the images
+    and videos of these placeholders, None where there are none."""
+
+    tokens: np.ndarray
+    media: Media | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Makes prompts for the model in `folder`, and text of the ids that it answers. Build it with `from_folder`.
+
+    template: the chat template as `chat.encode` takes it: "k2.5" or "k2", which are built in, or a folder for its own.
+    """
+
+    folder: Path
+    config: KimiConfig
+    tokenizer: Tokenizer
+    template: str
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> "Processor":
+        """Reads the tokenizer, config.json and chat template of a checkpoint's folder, converted or published.
+
+        Raises FileNotFoundError where a file is missing and ValueError where one is damaged, each naming the file, and
+        ValueError for a URL. Warns where a K2.5 folder brings a chat template that differs from the built-in one.
+        """
+        if "://" in str(path):
+            url = printable(path)
+            raise ValueError(
+                f"{url}: the tokenizer is read from a folder on this machine; `kimi-jax convert {url} FOLDER` brings "
+                "the checkpoint here"
+            )
+        folder = Path(path)
+        tokenizer, config = Tokenizer.from_folder(folder), config_json.from_folder(folder)
+        return cls(folder, config, tokenizer, template_for(folder, config))
+
+    def __call__(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = True,
+        *,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        files: str | Path | None = None,
+    ) -> Prompt:
+        """Returns the prompt of a conversation, with its images and videos opened and cut into patches.
+
+        messages: a list in OpenAI's schema, or a text: the message of one user.
+        tools, thinking: as `chat.render` has them.
+        images, videos: shown before the text where `messages` is one. They are the program's own: each a path, `data:`
+            URL or bytes, an image also a uint8 array or PIL image; a video is an animation.
+        files: the folder whose files a list of messages may name in strings (relative paths begin there); None allows
+            none, so that messages of strangers open nothing. Path, bytes, array and PIL objects in messages are the
+            program's own and are taken.
+
+        Raises ValueError or OSError naming the message, field or file that is wrong.
+        """
+        own = isinstance(messages, str)  # then the program itself, not a stranger, says what is shown
+        messages, parts = _with_parts(messages, images, videos)
+        if not parts:
+            ids = chat.encode(self.tokenizer, messages, tools, thinking, self.template)
+            return Prompt(np.array([ids], np.int32), None)
+        vision, placeholder = self.config.vision, self.config.media_placeholder_token_id
+        if vision is None or placeholder is None:
+            raise ValueError(
+                f"the messages hold {len(parts)} images or videos; a {self.config.model_type} model takes none"
+            )
+        folder = None if files is None else Path(files)
+        sources = [(part.kind, part.source if own else media.from_message(part.source, folder)) for part in parts]
+        patches, grids, chunks = read_all(sources, self.media_config)
+        ids = chat.encode(self.tokenizer, messages, tools, thinking, self.template, videos=chunks)
+        ids = media.expand(ids, grids, placeholder_id=placeholder, merge_kernel_size=vision.merge_kernel_size[0])
+        return Prompt(np.array([ids], np.int32), Media(patches, np.array(grids, np.int32)))
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Returns the text of an answer's ids, up to the first that ends a text or pads a row.
+
+        Other special tokens (`</think>`, those around calls of tools) stand in the text by their names. Raises
+        ValueError for an id beyond the vocabulary.
+        """
+        ends = {*self.config.stop_ids, self.config.text.pad_token_id}
+        return self.tokenizer.decode(takewhile(lambda token: token not in ends, map(int, ids)))
+
+    @functools.cached_property
+    def media_config(self) -> media.MediaConfig:
+        """The numbers of preprocessor_config.json, read when an image or video first needs them.
+
+        Raises FileNotFoundError where there is no such file, and ValueError where it is damaged or has other sizes than
+        the vision tower.
+        """
+        settings = media.MediaConfig.from_folder(self.folder)
+        assert self.config.vision is not None
+        found = (settings.patch_size, (settings.merge_kernel_size,) * 2)
+        expected = (self.config.vision.patch_size, tuple(self.config.vision.merge_kernel_size))
+        if found != expected:
+            raise ValueError(
+                f"{printable(self.folder)}/preprocessor_config.json: patch_size and merge_kernel_size are {found}, "
+                f"but vision_config in config.json has {expected}"
+            )
+        return settings
+
+
+def _with_parts(
+    messages: Messages, images: Sequence[Any], videos: Sequence[Any]
+) -> tuple[Messages, list[chat.MediaPart]]:
+    """Returns the conversation as a list of messages, with its images and videos in the order of the prompt."""
+    for name, given in (("images", images), ("videos", videos)):
+        if not isinstance(given, list | tuple):
+            raise ValueError(f"{name} is {type(given).__name__}, expected a list")
+    if not isinstance(messages, str):
+        if images or videos:
+            raise ValueError("images and videos go with a text; in a list of messages they are parts of a message")
+        return messages, chat.media_parts(messages)
+    parts = [chat.MediaPart("image", one) for one in images] + [chat.MediaPart("video", one) for one in videos]
+    if not parts:
+        return [{"role": "user", "content": messages}], []
+    shown = [{"type": f"{part.kind}_url", f"{part.kind}_url": ""} for part in parts]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": messages}]}], parts
+
+
+def template_for(folder: str | Path, config: KimiConfig) -> str:
+    """Returns the name of the chat template for the checkpoint in `folder`: "k2.5", "k2", or `folder` for its own.
+
+    A text model's own is used where it has one, K2.5's where it writes other prompts than the one built in, with a
+    warning. Raises ValueError, naming the file, where a template cannot be read.
+    """
+    if not has_template(folder):
+        return "k2.5" if config.model_type == "kimi_k25" else "k2"
+    if config.model_type == "kimi_k25":
+        if follows_k25(folder):
+            return "k2.5"
+        warnings.warn(f"{printable(folder)}: its own chat template is used, which differs from K2.5's", stacklevel=2)
+    return str(folder)
