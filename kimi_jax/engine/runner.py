@@ -70,6 +70,7 @@ class Runner:
         self.cache = self.program.cache(pages, slots)
         self.snapshots = self.program.cache(0, places) if places else None
         self.chosen = self.program.nothing_chosen(slots)
+        self.take, self.place = _moves(self.chosen.tokens.sharding)
         # A row for each slot, filled when it is taken over
         self.table = np.zeros((slots, row_pages), np.int32)
         self.stop_ids = np.full((slots, STOP_IDS), -1, np.int32)
@@ -135,8 +136,7 @@ class Runner:
                 self._copy_states(None, into_slot=into_slot)
 
     def _cached(self) -> int:
-        moves: tuple[Any, ...] = (_take, _place)
-        return self.program.compiled + sum(move._cache_size() for move in moves)
+        return self.program.compiled + self.take._cache_size() + self.place._cache_size()
 
     def _enter_page(self, slot: int, sequence: Running, index: int) -> None:
         parts = self.program.sequence
@@ -159,12 +159,12 @@ class Runner:
             tokens=np.full((rows, 1), CHOSEN_BEFORE, np.int32),
             positions=positions[:, None],
             choosing=positions >= 0,
-            before=self.chosen if full else _take(self.chosen, slots),
+            before=self.chosen if full else self.take(self.chosen, slots),
             slots=None if full else self._local(slots),
             phase="decode",
         )
         self.cache, chosen = self.program.step(self.cache, batch)
-        self.chosen = chosen if full else _place(self.chosen, chosen, slots)
+        self.chosen = chosen if full else self.place(self.chosen, chosen, slots)
         return sequences, tuple(places), chosen
 
     def _prefill(self, pieces: tuple[Piece, ...], tokens: int | None = None, media: bool = False) -> Any:
@@ -199,7 +199,7 @@ class Runner:
         )
         self.cache, chosen = self.program.step(self.cache, batch)
         last = np.where(choosing, slots, -1)
-        self.chosen = _place(self.chosen, chosen, last)
+        self.chosen = self.place(self.chosen, chosen, last)
         chosen_for = [piece.sequence for piece in pieces if piece.last]
         return tuple(chosen_for), tuple(sequence.shard for sequence in chosen_for), chosen
 
@@ -247,13 +247,18 @@ def _slice(embeddings: jax.Array, start: jax.Array | int, tokens: int) -> jax.Ar
     return jax.lax.dynamic_slice_in_dim(jnp.pad(embeddings, [(0, tokens), (0, 0)]), start, tokens)
 
 
-@jax.jit
 def _take(chosen: Chosen, slots: jax.Array) -> Chosen:
     return jax.tree.map(lambda x: x[jnp.maximum(slots, 0)], chosen)
 
 
-@jax.jit
 def _place(chosen: Chosen, new: Chosen, slots: jax.Array) -> Chosen:
     """Returns `chosen` [slots] with `new` of some slots; a negative slot is nobody's."""
     at = jnp.where(slots >= 0, slots, len(chosen.tokens))
     return jax.tree.map(lambda x, y: x.at[at].set(y, mode="drop"), chosen, new)
+
+
+@functools.lru_cache(maxsize=16)
+def _moves(placement: jax.sharding.Sharding) -> tuple[Any, Any]:
+    """Returns `_take` and `_place` jitted, with results on all devices, where a step leaves its own: a result that is
+    placed otherwise would compile the next step again."""
+    return jax.jit(_take, out_shardings=placement), jax.jit(_place, out_shardings=placement)

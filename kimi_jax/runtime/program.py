@@ -74,7 +74,8 @@ class Program:
             shardings = jax.tree.map(lambda _: self.placement, shapes)
         else:
             mesh = self.mesh
-            shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), caches.specs(shapes, Partition(mesh)))
+            specs = caches.specs(shapes, Partition(mesh))
+            shardings = jax.tree.map(lambda spec: NamedSharding(mesh, _as_returned(spec)), specs)
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
         )
@@ -186,6 +187,15 @@ def _empty(
     """A jitted function, kept: made anew at every call, it would be compiled at every call."""
     make = functools.partial(caches.empty, config, pages, slots, dtype)
     return jax.jit(make, out_shardings=jax.tree.unflatten(tree, shardings))
+
+
+def _as_returned(spec: PartitionSpec) -> PartitionSpec:
+    """Returns a spec as that of a step's result: without None at its end. In another spelling the first step's cache
+    would compile the second step again."""
+    axes = list(spec)
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
 
 
 def _with_tokens(batch: Batch) -> Batch:
