@@ -19,6 +19,7 @@ from kimi_jax.engine.sequence import Sequence as Running
 from kimi_jax.model.context import PAGE
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.runtime.batch import CHOSEN_BEFORE, Batch, Chosen
+from kimi_jax.runtime.cache import states_alone
 from kimi_jax.runtime.program import Program
 from kimi_jax.runtime.sampling import Sampling, SamplingRows, sampling_rows
 
@@ -68,7 +69,7 @@ class Runner:
         self.chunks, self.decode_rows = tuple(chunks), tuple(decode_rows)
         self.data, self.slots = self.program.data, slots
         self.cache = self.program.cache(pages, slots)
-        self.snapshots = self.program.cache(0, places) if places else None
+        self.snapshots = states_alone(self.program.cache(0, places)) if places else None
         self.chosen = self.program.nothing_chosen(slots)
         self.take, self.place = _moves(self.chosen.tokens.sharding)
         # A row for each slot, filled when it is taken over

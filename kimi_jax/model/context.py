@@ -115,9 +115,9 @@ def write_slots(pool: KDAState, rows: KDAState, context: Context) -> KDAState:
     return jax.tree.map(lambda x, new: x.at[slots].set(new, mode="drop"), pool, rows)
 
 
-def cache_specs(layers: tuple[LayerCache, ...], partition: Partition) -> Any:
+def cache_specs(layers: tuple[LayerCache | None, ...], partition: Partition) -> Any:
     """Returns the PartitionSpec of every array of the layers' caches."""
     mla: Any = MLACache(("pages", None, None))  # type: ignore[arg-type]
     kda: Any = KDAState(("batch", None, "kda_heads"), ("batch", "kda_heads", None, None))  # type: ignore[arg-type]
-    axes = tuple(mla if isinstance(cached, MLACache) else kda for cached in layers)
+    axes = tuple(None if cached is None else mla if isinstance(cached, MLACache) else kda for cached in layers)
     return partition.tree_specs(layers, axes)

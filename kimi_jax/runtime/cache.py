@@ -48,6 +48,12 @@ def _layer(text: TextConfig, kind: str, pages: int, slots: int, dtype: jax.typin
     return KDAState(jnp.zeros(tail, dtype), jnp.zeros((slots, kda.num_heads, kda.head_dim, kda.head_dim), jnp.float32))
 
 
+def states_alone(cache: Cache) -> Cache:
+    """Returns the cache without its pools of pages: a pool for copies of states."""
+    nothing: Any = None
+    return Cache(tuple(layer if isinstance(layer, KDAState) else nothing for layer in cache.layers))
+
+
 def specs(cache: Cache, partition: Partition) -> Any:
     """Returns the PartitionSpec of every array of a cache.
 
@@ -105,7 +111,7 @@ def copy_slots(
     """
 
     def copied(pool: Any, other: Any) -> Any:
-        if isinstance(pool, MLACache):
+        if not isinstance(pool, KDAState):
             return pool
         to = jnp.where(target >= 0, target, len(pool.S))  # past the end, where the scatter drops it
         return jax.tree.map(lambda x, y: x.at[to].set(y[jnp.maximum(source, 0)], mode="drop"), pool, other)
