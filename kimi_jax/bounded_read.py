@@ -1,14 +1,14 @@
-"""Reads a file that may be longer than wanted, or endless, without room for the most that it may have."""
+"""Reads a file up to a limit, in memory for the bytes that it has and not for the limit."""
 
 from typing import BinaryIO
 
-PIECE = 2**20
+PIECE = 2**20  # bytes; a pipe or a device may give fewer at a time
 
 
 def read_at_most(file: BinaryIO, limit: int) -> bytes:
-    """Returns the rest of `file`, or its first `limit + 1` bytes or more where it is longer than `limit`.
+    """Returns the rest of `file`; of a file longer than `limit` bytes, its first `limit + 1` bytes or more.
 
-    `file.read(limit)` allocates `limit` bytes first, of however few the file has; this reads pieces of 1 MiB.
+    It reads pieces of 1 MiB, since `file.read(limit)` allocates `limit` bytes first even for a short file.
     """
     pieces, size = [], 0
     while size <= limit and (piece := file.read(PIECE)):

@@ -1,4 +1,4 @@
-"""Text from files, requests and tensor names, made fit for one line of an error message or a terminal."""
+"""Makes text from files, requests and tensor names fit for one line of an error message or a terminal."""
 
 import unicodedata
 
@@ -7,7 +7,7 @@ _STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def printable(value: object, limit: int = 200) -> str:
-    """Returns `str(value)` in about `limit` characters, cut in its middle, steering ones escaped (`\\x1b`)."""
+    """Returns `str(value)` in about `limit` characters, cut in its middle, with steering ones escaped (`\\x1b`)."""
     text = str(value)
     if len(text) > limit:
         half = limit // 2

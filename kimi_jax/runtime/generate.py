@@ -1,4 +1,4 @@
-"""From prompts to tokens: prefill in chunks, then a step per token, of which results are read one step behind."""
+"""Continues prompts: prefill in chunks, then a decode step for each token, whose result is read one step later."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -33,15 +33,20 @@ def generate(
     min_p: float = 0.0,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> np.ndarray:
-    """Continues prompts: token ids [b, t], right-padded, row i holding `lengths[i]` -> int32 [b, max_new_tokens].
+    """Continues prompts, token ids [b, t] right-padded, and returns the new tokens, int32 [b, max_new_tokens].
 
-    After one of `stop_ids` (which is part of the answer) a row goes on with config.json's `pad_token_id`. None is the
-    model's own stop ids, () never stops. `media` belongs to the placeholders in `tokens`, already expanded. The other
-    arguments are `sampling.Sampling`'s. `seed`, from 0 to 2**63 - 1, is one for all rows alike or one for each [b]: the
-    same prompt and seed draw the same tokens wherever they stand in a batch.
+    lengths: [b], the tokens of each row; None is the whole width.
+    media: belong to the placeholders in `tokens`, which are already expanded (`kimi_jax.media.expand`).
+    stop_ids: end a row, and are part of the answer; the rest of the row is config.json's `pad_token_id`. None stands
+        for the model's own, () never stops.
+    seed: from 0 to 2**63 - 1, one for all rows or one for each [b]. A prompt and seed draw the same tokens in any place
+        of any batch.
+    temperature, top_k, top_p, min_p: see `sampling.Sampling`.
+    prefill_chunk: the most tokens of a row in a prefill step.
+
     Raises ValueError for tokens that are no integers of the vocabulary, lengths that do not fit `tokens`, media that do
     not match the placeholders, prompts that leave no room for `max_new_tokens` within `max_position_embeddings`, and
-    (at the end) for rows whose logits were not finite; `stream` gives the other rows' tokens all the same.
+    (at the end) for rows whose logits were not finite; `stream` yields the tokens of the other rows all the same.
     """
     columns = list(
         stream(
@@ -63,7 +68,7 @@ def generate(
 
 
 class Column(NamedTuple):
-    """One new token of every row: `tokens` int32 [b], `finish` int32 [b], `Finish` so far.
+    """One new token of every row, `tokens` int32 [b], and the row's `Finish` so far, `finish` int32 [b].
 
     A row that was finished before, or whose logits were not finite, has config.json's `pad_token_id`.
     """
@@ -84,28 +89,30 @@ def stream(
     seed: int | ArrayLike = 0,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Iterator[Column]:
-    """`generate`'s columns, as they come; ends when every row is finished. Raises what `generate` raises of arguments
-    before the first is asked for."""
+    """Yields a column of new tokens for each step until every row is finished. Its arguments are those of `generate`.
+
+    Raises `generate`'s errors for arguments at once, before the first column is asked for.
+    """
     config, program = model.config, Program(model)
     ids = token_ids(tokens, config.text.vocab_size)
     lengths = checked_lengths(config, ids, lengths, max_new_tokens)
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
     index = media_index(np.where(np.arange(ids.shape[1]) < lengths[:, None], ids, -1), media, config)
-    rows, more = len(ids), -len(ids) % program.data  # rows of no tokens make the batch divide by the mesh
-    seeds = np.pad(checked_seeds(seed, rows), (0, more))
-    stops = padded_stop_ids(config.stop_ids if stop_ids is None else stop_ids, rows + more, config.text.vocab_size)
-    table = pages_in_order(rows + more, int(lengths.max()) + max_new_tokens, program.data, program.sequence)
+    rows, padding = len(ids), -len(ids) % program.data  # rows without tokens, so that `data` divides the batch
+    seeds = np.pad(checked_seeds(seed, rows), (0, padding))
+    stops = padded_stop_ids(config.stop_ids if stop_ids is None else stop_ids, rows + padding, config.text.vocab_size)
+    table = pages_in_order(rows + padding, int(lengths.max()) + max_new_tokens, program.data, program.sequence)
     steps = prompts(
-        np.pad(ids, [(0, more), (0, 0)]),
-        np.pad(lengths, (0, more)),
+        np.pad(ids, [(0, padding), (0, 0)]),
+        np.pad(lengths, (0, padding)),
         table,
         chunk=prefill_chunk,
         max_new_tokens=max_new_tokens,
-        sampling=[sampling] * (rows + more),
+        sampling=[sampling] * (rows + padding),
         seeds=seeds,
         stop_ids=stops,
-        media_index=None if index is None else np.pad(index, [(0, more), (0, 0)], constant_values=-1),
+        media_index=None if index is None else np.pad(index, [(0, padding), (0, 0)], constant_values=-1),
         media=None if media is None else model.encode_media_padded(media),
     )
     return _columns(program, steps, table, lengths, max_new_tokens)
@@ -121,7 +128,7 @@ def _columns(
     finished = np.zeros(rows, bool)
     for i in range(max_new_tokens):
         previous = chosen
-        if i + 1 < max_new_tokens:  # the device goes on while its last tokens are read
+        if i + 1 < max_new_tokens:  # dispatched first, so that the device works while its last tokens are read
             cache, chosen = program.step(cache, batch.next_token(np.maximum(positions + i, -1), previous))
         new, finish = (np.asarray(array)[:rows] for array in previous)
         unusable = finished | (finish == Finish.NOT_FINITE)
@@ -134,7 +141,7 @@ def _columns(
 def checked_lengths(
     config: KimiConfig, tokens: ArrayLike, lengths: ArrayLike | None, max_new_tokens: int
 ) -> np.ndarray:
-    """`lengths` int32 [b], the whole width where None; raises what `generate` raises of tokens and lengths."""
+    """Returns `lengths` as int32 [b], for None the whole width. Raises `generate`'s errors for tokens and lengths."""
     rows, width = token_ids(tokens, config.text.vocab_size).shape
     found = np.full(rows, width) if lengths is None else integers("lengths", lengths)
     if found.shape != (rows,) or found.min() < 1 or found.max() > width:
