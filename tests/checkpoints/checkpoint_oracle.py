@@ -49,8 +49,8 @@ def in_tree(tree: dict[str, Any], name: str) -> np.ndarray:
     """The published tensor `name` in a restored tree: the nested keys are the name's own, the prefix off, Kimi
     Linear's experts under DeepSeek-V3's names, an expert's number the index of the leading axis."""
     name = name.removeprefix("language_model.").replace("block_sparse_moe", "mlp")
-    for theirs, ours in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
-        name = name.replace(f".{theirs}.", f".{ours}.")
+    for published, stored in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        name = name.replace(f".{published}.", f".{stored}.")
     expert = re.search(r"\.experts\.(\d+)\.", name)
     node: Any = tree
     for key in re.sub(r"(\.experts)\.\d+\.", r"\1.", name).split("."):

@@ -88,7 +88,7 @@ def test_shards_are_as_the_library_has_them(converted: dict[str, Path], tmp_path
         f"model-{i + 1:05d}-of-{len(files):06d}.safetensors" for i in range(len(files))
     ]
     assert len(files) > 3
-    held, total = {}, 0
+    weight_map, total = {}, 0
     for file in files:
         data = file.read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")
@@ -100,8 +100,8 @@ def test_shards_are_as_the_library_has_them(converted: dict[str, Path], tmp_path
             itemsize = {"BF16": 2, "F32": 4, "I32": 4}[entry["dtype"]]
             assert entry["data_offsets"][0] % itemsize == 0, name
         with safe_open(file, "np") as opened:
-            held |= dict.fromkeys(opened.keys(), file.name)
-    assert index["weight_map"] == held and index["metadata"]["total_size"] == total
+            weight_map |= dict.fromkeys(opened.keys(), file.name)
+    assert index["weight_map"] == weight_map and index["metadata"]["total_size"] == total
 
 
 def test_memory_is_some_chunks_whatever_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def planned(folder: Path, **asked: Any) -> tuple[Plan, Published]:
     return plan(published, contents(config_json.from_folder(folder), published), **asked), published
 
 
-def made(plan: Plan, published: Published) -> dict[str, Any]:
+def run_plan(plan: Plan, published: Published) -> dict[str, Any]:
     """What the jobs make, as the tree that would be stored; every chunk once."""
     arrays = {leaf.path: np.zeros(leaf.shape, leaf.dtype) for leaf in plan.leaves}
     cuts = {leaf.path: layout.layout(leaf) for leaf in plan.leaves}
@@ -77,7 +77,7 @@ def test_experts_in_every_form(
 ) -> None:
     monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)  # several chunks a leaf, which cut FP8 blocks
     tensors = read_all(sources[source])
-    tree = made(*planned(sources[source], experts=experts, dtype="bfloat16"))
+    tree = run_plan(*planned(sources[source], experts=experts, dtype="bfloat16"))
     for name, (_, value) in values(tensors).items():
         stem = name.removesuffix(".weight")
         if ".experts." not in name:
@@ -101,7 +101,7 @@ def test_experts_in_every_form(
 def test_int4_words_are_found_again(sources: dict[str, Path]) -> None:
     """Quantising what INT4 reads as gives the published words: kept or through bf16, the result is the same."""
     tensors = read_all(sources["int4"])
-    tree = made(*planned(sources["int4"]))
+    tree = run_plan(*planned(sources["int4"]))
     for name, tensor in tensors.items():
         if name.endswith(("_packed", "_scale")):
             assert same_bytes(in_tree(tree, name), tensor)
@@ -115,7 +115,7 @@ def test_int4_words_are_found_again(sources: dict[str, Path]) -> None:
 def test_what_keeps_its_form_is_copied(sources: dict[str, Path], source: str, asked: Any) -> None:
     folder = sources[source]
     plan, published = planned(folder, **asked)
-    tree = made(plan, published)
+    tree = run_plan(plan, published)
     for name, tensor in read_all(folder).items():
         if not name.endswith("_shape"):
             assert same_bytes(in_tree(tree, name), tensor), name
@@ -125,7 +125,7 @@ def test_what_keeps_its_form_is_copied(sources: dict[str, Path], source: str, as
 def test_fp8_becomes_bf16_unless_asked(sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)
     plan, published = planned(sources["fp8"])
-    tree = made(plan, published)
+    tree = run_plan(plan, published)
     tensors = read_all(sources["fp8"])
     assert {name for name, tensor in tensors.items() if tensor.dtype == FP8} == {
         name for name in tensors if name.endswith(LINEARS)
@@ -138,7 +138,7 @@ def test_fp8_becomes_bf16_unless_asked(sources: dict[str, Path], monkeypatch: py
 
 
 def test_the_rest_in_float32(sources: dict[str, Path]) -> None:
-    tree = made(*planned(sources["fp8"], dtype="float32"))
+    tree = run_plan(*planned(sources["fp8"], dtype="float32"))
     for name, (value, rounded) in values(read_all(sources["fp8"])).items():
         right = rounded.astype(BF16) if ".experts." in name else value.astype(np.float32)
         assert same_bytes(in_tree(tree, name), right), name
@@ -181,7 +181,7 @@ def test_a_scale_that_is_not_finite(
         stream.seek(place.offset)
         stream.write(nan.tobytes())
     with pytest.raises(CheckpointError, match=rf"{place.file.name}: tensor {name} has a scale in row 0 that is"):
-        made(*planned(folder, experts=experts))
+        run_plan(*planned(folder, experts=experts))
 
 
 @pytest.mark.parametrize("source", ["bf16", "fp8"])
@@ -193,7 +193,7 @@ def test_a_weight_that_is_not_finite_is_not_quantised(sources: dict[str, Path], 
         stream.seek(place.offset + place.nbytes - 2)
         stream.write(b"\xff\xff")
     with pytest.raises(CheckpointError, match=rf"{place.file.name}: tensor {name} holds NaN or infinity"):
-        made(*planned(folder, experts="int4"))
+        run_plan(*planned(folder, experts="int4"))
 
 
 def test_experts_that_do_not_divide_into_groups(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_holds_what_was_published(request: pytest.FixtureRequest, like: str, kin
         assert found[path].devices() == {jax.devices()[0]}
 
 
-def lies(path: tuple[Any, ...]) -> tuple[Any, ...]:
+def expected_spec(path: tuple[Any, ...]) -> tuple[Any, ...]:
     """Over which mesh axes the dimensions of a parameter lie, of a mesh of experts and tensors."""
     both, names = ("expert", "tensor"), [str(part) for part in path]
     if "experts" in names:
@@ -99,15 +99,15 @@ def test_either_kind_lies_on_the_mesh_as_asked(
     published: dict[str, Path], converted: dict[str, Path], like: str
 ) -> None:
     mesh = make_mesh("1x2x4")
-    alone = variables(load(published[like]))
+    single_device = variables(load(published[like]))
     for folder in (published[like], converted[like]):
         found = variables(load(folder, mesh))
-        assert found.keys() == alone.keys()
+        assert found.keys() == single_device.keys()
         for path, value in found.items():
-            sharding = NamedSharding(mesh, PartitionSpec(*lies(path)))
+            sharding = NamedSharding(mesh, PartitionSpec(*expected_spec(path)))
             assert value.sharding.is_equivalent_to(sharding, value.ndim), path
-            assert value.dtype == alone[path].dtype
-            np.testing.assert_array_equal(np.asarray(value), np.asarray(alone[path]), err_msg=str(path))
+            assert value.dtype == single_device[path].dtype
+            np.testing.assert_array_equal(np.asarray(value), np.asarray(single_device[path]), err_msg=str(path))
 
 
 @pytest.mark.parametrize("kind", ["published", "converted"])
@@ -137,22 +137,22 @@ def test_stored_float32_stays_float32(spoiled: Any) -> None:
 def test_small_batches_give_the_same(
     published: dict[str, Path], converted: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = variables(load(published["k2.5"]))
-    held: list[int] = []
+    expected_values = variables(load(published["k2.5"]))
+    batch_bytes: list[int] = []
     arrays = orbax._Reader.arrays
 
     def counting(self: Any, leaves: Any) -> Any:
-        held.append(sum(leaf.nbytes for leaf in leaves))
+        batch_bytes.append(sum(leaf.nbytes for leaf in leaves))
         return arrays(self, leaves)
 
     monkeypatch.setattr(orbax._Reader, "arrays", counting)
     monkeypatch.setattr(orbax, "BATCH_BYTES", 20_000)
     largest = 2 * (384 * 384 + 384)  # the projector's first layer, more than a batch, goes alone
     for folder in (published["k2.5"], converted["k2.5"]):
-        held.clear()
+        batch_bytes.clear()
         found = variables(load(folder))
-        assert max(held) == largest and len(held) > 20
-        assert all(same_bytes(found[path], np.asarray(value)) for path, value in whole.items())
+        assert max(batch_bytes) == largest and len(batch_bytes) > 20
+        assert all(same_bytes(found[path], np.asarray(value)) for path, value in expected_values.items())
 
 
 def test_replicas_do_not_read_twice(published: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,13 +250,13 @@ def test_text_without_vision(converted: dict[str, Path]) -> None:
 
 
 def test_behind_a_url(published: dict[str, Path], converted: dict[str, Path]) -> None:
-    alone = variables(load(published["k2.5"]))
+    expected_values = variables(load(published["k2.5"]))
     memory = fsspec.filesystem("memory")
     try:
         for kind, folder in (("published", published["k2.5"]), ("converted", converted["k2.5"])):
             memory.put(f"{folder}/", f"/bucket/{kind}/", recursive=True)
             found = variables(load(f"memory://bucket/{kind}", make_mesh("2x4")))
-            assert all(same_bytes(found[path], np.asarray(value)) for path, value in alone.items())
+            assert all(same_bytes(found[path], np.asarray(value)) for path, value in expected_values.items())
     finally:
         memory.rm("/bucket", recursive=True)
 

@@ -26,8 +26,8 @@ def test_dequantize_reads_real_weights():
     weight = dequantize_int4(packed, scale)
     # -0.0 does not occur: a code of zero times a positive scale is +0.0.
     np.testing.assert_array_equal(weight.view(np.uint16)[0], [int(bits) for bits in REAL_WEIGHT.split()])
-    again, rescaled = quantize_int4(weight.astype(np.float32))
-    np.testing.assert_array_equal(again, packed)
+    requantized, rescaled = quantize_int4(weight.astype(np.float32))
+    np.testing.assert_array_equal(requantized, packed)
     np.testing.assert_array_equal(rescaled.view(np.uint16), scale.view(np.uint16))
 
 
@@ -60,8 +60,8 @@ def test_quantize_is_within_half_a_step_and_its_result_a_fixed_point(seed, expon
     step = np.repeat(scale.astype(np.float32), 32, axis=1)
     # The rounding of q * s to bf16 adds up to 7/256 of a step.
     assert (np.abs(read.astype(np.float32) - weight.astype(np.float32)) <= step * (0.5 + 7 / 256)).all()
-    again, rescaled = quantize_int4(read.astype(np.float32))
-    np.testing.assert_array_equal(again, packed)
+    requantized, rescaled = quantize_int4(read.astype(np.float32))
+    np.testing.assert_array_equal(requantized, packed)
     np.testing.assert_array_equal(rescaled, scale)
 
 
@@ -72,8 +72,8 @@ def test_every_bf16_scale_that_a_group_can_have_is_found_again():
     groups[:, 3] = largest
     packed, scale = quantize_int4(groups)
     assert ((packed[:, 0].view(np.uint32) >> 12) & 0xF == 15).all()  # 7 + 8
-    again, rescaled = quantize_int4(dequantize_int4(packed, scale))
-    np.testing.assert_array_equal(again, packed)
+    requantized, rescaled = quantize_int4(dequantize_int4(packed, scale))
+    np.testing.assert_array_equal(requantized, packed)
     np.testing.assert_array_equal(rescaled, scale)
 
 

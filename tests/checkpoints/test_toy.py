@@ -211,7 +211,7 @@ def test_weights_are_drawn_at_the_scales_that_the_docstring_promises():
 TINY = {"num_hidden_layers": 2, "vt_num_hidden_layers": 1, "hidden_size": 128, "n_routed_experts": 4}
 
 
-def made(folder, config, **asked):
+def make_and_read(folder, config, **asked):
     return read_all(make_toy(folder, config, **asked))
 
 
@@ -220,7 +220,7 @@ def test_a_toy_by_rows_has_the_tensors_of_one_drawn_whole(tmp_path, form, monkey
     config = described(toy_config("k2.5", **TINY), form)
     whole = {name: (array.dtype, array.shape) for name, array in published_tensors(config)}
     monkeypatch.setattr(draw, "BLOCK_WEIGHTS", 50_000)
-    tensors = made(tmp_path / "toy", config, shard_bytes=500_000)
+    tensors = make_and_read(tmp_path / "toy", config, shard_bytes=500_000)
     assert {name: (array.dtype, array.shape) for name, array in tensors.items()} == whole
     assert json.loads((tmp_path / "toy" / "config.json").read_text()) == config
     assert len(list((tmp_path / "toy").glob("*.safetensors"))) > 2
@@ -229,7 +229,7 @@ def test_a_toy_by_rows_has_the_tensors_of_one_drawn_whole(tmp_path, form, monkey
 
 def test_a_toy_by_rows_is_drawn_at_the_same_scales(tmp_path):
     config = toy_config("k2.5", **TINY)
-    tensors, whole = made(tmp_path / "toy", config), dict(published_tensors(config))
+    tensors, whole = make_and_read(tmp_path / "toy", config), dict(published_tensors(config))
     assert not set(tensors) ^ set(whole)
     for name, array in whole.items():
         if name.endswith("_packed"):
@@ -246,7 +246,7 @@ def test_a_toy_by_rows_is_drawn_at_the_same_scales(tmp_path):
 
 
 def test_drawn_words_are_what_quantising_gives(tmp_path):
-    tensors = made(tmp_path / "toy", toy_config("k2.5", **TINY))
+    tensors = make_and_read(tmp_path / "toy", toy_config("k2.5", **TINY))
     for name in [name for name in tensors if name.endswith("_packed")]:
         packed, scale = tensors[name], tensors[name.replace("_packed", "_scale")]
         again = quantize_int4(dequantize_int4(packed, scale))
@@ -256,7 +256,7 @@ def test_drawn_words_are_what_quantising_gives(tmp_path):
 
 def test_a_toy_by_rows_is_the_same_again_and_another_with_another_seed(tmp_path):
     config = toy_config("kimi-linear", num_hidden_layers=2, num_experts=2, linear_attn_config=KDA_ONLY)
-    first, again, other = (made(tmp_path / f"{i}", config, seed=seed) for i, seed in enumerate((1, 1, 2)))
+    first, again, other = (make_and_read(tmp_path / f"{i}", config, seed=seed) for i, seed in enumerate((1, 1, 2)))
     for name, array in first.items():
         assert array.tobytes() == again[name].tobytes() != other[name].tobytes(), name
 
@@ -302,7 +302,7 @@ def test_weights_of_a_published_folder_are_copied(tmp_path):
     source = write_toy(tmp_path / "source", toy_config("k2.5", hidden_size=64, num_hidden_layers=3))
     (source / "chat_template.jinja").write_text("{{ x }}")
     config = cut_config(json.loads((source / "config.json").read_text()), layers=2, experts=3, vision_layers=1)
-    copied = made(tmp_path / "copied", config, source=source)
+    copied = make_and_read(tmp_path / "copied", config, source=source)
     assert copied.keys() == {entry.name for weight in weights(config) for entry in weight.entries}
     whole = read_all(source)
     for name, array in copied.items():

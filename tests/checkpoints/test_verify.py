@@ -94,8 +94,8 @@ def test_forms_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for finding in found.problems:
         assert 0.05 < finding.max_error < 0.08 and 0.08 < finding.rms_error < 0.13
     # what two conversions read as the same, is the same to the last bit
-    back = convert(write_toy(tmp_path / "int4-in", FORMS["int4"]), tmp_path / "back", experts="bf16").destination
-    assert not problems(tmp_path / "int4-in", back, tolerance=0.0)
+    restored = convert(write_toy(tmp_path / "int4-in", FORMS["int4"]), tmp_path / "back", experts="bf16").destination
+    assert not problems(tmp_path / "int4-in", restored, tolerance=0.0)
 
 
 def test_nan_is_never_the_same(published: dict[str, Path], spoiled: Any) -> None:

@@ -84,9 +84,9 @@ def test_transformers_own_kimi_linear():
 
 def test_transformers_own_vision_names():
     raw = json.loads((HERE / "configs" / "kimi-k2.5.json").read_text())
-    theirs = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "pos_emb_height")
-    theirs += ("pos_emb_time", "pos_emb_width", "patch_size", "merge_kernel_size", "hidden_act", "rope_parameters")
-    raw["vision_config"] = {name: raw["vision_config"][name] for name in theirs}
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "pos_emb_height")
+    names += ("pos_emb_time", "pos_emb_width", "patch_size", "merge_kernel_size", "hidden_act", "rope_parameters")
+    raw["vision_config"] = {name: raw["vision_config"][name] for name in names}
     del raw["media_placeholder_token_id"]
     assert from_dict(raw).vision == preset("kimi-k2.5").vision
     raw["projection_layer_norm_eps"] = 1e-6

@@ -57,7 +57,7 @@ def batch():
 
 
 @pytest.fixture(scope="module")
-def alone(batch):
+def single_device(batch):
     """name -> the parameters, and their loss and gradients on a single device."""
     found = {}
 
@@ -78,12 +78,12 @@ def alone(batch):
         ("kimi-linear", "1x2x2x2", SERVE, False),
     ],
 )
-def test_gradients_on_a_mesh(monkeypatch, alone, batch, name, shape, rules, dispatches):
+def test_gradients_on_a_mesh(monkeypatch, single_device, batch, name, shape, rules, dispatches):
     # Given a model whose weights are sharded over eight devices
     if dispatches:
         monkeypatch.setattr(expert_dispatch, "MIN_BYTES_SAVED", -1e9)
     mesh = make_mesh(shape)
-    params, expected_loss, expected = alone(name)
+    params, expected_loss, expected = single_device(name)
     shardings = weight_shardings(params, mesh, rules)
     loss, gradients = loss_and_gradients(name, Partition(mesh, rules), jax.device_put(params, shardings), *batch)
     # Then loss and gradients are those of one device

@@ -38,7 +38,7 @@ def prefill_and_steps(model, tokens, lengths):
 
 
 @pytest.fixture(scope="module")
-def alone(model, prompts):
+def single_device(model, prompts):
     """name -> the logits on one device (which test_goldens.py holds to the reference)."""
     found = {}
 
@@ -68,11 +68,11 @@ def check_messages(hlo, text, mesh, most):
 
 @pytest.mark.parametrize(("shape", "most"), MESHES)
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_and_decoding_on_a_mesh(checkpoint, alone, prompts, name, shape, most):
+def test_prefill_and_decoding_on_a_mesh(checkpoint, single_device, prompts, name, shape, most):
     mesh = make_mesh(shape)
     model = kimi_jax.load(checkpoint(name), mesh=mesh, dtype=jnp.float32)
     logits, step = prefill_and_steps(model, *prompts)
-    np.testing.assert_allclose(logits, alone(name), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(logits, single_device(name), rtol=0, atol=ATOL)
     if name == "k2.5":
         check_messages(step, model.config.text, mesh, most)
     # And each device holds its share: two of 16 experts, its heads' part of the attention, its words
@@ -98,12 +98,12 @@ def test_a_whole_pass_and_odd_numbers_on_a_mesh(checkpoint, model):
     meshed = kimi_jax.load(checkpoint(name), mesh=make_mesh("2x1x2x2"), dtype=jnp.float32)
     new = kimi_jax.generate(meshed, np.asarray(tokens), max_new_tokens=2, stop_ids=())
     longer = jnp.concatenate([tokens, new[:, :1]], axis=1)
-    alone = np.asarray(model(name)(longer))
+    single_device = np.asarray(model(name)(longer))
     # Then a whole pass has the logits of one device, and so does one with two rows of 32, which are split
-    np.testing.assert_allclose(meshed(tokens), alone[:, :31], rtol=0, atol=ATOL)
-    np.testing.assert_allclose(meshed(longer[:2]), alone[:2], rtol=0, atol=ATOL)
+    np.testing.assert_allclose(meshed(tokens), single_device[:, :31], rtol=0, atol=ATOL)
+    np.testing.assert_allclose(meshed(longer[:2]), single_device[:2], rtol=0, atol=ATOL)
     # And the new tokens are one device's
-    np.testing.assert_array_equal(new, alone[:, 30:].argmax(-1))
+    np.testing.assert_array_equal(new, single_device[:, 30:].argmax(-1))
 
 
 def test_a_batch_that_cannot_be_sharded(checkpoint):

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     return write_toy(tmp_path_factory.mktemp("processes") / "k2", toy_config("k2", **SIZES))
 
 
-def together(*folders):
+def run_job(*folders):
     """One process with four devices for each folder, all in one job -> (exit code, standard output, error) of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -56,15 +56,15 @@ def together(*folders):
 def test_two_processes_give_the_tokens_of_one(folder, capsys):
     # Given what one process with eight devices says
     assert main(["generate", str(folder), *OPTIONS]) == 0
-    alone = capsys.readouterr().out
-    assert len(alone) > 3
+    single = capsys.readouterr().out
+    assert len(single) > 3
 
     # When two with four each do the same
-    first, second = together(folder, folder)
+    first, second = run_job(folder, folder)
 
     # Then the first says it, the second nothing
     assert (first[0], second[0]) == (0, 0), (first, second)
-    assert (first[1], second[1]) == (alone, "")
+    assert (first[1], second[1]) == (single, "")
     assert "8 tokens; the first after" in first[2] and "tokens" not in second[2]
     # and each has read its half of the experts, and what is everybody's
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -75,7 +75,7 @@ def test_two_processes_give_the_tokens_of_one(folder, capsys):
 
 
 def test_one_that_fails_ends_all_with_its_reason(folder, tmp_path):
-    first, second = together(folder, tmp_path / "nowhere")
+    first, second = run_job(folder, tmp_path / "nowhere")
     for code, out, err in (first, second):
         assert (code, out) == (1, "")
         assert re.findall("^kimi-jax: .*", err, re.M) == [
@@ -99,14 +99,14 @@ def test_flags_that_do_not_go_together(folder, flags, reason, capsys):
 @pytest.mark.parametrize(
     "said", ["coordinator_address should be defined.", "distributed.initialize should only be called once."]
 )
-def test_processes_that_do_not_meet(folder, said, monkeypatch, capsys):
+def test_processes_that_do_not_meet(folder, reason, monkeypatch, capsys):
     # (this process has its devices already, and JAX can therefore not join anything)
-    def initialize(*who):
-        assert who == ("host:1", 2, 0)
-        raise ValueError(said)
+    def initialize(*arguments):
+        assert arguments == ("host:1", 2, 0)
+        raise ValueError(reason)
 
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     job = ["--distributed", "--coordinator", "host:1", "--num-processes", "2", "--process-id", "0"]
     assert main(["generate", str(folder), *OPTIONS, *job]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"kimi-jax: the processes did not meet ({said}); on a TPU pod") and "--process-id I" in err
+    assert err.startswith(f"kimi-jax: the processes did not meet ({reason}); on a TPU pod") and "--process-id I" in err

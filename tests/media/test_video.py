@@ -62,8 +62,8 @@ def test_video_frames_have_their_own_limit():
     frames = [Image.fromarray(noise(90, 60, seed)) for seed in range(2)]
     chunk = video_patches(frames, 2.0, config(in_patch_limit_each_frame=8))[0]
     assert chunk.grid == (2, 4, 4)
-    alone = [image_patches(frame, config(in_patch_limit=8))[0] for frame in frames]
-    np.testing.assert_array_equal(chunk.patches, np.concatenate(alone))
+    stills = [image_patches(frame, config(in_patch_limit=8))[0] for frame in frames]
+    np.testing.assert_array_equal(chunk.patches, np.concatenate(stills))
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,8 @@ def test_packing_inverts_unpacking(words):
     codes, kernel_scales = unpack_int4(words, scales)
     assert codes.shape == (words.shape[0], words.shape[2] * 8, words.shape[1])
     np.testing.assert_array_equal(kernel_scales, scales.swapaxes(1, 2))
-    again, published = pack_int4(codes, kernel_scales)
-    np.testing.assert_array_equal(again, words)
+    packed, published = pack_int4(codes, kernel_scales)
+    np.testing.assert_array_equal(packed, words)
     np.testing.assert_array_equal(published, scales)
 
 

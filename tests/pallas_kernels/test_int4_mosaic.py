@@ -26,11 +26,11 @@ GATE, UP = (quantize_int4(jnp.asarray(RNG.normal(size=(EXPERTS, K, N)), jnp.floa
 V5 = Chip(bf16_vpu=False, mxu=128, vmem=128 * 2**20)
 
 
-def rows(tokens, own, dtype, inputs=K):
+def rows(tokens, span, dtype, inputs=K):
     """x whose rows that are not `own` are poison, and the same in float64 with zeros there."""
     x = jnp.asarray(RNG.normal(size=(tokens, inputs)), dtype)
-    mine = ((own.start <= jnp.arange(tokens)) & (jnp.arange(tokens) < own.stop))[:, None]
-    return jnp.where(mine, x, jnp.nan), np.asarray(jnp.where(mine, x, 0), np.float64)
+    inside = ((span.start <= jnp.arange(tokens)) & (jnp.arange(tokens) < span.stop))[:, None]
+    return jnp.where(inside, x, jnp.nan), np.asarray(jnp.where(inside, x, 0), np.float64)
 
 
 def compiled():
@@ -43,13 +43,13 @@ def compiled():
 OPS = compiled()
 
 
-def check(sizes, tokens, dtype, tolerance, first=0, held=EXPERTS, ops=OPS, draws=1):
+def check(sizes, tokens, dtype, tolerance, first=0, experts=EXPERTS, ops=OPS, draws=1):
     """Both ops against float64, over `draws` of x."""
     edges = np.concatenate([[0], np.cumsum(sizes)])
     sizes = jnp.asarray(sizes, jnp.int32)
-    gate, up = (tuple(array[:held] for array in pair) for pair in (GATE, UP))
+    gate, up = (tuple(array[:experts] for array in pair) for pair in (GATE, UP))
     xs, exacts = zip(
-        *[rows(tokens, slice(edges[first], edges[first + held]), dtype) for _ in range(draws)], strict=True
+        *[rows(tokens, slice(edges[first], edges[first + experts]), dtype) for _ in range(draws)], strict=True
     )
     for op, exact_op, weights in (
         (ops[0], reference.int4_grouped_matmul, gate),

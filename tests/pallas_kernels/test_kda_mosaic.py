@@ -62,16 +62,16 @@ def check_packed(run, dtype, arrays, initial, ids, tolerances):
     rows, segments = initial.shape[:2]
     for array in arrays:
         array[:, ids < 0] = np.nan
-    given = rounded(arrays, dtype)
-    alone = [np.zeros((segments, *array.shape), np.float64) for array in given]
-    for array, placed in zip(given, alone, strict=True):
+    inputs = rounded(arrays, dtype)
+    padded = [np.zeros((segments, *array.shape), np.float64) for array in inputs]
+    for array, placed in zip(inputs, padded, strict=True):
         for n in range(segments):
             placed[n, :, : np.sum(ids == n)] = np.asarray(array, np.float64)[:, ids == n]
-    alone = [placed.reshape(segments * rows, *placed.shape[2:]) for placed in alone]
-    expected_o, expected = exact(*alone, np.moveaxis(initial, 1, 0).reshape(segments * rows, *initial.shape[2:]))
+    padded = [placed.reshape(segments * rows, *placed.shape[2:]) for placed in padded]
+    expected_o, expected = exact(*padded, np.moveaxis(initial, 1, 0).reshape(segments * rows, *initial.shape[2:]))
 
     # When the kernel takes the packed rows
-    o, after = run(*given, jnp.asarray(initial), jnp.asarray(np.tile(ids, (rows, 1))))
+    o, after = run(*inputs, jnp.asarray(initial), jnp.asarray(np.tile(ids, (rows, 1))))
 
     # Then it finds what the recurrence finds, and leaves padding and empty segments alone
     assert o.dtype == dtype and after.dtype == jnp.float32

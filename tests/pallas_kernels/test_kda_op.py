@@ -248,8 +248,8 @@ def test_gradients_of_packed_rows_with_poisoned_padding(monkeypatch):
         with jax.enable_x64(True):
             wide = [jnp.asarray(array[:, tokens], jnp.float64) for array in PACKED_INPUTS[:5]]
             state = jnp.asarray(initial[:, segment], jnp.float64)
-            alone = partial(loss, normed, [weights[0][:, tokens], weights[1][:, segment]])
-            expected = jax.jit(jax.grad(alone, argnums=range(6)))(*wide, state)
+            exact_loss = partial(loss, normed, [weights[0][:, tokens], weights[1][:, segment]])
+            expected = jax.jit(jax.grad(exact_loss, argnums=range(6)))(*wide, state)
         check_gradients([*(array[:, tokens] for array in found[:5]), found[5][:, segment]], expected, 1e-5)
     np.testing.assert_array_equal(found[5][:, 1], weights[1][:, 1])
     assert not any(np.asarray(array)[ids < 0].any() for array in found[:5])

@@ -85,9 +85,9 @@ def test_poison_stays_with_its_sequence():
     arrays = [np.array(array) for array in arguments(STEP[2], jnp.float32)]
     for array in arrays:
         array[1] = np.nan
-    others = np.array([0, 2, 3, 4])
+    clean = np.array([0, 2, 3, 4])
     found = RUN["mosaic_tpu"](*arrays)
-    check([array[others] for array in found], [array[others] for array in arrays], 1e-6)
+    check([array[clean] for array in found], [array[clean] for array in arrays], 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

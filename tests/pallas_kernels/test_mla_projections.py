@@ -30,8 +30,8 @@ def query_arguments(shape, dtype):
         return jnp.asarray(rng.normal(size=size), dtype)
 
     angles = rng.uniform(0, 100, size=(shape.B, shape.R // 2)) if shape.rotates else None
-    twice = None if angles is None else np.concatenate([angles, angles], axis=1)
-    rotation = None if twice is None else tuple(jnp.asarray(f(twice), jnp.float32) for f in (np.cos, np.sin))
+    doubled = None if angles is None else np.concatenate([angles, angles], axis=1)
+    rotation = None if doubled is None else tuple(jnp.asarray(f(doubled), jnp.float32) for f in (np.cos, np.sin))
     low = random(shape.B, shape.C), random(shape.B, shape.L + shape.R)
     norms = (1 + 0.1 * random(shape.C) if shape.norms else None), 1 + 0.1 * random(shape.L)
     weights = random(shape.H * (shape.N + shape.R), shape.C), random(shape.H * 2 * shape.N, shape.L)

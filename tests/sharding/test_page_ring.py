@@ -52,11 +52,11 @@ def test_every_token_lies_on_one_device_and_first_in_its_pages():
     np.testing.assert_array_equal(numbers, np.arange(8).reshape(2, 4).T)
     for row, length in enumerate(lengths):
         for device in range(DEVICES):
-            here = [position for position in range(length) if position // PAGE % DEVICES == device]
-            assert count[device, row] == len(here)
-            expected = [position // PAGE // DEVICES * PAGE + position % PAGE for position in here]
-            assert own[device, row][own[device, row] >= 0].tolist() == expected == list(range(len(here)))
-            assert np.flatnonzero(own[device, row] >= 0).tolist() == here
+            local = [position for position in range(length) if position // PAGE % DEVICES == device]
+            assert count[device, row] == len(local)
+            expected = [position // PAGE // DEVICES * PAGE + position % PAGE for position in local]
+            assert own[device, row][own[device, row] >= 0].tolist() == expected == list(range(len(local)))
+            assert np.flatnonzero(own[device, row] >= 0).tolist() == local
 
 
 @pytest.mark.parametrize(

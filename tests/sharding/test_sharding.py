@@ -131,10 +131,10 @@ def test_equal_partitions_are_equal_values():
 
 
 def test_without_a_mesh_nothing_is_sharded():
-    for alone in (Partition(), partition((1, 1, 1, 1), TRAIN)):
-        assert alone.spec(("expert", "embed"), (3, 5)) == PartitionSpec(None, None)
-        assert (alone.devices, alone.num_shards("heads"), alone.mesh_axes) == (1, 1, ())
-        assert alone.shard_map(print, (), ()) is print
+    for single_device in (Partition(), partition((1, 1, 1, 1), TRAIN)):
+        assert single_device.spec(("expert", "embed"), (3, 5)) == PartitionSpec(None, None)
+        assert (single_device.devices, single_device.num_shards("heads"), single_device.mesh_axes) == (1, 1, ())
+        assert single_device.shard_map(print, (), ()) is print
 
 
 def test_each_device_holds_its_share():

@@ -151,17 +151,17 @@ def make_toy(folder, *flags):
 
 
 def test_a_toy_is_made_converted_exported_and_verified(tmp_path, capsys):
-    toy, orbax, back = (str(tmp_path / name) for name in ("toy", "orbax", "back"))
+    toy, orbax, exported = (str(tmp_path / name) for name in ("toy", "orbax", "back"))
     assert make_toy(toy, "--form", "fp8", "--shard-size", "300KB") == 0
     size = sum(file.stat().st_size for file in (tmp_path / "toy").iterdir())
     assert capsys.readouterr().out == f"{toy}: {size:,} bytes\n"
     assert len(list((tmp_path / "toy").glob("*.safetensors"))) > 1
     assert main(["convert", toy, orbax, "--experts", "int4", "--dtype", "float32"]) == 0
-    assert main(["export", orbax, back]) == 0
+    assert main(["export", orbax, exported]) == 0
     out = capsys.readouterr().out.splitlines()[-1]
-    assert out.startswith(f"{back}: ") and "bytes in 1 shards; carried along: config.json, generation_" in out
+    assert out.startswith(f"{exported}: ") and "bytes in 1 shards; carried along: config.json, generation_" in out
 
-    assert main(["verify", orbax]) == main(["verify", orbax, back]) == 0
+    assert main(["verify", orbax]) == main(["verify", orbax, exported]) == 0
     assert main(["verify", orbax, toy, "--tolerance", "0.08"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("tensors, none differs from their checksums") and "none differs from" in lines[1]
@@ -173,7 +173,7 @@ def test_a_toy_is_made_converted_exported_and_verified(tmp_path, capsys):
     )
     assert re.fullmatch(rf"kimi-jax: {orbax}: 12 of \d+ differ from {toy}\n", err)
 
-    assert main(["verify", orbax, back, "--json"]) == 0
+    assert main(["verify", orbax, exported, "--json"]) == 0
     *events, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert last == {"event": "tensor", "name": last["name"], "problem": "", "max_error": 0.0, "rms_error": 0.0}
     assert events[0]["event"] == "verifying"

@@ -27,14 +27,14 @@ def prompts():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_does_not_see_its_neighbours_or_its_padding(model, prompts, name):
     prompts, lengths = prompts[:, :16], np.array([16, 1, 7])
-    together = kimi_jax.generate(model(name), prompts, lengths=lengths, max_new_tokens=6, stop_ids=())
+    batched = kimi_jax.generate(model(name), prompts, lengths=lengths, max_new_tokens=6, stop_ids=())
     scribbled = np.where(np.arange(16) < lengths[:, None], prompts, 499)
     np.testing.assert_array_equal(
-        kimi_jax.generate(model(name), scribbled, lengths=lengths, max_new_tokens=6, stop_ids=()), together
+        kimi_jax.generate(model(name), scribbled, lengths=lengths, max_new_tokens=6, stop_ids=()), batched
     )
     for row, length in enumerate(lengths):
-        alone = kimi_jax.generate(model(name), prompts[row : row + 1, :length], max_new_tokens=6, stop_ids=())
-        np.testing.assert_array_equal(alone[0], together[row])
+        single = kimi_jax.generate(model(name), prompts[row : row + 1, :length], max_new_tokens=6, stop_ids=())
+        np.testing.assert_array_equal(single[0], batched[row])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -180,20 +180,20 @@ def test_batches_of_1_to_9_rows_on_eight_devices(checkpoint, model, name):
     random = np.random.RandomState(3)
     lengths = np.array([33, 3, 8, 40, 1, 17, 16, 5, 29])
     tokens = random.randint(0, 500, (9, 40))
-    asked = {"max_new_tokens": 5, "stop_ids": ()}
-    expected = kimi_jax.generate(model(name), tokens, lengths=lengths, **asked)
+    options = {"max_new_tokens": 5, "stop_ids": ()}
+    expected = kimi_jax.generate(model(name), tokens, lengths=lengths, **options)
     # Then any number of them, on a mesh that splits the batch, and in chunks, have the tokens that they have there
     meshed = kimi_jax.load(checkpoint(name), dtype=jnp.float32, mesh=make_mesh("8x1"))
     for count in range(1, 10):
-        new = kimi_jax.generate(meshed, tokens[:count], lengths=lengths[:count], **asked)
+        new = kimi_jax.generate(meshed, tokens[:count], lengths=lengths[:count], **options)
         np.testing.assert_array_equal(new, expected[:count])
-    chunked = kimi_jax.generate(meshed, tokens, lengths=lengths, prefill_chunk=16, **asked)
+    chunked = kimi_jax.generate(meshed, tokens, lengths=lengths, prefill_chunk=16, **options)
     np.testing.assert_array_equal(chunked, expected)
     # and a row of NaN reaches no other device's
     words = meshed.model.embed_tokens.weight
     words.set_value(words.get_value().at[600].set(jnp.nan))
     tokens[2, 3] = 600
-    columns = list(stream(meshed, tokens, lengths=lengths, **asked))
+    columns = list(stream(meshed, tokens, lengths=lengths, **options))
     assert np.flatnonzero(columns[0].finish == Finish.NOT_FINITE).tolist() == [2]
     rest = np.arange(9) != 2
     np.testing.assert_array_equal(np.stack([column.tokens for column in columns], axis=1)[rest], expected[rest])
@@ -202,11 +202,11 @@ def test_batches_of_1_to_9_rows_on_eight_devices(checkpoint, model, name):
 def test_in_bf16_a_batch_repeats_and_a_row_does_not_see_its_neighbours_tokens(checkpoint, prompts):
     # (Alone, or in chunks, sums are made in another order and rounded to 8 bits: tokens near a tie may differ there.)
     kimi = kimi_jax.load(checkpoint("kimi-linear"), dtype=jnp.bfloat16)
-    asked = {"max_new_tokens": 8, "stop_ids": ()}
-    first = kimi_jax.generate(kimi, prompts, **asked)
-    np.testing.assert_array_equal(first, kimi_jax.generate(kimi, prompts, **asked))
-    others = kimi_jax.generate(kimi, np.stack([prompts[0], 499 - prompts[1], 499 - prompts[2]]), **asked)
-    np.testing.assert_array_equal(first[0], others[0])
+    options = {"max_new_tokens": 8, "stop_ids": ()}
+    first = kimi_jax.generate(kimi, prompts, **options)
+    np.testing.assert_array_equal(first, kimi_jax.generate(kimi, prompts, **options))
+    changed = kimi_jax.generate(kimi, np.stack([prompts[0], 499 - prompts[1], 499 - prompts[2]]), **options)
+    np.testing.assert_array_equal(first[0], changed[0])
 
 
 def test_a_step_writes_its_cache_in_place(model, prompts):

@@ -92,8 +92,8 @@ def test_pages_slots_and_neighbours_change_no_logits(plain, name):
     for got, want in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, want[order], rtol=0, atol=ATOL)
     # Given one of them beside others, one of whom is nobody
-    others = [SEQUENCES[1][::-1], SEQUENCES[0], np.zeros(1, np.int32)]
-    steps = [make(others, table, [4, 0, -1]) for make in (prefill, decode)]
+    mixture = [SEQUENCES[1][::-1], SEQUENCES[0], np.zeros(1, np.int32)]
+    steps = [make(mixture, table, [4, 0, -1]) for make in (prefill, decode)]
     steps[1].positions[2] = -1
     for got, want in zip(run(program, *steps)[1], expected, strict=True):
         np.testing.assert_allclose(got[1], want[0], rtol=0, atol=ATOL)
@@ -153,8 +153,8 @@ def test_prompts_and_decode_steps_packed_in_one_row(plain, name):
     # Then one more token of the last two packed, and of the first by a decode step
     cache, (packed,) = run(program, pack([(1, 5, 6), (2, 131, 132)]), cache=cache)
     np.testing.assert_allclose(packed[1:], expected[1][1:], rtol=0, atol=OTHER_SHAPE_ATOL)
-    _, (alone,) = run(program, decode(SEQUENCES[:1], table[:1], slots[:1]), cache=cache)
-    np.testing.assert_allclose(alone[0], expected[1][0], rtol=0, atol=OTHER_SHAPE_ATOL)
+    _, (decoded,) = run(program, decode(SEQUENCES[:1], table[:1], slots[:1]), cache=cache)
+    np.testing.assert_allclose(decoded[0], expected[1][0], rtol=0, atol=OTHER_SHAPE_ATOL)
 
 
 def test_ends_stops_masks_and_those_who_are_finished(plain):

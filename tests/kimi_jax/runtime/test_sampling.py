@@ -56,14 +56,14 @@ def test_rows_of_one_batch_have_values_of_their_own():
     # Given each setting for another row, greedy between them, all at once
     mixed = [Sampling(), *SETTINGS]
     logits = jnp.asarray(np.resize(LOGITS, (len(mixed), 50)))
-    together = sampling_rows(mixed, checked_seeds(np.arange(len(mixed)), len(mixed)))
+    batched = sampling_rows(mixed, checked_seeds(np.arange(len(mixed)), len(mixed)))
     at = jnp.arange(len(mixed), dtype=jnp.int32)
-    drawn = sample(logits, together, at)
+    drawn = sample(logits, batched, at)
     assert drawn[0] == logits[0].argmax()
     # Then each draws what it draws alone
     for i, one in enumerate(mixed):
-        alone = sample(logits[i : i + 1], rows(one, 1, i), at[i : i + 1])
-        assert alone[0] == drawn[i]
+        single = sample(logits[i : i + 1], rows(one, 1, i), at[i : i + 1])
+        assert single[0] == drawn[i]
 
 
 def test_top_k_keeps_exactly_k_of_equals():
