@@ -1,4 +1,4 @@
-"""Loading: what the model holds is what was published, from either kind of checkpoint, on one device or on a mesh."""
+"""Loading: a model has the published weights, from either kind of checkpoint, on one device or on a mesh."""
 
 import importlib
 import json
@@ -38,8 +38,8 @@ def variables(model: Kimi) -> dict[tuple[Any, ...], jax.Array]:
 
 
 def expected(folder: Path) -> dict[tuple[Any, ...], np.ndarray]:
-    """The variables of the model in `folder`, by the specification: names are paths; experts are stacked and turned
-    to [in, out]; a word is eight codes; three small tensors are float32."""
+    """Derives the variables of the model in `folder` from the published layout: names are paths; experts are stacked
+    and transposed to [in, out]; a word is eight codes; three small tensors are float32."""
     values: dict[tuple[Any, ...], Any] = {}
     for name, tensor in read_all(folder).items():
         *path, last = name.removeprefix("language_model.").replace("block_sparse_moe", "mlp").split(".")
@@ -79,7 +79,7 @@ def test_holds_what_was_published(request: pytest.FixtureRequest, like: str, kin
 
 
 def expected_spec(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Over which mesh axes the dimensions of a parameter lie, of a mesh of experts and tensors."""
+    """Returns the mesh axes over which the dimensions of a parameter are sharded, on a mesh of experts and tensors."""
     both, names = ("expert", "tensor"), [str(part) for part in path]
     if "experts" in names:
         return (both, None, None)
@@ -147,7 +147,7 @@ def test_small_batches_give_the_same(
 
     monkeypatch.setattr(orbax._Reader, "arrays", counting)
     monkeypatch.setattr(orbax, "BATCH_BYTES", 20_000)
-    largest = 2 * (384 * 384 + 384)  # the projector's first layer, more than a batch, goes alone
+    largest = 2 * (384 * 384 + 384)  # the projector's first layer, larger than a batch, is read alone
     for folder in (published["k2.5"], converted["k2.5"]):
         batch_bytes.clear()
         found = variables(load(folder))
@@ -165,7 +165,7 @@ def test_replicas_do_not_read_twice(published: dict[str, Path], monkeypatch: pyt
 
     monkeypatch.setattr(Published, "read", counting)
     load(published["k2.5"], make_mesh("1x2x2x2"))
-    # Rows that lie on several devices, or columns of them, are read once
+    # Rows or columns that several devices have are read once
     assert set(counts.values()) == {1} and {name for name, *_ in counts} == set(read_all(published["k2.5"]))
 
 
@@ -205,7 +205,7 @@ def test_a_damaged_orbax_checkpoint(converted: dict[str, Path], tmp_path: Path, 
 
 @pytest.fixture
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Bytes read by `ConvertedSource`, by leaf."""
+    """Counts the bytes read by `ConvertedSource`, by leaf."""
     counts: Counter[str] = Counter()
 
     def counting(file: Path, offset: int, into: memoryview) -> int:
@@ -265,7 +265,7 @@ def test_behind_a_url(published: dict[str, Path], converted: dict[str, Path]) ->
 def test_any_box_by_its_own_bytes(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_read: Counter[str], like: str
 ) -> None:
-    """Parts cut along rows and columns, and boxes of tensor parallelism over 2, 4 and 8, and ones of no mesh."""
+    """Boxes are parts cut along rows and columns, those of tensor parallelism over 2, 4 and 8, and some of no mesh."""
     monkeypatch.setattr(layout, "PART_BYTES", 64)
     monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)
     source = sources.open_checkpoint(convert(published[like], tmp_path / "out").destination)
@@ -303,8 +303,8 @@ def _filled(source: Any, leaf: Any, boxes: Any) -> dict[Any, np.ndarray]:
 def test_two_processes_read_half_each(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a mesh whose `data` axis parts the processes, which hold alike what is not split over it."""
-    monkeypatch.setattr(layout, "PART_BYTES", 16)  # a toy's columns are shorter than a read is worth
+    """The mesh's `data` axis divides the processes; both have all that is not sharded over it."""
+    monkeypatch.setattr(layout, "PART_BYTES", 16)  # a toy's columns are shorter than a read that is worth its time
     folder = convert(published["k2"], tmp_path / "fine").destination
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -1,4 +1,4 @@
-"""Names both ways, and everything in a folder accounted for by name, shape and dtype."""
+"""Names both ways, and every tensor of a folder accounted for by name, shape and dtype."""
 
 import json
 from collections.abc import Callable

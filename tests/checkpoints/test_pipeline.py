@@ -1,4 +1,4 @@
-"""Many jobs, a few threads, a bound on what they hold; files past the cache."""
+"""Many jobs, a few threads, a bound on the bytes that they use; files written past the page cache."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ def test_all_jobs_once_within_the_limit(limit: int) -> None:
         nonlocal in_use, most
         with lock:
             in_use += job
-            # one that is larger than the limit has it all to itself
+            # a job larger than the limit runs alone
             assert in_use <= limit or in_use == job
             most = max(most, in_use)
         time.sleep(0.001)
@@ -29,7 +29,7 @@ def test_all_jobs_once_within_the_limit(limit: int) -> None:
 
     pipeline.run(jobs, work, lambda job: job, workers=4, limit=limit)
     assert sorted(done) == sorted(jobs) and in_use == 0
-    assert most > 15  # more than one at a time
+    assert most > 15  # more than one job at a time
 
 
 def test_jobs_overlap() -> None:

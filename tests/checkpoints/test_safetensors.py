@@ -1,4 +1,4 @@
-"""Reading published folders: the bytes of the safetensors library, and one clear error for every damage."""
+"""Reading published folders: the bytes that the safetensors library reads, and one clear error for every damage."""
 
 import gzip
 import json
@@ -161,7 +161,7 @@ def _x(shape: Any, offsets: Any, dtype: Any = "I8", **more: Any) -> dict[str, An
 
 
 def _refusal(folder: Path, data: bytes) -> str:
-    """Returns a line that names the file and says what is wrong with it; empty where nothing is."""
+    """Returns the line of the error, which names the file, or an empty text where the file is read."""
     (folder / "model.safetensors").write_bytes(data)
     try:
         Published.open(folder)
@@ -232,7 +232,7 @@ DAMAGED = {
     "a header longer than the file": struct.pack("<Q", 3) + b"{}",
     "a header of 2**64 - 1": struct.pack("<Q", 2**64 - 1) + b"{}",
 }
-# The library takes these.
+# The library accepts these.
 STRICTER = {
     "a name twice": _file(b'{"x": {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}, "x": '
                           b'{"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}}'),

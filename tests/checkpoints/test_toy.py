@@ -1,4 +1,4 @@
-"""Toy checkpoints against the released ones: names, shapes, counts, bytes; drawn whole, and by rows."""
+"""Toy checkpoints against the released ones: names, shapes, counts, bytes; drawn at once, and row by row."""
 
 import json
 import re
@@ -61,7 +61,7 @@ LINEAR_FIELDS = {
 
 
 def released_tensors(like, **fields):
-    """Name -> (shape, dtype, bytes) of the released tensors; weights that are quantised stand for three each."""
+    """Returns name -> (shape, dtype, bytes) of the released tensors; a quantised weight stands for three each."""
     return {t.name: (t.shape, t.dtype.name, t.nbytes) for t in weights(toy_config(like, **fields))}
 
 
@@ -72,7 +72,7 @@ def test_k25_at_its_real_size_is_the_released_checkpoint():
     assert sum(not t.name.startswith("language_model.") for t in tensors) == 335
     quantized = [t for t in tensors if t.form == "int4"]
     assert len(quantized) == 60 * 384 * 3 and all(".mlp.experts." in t.name for t in quantized)
-    # gate, up and down of an expert are alike in all
+    # gate, up and down projections of an expert have equal sizes
     nbytes = 60 * 384 * sum(t.nbytes for t in quantized[:3]) + sum(t.nbytes for t in tensors if t.form == "bf16")
     assert nbytes / 2**30 == pytest.approx(554.3, abs=0.1)
 
@@ -200,7 +200,7 @@ def test_weights_are_drawn_at_the_scales_that_the_docstring_promises():
     latent, key = np.split(tensors["model.layers.3.self_attn.kv_a_proj_with_mqa.weight"], [64])
     assert latent.std() == pytest.approx(0.1 / 16, rel=0.05) and key.std() == pytest.approx(1 / 16, rel=0.05)
     assert tensors["model.layers.1.block_sparse_moe.gate.e_score_correction_bias"].std() > 0.03
-    # Initialisation of arXiv 2510.26692: A in [1, 16], softplus(dt_bias) in [0.001, 0.1].
+    # Initialisation by arXiv 2510.26692: A in [1, 16], softplus(dt_bias) in [0.001, 0.1].
     A, dt = np.exp(tensors[f"{layer}.self_attn.A_log"]), np.log1p(np.exp(tensors[f"{layer}.self_attn.dt_bias"]))
     assert 1 <= A.min() < 6 and 10 < A.max() <= 16 and A.size == 8
     assert 0.000999 < dt.min() < 0.002 and 0.05 < dt.max() < 0.1001
@@ -298,7 +298,8 @@ def test_a_cut_model_is_whole():
 
 
 def test_weights_of_a_published_folder_are_copied(tmp_path):
-    """Layers, experts and the router's rows; tokenizer and templates go along, config.json says what is there."""
+    """Layers, experts and the router's rows are copied; tokenizer and templates too, and config.json has the new
+    numbers."""
     source = write_toy(tmp_path / "source", toy_config("k2.5", hidden_size=64, num_hidden_layers=3))
     (source / "chat_template.jinja").write_text("{{ x }}")
     config = cut_config(json.loads((source / "config.json").read_text()), layers=2, experts=3, vision_layers=1)

@@ -48,8 +48,8 @@ def test_every_weight_of_k25_is_counted_once():
     norms = 61 * 2 * 7168 + 7168
     assert memory.other_weights == 2 * (60 * (shared + router) + dense + norms) + 60 * 384 * 4
     assert memory.headroom == memory.available - sum(
-        (memory.experts, memory.attention, memory.embeddings, memory.other_weights)
-        + (memory.vision, memory.cache, memory.temporaries)
+        getattr(memory, part)
+        for part in ("experts", "attention", "embeddings", "other_weights", "vision", "cache", "temporaries")
     )
 
 

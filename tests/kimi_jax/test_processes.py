@@ -97,7 +97,7 @@ def test_flags_that_do_not_go_together(folder, flags, reason, capsys):
 
 
 @pytest.mark.parametrize(
-    "said", ["coordinator_address should be defined.", "distributed.initialize should only be called once."]
+    "reason", ["coordinator_address should be defined.", "distributed.initialize should only be called once."]
 )
 def test_processes_that_do_not_meet(folder, reason, monkeypatch, capsys):
     # (this process has its devices already, and JAX can therefore not join anything)

@@ -26,7 +26,7 @@ def test_convert_inspect_and_generate_from_what_was_converted(published, kimi, t
     out, err = capsys.readouterr()
     tensors = [n for file in published.glob("*.safetensors") for n in load_file(file) if not n.endswith("weight_shape")]
     assert f"{target}: {len(tensors)} tensors in " in out and err == ""
-    assert main(["convert", str(published), str(target), "--json"]) == 0  # once more: it is there
+    assert main(["convert", str(published), str(target), "--json"]) == 0  # the second time it is there
     event = json.loads(capsys.readouterr().out)
     assert (event["event"], event["whole"], event["made_bytes"]) == ("converted", True, 0)
     assert event["tensors"] == len(tensors) and event["found_bytes"] > 0
@@ -39,7 +39,7 @@ def test_convert_inspect_and_generate_from_what_was_converted(published, kimi, t
         tables.append([line for line in table.splitlines() if line.startswith("│")])
     assert tables[0] == tables[1]
     assert any("routed experts" in line and f"{3 * 4 * 64 * 32:,}" in line for line in tables[0])
-    # Then what was converted answers as the published folder does
+    # Then the converted folder answers as the published one does
     assert generate(target, "--prompt", "Hello", "--max-new-tokens", 6, "--dtype", "float32") == 0
     assert capsys.readouterr().out == answer(kimi, published, user("Hello"), max_new_tokens=6)[0]
 
@@ -67,7 +67,7 @@ def test_generate_prints_the_answer_and_keeps_the_rest_for_stderr(published, kim
     assert f"the prompt has {tokens.shape[1]} tokens" in log and f" {count} tokens; the first after " in log
     assert log.startswith("loaded in ") and log.endswith("tokens per second")
     assert loads == [(published, None, "float32")]
-    # Instant mode is another prompt
+    # Instant mode has another prompt
     assert generate(published, "--prompt", "Hello", "--no-thinking", *options) == 0
     assert capsys.readouterr().out == answer(kimi, published, user("Hello"), thinking=False, max_new_tokens=6)[0] != out
 
@@ -81,7 +81,7 @@ def test_generate_with_sampling(published, kimi, loads, capsys):
 
 
 def test_generate_stops_at_a_stop_id(published, kimi, monkeypatch, capsys):
-    # Given a model whose configuration names the third token of its usual answer as a stop
+    # Given a model whose configuration has the third token of its usual answer as a stop id
     tokenizer = kimi_jax.Tokenizer.from_folder(published)
     prompt = prompts.prepare(published, kimi.config, tokenizer, user("Hello")).tokens
     new = kimi_jax.generate(kimi, prompt, max_new_tokens=6, stop_ids=kimi.config.stop_ids)[0].tolist()
@@ -109,7 +109,7 @@ def test_generate_looks_at_an_image_and_reads_a_chat(published, kimi, loads, pic
     image, text = {"type": "image_url", "image_url": {"url": str(picture)}}, {"type": "text", "text": "Describe."}
     messages = user([image, text])
     assert seen == answer(kimi, published, messages, max_new_tokens=4)[0]
-    # The same conversation from a file, as a list and with tools beside it
+    # The same conversation from a file, as a list and as an object with tools
     chat = tmp_path / "chat.json"
     chat.write_text(json.dumps(messages))
     assert generate(published, "--chat", chat, *options) == 0
