@@ -57,13 +57,13 @@ class Topology(NamedTuple):
 
 
 def topologies(chip: str | None = None) -> tuple[Topology, ...]:
-    """All that are known, or those of one kind of chip, small ones first."""
+    """Returns the known slices, all of them or those of one kind of chip, small ones first."""
     kinds = CHIPS.values() if chip is None else (CHIPS[chip],)
     return tuple(Topology(f"{kind.name}:{shape}", kind) for kind in kinds for shape in kind.slices)
 
 
 def topology(name: str) -> Topology:
-    """The slice of this name. Raises ValueError, naming those that there are, for any other."""
+    """Returns the slice of this name. Raises ValueError, which lists the known slices, for any other."""
     for known in topologies():
         if known.name == name:
             return known

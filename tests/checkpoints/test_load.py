@@ -95,7 +95,7 @@ def expected_spec(path: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("like", ["k2.5", "kimi-linear"])
-def test_either_kind_lies_on_the_mesh_as_asked(
+def test_either_kind_is_sharded_over_the_mesh_by_the_rules(
     published: dict[str, Path], converted: dict[str, Path], like: str
 ) -> None:
     mesh = make_mesh("1x2x4")

@@ -37,7 +37,7 @@ def test_every_tensor_and_every_variable_once(published: dict[str, Path], like: 
         assert leaf.dtype == one.dtype and len(leaf.axes) == len(leaf.shape)
 
 
-def test_published_names_of_the_specification(published: dict[str, Path]) -> None:
+def test_names_of_the_published_tensors(published: dict[str, Path]) -> None:
     k25 = {leaf.path: leaf for leaf in of(published["k2.5"]).leaves}
     experts = k25["model.layers.1.mlp.experts.down_proj.weight_packed"]
     assert experts.names[5] == "language_model.model.layers.1.mlp.experts.5.down_proj.weight_packed"

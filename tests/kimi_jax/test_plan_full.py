@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not plan.available(), reason="libtpu, the TPU compiler, is not installed"),
 ]
-# the mesh, or None for the planner's choice
+# None leaves the mesh to the planner
 DECODE = [
     ("kimi-k2.5", "tpu7x:2x2x1", None, 64, 8192),
     ("kimi-k2.5", "v5p:2x2x4", None, 64, 8192),
@@ -27,7 +27,7 @@ DECODE = [
     ("kimi-linear-48b", "v5e:2x4", None, 1, 1_048_576),
 ]
 COMPILE_CPU_SECONDS = 600  # five minutes on two quiet cores
-# a layer: XLA keeps the small table of each of some 46 tuples, 16 KiB apart, and about as much again
+# for each layer: XLA keeps the small table of each of some 46 tuples, 16 KiB apart, and about as much again
 BOOKKEEPING = 2 << 20
 
 
@@ -38,11 +38,11 @@ def job(model, slice_, mesh, batch, context, phase="decode", chunk=1):
 
 
 def check_memory(wanted, compiled):
-    """The compiler's count of weights and cache is the plan's, and all of it fits."""
+    """Checks that the compiler's count of weights and cache is the plan's, and that all of it fits."""
     memory = analytic.memory(wanted, compiled.beside_arguments)
     assert abs(compiled.arguments - memory.weights - memory.cache) <= 0.03 * (memory.weights + memory.cache)
     assert memory.headroom > 0
-    assert compiled.in_place >= 0.97 * memory.cache  # the cache is rewritten where it lies
+    assert compiled.in_place >= 0.97 * memory.cache  # the cache is updated in place
 
 
 @pytest.mark.parametrize(("model", "slice_", "mesh", "batch", "context"), DECODE)
@@ -51,14 +51,14 @@ def test_a_decode_step(model, slice_, mesh, batch, context):
     compiled = plan.compiled(wanted)
     check_memory(wanted, compiled)
     assert compiled.cpu_seconds <= COMPILE_CPU_SECONDS
-    # Weights stay where they lie, in one piece
+    # Weights are neither copied nor gathered
     text = wanted.config.text
     assert compiled.moved == ()
     if text.quantization is not None:
         mixtures = sum(text.is_moe(layer) for layer in range(text.num_hidden_layers))
-        of_a_layer = analytic.memory(wanted).experts // mixtures  # what a device has of a layer's experts
+        of_a_layer = analytic.memory(wanted).experts // mixtures  # a device's bytes of one layer's experts
         assert compiled.temporaries < of_a_layer + BOOKKEEPING * text.num_hidden_layers
-    # and messages are activations: three a layer, five where the cache is split over `sequence`
+    # and messages are activations: three a layer, five where the cache is sharded over `sequence`
     most = 5 if wanted.mesh["sequence"] > 1 else 3
     assert sum(message.count for message in compiled.collectives) <= most * text.num_hidden_layers + 1
     rows, heads = batch // wanted.mesh["data"], text.num_attention_heads // wanted.mesh["tensor"]
@@ -77,8 +77,9 @@ def test_a_prefill_of_32k_tokens(slice_, chunk):
 
 
 def test_a_layer_of_k25_moves_less_than_its_peer():
-    """Per mixture layer and device of a v6e:8x8, by the difference of two depths; jax-llm-examples' kimi_k2, compiled
-    the same way, has 0.469 GB (0.437 GiB) resident and 0.910 GB accessed by XLA's own count."""
+    """The bounds are for a mixture layer and a device of a v6e:8x8, from the difference of two depths.
+    jax-llm-examples' kimi_k2, compiled the same way, has 0.469 GB (0.437 GiB) resident and 0.910 GB accessed by XLA's
+    own count."""
     for mesh, resident, accessed in (("data=8,tensor=8", 0.26e9, 0.33e9), ("data=8,sequence=8", 0.20e9, 0.27e9)):
         compiled = []
         for layers in (3, 5):

@@ -1,4 +1,5 @@
-"""Several processes, each with devices of its own: the tokens of one, a part of the checkpoint each, one common end."""
+"""Several processes, each with devices of its own: they give the tokens of one, each reads a part of the checkpoint,
+and all end together."""
 
 import os
 import re
@@ -26,7 +27,8 @@ def folder(tmp_path_factory):
 
 
 def run_job(*folders):
-    """One process with four devices for each folder, all in one job -> (exit code, standard output, error) of each."""
+    """Runs a process with four devices for each folder, all in one job, and returns (exit code, standard output, error)
+    of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
@@ -49,12 +51,12 @@ def run_job(*folders):
         for process in running:
             process.kill()
             process.wait()
-    # XLA's collectives on CPUs write of their meeting to standard output, wherever it stands
+    # XLA's collectives on CPUs log to standard output when they connect, which is not the command's output
     return [(code, re.sub(r"\[Gloo\].*\n", "", out), err) for (out, err), code in ended]
 
 
 def test_two_processes_give_the_tokens_of_one(folder, capsys):
-    # Given what one process with eight devices says
+    # Given the answer of one process with eight devices
     assert main(["generate", str(folder), *OPTIONS]) == 0
     single = capsys.readouterr().out
     assert len(single) > 3
@@ -62,11 +64,11 @@ def test_two_processes_give_the_tokens_of_one(folder, capsys):
     # When two with four each do the same
     first, second = run_job(folder, folder)
 
-    # Then the first says it, the second nothing
+    # Then the first prints the answer, and the second nothing
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert (first[1], second[1]) == (single, "")
     assert "8 tokens; the first after" in first[2] and "tokens" not in second[2]
-    # and each has read its half of the experts, and what is everybody's
+    # and each has read its half of the experts, and all other weights
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     experts = 8 * 3 * 64 * 32 * 2
     for _, _, err in (first, second):
@@ -100,7 +102,7 @@ def test_flags_that_do_not_go_together(folder, flags, reason, capsys):
     "reason", ["coordinator_address should be defined.", "distributed.initialize should only be called once."]
 )
 def test_processes_that_do_not_meet(folder, reason, monkeypatch, capsys):
-    # (this process has its devices already, and JAX can therefore not join anything)
+    # (this process has initialised its devices, so JAX cannot connect it to others)
     def initialize(*arguments):
         assert arguments == ("host:1", 2, 0)
         raise ValueError(reason)

@@ -1,4 +1,4 @@
-"""Conversations with pictures and video made ready: ids written by hand from the template, patches from the pixels."""
+"""Prompts of conversations with pictures and video: ids written by hand from the template, patches from the pixels."""
 
 import json
 
@@ -20,7 +20,7 @@ RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 @pytest.fixture
 def k25(checkpoint):
-    """Folder, configuration and tokenizer of the K2.5 golden."""
+    """Returns folder, configuration and tokenizer of the K2.5 golden."""
     folder = checkpoint("k2.5")
     return folder, from_folder(folder), Tokenizer.from_folder(folder)
 
@@ -31,7 +31,7 @@ def prepare(model, messages, **options):
 
 
 def spell(model, *parts):
-    """Ids of a prompt: numbers are ids, text is ordinary text."""
+    """Returns the ids of a prompt: numbers are ids, text is ordinary text."""
     ids: list[int] = []
     for part in parts:
         ids += [part] if isinstance(part, int) else model[2].encode(part, allow_special=False)
@@ -121,7 +121,7 @@ def test_an_image_and_a_video_keep_the_order_of_the_conversation(k25, tmp_path):
 
 
 def test_the_prompt_fits_its_media_and_no_other(model, k25, tmp_path):
-    # What `prepare` makes, the model takes; with a placeholder less it says what it found and expected
+    # The model takes the output of `prepare`; with one placeholder less it says what it found and expected
     prompt = prepare(k25, user(image(picture(tmp_path / "a.png", (56, 28), RED))))
     tokens = prompt.tokens[0].tolist()
     tokens.remove(MEDIA_PAD)
@@ -146,7 +146,7 @@ def test_what_is_missing_or_no_image_is_named(k25, tmp_path):
 
 
 def test_strings_in_messages_name_files_of_the_allowed_folder_only(k25, tmp_path):
-    # What came as JSON holds strings; Path, bytes and arrays are the program's own
+    # Messages that came as JSON have strings only; the program puts Path, bytes and arrays there
     path = picture(tmp_path / "a.png", (56, 28), RED)
     for name in (str(path), "a.png", f"file://{path}", "https://example.org/a.png"):
         with pytest.raises(ValueError, match=r"may not name local files|:// is not fetched"):
@@ -215,5 +215,5 @@ def test_a_k25_folder_s_own_template_is_used_where_it_differs(checkpoint, tmp_pa
 
 
 def test_goldens_use_the_synthetic_tokenizer():
-    # The ids at the top of this file stand for tokens of the goldens' vocabulary
+    # The ids at the top of this file are tokens of the goldens' vocabulary
     assert cases.config("k2.5")["media_placeholder_token_id"] == MEDIA_PAD

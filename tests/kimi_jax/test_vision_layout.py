@@ -1,4 +1,4 @@
-"""The grid arithmetic of the vision tower: against torch's bicubic and the specification's rules in float64."""
+"""The grid arithmetic of the vision tower: against torch's bicubic filter and MoonViT's rules in float64."""
 
 import cases
 import numpy as np
@@ -30,7 +30,7 @@ def grids(*items):
 
 
 def dense_taps(where, patches, cells):
-    """The layout's taps as one matrix, patch by cell of the flattened table."""
+    """Returns the layout's taps as one matrix, patch by cell of the flattened table."""
     matrix = np.zeros((patches, cells))
     for patch in range(patches):
         np.add.at(matrix[patch], where.taps_index[patch], where.taps_weight[patch].astype(np.float64))
@@ -38,7 +38,7 @@ def dense_taps(where, patches, cells):
 
 
 def cubic(x, a=-0.75):
-    """Keys' cubic convolution kernel (1981)."""
+    """Computes Keys' cubic convolution kernel (1981)."""
     x = abs(x)
     if x <= 1:
         return (a + 2) * x**3 - (a + 3) * x**2 + 1
@@ -46,7 +46,7 @@ def cubic(x, a=-0.75):
 
 
 def resampling(size, out):
-    """[out, size] of the specification's rule: src = (dst + 0.5) * size / out - 0.5, four taps, clamped."""
+    """Returns the matrix [out, size] of bicubic resizing: src = (dst + 0.5) * size / out - 0.5, four taps, clamped."""
     matrix = np.zeros((out, size))
     for dst in range(out):
         src = (dst + 0.5) * size / out - 0.5
@@ -145,7 +145,7 @@ def test_packed_items_are_the_items_one_after_another():
         seen = single.merge_weight[:m] > 0  # frames that an item does not have carry no weight
         np.testing.assert_array_equal(packed.merge_index[tokens][seen], single.merge_index[:m][seen] + first_patch)
         first_patch, first_token = first_patch + n, first_token + m
-    # What follows is padding: nobody's segment, no weight
+    # The rest is padding: no item's segment, no weight
     assert len(packed.segment) == padded_size(first_patch) > first_patch
     assert set(packed.segment[first_patch:]) == {-1}
     assert len(packed.merge_weight) * 4 == len(packed.segment)

@@ -22,7 +22,7 @@ from pallas_kernels.int4_grouped_matmul import reference as int4_reference
 
 
 def cases(shapes):
-    """Every shape in float32, and the last in bf16."""
+    """Returns every shape in float32, and the last in bf16."""
     return [
         *(pytest.param(shape, jnp.float32, 2e-6, id=shape.name) for shape in shapes),
         pytest.param(shapes[-1], jnp.bfloat16, 3e-3, id=f"bf16, {shapes[-1].name}"),
@@ -34,7 +34,7 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def int4(weights):
-    """Codes and scales of [E, N, K] in the kernels' layout."""
+    """Returns codes and scales of [E, N, K] in the kernels' layout."""
     return quantize_int4(jnp.swapaxes(weights, 1, 2))
 
 
@@ -82,7 +82,7 @@ def test_any_group_sizes(cuts):
     sizes = np.diff(np.sort(cuts), prepend=0).astype(np.int32)
     expected = reference.grouped_matmul(ROWS, MATRICES, sizes)
     np.testing.assert_allclose(GROUPED(ROWS, MATRICES, sizes), expected, rtol=0, atol=2e-6)
-    # Halves of the experts, as two devices would hold them: each does its rows, and leaves the other's at zero.
+    # Halves of the experts, as on two devices: each computes its rows, and leaves those of the other zero.
     for offset in (0, 3):
         local = slice(sizes[:offset].sum(), sizes[: offset + 3].sum())
         part = np.asarray(GROUPED_AT(ROWS, MATRICES[offset : offset + 3], sizes, offset))

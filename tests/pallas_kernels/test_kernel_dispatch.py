@@ -1,4 +1,4 @@
-"""Which implementation runs, and how bad arguments are refused."""
+"""The choice of an implementation, and the refusal of bad arguments."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ def test_layers_that_call_a_kernel_alike_share_it():
         text = jax.jit(lambda x: model(x, scales)).trace(jnp.ones(3)).lower(lowering_platforms=("tpu",)).as_text()
         return text.count("stablehlo.multiply"), text.count("call @scaled")
 
-    # Then one function serves all that are alike, and others have theirs
+    # Then one function serves all calls with equal options, and another serves the rest
     assert kernels(2.0, 2.0, 2.0) == (1, 3)
     assert kernels(2.0, 3.0, 2.0) == (2, 3)
 
