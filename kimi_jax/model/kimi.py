@@ -48,7 +48,7 @@ class Kimi(nnx.Module):
 
     @property
     def partition(self) -> Partition:
-        """Returns the partition of weights that are sharded for serving."""
+        """Returns the partition of the weights, if they are sharded for serving."""
         return Partition(array_mesh(self.model.embed_tokens.weight.get_value()))
 
     def __call__(self, tokens: ArrayLike, media: Media | None = None, partition: Partition | None = None) -> Logits:

@@ -65,7 +65,7 @@ def _cos_sin(angles: Float32[jax.Array, "... half"], scale: float) -> tuple[jax.
 
 
 def rotation(positions: Int32[jax.Array, "..."], config: TextConfig) -> tuple[jax.Array, jax.Array] | None:
-    """Returns cos and sin of each position, float32 [..., qk_rope_head_dim], each pair's twice; None for NoPE models."""
+    """Returns cos and sin of each position, float32 [..., qk_rope_head_dim], each pair's twice; None for NoPE."""
     if config.mla_use_nope:
         return None
     angles = positions[..., None].astype(jnp.float32) * inv_freq(config)
