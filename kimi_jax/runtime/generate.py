@@ -46,7 +46,7 @@ def generate(
 
     Raises ValueError for tokens that are no integers of the vocabulary, lengths that do not fit `tokens`, media that do
     not match the placeholders, prompts that leave no room for `max_new_tokens` within `max_position_embeddings`, and
-    (at the end) for rows whose logits were not finite; `stream` yields the tokens of the other rows all the same.
+    (at the end) for rows whose logits were not finite; `stream` still yields the tokens of the other rows.
     """
     columns = list(
         stream(

@@ -20,7 +20,7 @@ NEW_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class Case:
+class Toy:
     """One golden: the family of a toy checkpoint, the fields that differ from the family's toy, and the seed."""
 
     like: str
@@ -31,17 +31,17 @@ class Case:
 LINEAR_LAYERS = toy_config("kimi-linear")["linear_attn_config"] | {"kda_layers": [1, 2, 4], "full_attn_layers": [3]}
 CASES = {
     # INT4 experts and the vision tower.
-    "k2.5": Case("k2.5", {"hidden_size": 128}),
+    "k2.5": Toy("k2.5", {"hidden_size": 128}),
     # bf16 experts, no `language_model.` prefix, YaRN of factor 32 and beta_fast 1.
-    "k2": Case("k2", {"hidden_size": 128, "num_experts_per_tok": 8}, seed=1),
+    "k2": Toy("k2", {"hidden_size": 128, "num_experts_per_tok": 8}, seed=1),
     # Groups that mask half of the experts, and queries without a low rank.
-    "deepseek-v3": Case(
+    "deepseek-v3": Toy(
         "k2",
         {"model_type": "deepseek_v3", "hidden_size": 128, "n_group": 4, "topk_group": 2, "q_lora_rank": None},
         seed=2,
     ),
     # KDA before and after NoPE MLA, which is layer 3 (counted from 1).
-    "kimi-linear": Case(
+    "kimi-linear": Toy(
         "kimi-linear", {"hidden_size": 128, "num_hidden_layers": 4, "linear_attn_config": LINEAR_LAYERS}, seed=3
     ),
 }

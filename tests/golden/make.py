@@ -1,14 +1,14 @@
-"""Make the goldens: what transformers computes on the toy checkpoints of cases.py.
+"""Makes the goldens: transformers' outputs on the toy checkpoints of cases.py.
 
     pip install -e .[oracle]
     python tests/golden/make.py [case ...]
 
 The reference is transformers' native code (deepseek_v3, kimi_k25, kimi_linear) with eager attention and experts, in
 float32, on the dequantised weights under their official names. Each case is run again with everything in float64;
-`error_X` is the largest difference between the two for X, that is, how far the reference itself can be trusted.
+`error_X` is the largest difference between the two for X, which is the error of the reference itself.
 
 Every case stores (T padded with the pad id, P positions, V the whole vocabulary):
-    text_tokens [8, T] int32, text_lengths [8], text_positions [8, P], text_logits [8, P, V]; each row was run alone
+    text_tokens [8, T] int32, text_lengths [8], text_positions [8, P], text_logits [8, P, V]; each row is a run of its own
     greedy_prompts [4, T] int32, greedy_lengths [4], greedy_tokens [4, 24], greedy_margins [4, 24] (top 1 - top 2)
     sha256 of the checkpoint, transformers (its version)
 kimi-linear: long_tokens [200], long_positions [P], long_logits [P, V], long_argmax [200], long_margins [200]

@@ -58,7 +58,7 @@ def test_prefill_in_chunks_and_decoding_give_the_logits_of_one_pass(model, name,
     rows = WholeRows(kimi, 1, 200)
     steps = [rows.prefill(tokens[:, :196], np.array([196]), chunk)[0]]
     steps += [rows.step(tokens[:, i])[0] for i in range(196, 200)]
-    # Then the logits are the same
+    # Then the logits are those of one pass
     np.testing.assert_allclose(np.stack(steps), whole[195:], rtol=0, atol=ATOL)
 
 

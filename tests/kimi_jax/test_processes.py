@@ -61,7 +61,7 @@ def test_two_processes_give_the_tokens_of_one(folder, capsys):
     single = capsys.readouterr().out
     assert len(single) > 3
 
-    # When two with four each do the same
+    # When two processes with four devices each run the command
     first, second = run_job(folder, folder)
 
     # Then the first prints the answer, and the second nothing

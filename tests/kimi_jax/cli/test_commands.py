@@ -1,4 +1,4 @@
-"""The `kimi-jax` command, in process: what it prints, where, and its exit codes."""
+"""The `kimi-jax` command, in process: its output, on which stream, and its exit codes."""
 
 import dataclasses
 import json
