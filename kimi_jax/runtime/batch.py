@@ -38,14 +38,14 @@ class Chosen(NamedTuple):
 class Batch:
     """Describes one step for b sequences, in rows of t tokens.
 
-    tokens: int32 [rows, t]; CHOSEN_BEFORE stands for the sequence's token in `before`.
+    tokens: int32 [rows, t]; CHOSEN_BEFORE stands for the sequence's token in `previous`.
     positions, page_table, slots, segments, phase: documented in `model.context.Context`. A sequence with
-        `before.finish` set does not change its pages and states, whatever its positions say.
+        `previous.finish` set does not change its pages and states, whatever its positions say.
     sampling: the sampling values of each sequence, [b].
     stop_ids: int32 [b, n], padded with -1.
     ends: int32 [b], the number of tokens, prompt included, at which a sequence is finished.
     choosing: bool [b], False where this step has no token to choose: a prompt with more tokens to come, or no tokens.
-    before: the previous step's `Chosen`, on the device; None where all tokens are given and no sequence is finished.
+    previous: the last step's `Chosen`, on the device; None where all tokens are given and no sequence is finished.
     mask: uint32 [b, words / 32], a bit for each token that may be chosen, the lowest first; None allows all.
     media_index, media: int32 [rows, t] and [m, d], from `splice.media_index` and `Kimi.encode_media_padded`.
 
@@ -60,7 +60,7 @@ class Batch:
     stop_ids: Any
     ends: Any
     choosing: Any
-    before: Chosen | None = None
+    previous: Chosen | None = None
     slots: Any = None
     segments: Any = None
     mask: Any = None
@@ -72,14 +72,14 @@ class Batch:
     def context(self) -> Context:
         return Context(self.positions, self.page_table, self.slots, self.segments, self.phase)
 
-    def next_token(self, positions: np.ndarray, before: Chosen | None) -> "Batch":
-        """Returns the decode step that runs each sequence's token in `before` at `positions` [b]; -1 runs none."""
+    def next_token(self, positions: np.ndarray, previous: Chosen | None) -> "Batch":
+        """Returns the decode step that runs each sequence's token in `previous` at `positions` [b]; -1 runs none."""
         return dataclasses.replace(
             self,
             tokens=np.full((len(positions), 1), CHOSEN_BEFORE, np.int32),
             positions=positions[:, None].astype(np.int32),
             choosing=positions >= 0,
-            before=before,
+            previous=previous,
             segments=None,
             media_index=None,
             media=None,
@@ -129,7 +129,7 @@ def prompts(
 ) -> Iterator[Batch]:
     """Yields the prefill steps of prompts, int32 [b, t] right-padded, `chunk` tokens at a time; row i has slot i.
 
-    A row of length 0 runs no tokens. The caller fills in `before`, which is each step's result.
+    A row of length 0 runs no tokens. The caller fills in `previous`, the result of the step before.
     """
     chunk = min(chunk, bucket(tokens.shape[1], 16))
     padding = [(0, 0), (0, -tokens.shape[1] % chunk)]

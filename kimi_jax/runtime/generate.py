@@ -123,7 +123,7 @@ def _columns(
 ) -> Iterator[Column]:
     cache, chosen = program.cache(table.size, len(table)), program.nothing_chosen(len(table))
     for batch in steps:
-        cache, chosen = program.step(cache, dataclasses.replace(batch, before=chosen))
+        cache, chosen = program.step(cache, dataclasses.replace(batch, previous=chosen))
     rows, positions = len(lengths), np.pad(lengths, (0, len(table) - len(lengths)), constant_values=-max_new_tokens)
     finished = np.zeros(rows, bool)
     for i in range(max_new_tokens):

@@ -44,7 +44,7 @@ class Program:
 
     def step(self, cache: Cache, batch: Batch) -> tuple[Cache, Chosen]:
         """Runs the batch's tokens and chooses the next ones. Returns the cache, and tokens and `Finish`, int32 [b]
-        each, on every device. A sequence that chooses nothing, or is finished, keeps its values of `batch.before`."""
+        each, on every device. A sequence that chooses nothing, or is finished, keeps its values of `batch.previous`."""
         self.check(batch)
         return self.jitted.step(self.arrays, cache, batch)
 
@@ -79,7 +79,7 @@ class Program:
         )
 
     def nothing_chosen(self, sequences: int) -> Chosen:
-        """Returns `Batch.before` for a first step: no sequence has a chosen token, none is finished."""
+        """Returns `Batch.previous` for a first step: no sequence has a chosen token, none is finished."""
         zeros = np.zeros(sequences, np.int32)
         everywhere = self.placement if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         array = jax.make_array_from_callback(zeros.shape, everywhere, zeros.__getitem__)
@@ -185,11 +185,11 @@ def _empty(
 
 
 def _with_tokens(batch: Batch) -> Batch:
-    """Returns the batch with the tokens of `before` in place of CHOSEN_BEFORE, and positions -1 (padding) for the
+    """Returns the batch with the tokens of `previous` in place of CHOSEN_BEFORE, and positions -1 (padding) for the
     tokens of finished sequences."""
-    if batch.before is None:
+    if batch.previous is None:
         return batch
-    token, finish = batch.before
+    token, finish = batch.previous
     if batch.segments is None:
         token, finish = token[:, None], finish[:, None]
     else:
@@ -216,7 +216,7 @@ def choose(logits: LastLogits, batch: Batch) -> Chosen:
     finish = jnp.where(last + 2 >= batch.ends, Finish.LENGTH, Finish.NOT_YET)
     finish = jnp.where((token[:, None] == batch.stop_ids).any(axis=1), Finish.STOP, finish)
     finish = jnp.where(finite, finish, Finish.NOT_FINITE).astype(jnp.int32)
-    if batch.before is None:
+    if batch.previous is None:
         return Chosen(token, finish)
-    chooses = batch.choosing & (batch.before.finish == Finish.NOT_YET)
-    return Chosen(jnp.where(chooses, token, batch.before.tokens), jnp.where(chooses, finish, batch.before.finish))
+    chooses = batch.choosing & (batch.previous.finish == Finish.NOT_YET)
+    return Chosen(jnp.where(chooses, token, batch.previous.tokens), jnp.where(chooses, finish, batch.previous.finish))

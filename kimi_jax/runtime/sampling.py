@@ -89,8 +89,8 @@ def filtered(logits: LastLogits, rows: SamplingRows) -> tuple[LastLogits, Int32[
     ranked = (ranked - ranked[:, :1]) / jnp.where(temperature > 0, temperature, 1)
     ranked = jnp.where((top_k == 0) | (jnp.arange(ranked.shape[-1]) < top_k), ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranked = jnp.where((top_p >= 1) | (before < top_p), ranked, -jnp.inf)
+    preceding = jnp.cumsum(probabilities, axis=-1) - probabilities
+    ranked = jnp.where((top_p >= 1) | (preceding < top_p), ranked, -jnp.inf)
     return jnp.where(ranked >= jnp.log(min_p), ranked, -jnp.inf), order
 
 

@@ -8,7 +8,7 @@ float32, on the dequantised weights under their official names. Each case is run
 `error_X` is the largest difference between the two for X, which is the error of the reference itself.
 
 Every case stores (T padded with the pad id, P positions, V the whole vocabulary):
-    text_tokens [8, T] int32, text_lengths [8], text_positions [8, P], text_logits [8, P, V]; each row is a run of its own
+    text_tokens [8, T] int32, text_lengths [8], text_positions [8, P], text_logits [8, P, V]; each row run alone
     greedy_prompts [4, T] int32, greedy_lengths [4], greedy_tokens [4, 24], greedy_margins [4, 24] (top 1 - top 2)
     sha256 of the checkpoint, transformers (its version)
 kimi-linear: long_tokens [200], long_positions [P], long_logits [P, V], long_argmax [200], long_margins [200]
