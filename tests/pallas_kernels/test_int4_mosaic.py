@@ -79,7 +79,7 @@ def test_ragged_groups(tokens, sizes, dtype, tolerance):
 
 @pytest.mark.parametrize("first", [0, 2, 5])
 def test_groups_held_elsewhere_give_zeros(first):
-    check([4, 7, 0, 9, 2, 11, 3], 40, jnp.float32, 1e-5, first, held=2)
+    check([4, 7, 0, 9, 2, 11, 3], 40, jnp.float32, 1e-5, first, experts=2)
 
 
 def test_few_rows_on_a_chip_without_bf16_arithmetic(monkeypatch):
