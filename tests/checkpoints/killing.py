@@ -1,8 +1,8 @@
 """Converts `argv[1]` to `argv[2]` in chunks of `argv[4]` bytes, killed by SIGKILL `argv[3]` times at random moments and
-begun anew; a process of its own, since it forks. Prints a JSON line: bytes of chunks begun to be written by all
-attempts, those there are, and attempts killed.
+started again each time. It forks, so it is a process of its own. Prints a JSON line: bytes of chunks that all attempts
+began to write, bytes of the chunks that exist, and attempts killed.
 
-Imports and the abstract model, which take most of a small conversion's time, are shared by all attempts.
+All attempts share the imports and the abstract model, which take most of a small conversion's time.
 """
 
 import functools
@@ -33,7 +33,7 @@ def main(source: Path, target: Path, kills: int) -> None:
     def slow_write(file: Path, pieces: list) -> None:
         os.write(begun, f"{sum(piece.nbytes for piece in pieces)}\n".encode())
         write(file, [piece[: piece.nbytes // 2] for piece in pieces])
-        time.sleep(random.random() * 0.01)  # half of it is there
+        time.sleep(random.random() * 0.01)  # half of the chunk is written
         write(file, pieces)
 
     convert_module.write_file = slow_write
@@ -44,7 +44,7 @@ def main(source: Path, target: Path, kills: int) -> None:
         if child == 0:
             convert(source, target, workers=2)
             os._exit(0)
-        # evenly over the conversion, in the middle of whatever is done then
+        # moments are spread evenly over the conversion, whatever it does then
         goal = total * (attempt + random.random()) / (kills + 1)
         while os.waitpid(child, os.WNOHANG)[0] == 0:
             if os.fstat(begun).st_size and _written(target.with_name("begun")) >= goal:

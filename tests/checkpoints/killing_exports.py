@@ -1,6 +1,6 @@
 """Exports `argv[1]` to `argv[2]` in shards of `argv[4]` bytes, killed by SIGKILL or SIGTERM `argv[3]` times at random
-moments and begun anew; a process of its own, since it forks. Prints a JSON line: attempts killed, bytes written by all
-attempts, and bytes of the tensors."""
+moments and started again each time. It forks, so it is a process of its own. Prints a JSON line: attempts killed, bytes
+written by all attempts, and bytes of the tensors."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def main(source: Path, target: Path, kills: int, shard_bytes: int) -> None:
         if child == 0:
             export(source, target, shard_bytes=shard_bytes, workers=2)
             os._exit(0)
-        # some shards later from one attempt to the next
+        # each attempt ends some shards later than the one before
         goal = before + total * random.random() / kills
         while os.waitpid(child, os.WNOHANG)[0] == 0:
             if _written(log) > goal:

@@ -1,4 +1,4 @@
-"""The way back: every published byte, in files that the safetensors library reads, and nothing half-written."""
+"""Export: every published byte, in files that the safetensors library reads, and nothing half-written."""
 
 import errno
 import json
@@ -47,7 +47,8 @@ def test_there_and_back_every_byte_is_the_same(
 
 
 def test_what_the_manifest_keeps(spoiled: Any, tmp_path: Path) -> None:
-    """weight_shape of int64, as the library writes it, and A_log [h]; a single file in; several chunks a tensor."""
+    """The manifest keeps the int64 of the library's weight_shape and the shape [h] of A_log; the source is a single
+    file, and tensors have several chunks."""
 
     def int64(tensors: dict[str, Any]) -> None:
         tensors |= {name: t.astype(np.int64) for name, t in tensors.items() if name.endswith("weight_shape")}
@@ -70,7 +71,7 @@ def test_fp8_kept_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_int4_made_here_is_published_as_such(tmp_path: Path) -> None:
-    """Names, the weight_shape that no source had, and a config.json that says what the tensors are."""
+    """Export adds the names, the weight_shape that no source had, and a config.json that says what the tensors are."""
     source = write_toy(tmp_path / "bf16", FORMS["bf16"])
     export(convert(source, tmp_path / "orbax", experts="int4").destination, tmp_path / "out")
     tensors = read_all(tmp_path / "out")
@@ -82,7 +83,7 @@ def test_int4_made_here_is_published_as_such(tmp_path: Path) -> None:
 
 
 def test_shards_are_as_the_library_has_them(converted: dict[str, Path], tmp_path: Path) -> None:
-    """Sizes, names, the index, metadata, alignment, and that the library's own reader takes them."""
+    """Sizes, names, the index, metadata and alignment are the library's, and its own reader accepts the files."""
     export(converted["k2.5"], tmp_path / "out", shard_bytes=300_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -90,7 +91,7 @@ def test_shards_are_as_the_library_has_them(converted: dict[str, Path], tmp_path
         f"model-{i + 1:05d}-of-{len(files):06d}.safetensors" for i in range(len(files))
     ]
     assert len(files) > 3
-    held, total = {}, 0
+    weight_map, total = {}, 0
     for file in files:
         data = file.read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")
@@ -102,12 +103,12 @@ def test_shards_are_as_the_library_has_them(converted: dict[str, Path], tmp_path
             itemsize = {"BF16": 2, "F32": 4, "I32": 4}[entry["dtype"]]
             assert entry["data_offsets"][0] % itemsize == 0, name
         with safe_open(file, "np") as opened:
-            held |= dict.fromkeys(opened.keys(), file.name)
-    assert index["weight_map"] == held and index["metadata"]["total_size"] == total
+            weight_map |= dict.fromkeys(opened.keys(), file.name)
+    assert index["weight_map"] == weight_map and index["metadata"]["total_size"] == total
 
 
 def test_memory_is_some_chunks_whatever_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """numpy's allocations while one shard of 9 MB is written."""
+    """numpy allocates a few chunks while one shard of 9 MB is written."""
     monkeypatch.setattr(layout, "CHUNK_BYTES", 100_000)
     source = write_toy(tmp_path / "in", FORMS["bf16"] | {"n_routed_experts": 48})
     convert(source, tmp_path / "orbax")

@@ -1,4 +1,5 @@
-"""Every form in, every form out: the chunks that a plan makes against derivations in float64, element by element."""
+"""Every format in, every format out: the chunks that a plan makes against derivations in float64, element by
+element."""
 
 import json
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ LINEARS = ("proj.weight", "proj_with_mqa.weight", "w1.weight", "w2.weight", "w3.
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A published folder in every form, of widths that 128 does not divide."""
+    """Returns a published folder in every format, of widths that 128 does not divide."""
     root = tmp_path_factory.mktemp("forms")
     return {form: write_toy(root / form, config) for form, config in FORMS.items()}
 
@@ -36,8 +37,8 @@ def planned(folder: Path, **asked: Any) -> tuple[Plan, Published]:
     return plan(published, contents(config_json.from_folder(folder), published), **asked), published
 
 
-def made(plan: Plan, published: Published) -> dict[str, Any]:
-    """What the jobs make, as the tree that would be stored; every chunk once."""
+def run_plan(plan: Plan, published: Published) -> dict[str, Any]:
+    """Runs the plan's jobs, makes every chunk once, and returns the tree that would be stored."""
     arrays = {leaf.path: np.zeros(leaf.shape, leaf.dtype) for leaf in plan.leaves}
     cuts = {leaf.path: layout.layout(leaf) for leaf in plan.leaves}
     seen = set()
@@ -56,7 +57,7 @@ def made(plan: Plan, published: Published) -> dict[str, Any]:
 
 
 def values(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every weight by name: as it would be in float32 and in bf16, both as float64."""
+    """Returns every weight by name, in float32 and in bf16, both as float64."""
     result = {}
     for name, tensor in tensors.items():
         if name.endswith("_packed"):
@@ -78,7 +79,7 @@ def test_experts_in_every_form(
 ) -> None:
     monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)  # several chunks a leaf, which cut FP8 blocks
     tensors = read_all(sources[source])
-    tree = made(*planned(sources[source], experts=experts, dtype="bfloat16"))
+    tree = run_plan(*planned(sources[source], experts=experts, dtype="bfloat16"))
     for name, (_, value) in values(tensors).items():
         stem = name.removesuffix(".weight")
         if ".experts." not in name:
@@ -100,9 +101,10 @@ def test_experts_in_every_form(
 
 
 def test_int4_words_are_found_again(sources: dict[str, Path]) -> None:
-    """Quantising what INT4 reads as gives the published words: kept or through bf16, the result is the same."""
+    """Quantising the values of INT4 weights gives the published words again, whether the values were kept or went
+    through bf16."""
     tensors = read_all(sources["int4"])
-    tree = made(*planned(sources["int4"]))
+    tree = run_plan(*planned(sources["int4"]))
     for name, tensor in tensors.items():
         if name.endswith(("_packed", "_scale")):
             assert same_bytes(in_tree(tree, name), tensor)
@@ -116,7 +118,7 @@ def test_int4_words_are_found_again(sources: dict[str, Path]) -> None:
 def test_what_keeps_its_form_is_copied(sources: dict[str, Path], source: str, asked: Any) -> None:
     folder = sources[source]
     plan, published = planned(folder, **asked)
-    tree = made(plan, published)
+    tree = run_plan(plan, published)
     for name, tensor in read_all(folder).items():
         if not name.endswith("_shape"):
             assert same_bytes(in_tree(tree, name), tensor), name
@@ -126,7 +128,7 @@ def test_what_keeps_its_form_is_copied(sources: dict[str, Path], source: str, as
 def test_fp8_becomes_bf16_unless_asked(sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)
     plan, published = planned(sources["fp8"])
-    tree = made(plan, published)
+    tree = run_plan(plan, published)
     tensors = read_all(sources["fp8"])
     assert {name for name, tensor in tensors.items() if tensor.dtype == FP8} == {
         name for name in tensors if name.endswith(LINEARS)
@@ -139,7 +141,7 @@ def test_fp8_becomes_bf16_unless_asked(sources: dict[str, Path], monkeypatch: py
 
 
 def test_the_rest_in_float32(sources: dict[str, Path]) -> None:
-    tree = made(*planned(sources["fp8"], dtype="float32"))
+    tree = run_plan(*planned(sources["fp8"], dtype="float32"))
     for name, (value, rounded) in values(read_all(sources["fp8"])).items():
         right = rounded.astype(BF16) if ".experts." in name else value.astype(np.float32)
         assert same_bytes(in_tree(tree, name), right), name
@@ -156,7 +158,7 @@ def test_config_describes_the_result(sources: dict[str, Path], source: str, expe
     assert text.get("quantization_config", {}).get("quant_method") == methods[experts]
     assert text["dtype"] == config["dtype"] == "float32"
     assert (config_json.from_dict(config).text.quantization is not None) == (experts == "int4")
-    if experts == "fp8":  # every other Linear is named, so that nobody looks for its scales
+    if experts == "fp8":  # it names every other Linear, so that no reader looks for its scales
         plain = set(text["quantization_config"]["modules_to_not_convert"])
         linears = {name.removesuffix(".weight") for name in values(read_all(sources[source])) if name.endswith(LINEARS)}
         assert {name for name in linears if ".experts." not in name} <= plain
@@ -182,7 +184,7 @@ def test_a_scale_that_is_not_finite(
         stream.seek(place.offset)
         stream.write(nan.tobytes())
     with pytest.raises(CheckpointError, match=rf"{place.file.name}: tensor {name} has a scale in row 0 that is"):
-        made(*planned(folder, experts=experts))
+        run_plan(*planned(folder, experts=experts))
 
 
 @pytest.mark.parametrize("source", ["bf16", "fp8"])
@@ -194,7 +196,7 @@ def test_a_weight_that_is_not_finite_is_not_quantised(sources: dict[str, Path], 
         stream.seek(place.offset + place.nbytes - 2)
         stream.write(b"\xff\xff")
     with pytest.raises(CheckpointError, match=rf"{place.file.name}: tensor {name} holds NaN or infinity"):
-        made(*planned(folder, experts="int4"))
+        run_plan(*planned(folder, experts="int4"))
 
 
 def test_experts_that_do_not_divide_into_groups(tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_experts_that_do_not_divide_into_groups(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", [None, {}, {"experts": "fp8"}, {"experts": "fp8", "dtype": "float32"}])
 def test_fp8_is_loaded_as_bf16(sources: dict[str, Path], tmp_path: Path, asked: Any) -> None:
-    """From the published folder, and from every checkpoint that is made of it; on a mesh too."""
+    """FP8 becomes bf16 from the published folder and from every checkpoint made of it, on a mesh too."""
     folder = sources["fp8"] if asked is None else convert(sources["fp8"], tmp_path / "out", **asked).destination
     right = values(read_all(sources["fp8"]))
     for mesh in (None, make_mesh("4x2")):

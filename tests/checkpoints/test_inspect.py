@@ -1,4 +1,4 @@
-"""What is in a checkpoint, against published totals and a count by the safetensors library."""
+"""Summaries of checkpoints, against published totals and a count by the safetensors library."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from checkpoints import Summary, summary, summary_of_config, table
 from kimi_jax import config_json
 
-# Tensors of the released files, weights, bytes of the files (specification, 0, 3.1, 3.3 and 4.2).
+# Tensors, weights and bytes of the files on Hugging Face: moonshotai/Kimi-Linear-48B-A3B-Instruct and Kimi-K2.5.
 RELEASED = {"kimi-linear-48b": (20_493, 49.12e9, 98.2e9), "kimi-k2.5": (208_550, 1.027e12, 595e9)}
 
 

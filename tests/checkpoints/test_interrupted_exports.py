@@ -1,5 +1,5 @@
-"""Whatever stops an export or a toy's writer, and whenever: nothing looks whole that is not, no leftover is in the way,
-and the result is as if nothing had happened. And what the disk or the process has too little of is said."""
+"""An export or a toy's writer that stops at any moment leaves nothing that looks whole, no leftover that is in the way,
+and the next attempt has the result of an undisturbed one. A lack of disk or of open files is reported."""
 
 import json
 import os
@@ -27,7 +27,8 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def stop_after(patch: pytest.MonkeyPatch, writes: int, error: BaseException) -> list[str]:
-    """The next writers of shards stop after so many blocks; the list has the names of those that they wrote."""
+    """Makes the next writers of shards raise `error` after `writes` tensors; returns the names of the tensors that they
+    wrote."""
     write, written = ShardWriter.write, list[str]()
 
     def failing(self: ShardWriter, name: str, block: Any, row: int = 0) -> None:
@@ -43,13 +44,13 @@ def stop_after(patch: pytest.MonkeyPatch, writes: int, error: BaseException) -> 
 
 @pytest.fixture(scope="module")
 def exported(converted: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of K2.5 that nothing stopped."""
+    """Returns an export of K2.5 that nothing stopped."""
     return export(converted["k2.5"], tmp_path_factory.mktemp("exported") / "out", shard_bytes=SHARD).destination
 
 
 @pytest.fixture
 def stopped(converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The destination of one that was stopped halfway, as a kill would."""
+    """Returns the destination of an export that was stopped halfway, as a kill would stop it."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 100, KeyboardInterrupt())
         export(converted["k2.5"], tmp_path / "out", shard_bytes=SHARD)
@@ -67,7 +68,7 @@ def test_killed_at_random_moments(converted: dict[str, Path], exported: Path, tm
     assert counts["killed"] == kills
     assert same_folders(tmp_path / "out", exported)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "out"]
-    # what an attempt loses is the shards that its two workers had begun
+    # an attempt loses the shards that its two workers had begun
     assert counts["begun"] <= counts["nbytes"] + kills * 3 * SHARD
 
 
@@ -92,7 +93,7 @@ def test_whole_shards_are_not_written_again(
 def test_a_shard_that_is_not_what_it_should_be_is_written_again(
     converted: dict[str, Path], exported: Path, stopped: Path
 ) -> None:
-    """Cut short, or of a version that would have put other tensors into it."""
+    """The shard was cut short, or a version wrote it that would have put other tensors into it."""
     first, second, *_ = sorted(stopped.with_name("out.partial").glob("*.safetensors"))
     os.truncate(first, first.stat().st_size - 1)
     data = second.read_bytes()
@@ -102,7 +103,7 @@ def test_a_shard_that_is_not_what_it_should_be_is_written_again(
 
 
 def test_another_export_starts_over(converted: dict[str, Path], stopped: Path, tmp_path: Path) -> None:
-    """Exports with other shards, and another checkpoint."""
+    """The other exports have shards of another size, or another checkpoint."""
     partial, copy = stopped.with_name("out.partial"), tmp_path / "copy.partial"
     shutil.copytree(partial, copy)
     for source, size in (("k2.5", 2 * SHARD), ("k2", SHARD)):
@@ -119,7 +120,7 @@ def test_another_export_starts_over(converted: dict[str, Path], stopped: Path, t
 def test_stopped_while_it_is_made_whole(
     converted: dict[str, Path], exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """After each step but the last, as if the next had never begun."""
+    """The export stops after each step but the last, as if the next had never begun."""
 
     def after(action: Callable[..., Any]) -> Callable[..., Any]:
         def failing(*args: Any, **kwargs: Any) -> None:
@@ -164,7 +165,8 @@ def test_of_two_at_once_the_second_is_refused(converted: dict[str, Path], export
 def test_one_that_comes_while_the_first_gives_the_folder_its_name(
     converted: dict[str, Path], exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between looking for the destination and locking, the first finishes: the second changes nothing."""
+    """The first export finishes between the second's look at the destination and its lock; the second changes
+    nothing."""
     mkdir = Path.mkdir
 
     def late(self: Path, *args: Any, **kwargs: Any) -> None:
@@ -203,7 +205,7 @@ def test_a_toy_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         written = stop_after(patch, -1, KeyboardInterrupt())
         make_toy(tmp_path / "out", config, shard_bytes=SHARD)
     assert "model.embed_tokens.weight" not in written and same_folders(tmp_path / "out", tmp_path / "like")
-    # of another seed: from the beginning
+    # a toy of another seed starts from the beginning
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 50, KeyboardInterrupt())
         make_toy(tmp_path / "again", config, shard_bytes=SHARD, seed=1)
@@ -265,10 +267,10 @@ def test_only_what_is_still_to_be_written_needs_room(
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(whole, there, whole - there))
     export(converted["k2.5"], stopped, shard_bytes=SHARD)
     assert same_folders(stopped, exported)
-    # each process of a conversion needs room for its share
+    # each process of a conversion needs room for its share only
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(10**9, 0, 900_000))
     for index in range(2):
         convert(published["k2"], stopped.with_name("orbax"), process_index=index, num_processes=2)
-    # and a file system that knows of no size is not asked
+    # a file system that does not know its size is not asked
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(0, 0, 0))
     files.check_room(stopped, 10**15)

@@ -1,4 +1,4 @@
-"""Loading: what the model holds is what was published, from either kind of checkpoint, on one device or on a mesh."""
+"""Loading: a model has the published weights, from either kind of checkpoint, on one device or on a mesh."""
 
 import importlib
 import json
@@ -39,8 +39,8 @@ def variables(model: Kimi) -> dict[tuple[Any, ...], jax.Array]:
 
 
 def expected(folder: Path) -> dict[tuple[Any, ...], np.ndarray]:
-    """The variables of the model in `folder`, by the specification: names are paths; experts are stacked and turned
-    to [in, out]; a word is eight codes; three small tensors are float32."""
+    """Derives the variables of the model in `folder` from the published layout: names are paths; experts are stacked
+    and transposed to [in, out]; a word is eight codes; three small tensors are float32."""
     values: dict[tuple[Any, ...], Any] = {}
     for name, tensor in read_all(folder).items():
         *path, last = name.removeprefix("language_model.").replace("block_sparse_moe", "mlp").split(".")
@@ -79,8 +79,8 @@ def test_holds_what_was_published(request: pytest.FixtureRequest, like: str, kin
         assert found[path].devices() == {jax.devices()[0]}
 
 
-def lies(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Over which mesh axes the dimensions of a parameter lie, of a mesh of experts and tensors."""
+def expected_spec(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the mesh axes over which the dimensions of a parameter are sharded, on a mesh of experts and tensors."""
     both, names = ("expert", "tensor"), [str(part) for part in path]
     if "experts" in names:
         return (both, None, None)
@@ -96,19 +96,19 @@ def lies(path: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("like", ["k2.5", "kimi-linear"])
-def test_either_kind_lies_on_the_mesh_as_asked(
+def test_either_kind_is_sharded_over_the_mesh_by_the_rules(
     published: dict[str, Path], converted: dict[str, Path], like: str
 ) -> None:
     mesh = make_mesh("1x2x4")
-    alone = variables(load(published[like]))
+    single_device = variables(load(published[like]))
     for folder in (published[like], converted[like]):
         found = variables(load(folder, mesh))
-        assert found.keys() == alone.keys()
+        assert found.keys() == single_device.keys()
         for path, value in found.items():
-            sharding = NamedSharding(mesh, PartitionSpec(*lies(path)))
+            sharding = NamedSharding(mesh, PartitionSpec(*expected_spec(path)))
             assert value.sharding.is_equivalent_to(sharding, value.ndim), path
-            assert value.dtype == alone[path].dtype
-            np.testing.assert_array_equal(np.asarray(value), np.asarray(alone[path]), err_msg=str(path))
+            assert value.dtype == single_device[path].dtype
+            np.testing.assert_array_equal(np.asarray(value), np.asarray(single_device[path]), err_msg=str(path))
 
 
 @pytest.mark.parametrize("kind", ["published", "converted"])
@@ -138,22 +138,22 @@ def test_stored_float32_stays_float32(spoiled: Any) -> None:
 def test_small_batches_give_the_same(
     published: dict[str, Path], converted: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = variables(load(published["k2.5"]))
-    held: list[int] = []
+    expected_values = variables(load(published["k2.5"]))
+    batch_bytes: list[int] = []
     arrays = orbax._Reader.arrays
 
     def counting(self: Any, leaves: Any) -> Any:
-        held.append(sum(leaf.nbytes for leaf in leaves))
+        batch_bytes.append(sum(leaf.nbytes for leaf in leaves))
         return arrays(self, leaves)
 
     monkeypatch.setattr(orbax._Reader, "arrays", counting)
     monkeypatch.setattr(orbax, "BATCH_BYTES", 20_000)
-    largest = 2 * (384 * 384 + 384)  # the projector's first layer, more than a batch, goes alone
+    largest = 2 * (384 * 384 + 384)  # the projector's first layer, larger than a batch, is read alone
     for folder in (published["k2.5"], converted["k2.5"]):
-        held.clear()
+        batch_bytes.clear()
         found = variables(load(folder))
-        assert max(held) == largest and len(held) > 20
-        assert all(same_bytes(found[path], np.asarray(value)) for path, value in whole.items())
+        assert max(batch_bytes) == largest and len(batch_bytes) > 20
+        assert all(same_bytes(found[path], np.asarray(value)) for path, value in expected_values.items())
 
 
 def test_replicas_do_not_read_twice(published: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_replicas_do_not_read_twice(published: dict[str, Path], monkeypatch: pyt
 
     monkeypatch.setattr(Published, "read", counting)
     load(published["k2.5"], make_mesh("1x2x2x2"))
-    # Rows that lie on several devices, or columns of them, are read once
+    # Rows or columns that several devices have are read once
     assert set(counts.values()) == {1} and {name for name, *_ in counts} == set(read_all(published["k2.5"]))
 
 
@@ -206,7 +206,7 @@ def test_a_damaged_orbax_checkpoint(converted: dict[str, Path], tmp_path: Path, 
 
 @pytest.fixture
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Bytes read by `ConvertedSource`, by leaf."""
+    """Counts the bytes read by `ConvertedSource`, by leaf."""
     counts: Counter[str] = Counter()
 
     def counting(file: Path, offset: int, into: memoryview) -> int:
@@ -251,13 +251,13 @@ def test_text_without_vision(converted: dict[str, Path]) -> None:
 
 
 def test_behind_a_url(published: dict[str, Path], converted: dict[str, Path]) -> None:
-    alone = variables(load(published["k2.5"]))
+    expected_values = variables(load(published["k2.5"]))
     memory = fsspec.filesystem("memory")
     try:
         for kind, folder in (("published", published["k2.5"]), ("converted", converted["k2.5"])):
             memory.put(f"{folder}/", f"/bucket/{kind}/", recursive=True)
             found = variables(load(f"memory://bucket/{kind}", make_mesh("2x4")))
-            assert all(same_bytes(found[path], np.asarray(value)) for path, value in alone.items())
+            assert all(same_bytes(found[path], np.asarray(value)) for path, value in expected_values.items())
     finally:
         memory.rm("/bucket", recursive=True)
 
@@ -266,7 +266,7 @@ def test_behind_a_url(published: dict[str, Path], converted: dict[str, Path]) ->
 def test_any_box_by_its_own_bytes(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_read: Counter[str], like: str
 ) -> None:
-    """Parts cut along rows and columns, and boxes of tensor parallelism over 2, 4 and 8, and ones of no mesh."""
+    """Boxes are parts cut along rows and columns, those of tensor parallelism over 2, 4 and 8, and some of no mesh."""
     monkeypatch.setattr(layout, "PART_BYTES", 64)
     monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)
     source = sources.open_checkpoint(convert(published[like], tmp_path / "out").destination)
@@ -304,8 +304,8 @@ def _filled(source: Any, leaf: Any, boxes: Any) -> dict[Any, np.ndarray]:
 def test_two_processes_read_half_each(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a mesh whose `data` axis parts the processes, which hold alike what is not split over it."""
-    monkeypatch.setattr(layout, "PART_BYTES", 16)  # a toy's columns are shorter than a read is worth
+    """The mesh's `data` axis divides the processes; both have all that is not sharded over it."""
+    monkeypatch.setattr(layout, "PART_BYTES", 16)  # a toy's columns are shorter than a read that is worth its time
     folder = convert(published["k2"], tmp_path / "fine").destination
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -1,4 +1,4 @@
-"""Names both ways, and everything in a folder accounted for by name, shape and dtype."""
+"""Names both ways, and every tensor of a folder accounted for by name, shape and dtype."""
 
 import json
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def test_every_tensor_and_every_variable_once(published: dict[str, Path], like: 
         assert leaf.dtype == one.dtype and len(leaf.axes) == len(leaf.shape)
 
 
-def test_published_names_of_the_specification(published: dict[str, Path]) -> None:
+def test_names_of_the_published_tensors(published: dict[str, Path]) -> None:
     k25 = {leaf.path: leaf for leaf in of(published["k2.5"]).leaves}
     experts = k25["model.layers.1.mlp.experts.down_proj.weight_packed"]
     assert experts.names[5] == "language_model.model.layers.1.mlp.experts.5.down_proj.weight_packed"
@@ -49,10 +49,10 @@ def test_published_names_of_the_specification(published: dict[str, Path]) -> Non
     assert k25["model.layers.0.mlp.gate_proj.weight"].names == ("language_model.model.layers.0.mlp.gate_proj.weight",)
     linear = {leaf.path: leaf for leaf in of(published["kimi-linear"]).leaves}
     moe, tree = "model.layers.2.block_sparse_moe", "model.layers.2.mlp"
-    for theirs, ours in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
-        assert linear[f"{tree}.experts.{ours}.weight"].names[7] == f"{moe}.experts.7.{theirs}.weight"
-        assert linear[f"{tree}.shared_experts.{ours}.weight"].names == (f"{moe}.shared_experts.{ours}.weight",)
-        assert linear[f"model.layers.0.mlp.{ours}.weight"].names == (f"model.layers.0.mlp.{ours}.weight",)
+    for published_name, name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        assert linear[f"{tree}.experts.{name}.weight"].names[7] == f"{moe}.experts.7.{published_name}.weight"
+        assert linear[f"{tree}.shared_experts.{name}.weight"].names == (f"{moe}.shared_experts.{name}.weight",)
+        assert linear[f"model.layers.0.mlp.{name}.weight"].names == (f"model.layers.0.mlp.{name}.weight",)
     assert linear[f"{tree}.gate.e_score_correction_bias"].names == (f"{moe}.gate.e_score_correction_bias",)
     assert linear["model.layers.0.self_attn.A_log"].shape == (1, 1, 8, 1)
 

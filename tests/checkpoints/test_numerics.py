@@ -1,4 +1,4 @@
-"""INT4 and FP8 bit by bit: real weights, by hand, and against derivations in float64 that share no code with ours."""
+"""INT4 and FP8 bit by bit: real weights, examples by hand, and derivations in float64 that share no code with ours."""
 
 import math
 
@@ -26,13 +26,13 @@ def test_dequantize_reads_real_weights():
     weight = dequantize_int4(packed, scale)
     # -0.0 does not occur: a code of zero times a positive scale is +0.0.
     np.testing.assert_array_equal(weight.view(np.uint16)[0], [int(bits) for bits in REAL_WEIGHT.split()])
-    again, rescaled = quantize_int4(weight.astype(np.float32))
-    np.testing.assert_array_equal(again, packed)
+    requantized, rescaled = quantize_int4(weight.astype(np.float32))
+    np.testing.assert_array_equal(requantized, packed)
     np.testing.assert_array_equal(rescaled.view(np.uint16), scale.view(np.uint16))
 
 
 def test_quantize_by_hand():
-    """amax 3.5 gives the scale 0.5 exactly: halves round to even, and codes start at the low nibble."""
+    """A largest weight of 3.5 gives the scale 0.5 exactly; halves round to even, and codes start at the low nibble."""
     row = np.zeros(32, np.float32)
     row[:8] = [3.5, -3.5, 0.25, 0.75, -0.25, -0.75, 0.5, -1.0]  # 7 -7 0.5 1.5 -0.5 -1.5 1 -2
     packed, scale = quantize_int4(row[None])
@@ -58,34 +58,34 @@ def test_quantize_is_within_half_a_step_and_its_result_a_fixed_point(seed, expon
     packed, scale = quantize_int4(weight)
     read = dequantize_int4(packed, scale)
     step = np.repeat(scale.astype(np.float32), 32, axis=1)
-    # The rounding of q * s to bf16 adds up to 7/256 of a step.
+    # Rounding q * s to bf16 adds up to 7/256 of a step.
     assert (np.abs(read.astype(np.float32) - weight.astype(np.float32)) <= step * (0.5 + 7 / 256)).all()
-    again, rescaled = quantize_int4(read.astype(np.float32))
-    np.testing.assert_array_equal(again, packed)
+    requantized, rescaled = quantize_int4(read.astype(np.float32))
+    np.testing.assert_array_equal(requantized, packed)
     np.testing.assert_array_equal(rescaled, scale)
 
 
 def test_every_bf16_scale_that_a_group_can_have_is_found_again():
-    """All 128 mantissas of a group's largest weight, over a few exponents."""
+    """The largest weight of a group has each of 128 mantissas, over a few exponents."""
     largest = np.arange(0x3C80, 0x4080, dtype=np.uint16).view(BF16)
     groups = np.zeros((largest.size, 32), BF16)
     groups[:, 3] = largest
     packed, scale = quantize_int4(groups)
     assert ((packed[:, 0].view(np.uint32) >> 12) & 0xF == 15).all()  # 7 + 8
-    again, rescaled = quantize_int4(dequantize_int4(packed, scale))
-    np.testing.assert_array_equal(again, packed)
+    requantized, rescaled = quantize_int4(dequantize_int4(packed, scale))
+    np.testing.assert_array_equal(requantized, packed)
     np.testing.assert_array_equal(rescaled, scale)
 
 
 def weights(seed: int, shape: tuple[int, int]) -> np.ndarray:
-    """bf16 of many magnitudes."""
+    """Draws bf16 weights of many magnitudes."""
     random = np.random.RandomState(seed)
     return (random.standard_normal(shape) * np.exp(random.uniform(-9, 2, shape))).astype(BF16)
 
 
 @pytest.mark.parametrize("source", [np.float32, BF16])
 def test_int4_is_the_float64_derivation(source):
-    """Weights of float32 are rounded to bf16 first; the quotient, in float32, is what is rounded to a code."""
+    """Weights of float32 are rounded to bf16 first, and their quotient by the scale, in float32, to a code."""
     weight = weights(1, (37, 192)).astype(source) * np.array(1.001, source)
     packed, scale = quantize_int4(weight)
     codes, scales = int4_of(weight)
@@ -109,7 +109,7 @@ def test_fp8_is_the_float64_derivation_with_partial_last_blocks(shape):
 
 
 def test_fp8_rounds_every_kind_of_number_as_the_library_does():
-    """All halves between two neighbours of e4m3, and a float32 step to either side, with scale 1."""
+    """The numbers are all halves between two neighbours of e4m3, and a float32 step to either side, with scale 1."""
     values = np.arange(127, dtype=np.uint8).view(FP8).astype(np.float32)
     halves = (values[1:] + values[:-1]) / 2
     row = np.concatenate(

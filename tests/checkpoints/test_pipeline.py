@@ -1,4 +1,4 @@
-"""Many jobs, a few threads, a bound on what they hold; files past the cache."""
+"""Many jobs, a few threads, a bound on the bytes that they use; files written past the page cache."""
 
 import threading
 import time
@@ -14,23 +14,23 @@ from checkpoints.stored import writing
 @pytest.mark.parametrize("limit", [10, 25, 1000])
 def test_all_jobs_once_within_the_limit(limit: int) -> None:
     jobs = [3, 9, 1, 40, 2, 8, 8, 8, 5, 1, 10] * 5
-    lock, held, most, done = threading.Lock(), 0, 0, []
+    lock, in_use, most, done = threading.Lock(), 0, 0, []
 
     def work(job: int) -> None:
-        nonlocal held, most
+        nonlocal in_use, most
         with lock:
-            held += job
-            # one that is larger than the limit has it all to itself
-            assert held <= limit or held == job
-            most = max(most, held)
+            in_use += job
+            # a job larger than the limit runs alone
+            assert in_use <= limit or in_use == job
+            most = max(most, in_use)
         time.sleep(0.001)
         with lock:
-            held -= job
+            in_use -= job
             done.append(job)
 
     pipeline.run(jobs, work, lambda job: job, workers=4, limit=limit)
-    assert sorted(done) == sorted(jobs) and held == 0
-    assert most > 15  # more than one at a time
+    assert sorted(done) == sorted(jobs) and in_use == 0
+    assert most > 15  # more than one job at a time
 
 
 def test_jobs_overlap() -> None:

@@ -1,4 +1,4 @@
-"""Whatever stops a conversion, and whenever: nothing looks whole that is not, and the same command finishes it."""
+"""A conversion that stops at any moment leaves nothing that looks whole, and the same command finishes it."""
 
 import errno
 import importlib
@@ -24,7 +24,7 @@ LEAF = "model.layers.1.mlp.experts.up_proj.weight"
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, writes: int, error: BaseException) -> None:
-    """The next conversion writes so many chunks, then half of one."""
+    """Stops the next conversion after `writes` chunks and half of another."""
     write, left = module.write_file, [writes]
 
     def failing(file: Path, pieces: Any) -> None:
@@ -39,7 +39,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, writes: int, error: BaseExceptio
 
 @pytest.fixture
 def stopped(published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A source of its own and a destination, the conversion stopped halfway."""
+    """Returns a source and a destination whose conversion was stopped halfway."""
     source = shutil.copytree(published["k2"], tmp_path / "source")
     with monkeypatch.context() as patch:
         stop_after(patch, 40, OSError("pulled the plug"))
@@ -50,7 +50,8 @@ def stopped(published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def goes_on(source: Path, target: Path, like: Path) -> int:
-    """Bytes that were found, once the conversion is finished and just as one that nothing stopped."""
+    """Finishes the conversion, checks that the result is that of an undisturbed one, and returns the bytes that it
+    found."""
     report = convert(source, target)
     assert report.whole and same_folders(target, like)
     assert list(target.parent.glob("*.partial")) == []
@@ -60,7 +61,7 @@ def goes_on(source: Path, target: Path, like: Path) -> int:
 def test_killed_at_twenty_random_moments(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 16384)  # two that are lost half written are 2.4 % of the toy
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 16384)  # two chunks that are lost half written are 2.4 % of the toy
     convert(published["k2"], tmp_path / "like")
     driver = Path(__file__).with_name("killing.py")
     command = [sys.executable, driver, published["k2"], tmp_path / "out", "20", str(layout.CHUNK_BYTES)]
@@ -142,7 +143,7 @@ def _lines(partial: Path) -> list[Any]:
 
 
 def test_power_is_lost_before_chunks_are_on_the_disk(stopped: tuple[Path, Path], converted: dict[str, Path]) -> None:
-    """Their lines in the journal may be there all the same, and half of the next one."""
+    """Lines in the journal, and half of another, may be on the disk before their chunks are."""
     source, target = stopped
     partial = target.with_name("out.partial")
     lines = _lines(partial)
@@ -160,7 +161,7 @@ def test_what_is_marked_as_safe_is_believed_unless_it_is_gone(
 ) -> None:
     source, target = stopped
     partial = target.with_name("out.partial")
-    with monkeypatch.context() as patch:  # the second attempt begins by making safe what the first has written
+    with monkeypatch.context() as patch:  # the second attempt begins by syncing the files that the first has written
         stop_after(patch, 0, OSError("again"))
         with pytest.raises(OSError, match="again"):
             convert(source, target, workers=1)
@@ -184,7 +185,7 @@ def test_stopped_while_it_is_made_whole(
     monkeypatch: pytest.MonkeyPatch,
     step: str,
 ) -> None:
-    """After each step but the last, as if the next had never begun."""
+    """The conversion stops after each step but the last, as if the next had never begun."""
 
     def after(action: Callable[..., Any]) -> Callable[..., Any]:
         def failing(*args: Any, **kwargs: Any) -> None:
@@ -235,7 +236,7 @@ def test_settings_that_cannot_be_read(stopped: tuple[Path, Path], text: str, mes
 def test_a_file_that_goes_along_no_more(
     stopped: tuple[Path, Path], converted: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An attempt that was stopped at the end had carried it."""
+    """The file was carried along by an attempt that was stopped at its end."""
     source, target = stopped
     (source / "old.json").write_text("{}")
     with monkeypatch.context() as patch:
@@ -267,7 +268,7 @@ def test_what_goes_along_changes_while_it_is_converted(
     def changing(self: journal.Journal) -> None:
         sync(self)
         left[0] -= 1
-        if left[0] == 0:  # the first comes before any chunk
+        if left[0] == 0:  # the first call comes before any chunk
             change(source)
 
     monkeypatch.setattr(journal.Journal, "sync", changing)
@@ -289,7 +290,7 @@ def test_a_source_that_changes(stopped: tuple[Path, Path], converted: dict[str, 
         convert(source, target)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert goes_on(source, target, converted["k2"]) > 0
-    os.utime(file)  # a finished checkpoint is one of the source's contents
+    os.utime(file)  # a finished checkpoint belongs to its source's contents, not their times
     assert convert(source, target).made_bytes == 0
 
 

@@ -1,4 +1,4 @@
-"""Reading published folders: the bytes of the safetensors library, and one clear error for every damage."""
+"""Reading published folders: the bytes that the safetensors library reads, and one clear error for every damage."""
 
 import gzip
 import json
@@ -160,8 +160,8 @@ def _x(shape: Any, offsets: Any, dtype: Any = "I8", **more: Any) -> dict[str, An
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
 
 
-def _ours(folder: Path, data: bytes) -> str:
-    """Returns a line that names the file and says what is wrong with it; empty where nothing is."""
+def _refusal(folder: Path, data: bytes) -> str:
+    """Returns the line of the error, which names the file, or an empty text where the file is read."""
     (folder / "model.safetensors").write_bytes(data)
     try:
         Published.open(folder)
@@ -232,7 +232,7 @@ DAMAGED = {
     "a header longer than the file": struct.pack("<Q", 3) + b"{}",
     "a header of 2**64 - 1": struct.pack("<Q", 2**64 - 1) + b"{}",
 }
-# The library takes these.
+# The library accepts these.
 STRICTER = {
     "a name twice": _file(b'{"x": {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}, "x": '
                           b'{"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}}'),
@@ -243,7 +243,7 @@ STRICTER = {
 
 @pytest.mark.parametrize("case", SOUND)
 def test_a_sound_header_is_one_for_the_library_too(tmp_path: Path, case: str) -> None:
-    assert (_ours(tmp_path, SOUND[case]), _library(SOUND[case])) == ("", "")
+    assert (_refusal(tmp_path, SOUND[case]), _library(SOUND[case])) == ("", "")
     folder = Published.open(tmp_path)
     for name, found in deserialize(SOUND[case]):
         assert (list(folder.tensors[name].shape), folder.read(name).tobytes()) == (found["shape"], found["data"])
@@ -251,12 +251,12 @@ def test_a_sound_header_is_one_for_the_library_too(tmp_path: Path, case: str) ->
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_the_library_refuses_what_is_refused(tmp_path: Path, case: str) -> None:
-    assert _library(DAMAGED[case]) and _ours(tmp_path, DAMAGED[case])
+    assert _library(DAMAGED[case]) and _refusal(tmp_path, DAMAGED[case])
 
 
 @pytest.mark.parametrize("case", STRICTER)
 def test_what_the_library_takes_and_is_refused(tmp_path: Path, case: str) -> None:
-    assert not _library(STRICTER[case]) and _ours(tmp_path, STRICTER[case])
+    assert not _library(STRICTER[case]) and _refusal(tmp_path, STRICTER[case])
 
 
 _NUMBERS = st.one_of(st.integers(-2, 9), st.sampled_from([2**32, 2**63, 2**64, 1.0, True, None, "1", [1]]))
@@ -274,7 +274,7 @@ _ENTRIES = st.one_of(
 @given(st.dictionaries(st.sampled_from(["x", "y", "z", "__metadata__"]), _ENTRIES, max_size=3), st.integers(0, 9))
 def test_no_header_is_taken_that_the_library_refuses(tmp_path: Path, header: Any, nbytes: int) -> None:
     data = _file(header, bytes(nbytes))
-    if not _ours(tmp_path, data):
+    if not _refusal(tmp_path, data):
         assert not _library(data)
 
 

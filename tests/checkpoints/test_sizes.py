@@ -26,7 +26,7 @@ def edit(folder: Path, **values: Any) -> None:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the abstract model fail: a second for each, and more for a thousand layers."""
+    """Makes the abstract model fail the test: one takes a second, and one of a thousand layers more."""
     monkeypatch.setattr(names, "abstract", lambda *_: pytest.fail("made a model for sizes that are not there"))
 
 

@@ -1,4 +1,4 @@
-"""Folders that transformers saved: what they hold is what the published folder holds, for every command.
+"""Every command reads from a folder that transformers saved what it reads from the published one.
 
 tests/golden/saved.json has the names and shapes that transformers wrote; here published toys are put in them.
 """
@@ -31,7 +31,7 @@ READ = [("k2.5", "original"), ("k2", "original"), ("k2", "own"), ("kimi-linear",
 
 
 def plain(like: str) -> Tensors:
-    """The toy's tensors under published names, in plain bf16 and float32."""
+    """Returns the toy's tensors under published names, in plain bf16 and float32."""
     tensors = dict(published_tensors(toy_config(like, **SAVED[like])))
     packed = [name for name in tensors if name.endswith("weight_packed")]
     for name in packed:
@@ -42,7 +42,7 @@ def plain(like: str) -> Tensors:
 
 
 def fused(tensors: Tensors, gate: str, up: str, down: str) -> Tensors:
-    """All experts of a layer as one tensor, as the modules of transformers have them."""
+    """Stacks all experts of a layer into one tensor, as the modules of transformers have them."""
     first = re.compile(rf"(.*\.experts)\.0\.{gate}\.weight")
     result = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     for layer in filter(None, map(first.fullmatch, tensors)):
@@ -58,7 +58,7 @@ def renamed(tensors: Tensors, *renames: tuple[str, str]) -> Tensors:
 
 
 def convolved(tensors: Tensors) -> Tensors:
-    """The three convolutions of a KDA layer as one."""
+    """Joins the three convolutions of a KDA layer into one tensor."""
     result = {name: tensor for name, tensor in tensors.items() if "_conv1d." not in name}
     for name in tensors:
         if ".q_conv1d." in name:
@@ -94,7 +94,7 @@ def write(folder: Path, tensors: Tensors, config: dict[str, Any], file: str = "m
 
 @pytest.fixture(params=READ, ids="-".join)
 def folders(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
-    """A published folder, and as transformers saves it: the same config.json, other tensors."""
+    """Returns a published folder, and the folder that transformers saves of it: the same config.json, other tensors."""
     like, kind = request.param
     tensors = plain(like)
     saved = SAVE[like, kind](tensors)
@@ -115,14 +115,14 @@ def test_every_reader_finds_what_is_published(folders: tuple[Path, Path], tmp_pa
     orbax = checkpoints.convert(saved, tmp_path / "orbax").destination
     for folder in (saved, published):
         assert not checkpoints.verify(orbax, folder).problems and not checkpoints.verify(folder, orbax).problems
-    # export, in published names
+    # export writes published names
     out = checkpoints.export(orbax, tmp_path / "out").destination
     assert Published.open(out).tensors.keys() == Published.open(published).tensors.keys()
     assert not checkpoints.verify(out, published).problems
 
 
 def test_parts_are_read_where_they_are(tmp_path: Path) -> None:
-    """Nothing but an expert's own bytes: all others are cut off the file."""
+    """An expert's part is read alone: every other tensor is cut off the file."""
     saved = SAVE["k2", "own"](plain("k2"))
     folder = open_published(write(tmp_path / "saved", saved, {}))
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -135,7 +135,7 @@ def test_parts_are_read_where_they_are(tmp_path: Path) -> None:
 
 
 def test_fused_in_an_otherwise_published_folder(tmp_path: Path) -> None:
-    """Kimi Linear's experts under their published place, and K2.5's behind its prefix."""
+    """Fused experts have Kimi Linear's published names in one folder, and in the other K2.5's prefix."""
     linear = fused(plain("kimi-linear"), "w1", "w3", "w2")
     assert open_published(write(tmp_path / "linear", linear, {})).tensors.keys() == plain("kimi-linear").keys()
     k25 = fused(plain("k2.5"), "gate_proj", "up_proj", "down_proj")
@@ -173,7 +173,7 @@ def test_one_file_of_another_name(tmp_path: Path) -> None:
     ):
         folder = write(tmp_path / str(number), tensors, {}, name)
         assert Published.open(folder).tensors.keys() == {"x"}
-    # the usual name is preferred to an adapter's or another copy's beside it
+    # the usual name is preferred to that of an adapter or of a copy
     save_file({"y": tensors["x"]}, folder / "model.safetensors")
     assert Published.open(folder).tensors.keys() == {"y"}
     for number, names in enumerate((["model-00002-of-00002"], ["model-00001-of-00002"], ["a", "b"])):

@@ -1,7 +1,7 @@
-"""transformers loads what `export` writes, whatever form it came in, and computes the same logits.
+"""transformers loads the folders that `export` writes, whatever format they came in, and computes the same logits.
 
-Needs the `oracle` extra. transformers' native classes call some fields of config.json otherwise, so that is put in its
-words first (`make`).
+Needs the `oracle` extra. transformers' native classes spell some fields of config.json otherwise, so `make` translates
+them first.
 """
 
 import json
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 
 def transformers_logits(folder: Path, values: dict[str, Any]) -> Any:
-    """tokens [t] -> logits [t, vocab_size] float64 of the safetensors in `folder`, with config.json `values`."""
+    """Computes the logits, float64 [t, vocab_size], of tokens [t] by the safetensors in `folder` and config.json
+    `values`."""
     make = pytest.importorskip("make", reason="needs the oracle extra: torch, transformers, compressed-tensors")
     import torch
     import transformers
@@ -51,8 +52,8 @@ def test_exported_toys_give_the_goldens(name: str, tmp_path: Path) -> None:
 
 
 def test_int4_made_here_is_read_by_compressed_tensors(tmp_path: Path) -> None:
-    """With the quantization_config that `convert` wrote, transformers unpacks the words itself: bit for bit what the
-    same checkpoint gives with bf16 experts."""
+    """transformers unpacks the words by the quantization_config that `convert` wrote; its logits are bit for bit those
+    of the checkpoint with bf16 experts."""
     pytest.importorskip("make", reason="needs the oracle extra: torch, transformers, compressed-tensors")
     import torch
     import transformers
@@ -75,7 +76,7 @@ def test_int4_made_here_is_read_by_compressed_tensors(tmp_path: Path) -> None:
 
 
 def test_fp8_is_what_its_own_arithmetic_says(tmp_path: Path) -> None:
-    """An FP8 toy, converted and exported in bf16, against its weights read in float64."""
+    """An FP8 toy, converted and exported in bf16, computes the logits of its weights read in float64."""
     from safetensors.numpy import save_file
 
     values = FORMS["fp8"] | {"model_type": "deepseek_v3"}

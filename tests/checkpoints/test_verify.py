@@ -1,4 +1,4 @@
-"""Two checkpoints against each other, and one against its checksums: every difference is found and named."""
+"""Two checkpoints compared, and one compared with its checksums: every difference is found and named."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def test_progress_counts_every_byte(published: dict[str, Path], converted: dict[
 def test_one_element_that_differs(
     published: dict[str, Path], spoiled: Any, name: str, small: bool, tolerance: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Anywhere in a tensor, read whole or in blocks."""
+    """The element is anywhere in a tensor, which is read whole or in blocks."""
     if small:
         monkeypatch.setattr(compare, "CHUNK_BYTES", 2_000)
 
@@ -75,15 +75,15 @@ def test_names_dtypes_and_shapes(published: dict[str, Path], spoiled: Any) -> No
         "model.norm.weight": "is bfloat16 [128] in A, float32 [128] in B",
         "model.layers.0.input_layernorm.weight": "is bfloat16 [128] in A, float32 [5] in B",
     }
-    # by value a wider dtype is the same
+    # by value, a wider dtype makes no difference
     assert problems(published["k2"], other, tolerance=0.0).keys() == {
         "lm_head.weight", "model.extra", "model.layers.0.input_layernorm.weight"
     }  # fmt: skip
 
 
 def test_forms_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """INT4 and FP8 against what they were made of: half a step of 7, half a step of e4m3, of a weight's largest; and
-    blocks that cut FP8's scales."""
+    """INT4 and FP8 differ from their sources by half a step of 7, or of e4m3, of a weight's largest; blocks of the
+    comparison cut FP8's scales."""
     source = write_toy(tmp_path / "bf16", FORMS["bf16"])
     fp8 = convert(source, tmp_path / "fp8", experts="fp8").destination
     int4 = convert(source, tmp_path / "int4", experts="int4").destination
@@ -95,9 +95,9 @@ def test_forms_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert {finding.name for finding in found.problems} == {name for name in read_all(source) if ".experts." in name}
     for finding in found.problems:
         assert 0.05 < finding.max_error < 0.08 and 0.08 < finding.rms_error < 0.13
-    # what two conversions read as the same, is the same to the last bit
-    back = convert(write_toy(tmp_path / "int4-in", FORMS["int4"]), tmp_path / "back", experts="bf16").destination
-    assert not problems(tmp_path / "int4-in", back, tolerance=0.0)
+    # a conversion to bf16 has the values of its INT4 source to the last bit
+    restored = convert(write_toy(tmp_path / "int4-in", FORMS["int4"]), tmp_path / "back", experts="bf16").destination
+    assert not problems(tmp_path / "int4-in", restored, tolerance=0.0)
 
 
 def test_nan_is_never_the_same(published: dict[str, Path], spoiled: Any) -> None:
@@ -136,7 +136,7 @@ def _flip(file: Path) -> None:
 def test_damage_to_a_converted_checkpoint(
     converted: dict[str, Path], tmp_path: Path, damage: Callable[[Path], Any], message: str
 ) -> None:
-    """Named by verify, and by load before anything is loaded."""
+    """verify names the damage, and load does before anything is loaded."""
     folder = shutil.copytree(converted["k2.5"], tmp_path / "copy")
     (file,) = (folder / "model.layers.1.mlp.experts.up_proj.weight_packed").glob("c.3*")
     damage(file)
@@ -174,7 +174,7 @@ def test_what_cannot_be_asked(published: dict[str, Path], converted: dict[str, P
         verify(converted["k2"], published["k2"], tolerance=float("nan"))
     folder = shutil.copytree(converted["k2"], tmp_path / "copy")
     values = json.loads((folder / "kimi_manifest.json").read_text())
-    (folder / "kimi_manifest.json").write_text(json.dumps(values))  # laid out otherwise
+    (folder / "kimi_manifest.json").write_text(json.dumps(values))  # the same JSON, spaced otherwise
     with pytest.raises(CheckpointError, match=r"kimi_manifest\.json: is damaged: its checksum, of itself, differs"):
         verify(folder)
 
@@ -184,7 +184,7 @@ MANIFEST = "kimi_manifest.json"
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted checkpoint of few bytes, the chunks of its larger leaves cut."""
+    """Returns a converted checkpoint of few bytes, in which the larger leaves have several chunks."""
     root = tmp_path_factory.mktemp("small")
     widths = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "vt_hidden_size": 32}
     config = toy_config("k2.5", num_hidden_layers=2, vt_num_hidden_layers=1, n_routed_experts=4, **widths)
@@ -194,7 +194,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen(folder: Path) -> bool:
-    """Says whether verify finds anything wrong."""
+    """Says whether verify finds a difference."""
     try:
         return bool(verify(folder).problems)
     except CheckpointError:
@@ -203,7 +203,7 @@ def seen(folder: Path) -> bool:
 
 @pytest.mark.parametrize("count", [30, pytest.param(250, marks=pytest.mark.slow)])
 def test_a_flip_of_any_byte_is_seen(small: Path, tmp_path: Path, count: int) -> None:
-    """Every file that is no chunk, by turns with chunks, of which half are flipped near their ends."""
+    """The bytes are those of every file that is no chunk, in turn with those of chunks, half of them near an end."""
     folder = shutil.copytree(small, tmp_path / "copy")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     chunks = [path for path in files if path.name.startswith("c.")]
@@ -226,7 +226,7 @@ def test_a_flip_of_any_byte_is_seen(small: Path, tmp_path: Path, count: int) -> 
 
 
 def test_the_index_of_a_cut_chunk(small: Path, tmp_path: Path) -> None:
-    """Stock Orbax goes by it; what is read here does not."""
+    """Stock Orbax reads a cut chunk by its index; our reader does not use the index."""
     folder = shutil.copytree(small, tmp_path / "copy")
     leaf = folder / "model.layers.1.mlp.experts.down_proj.weight_packed"
     (codec,) = json.loads((leaf / "zarr.json").read_text())["codecs"]
@@ -252,7 +252,7 @@ def test_the_index_of_a_cut_chunk(small: Path, tmp_path: Path) -> None:
     ],
 )
 def test_files_beside_the_arrays(small: Path, tmp_path: Path, damage: Any, name: str, message: str) -> None:
-    """Named by verify, and by load before anything is loaded; export takes none that has changed."""
+    """verify names the damage, and load does before anything is loaded; export copies no file that has changed."""
     folder = shutil.copytree(small, tmp_path / "copy")
     damage(folder)
     found = problems(folder)
@@ -265,7 +265,7 @@ def test_files_beside_the_arrays(small: Path, tmp_path: Path, damage: Any, name:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], *, older: bool) -> None:
-    """Has `change` alter the manifest, which is whole again by its own checksum, or of a version that had none."""
+    """Applies `change` to the manifest and renews the manifest's own checksum, or removes it as in an older version."""
     values = json.loads((folder / MANIFEST).read_text())
     change(values)
     if older:
@@ -317,7 +317,7 @@ def test_a_manifest_that_no_conversion_writes(
 
 
 def test_a_checkpoint_of_an_older_version(small: Path, tmp_path: Path) -> None:
-    """It is read, and verify says what has no checksum."""
+    """The checkpoint is read, and verify names the files without checksums."""
     folder = shutil.copytree(small, tmp_path / "copy")
     rewrite(folder, lambda _: None, older=True)
     with pytest.warns(UserWarning, match=r"kimi_manifest\.json: is of an older version, so files besides arrays"):

@@ -1,5 +1,5 @@
-"""`kimi-jax` as one of several processes: what follows is its command line. Ends by writing to standard error how many
-bytes of safetensors it read. Run by test_processes.py."""
+"""Runs `kimi-jax` as one of several processes, with the command line that follows, for test_processes.py. At its end it
+writes to standard error how many bytes of safetensors it read."""
 
 import sys
 
