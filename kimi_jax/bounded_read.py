@@ -1,10 +1,11 @@
 """Reads a file up to a limit, in memory for the bytes that it has and not for the limit."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 PIECE = 2**20
 
 
+@runtime_checkable
 class Readable(Protocol):
     """A file opened for reading bytes."""
 
