@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from checkpoints.jobs.progress import Counter, Progress
+from checkpoints.files.place import Remote
+from checkpoints.files.progress import Counter, Progress
 from checkpoints.jobs.verify import check
 from checkpoints.published.numerics import BLOCK, FP8
-from checkpoints.published.reading import Remote
-from checkpoints.stored.layout import Box
+from checkpoints.stored.chunk_grid import Box
 from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Leaf, variable_path
-from checkpoints.stored.sources import ConvertedSource, PublishedSource, open_checkpoint
+from checkpoints.stored.source import ConvertedSource, PublishedSource, open_checkpoint
 from kimi_jax.model.kimi import Kimi
 from pallas_kernels import unpack_int4
 from sharding import SERVE, Partition, Rules

@@ -1,8 +1,9 @@
 """What is read of a published folder to make each stored chunk, and how: pure functions, a chunk or a few at a time.
 
-`plan` says which leaves a conversion stores, and `Plan.jobs` cuts the work into jobs that know nothing of each other.
-`convert` reads `Job.reads`, calls `Job.make` with those arrays, and writes what it gives as the chunks `Job.makes`. A
-job may make chunks of several leaves (quantising rows gives words and scales). Chunks are those of `layout`.
+`make_recipe` says which leaves a conversion stores, and `Recipe.tasks` cuts the work into tasks that know nothing of
+each other. `convert` reads `ChunkTask.reads`, calls `ChunkTask.make` with those arrays, and writes the results as the
+chunks `ChunkTask.makes`. A task may make chunks of several leaves (quantising rows gives words and scales). Chunks are
+those of `chunk_grid`.
 
 Weights that keep their form are copied word for word. All others go through bf16, which every form is read as, some
 rows at a time (`transform`).
@@ -19,15 +20,15 @@ from checkpoints.published import quantization_config
 from checkpoints.published.numerics import BF16, BLOCK, CODES_PER_WORD, F32, FP8, GROUP_SIZE
 from checkpoints.published.quantization_config import Form
 from checkpoints.published.safetensors import CheckpointError, Published
-from checkpoints.stored.layout import layout
+from checkpoints.stored.chunk_grid import chunk_grid
 from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Contents, Leaf, stored, with_fp8
 
 Rest = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows `start` to `stop` of the published tensor `name`, all of it by default."""
+class RowRange:
+    """RowRange `start` to `stop` of the published tensor `name`, all of it by default."""
 
     name: str
     start: int = 0
@@ -35,43 +36,45 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Chunk `number`, in C order of the grid, of the stored leaf at `path`."""
+class ChunkId:
+    """ChunkId `number`, in C order of the grid, of the stored leaf at `path`."""
 
     path: str
     number: int
 
 
 @dataclass(frozen=True)
-class Job:
+class ChunkTask:
     """`make(*arrays)` gives, for the arrays of `reads` in their order, those of the chunks `makes` in theirs, in C
     order and of the chunk's shape. It is pure, may give back its arguments or views of them, and runs in a thread among
-    others. `nbytes` is the memory that the job needs at its worst: what it reads, what it makes, and what `make` holds
+    others. `nbytes` is the memory that the task needs at its worst: what it reads, what it makes, and what `make` holds
     between.
 
     `make` raises CheckpointError naming file and tensor for values that cannot be (a scale that is not finite).
     """
 
-    reads: tuple[Rows, ...]
-    makes: tuple[Chunk, ...]
+    reads: tuple[RowRange, ...]
+    makes: tuple[ChunkId, ...]
     make: Callable[..., tuple[np.ndarray, ...]]
     nbytes: int
 
 
 @dataclass(frozen=True)
-class Plan:
+class Recipe:
     """The `leaves` that a conversion stores, `form` (what else than the source decides them, as JSON, recorded so that
-    a conversion is only resumed as it was begun), `jobs`, a fresh iterator over all jobs, alike at every call: in
+    a conversion is only resumed as it was begun), `tasks`, a fresh iterator over all tasks, alike at every call: in
     about the order of the source's bytes, each chunk made once; and `config`, from the source's config.json to the one
     that describes the result, None where that is the same."""
 
     leaves: tuple[Leaf, ...]
     form: dict[str, str]
-    jobs: Callable[[], Iterator[Job]]
+    tasks: Callable[[], Iterator[ChunkTask]]
     config: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
-def plan(published: Published, contents: Contents, experts: Form | None = None, dtype: Rest | None = None) -> Plan:
+def make_recipe(
+    published: Published, contents: Contents, experts: Form | None = None, dtype: Rest | None = None
+) -> Recipe:
     """Routed experts in the form `experts`, everything else in `dtype`.
 
     Without `experts`, they stay as published, but FP8 becomes bf16. Without `dtype`, so does everything else; the FP8
@@ -94,7 +97,7 @@ def plan(published: Published, contents: Contents, experts: Form | None = None, 
             pairs.append((source, (replace(first, dtype=np.dtype(dtype or BF16)),)))
     pairs.sort(key=lambda pair: order[pair[0][0].names[0]])
 
-    def jobs() -> Iterator[Job]:
+    def tasks() -> Iterator[ChunkTask]:
         for source, target in pairs:
             if [(leaf.path, leaf.dtype) for leaf in source] == [(leaf.path, leaf.dtype) for leaf in target]:
                 for leaf in source:
@@ -105,8 +108,8 @@ def plan(published: Published, contents: Contents, experts: Form | None = None, 
     leaves = tuple(leaf for _, target in pairs for leaf in target)
     settings: dict[str, str] = {"experts": experts or "as published", "dtype": dtype or "as published"}
     if all(source == target for source, target in pairs):
-        return Plan(leaves, settings, jobs)
-    return Plan(leaves, settings, jobs, lambda config: _described(config, leaves, dtype))
+        return Recipe(leaves, settings, tasks)
+    return Recipe(leaves, settings, tasks, lambda config: _described(config, leaves, dtype))
 
 
 def _weights(leaves: Sequence[Leaf]) -> Iterator[tuple[Leaf, ...]]:
@@ -156,33 +159,33 @@ def _described(config: Mapping[str, Any], leaves: Sequence[Leaf], dtype: Rest | 
     return described
 
 
-def _verbatim(published: Published, leaf: Leaf) -> Iterator[Job]:
+def _verbatim(published: Published, leaf: Leaf) -> Iterator[ChunkTask]:
     """A chunk of a stacked leaf is an expert's tensor, of another one rows of its only tensor."""
-    cut = layout(leaf)
+    cut = chunk_grid(leaf)
     for number in range(cut.chunks):
         read = _rows(leaf, number)
         scales = leaf.path.endswith((SCALE, SCALE_INV))
         make = _finite(published, read, cut.chunk) if scales else _reshaped(cut.chunk)
         # twice, since a cut along columns is copied
-        yield Job((read,), (Chunk(leaf.path, number),), make, 2 * cut.chunk_bytes)
+        yield ChunkTask((read,), (ChunkId(leaf.path, number),), make, 2 * cut.chunk_bytes)
 
 
-def _rows(leaf: Leaf, number: int) -> Rows:
+def _rows(leaf: Leaf, number: int) -> RowRange:
     """What of the published tensors chunk `number` of a leaf is."""
-    cut = layout(leaf)
+    cut = chunk_grid(leaf)
     if leaf.stacked:
-        return Rows(leaf.pattern.format(number))
+        return RowRange(leaf.pattern.format(number))
     if cut.chunks == 1:
-        return Rows(leaf.pattern)
-    return Rows(leaf.pattern, number * cut.chunk[0], (number + 1) * cut.chunk[0])
+        return RowRange(leaf.pattern)
+    return RowRange(leaf.pattern, number * cut.chunk[0], (number + 1) * cut.chunk[0])
 
 
-def _transform(published: Published, source: Sequence[Leaf], target: Sequence[Leaf]) -> Iterator[Job]:
+def _transform(published: Published, source: Sequence[Leaf], target: Sequence[Leaf]) -> Iterator[ChunkTask]:
     """All of a weight's leaves for one expert, or for the rows of one chunk."""
-    cuts = [layout(leaf) for leaf in target]
+    cuts = [chunk_grid(leaf) for leaf in target]
     for number in range(cuts[0].chunks):
         rows = _rows(target[0], number)
-        reads = tuple(Rows(leaf.pattern.format(number), rows.start, rows.stop) for leaf in source)
+        reads = tuple(RowRange(leaf.pattern.format(number), rows.start, rows.stop) for leaf in source)
         if source[0].dtype == FP8 and rows.stop is not None:
             reads = (reads[0], replace(reads[1], start=rows.start // BLOCK, stop=-(-rows.stop // BLOCK)))
         shapes, dtypes = [cut.chunk for cut in cuts], [leaf.dtype for leaf in target]
@@ -190,14 +193,14 @@ def _transform(published: Published, source: Sequence[Leaf], target: Sequence[Le
         share = made / sum(leaf.nbytes for leaf in target)
         read = int(sum(leaf.nbytes for leaf in source) * share) + source[-1].nbytes // source[-1].shape[0]
         columns = shapes[0][-1] * (CODES_PER_WORD if target[0].path.endswith(PACKED) else 1)
-        makes = tuple(Chunk(leaf.path, number) for leaf in target)
+        makes = tuple(ChunkId(leaf.path, number) for leaf in target)
         # made twice: in blocks of rows, then in one
         nbytes = read + 2 * made + SCRATCH_BYTES * columns
-        yield Job(reads, makes, _made(published, reads, shapes, dtypes), nbytes)
+        yield ChunkTask(reads, makes, _made(published, reads, shapes, dtypes), nbytes)
 
 
 def _made(
-    published: Published, reads: Sequence[Rows], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype]
+    published: Published, reads: Sequence[RowRange], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype]
 ) -> Callable[..., tuple[np.ndarray, ...]]:
     def make(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         _check(published, reads, arrays)
@@ -214,7 +217,9 @@ def _reshaped(shape: tuple[int, ...]) -> Callable[[np.ndarray], tuple[np.ndarray
     return lambda array: (array.reshape(shape),)
 
 
-def _finite(published: Published, read: Rows, shape: tuple[int, ...]) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
+def _finite(
+    published: Published, read: RowRange, shape: tuple[int, ...]
+) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
     def make(scales: np.ndarray) -> tuple[np.ndarray, ...]:
         _check(published, (read,), (scales,))
         return (scales.reshape(shape),)
@@ -222,7 +227,7 @@ def _finite(published: Published, read: Rows, shape: tuple[int, ...]) -> Callabl
     return make
 
 
-def _check(published: Published, reads: Sequence[Rows], arrays: Sequence[np.ndarray]) -> None:
+def _check(published: Published, reads: Sequence[RowRange], arrays: Sequence[np.ndarray]) -> None:
     for read, scales in zip(reads, arrays, strict=True):
         if read.name.endswith((SCALE, SCALE_INV)) and not (finite := np.isfinite(scales.astype(np.float32))).all():
             row = read.start + int(np.argwhere(~finite)[0][0])

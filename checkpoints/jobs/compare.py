@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from checkpoints.files import pipeline
+from checkpoints.files.progress import Counter, Progress
 from checkpoints.forms.transform import SCRATCH_BYTES, plain
-from checkpoints.jobs import pipeline
-from checkpoints.jobs.progress import Counter, Progress
 from checkpoints.published.numerics import BLOCK, CODES_PER_WORD, F32
 from checkpoints.published.safetensors import CheckpointError, Published, Tensor
-from checkpoints.stored.converted import Converted
-from checkpoints.stored.layout import CHUNK_BYTES
+from checkpoints.stored.chunk_grid import CHUNK_BYTES
+from checkpoints.stored.folder import Converted
 from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, SHAPE
 
 

@@ -1,9 +1,9 @@
 """A published folder -> an Orbax checkpoint, chunk by chunk: memory stays near a few chunks, whatever the model's size.
 
-`forms` says what is read for each chunk and how it is made, `layout` how it lies in its file, `pipeline` keeps several
-at work, `journal` remembers which are done. All happens in a folder beside the destination, named `*.partial`, which
-takes the destination's name when everything is there and safe on the disk, Orbax's metadata and our manifest last.
-Whatever stops a conversion leaves the partial folder, and the same command goes on from it.
+`forms` says what is read for each chunk and how it is made, `chunk_grid` how it lies in its file, `pipeline` keeps
+several at work, `journal` remembers which are done. All happens in a folder beside the destination, named `*.partial`,
+which takes the destination's name when everything is there and safe on the disk, Orbax's metadata and our manifest
+last. Whatever stops a conversion leaves the partial folder, and the same command goes on from it.
 """
 
 import dataclasses
@@ -18,20 +18,21 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints.files import pipeline
+from checkpoints.files.new_folder import check_room
+from checkpoints.files.pipeline import MEMORY, WORKERS
+from checkpoints.files.place import Remote, files_under, identity, sha256
+from checkpoints.files.progress import Counter, Progress
+from checkpoints.files.writing import aligned, fsync, write_file, write_whole
 from checkpoints.forms import forms
-from checkpoints.forms.forms import Job, Plan, Rest, Rows
-from checkpoints.jobs import pipeline
-from checkpoints.jobs.files import check_room
-from checkpoints.jobs.pipeline import MEMORY, WORKERS
-from checkpoints.jobs.progress import Counter, Progress
+from checkpoints.forms.forms import ChunkTask, Recipe, Rest, RowRange
+from checkpoints.jobs import journal
 from checkpoints.published.quantization_config import Form
-from checkpoints.published.reading import Remote, files_under, identity, sha256
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.published.spellings import open_published
-from checkpoints.stored import journal, layout, manifest, metadata
+from checkpoints.stored import chunk_grid, companions, manifest
 from checkpoints.stored.manifest import MANIFEST
 from checkpoints.stored.names import Contents, contents
-from checkpoints.stored.writing import aligned, fsync, write_file, write_whole
 from kimi_jax import config_json
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -65,7 +66,7 @@ def convert(
 ) -> Report:
     """Writes the published checkpoint in `src`, a folder or URL, to a new folder `dst`: as stored, nothing rounded,
     but for what `experts` (int4, fp8, bf16) and `dtype` (of the rest) ask for, and FP8, which becomes bf16 unless it is
-    asked for (`forms.plan`).
+    asked for (`forms.make_recipe`).
 
     The process's peak memory stays under `memory` bytes. Of several processes that share the destination's disk, each
     makes its share of the chunks, and the last to finish makes the checkpoint whole. A conversion that was stopped goes
@@ -85,16 +86,16 @@ def convert(
         )
     conversion = _Conversion.of(open_published(src), Path(dst).absolute(), experts, dtype)
     if conversion.is_there():
-        return conversion.report(whole=True, found=conversion.nbytes(conversion.plan.jobs()), made=0)
+        return conversion.report(whole=True, found=conversion.nbytes(conversion.recipe.tasks()), made=0)
     settings = conversion.source | {"files": conversion.files, "num_processes": num_processes}
-    with journal.opened(conversion.partial, settings, process_index, conversion.layouts) as log:
-        share = [job for i, job in enumerate(conversion.plan.jobs()) if i % num_processes == process_index]
-        todo = [job for job in share if not all((chunk.path, chunk.number) in log.done for chunk in job.makes)]
+    with journal.opened(conversion.partial, settings, process_index, conversion.grids) as log:
+        share = [task for i, task in enumerate(conversion.recipe.tasks()) if i % num_processes == process_index]
+        todo = [task for task in share if not all((chunk.path, chunk.number) in log.done for chunk in task.makes)]
         found = conversion.nbytes(share) - conversion.nbytes(todo)
         count = Counter(conversion.nbytes(share), progress, found)
         check_room(conversion.partial, conversion.nbytes(todo))
         try:
-            pipeline.run(todo, _Work(conversion, log, count), lambda job: job.nbytes, workers=workers, limit=limit)
+            pipeline.run(todo, _Work(conversion, log, count), lambda task: task.nbytes, workers=workers, limit=limit)
             log.sync()
             whole = conversion.finish(log)
         except OSError as error:
@@ -112,8 +113,8 @@ class _Conversion:
 
     published: Published
     contents: Contents
-    plan: Plan
-    layouts: Mapping[str, layout.Layout]
+    recipe: Recipe
+    grids: Mapping[str, chunk_grid.ChunkGrid]
     files: Mapping[str, Any]
     carried: Mapping[str, str]
     source: dict[str, Any]
@@ -122,26 +123,26 @@ class _Conversion:
     @classmethod
     def of(cls, published: Published, dst: Path, experts: Form | None, dtype: Rest | None) -> "_Conversion":
         # before any of them is read, so that one that changes meanwhile is noticed at the end
-        carried = {name: sha256(file) for name, file in metadata.carried(published.folder).items()}
+        carried = {name: sha256(file) for name, file in companions.carried(published.folder).items()}
         found = contents(config_json.from_folder(published.folder), published)
-        plan = forms.plan(published, found, experts, dtype)
-        layouts = {leaf.path: layout.layout(leaf) for leaf in plan.leaves}
+        recipe = forms.make_recipe(published, found, experts, dtype)
+        grids = {leaf.path: chunk_grid.chunk_grid(leaf) for leaf in recipe.leaves}
         files = {file.name: identity(file) for file in published.files}
         source = {
-            "form": plan.form,
-            "layout": [layout.CHUNK_BYTES, layout.PARTS, layout.PART_BYTES],
+            "form": recipe.form,
+            "layout": [chunk_grid.CHUNK_BYTES, chunk_grid.PARTS, chunk_grid.PART_BYTES],
             "config": carried["config.json"],
             # a copy of a file is as good, whenever it was made
             "files": {name: {**file, "changed": None} for name, file in files.items()},
         }
-        return cls(published, found, plan, layouts, files, carried, source, dst)
+        return cls(published, found, recipe, grids, files, carried, source, dst)
 
     @property
     def partial(self) -> Path:
         return self.dst.with_name(self.dst.name + ".partial")
 
-    def nbytes(self, jobs: Any) -> int:
-        return sum(self.layouts[chunk.path].chunk_bytes for job in jobs for chunk in job.makes)
+    def nbytes(self, tasks: Any) -> int:
+        return sum(self.grids[chunk.path].chunk_bytes for task in tasks for chunk in task.makes)
 
     def is_there(self) -> bool:
         """Whether the destination has this conversion. Raises FileExistsError where it has something else."""
@@ -160,13 +161,13 @@ class _Conversion:
             if self.is_there():  # another process was faster
                 return True
             digests = log.of_all()
-            if any((path, i) not in digests for path, lay in self.layouts.items() for i in range(lay.chunks)):
+            if any((path, i) not in digests for path, grid in self.grids.items() for i in range(grid.chunks)):
                 return False
             for file in self.published.files:
                 if difference := journal.differ(self.files[file.name], identity(file)):
                     raise CheckpointError(f"{file}: changed while it was converted: {difference}")
-            names = metadata.write_array_metadata(self.layouts, self.partial)
-            names += metadata.carry(self.published.folder, self.partial, self.plan.config, self.carried)
+            names = companions.write_array_metadata(self.grids, self.partial)
+            names += companions.carry(self.published.folder, self.partial, self.recipe.config, self.carried)
             self._remove_all_but(names)
             for path in (self.partial, *self.partial.glob("*"), *self.partial.glob("*/zarr.json")):
                 fsync(path)
@@ -179,7 +180,7 @@ class _Conversion:
 
     def _remove_all_but(self, names: Iterable[str]) -> None:
         """Removes what earlier attempts left and this one has no use for: a file that is carried no more, say."""
-        chunks = (f"{path}/{lay.file(number)}" for path, lay in self.layouts.items() for number in range(lay.chunks))
+        chunks = (f"{path}/{grid.file(number)}" for path, grid in self.grids.items() for number in range(grid.chunks))
         for name in set(files_under(self.partial)).difference(names, chunks):
             if not name.startswith(f"{journal.FOLDER}/"):
                 (self.partial / name).unlink()
@@ -187,36 +188,36 @@ class _Conversion:
     def manifest(self, digests: Mapping[tuple[str, int], str], files: Mapping[str, str]) -> dict[str, Any]:
         config, skipped = self.contents.config, self.contents.skipped
         return manifest.describe(
-            self.published, config.model_type, self.source, skipped, self.plan.leaves, digests, self.layouts, files
+            self.published, config.model_type, self.source, skipped, self.recipe.leaves, digests, self.grids, files
         )
 
     def report(self, *, whole: bool, found: int, made: int) -> Report:
         leaves = self.contents.leaves
         tensors = sum(len(leaf.names) for leaf in leaves)
-        return Report(self.dst, whole, len(self.plan.leaves), tensors, self.contents.skipped, found, made)
+        return Report(self.dst, whole, len(self.recipe.leaves), tensors, self.contents.skipped, found, made)
 
 
 class _Work:
-    """Makes the chunks of a job: reads, transforms, digests, writes, and only then records them."""
+    """Makes the chunks of a task: reads, transforms, digests, writes, and only then records them."""
 
     def __init__(self, conversion: _Conversion, log: journal.Journal, count: Counter):
-        self.published, self.layouts, self.folder = conversion.published, conversion.layouts, conversion.partial
+        self.published, self.grids, self.folder = conversion.published, conversion.grids, conversion.partial
         self.log, self.count, self.thread = log, count, threading.local()
-        for path in self.layouts:
+        for path in self.grids:
             (self.folder / path).mkdir(exist_ok=True)
         count(0)
 
-    def __call__(self, job: Job) -> None:
-        for chunk, array in zip(job.makes, job.make(*self._read(job.reads)), strict=True):
-            lay = self.layouts[chunk.path]
-            if array.shape != lay.chunk or array.dtype != lay.dtype:
-                raise TypeError(f"{chunk}: made {array.dtype} {array.shape}, expected {lay.dtype} {lay.chunk}")
-            write_file(self.folder / chunk.path / lay.file(chunk.number), lay.encode(array))
+    def __call__(self, task: ChunkTask) -> None:
+        for chunk, array in zip(task.makes, task.make(*self._read(task.reads)), strict=True):
+            grid = self.grids[chunk.path]
+            if array.shape != grid.chunk or array.dtype != grid.dtype:
+                raise TypeError(f"{chunk}: made {array.dtype} {array.shape}, expected {grid.dtype} {grid.chunk}")
+            write_file(self.folder / chunk.path / grid.file(chunk.number), grid.encode(array))
             self.log.record(chunk.path, chunk.number, journal.digest(array))
             self.count(array.nbytes)
 
-    def _read(self, reads: Sequence[Rows]) -> list[np.ndarray]:
-        """The arrays of a job, in memory that this thread's next job uses again: new pages cost as much as copying."""
+    def _read(self, reads: Sequence[RowRange]) -> list[np.ndarray]:
+        """Returns a task's arrays, in memory that the thread's next task reuses: new pages cost as much as copying."""
         sizes = [self._nbytes(rows) + 4095 & ~4095 for rows in reads]
         if getattr(self.thread, "buffer", np.empty(0)).nbytes < sum(sizes):
             self.thread.buffer = aligned(sum(sizes))
@@ -226,7 +227,7 @@ class _Work:
             for rows, start in zip(reads, starts, strict=False)
         ]
 
-    def _nbytes(self, rows: Rows) -> int:
+    def _nbytes(self, rows: RowRange) -> int:
         tensor = self.published.tensors[rows.name]
         if (rows.start, rows.stop) == (0, None):
             return tensor.nbytes

@@ -10,15 +10,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints.jobs import pipeline
-from checkpoints.jobs.files import new_folder, was_finished
-from checkpoints.jobs.pipeline import MEMORY, WORKERS
-from checkpoints.jobs.progress import Counter, Progress
-from checkpoints.jobs.shards import SHARD_BYTES, Entry, ShardWriter, planned
+from checkpoints.files import pipeline
+from checkpoints.files.new_folder import new_folder, was_finished
+from checkpoints.files.pipeline import MEMORY, WORKERS
+from checkpoints.files.progress import Counter, Progress
 from checkpoints.published.safetensors import INDEX
-from checkpoints.stored.converted import Chunk, Converted
+from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
+from checkpoints.stored.companions import carry, recorded
+from checkpoints.stored.folder import ChunkFile, Converted
 from checkpoints.stored.manifest import MANIFEST
-from checkpoints.stored.metadata import carry, recorded
 from checkpoints.stored.names import PACKED, SHAPE
 
 
@@ -56,14 +56,14 @@ def export(
         raise ValueError(f"shards of {shard_bytes} bytes, {workers} workers: expected 1 or more")
     source = Converted.open(src)
     names = sorted(source.tensors, key=_natural)
-    entries = [Entry(name, source.tensors[name].dtype, source.tensors[name].shape) for name in names]
-    shards = planned(entries, shard_bytes)
+    headers = [TensorHeader(name, source.tensors[name].dtype, source.tensors[name].shape) for name in names]
+    shards = split_into_shards(headers, shard_bytes)
     chunks = [chunk for name in names for chunk in source.chunks.get(name, ())]
     manifest = hashlib.sha256((source.folder / MANIFEST).read_bytes()).hexdigest()
     settings = {"export of": manifest, "shard_bytes": shard_bytes}
 
     def report(carried: tuple[str, ...]) -> Exported:
-        return Exported(Path(dst), len(entries), len(shards), sum(entry.nbytes for entry in entries), carried)
+        return Exported(Path(dst), len(headers), len(shards), sum(header.nbytes for header in headers), carried)
 
     if was_finished(Path(dst), settings):
         files = sorted(file.name for file in Path(dst).iterdir())
@@ -71,21 +71,21 @@ def export(
     with new_folder(Path(dst), settings) as folder:
         with ShardWriter(folder, shards) as writer:
             todo = [chunk for chunk in chunks if not writer.finished.issuperset(_tensors(chunk))]
-            total, left = (sum(chunk.layout.chunk_bytes for chunk in some) for some in (chunks, todo))
+            total, left = (sum(chunk.grid.chunk_bytes for chunk in some) for some in (chunks, todo))
             count = Counter(total, progress, total - left)
 
-            def work(chunk: Chunk) -> None:
+            def work(chunk: ChunkFile) -> None:
                 writer.write(chunk.name, chunk.read(check=True), chunk.row)
                 for shape in _tensors(chunk)[1:]:
                     writer.write(shape, source.weight_shapes[shape])
-                count(chunk.layout.chunk_bytes)
+                count(chunk.grid.chunk_bytes)
 
             pipeline.run(todo, work, lambda chunk: chunk.nbytes, workers=workers, limit=limit)
         carried = carry(source.folder, folder, expected=recorded(source.manifest))
     return report(carried)
 
 
-def _tensors(chunk: Chunk) -> tuple[str, ...]:
+def _tensors(chunk: ChunkFile) -> tuple[str, ...]:
     """The tensors that are written of a chunk: its own and, after INT4 words, their shape."""
     shape = (chunk.name.removesuffix(PACKED) + SHAPE,) if chunk.name.endswith(PACKED) else ()
     return chunk.name, *shape

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from checkpoints.published.numerics import CODES_PER_WORD
 from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Leaf, stored
-from checkpoints.stored.sources import ConvertedSource, open_checkpoint
+from checkpoints.stored.source import ConvertedSource, open_checkpoint
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import abstract
 

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from checkpoints.jobs import pipeline
+from checkpoints.files import pipeline
+from checkpoints.files.pipeline import MEMORY, WORKERS
+from checkpoints.files.place import Remote, at, files_under, sha256
+from checkpoints.files.progress import Counter, Progress
 from checkpoints.jobs.compare import Compare, Finding
-from checkpoints.jobs.pipeline import MEMORY, WORKERS
-from checkpoints.jobs.progress import Counter, Progress
-from checkpoints.published.reading import Remote, at, files_under, sha256
+from checkpoints.jobs.journal import FOLDER
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.published.spellings import open_published
 from checkpoints.stored import manifest
-from checkpoints.stored.converted import Converted
-from checkpoints.stored.journal import FOLDER
+from checkpoints.stored.folder import Converted
 from checkpoints.stored.manifest import MANIFEST, Manifest
 from kimi_jax.printable import printable
 
@@ -87,7 +87,7 @@ class _Check:
 def _checks(found: Manifest) -> list[_Check]:
     """Returns what there is to hold against a manifest: every chunk, every other file, and that there are no more."""
     checks = [
-        _Check(chunk.name, chunk.check, chunk.nbytes, chunk.layout.chunk_bytes)
+        _Check(chunk.name, chunk.check, chunk.nbytes, chunk.grid.chunk_bytes)
         for chunks in Converted.of(found).chunks.values()
         for chunk in chunks
     ]
@@ -98,9 +98,9 @@ def _checks(found: Manifest) -> list[_Check]:
     checks += [_Check(name, partial(_check_file, found, name)) for name in found.files]
     strangers = set(files_under(found.folder)) - found.files.keys() - {MANIFEST}
     strangers -= {
-        f"{path}/{entry.layout.file(number)}"
-        for path, entry in found.leaves.items()
-        for number in range(entry.layout.chunks)
+        f"{path}/{record.grid.file(number)}"
+        for path, record in found.leaves.items()
+        for number in range(record.grid.chunks)
     }
     return checks + [
         _Check(name, partial(_refuse, found, name)) for name in sorted(strangers) if not name.startswith(f"{FOLDER}/")

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from checkpoints.published.reading import Place, Remote, at, read_into, size
+from checkpoints.files.place import Place, Remote, at, read_into, size
 from kimi_jax import json_reader
 from kimi_jax.file_kinds import HEAD, mistaken
 from kimi_jax.printable import printable

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints.published.reading import Remote
+from checkpoints.files.place import Remote
 from checkpoints.published.safetensors import CheckpointError, Published, Tensor
 from kimi_jax.printable import printable
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from checkpoints.published.numerics import BF16, BLOCK, CODES_PER_WORD, GROUP_SIZE, quantize_fp8
 from checkpoints.published.safetensors import CheckpointError, Published
-from checkpoints.toy.weights import Weight
+from checkpoints.toy.weights import ToyWeight
 
 BLOCK_WEIGHTS = 2**21  # drawn at a time: some 50 MB
 # name, first row, rows
@@ -38,17 +38,17 @@ def _words() -> tuple[np.ndarray, float]:
     ) ** 0.5
 
 
-def drawn(weight: Weight, seed: int) -> Iterator[Block]:
+def drawn(weight: ToyWeight, seed: int) -> Iterator[Block]:
     """The tensors of a random `weight`, in blocks of rows. Its own generator is seeded by (seed, crc32(name))."""
     bits = np.random.SFC64([seed, crc32(weight.name.encode())])
-    first, *rest = weight.entries
+    first, *rest = weight.headers
     if weight.name.endswith((".A_log", ".dt_bias")):
         yield first.name, 0, weight.float64(seed).astype(weight.dtype)
         return
     for start, stop in _blocks(weight.shape):
         if weight.form == "int4":
-            for entry, rows in zip((first, rest[0]), _int4(weight, bits, stop - start), strict=True):
-                yield entry.name, start, rows
+            for header, rows in zip((first, rest[0]), _int4(weight, bits, stop - start), strict=True):
+                yield header.name, start, rows
             continue
         size = (stop - start) * math.prod(weight.shape[1:])
         values = np.take(_quantiles(2**16), _random(bits, size)).reshape(stop - start, *weight.shape[1:])
@@ -64,19 +64,19 @@ def drawn(weight: Weight, seed: int) -> Iterator[Block]:
         yield rest[1].name, 0, np.array(weight.shape, np.int32)
 
 
-def copied(weight: Weight, source: Published) -> Iterator[Block]:
+def copied(weight: ToyWeight, source: Published) -> Iterator[Block]:
     """The tensors of `weight` as `source` has them, cut to its shape; raises CheckpointError where it has no such."""
-    for entry in weight.entries:
-        tensor = source.tensors.get(entry.name)
-        rows = tensor and (*entry.shape[:1], *tensor.shape[1:]) == entry.shape and tensor.shape >= entry.shape
-        if tensor is None or not rows or tensor.dtype != entry.dtype:
+    for header in weight.headers:
+        tensor = source.tensors.get(header.name)
+        rows = tensor and (*header.shape[:1], *tensor.shape[1:]) == header.shape and tensor.shape >= header.shape
+        if tensor is None or not rows or tensor.dtype != header.dtype:
             found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise CheckpointError(
-                f"{source.folder}: tensor {entry.name}: expected {entry.dtype} {list(entry.shape)} or more rows, "
+                f"{source.folder}: tensor {header.name}: expected {header.dtype} {list(header.shape)} or more rows, "
                 f"found {found}"
             )
-        for start, stop in _blocks(entry.shape):
-            yield entry.name, start, source.read(entry.name, start, stop)
+        for start, stop in _blocks(header.shape):
+            yield header.name, start, source.read(header.name, start, stop)
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -91,7 +91,7 @@ def _random(bits: np.random.SFC64, size: int) -> np.ndarray:
     return bits.random_raw(-(-size // 4)).view(np.uint16)[:size]
 
 
-def _int4(weight: Weight, bits: np.random.SFC64, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _int4(weight: ToyWeight, bits: np.random.SFC64, rows: int) -> tuple[np.ndarray, np.ndarray]:
     codes, deviation = _words()
     columns = weight.shape[1]
     quarters = np.take(codes, _random(bits, rows * columns // 4)).reshape(rows, -1, GROUP_SIZE // 4)

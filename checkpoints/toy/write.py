@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints.jobs.files import new_folder, was_finished
-from checkpoints.jobs.progress import Counter, Progress
-from checkpoints.jobs.shards import SHARD_BYTES, Entry, ShardWriter, planned
-from checkpoints.published.reading import identity
+from checkpoints.files.new_folder import new_folder, was_finished
+from checkpoints.files.place import identity
+from checkpoints.files.progress import Counter, Progress
+from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
 from checkpoints.published.spellings import open_published
-from checkpoints.stored.metadata import carry
+from checkpoints.stored.companions import carry
 from checkpoints.toy.configs import PREPROCESSOR, TINY_VOCAB
 from checkpoints.toy.draw import copied, drawn
-from checkpoints.toy.weights import Weight, weights
+from checkpoints.toy.weights import ToyWeight, weights
 from kimi_jax.text.tiny import write_tiny_tokenizer
 
 WORKERS = 2
@@ -45,7 +45,7 @@ def write_toy(folder: str | Path, config: Mapping[str, Any], *, seed: int = 0, s
     # Each shard has a tensor at the least, however large its neighbour's.
     for i in range(1, shards):
         cuts[i] = min(max(cuts[i], cuts[i - 1] + 1), len(found) - shards + i)
-    with ShardWriter(folder, [list(_entries(found[start:stop])) for start, stop in pairwise(cuts)]) as writer:
+    with ShardWriter(folder, [list(_headers(found[start:stop])) for start, stop in pairwise(cuts)]) as writer:
         for weight in found:
             for name, array in weight.published(seed):
                 writer.write(name, array)
@@ -78,12 +78,15 @@ def make_toy(
     if was_finished(Path(folder), settings):
         return Path(folder)
     with new_folder(Path(folder), settings) as partial:
-        with ShardWriter(partial, planned(_entries(found), shard_bytes)) as writer, ThreadPoolExecutor(WORKERS) as pool:
-            todo = [weight for weight in found if not writer.finished.issuperset(e.name for e in weight.entries)]
+        with (
+            ShardWriter(partial, split_into_shards(_headers(found), shard_bytes)) as writer,
+            ThreadPoolExecutor(WORKERS) as pool,
+        ):
+            todo = [weight for weight in found if not writer.finished.issuperset(e.name for e in weight.headers)]
             total, left = (sum(weight.nbytes for weight in some) for some in (found, todo))
             count = Counter(total, progress, total - left)
 
-            def write(weight: Weight) -> None:
+            def write(weight: ToyWeight) -> None:
                 for name, row, block in drawn(weight, seed) if original is None else copied(weight, original):
                     writer.write(name, block, row)
                     count(block.nbytes)
@@ -97,9 +100,9 @@ def make_toy(
     return Path(folder)
 
 
-def _entries(found: Sequence[Weight]) -> Iterator[Entry]:
+def _headers(found: Sequence[ToyWeight]) -> Iterator[TensorHeader]:
     for weight in found:
-        yield from weight.entries
+        yield from weight.headers
 
 
 def _write_rest(folder: Path, config: Mapping[str, Any]) -> None:

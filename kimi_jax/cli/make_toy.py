@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from checkpoints.files.place import at
     from checkpoints.published.quantization_config import described
-    from checkpoints.published.reading import at
     from checkpoints.toy import cut_config, make_toy, toy_config
 
     if arguments.source is not None and (arguments.form or arguments.fields):

@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _named_config(model: Path | str) -> tuple[str, Any]:
     """Returns name and configuration of a preset, whose `kimi-` may be left out, or of the folder or URL `model`."""
-    from checkpoints.published.reading import at
+    from checkpoints.files.place import at
     from kimi_jax import config_json
 
     folder = at(model)

@@ -21,10 +21,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoints import CheckpointError, convert, load
-from checkpoints.published.reading import read_into
+from checkpoints.files.place import read_into
+from checkpoints.jobs.journal import digest
 from checkpoints.published.safetensors import Published
-from checkpoints.stored import layout, sources
-from checkpoints.stored.journal import digest
+from checkpoints.stored import chunk_grid
+from checkpoints.stored import source as source_module
 from checkpoints.toy import toy_config, write_toy
 from kimi_jax.model.kimi import Kimi
 from sharding import make_mesh
@@ -213,7 +214,7 @@ def bytes_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts[file.parent.name] += len(into)
         return read_into(file, offset, into)
 
-    monkeypatch.setattr(sources, "read_into", counting)
+    monkeypatch.setattr(source_module, "read_into", counting)
     return counts
 
 
@@ -267,10 +268,10 @@ def test_any_box_by_its_own_bytes(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_read: Counter[str], like: str
 ) -> None:
     """Parts cut along rows and columns, and boxes of tensor parallelism over 2, 4 and 8, and ones of no mesh."""
-    monkeypatch.setattr(layout, "PART_BYTES", 64)
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)
-    source = sources.open_checkpoint(convert(published[like], tmp_path / "out").destination)
-    plain = sources.open_checkpoint(published[like])
+    monkeypatch.setattr(chunk_grid, "PART_BYTES", 64)
+    monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 30_000)
+    source = source_module.open_checkpoint(convert(published[like], tmp_path / "out").destination)
+    plain = source_module.open_checkpoint(published[like])
     random = np.random.default_rng(0)
     for leaf in {(leaf.shape, leaf.axes, leaf.dtype): leaf for leaf in source.contents.leaves}.values():
         axis = next((i for i, name in enumerate(leaf.axes) if name not in (None, "embed", "expert")), 0)
@@ -286,7 +287,7 @@ def test_any_box_by_its_own_bytes(
                 bytes_read.clear()
                 exact = [tuple(box) for box in own]
                 _filled(source, leaf, exact)
-                cut = source.layouts[leaf.path].part[axis] <= size or source.layouts[leaf.path].verbatim
+                cut = source.grids[leaf.path].part[axis] <= size or source.grids[leaf.path].verbatim
                 assert not cut or bytes_read[leaf.path] == leaf.nbytes, (leaf.path, split)
                 boxes += exact
         found, right = _filled(source, leaf, boxes), _filled(plain, leaf, boxes)
@@ -305,7 +306,7 @@ def test_two_processes_read_half_each(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a mesh whose `data` axis parts the processes, which hold alike what is not split over it."""
-    monkeypatch.setattr(layout, "PART_BYTES", 16)  # a toy's columns are shorter than a read is worth
+    monkeypatch.setattr(chunk_grid, "PART_BYTES", 16)  # a toy's columns are shorter than a read is worth
     folder = convert(published["k2"], tmp_path / "fine").destination
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -316,7 +317,7 @@ def test_two_processes_read_half_each(
     outputs = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
-    total = sum(leaf.nbytes for leaf in sources.open_checkpoint(folder).contents.leaves)
+    total = sum(leaf.nbytes for leaf in source_module.open_checkpoint(folder).contents.leaves)
     for found in (first, second):
         assert sum(found["by_leaf"].values()) == total // 2
     model = variables(load(published["k2"], make_mesh("2x4")))

@@ -1,10 +1,10 @@
-"""Does many independent jobs with a few threads, within a bound on the memory that they hold together."""
+"""Does many independent tasks with a few threads, within a bound on the memory that they hold together."""
 
 import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-Job = TypeVar("Job")
+Task = TypeVar("Task")
 
 MEMORY = 4 * 2**30
 WORKERS = 4
@@ -13,45 +13,45 @@ _RESERVED = 3 * 2**28  # of the memory: the interpreter, JAX and the names of 20
 
 
 def limit(memory: int) -> int:
-    """What jobs may hold together in a process that is to stay under `memory` bytes. Raises ValueError for too few."""
+    """What tasks may hold together in a process that is to stay under `memory` bytes. Raises ValueError for too few."""
     if memory < _LEAST:
         raise ValueError(f"memory of {memory:,} bytes: expected {_LEAST:,} or more")
     return memory - _RESERVED
 
 
 def run(
-    jobs: Iterable[Job], work: Callable[[Job], None], nbytes: Callable[[Job], int], *, workers: int, limit: int
+    tasks: Iterable[Task], work: Callable[[Task], None], nbytes: Callable[[Task], int], *, workers: int, limit: int
 ) -> None:
-    """work(job) for all `jobs`, started in their order in `workers` threads; those at work never hold more than
+    """work(task) for all `tasks`, started in their order in `workers` threads; those at work never hold more than
     `limit` bytes, `nbytes` each (a larger one works alone).
 
     While one thread waits for a disk another computes, so reading, transforming and writing overlap. The first error
-    stops the others at the end of their jobs and is raised, an interrupt too.
+    stops the others at the end of their tasks and is raised, an interrupt too.
     """
-    queue = iter(jobs)
+    queue = iter(tasks)
     turn, room = threading.Lock(), threading.Condition()
     held = 0
     errors: list[BaseException] = []
 
-    def next_job() -> tuple[Job, int] | None:
+    def next_task() -> tuple[Task, int] | None:
         nonlocal held
-        with turn:  # whoever waits for room has the next job, so that none is overtaken
-            job = next(queue, None)
-            if job is None or errors:
+        with turn:  # whoever waits for room has the next task, so that none is overtaken
+            task = next(queue, None)
+            if task is None or errors:
                 return None
-            need = nbytes(job)
+            need = nbytes(task)
             with room:
                 room.wait_for(lambda: held == 0 or held + need <= limit)
                 held += need
-            return job, need
+            return task, need
 
     def loop() -> None:
         nonlocal held
         try:
-            while (taken := next_job()) is not None:
-                job, need = taken
+            while (taken := next_task()) is not None:
+                task, need = taken
                 try:
-                    work(job)
+                    work(task)
                 finally:
                     with room:
                         held -= need

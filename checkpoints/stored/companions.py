@@ -13,9 +13,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from checkpoints.published.reading import Place, size
+from checkpoints.files.place import Place, size
 from checkpoints.published.safetensors import INDEX, CheckpointError
-from checkpoints.stored.layout import Layout
+from checkpoints.stored.chunk_grid import ChunkGrid
 from checkpoints.stored.manifest import MANIFEST, Manifest
 from kimi_jax import json_reader
 from kimi_jax.printable import printable
@@ -38,19 +38,19 @@ class _AlreadyWrittenHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
-def write_array_metadata(layouts: Mapping[str, Layout], folder: Path) -> list[str]:
+def write_array_metadata(grids: Mapping[str, ChunkGrid], folder: Path) -> list[str]:
     """Writes zarr.json of every leaf, and Orbax's own description of the tree: nested dictionaries along the dots of
     the paths. Returns the paths of these files in `folder`."""
-    for path, layout in layouts.items():
+    for path, grid in grids.items():
         store = {"driver": "file", "path": f"{folder / path}{os.sep}"}
-        ts.open({"driver": "zarr3", "kvstore": store, "metadata": layout.metadata()}, open=True, create=True).result()
+        ts.open({"driver": "zarr3", "kvstore": store, "metadata": grid.metadata()}, open=True, create=True).result()
     registry = ocp.type_handlers.create_type_handler_registry(
         (_AlreadyWritten, _AlreadyWrittenHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
-    handler.save(epath.Path(folder), args=ocp.args.PyTreeSave(nested(dict.fromkeys(layouts, _AlreadyWritten()))))
+    handler.save(epath.Path(folder), args=ocp.args.PyTreeSave(nested(dict.fromkeys(grids, _AlreadyWritten()))))
     orbax = [file.name for file in folder.glob("_*") if file.is_file() and not goes_along(file.name)]
-    return [*(f"{path}/zarr.json" for path in layouts), *sorted(orbax)]
+    return [*(f"{path}/zarr.json" for path in grids), *sorted(orbax)]
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -303,7 +303,7 @@ def test_weights_of_a_published_folder_are_copied(tmp_path):
     (source / "chat_template.jinja").write_text("{{ x }}")
     config = cut_config(json.loads((source / "config.json").read_text()), layers=2, experts=3, vision_layers=1)
     copied = made(tmp_path / "copied", config, source=source)
-    assert copied.keys() == {entry.name for weight in weights(config) for entry in weight.entries}
+    assert copied.keys() == {header.name for weight in weights(config) for header in weight.headers}
     whole = read_all(source)
     for name, array in copied.items():
         assert array.tobytes() == whole[name][: array.shape[0]].tobytes(), name

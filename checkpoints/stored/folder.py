@@ -1,6 +1,6 @@
 """An Orbax checkpoint of ours read as what it was made of: the published tensors, by name.
 
-Chunks are read as files (`layout`), without Orbax: an expert is one chunk, any other tensor rows of one or several.
+Chunks are read as files (`chunk_grid`), without Orbax: an expert is one chunk, any other tensor rows of one or several.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,48 +9,48 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.published.reading import Place, Remote, at, read_into, size
+from checkpoints.files.place import Place, Remote, at, read_into, size
+from checkpoints.jobs.journal import digest
 from checkpoints.published.safetensors import CheckpointError, Tensor
 from checkpoints.stored import manifest
-from checkpoints.stored.journal import digest
-from checkpoints.stored.layout import Layout
-from checkpoints.stored.manifest import MANIFEST, Entry, Manifest
+from checkpoints.stored.chunk_grid import ChunkGrid
+from checkpoints.stored.manifest import MANIFEST, LeafRecord, Manifest
 from checkpoints.stored.names import PACKED, SHAPE
 from kimi_jax.printable import printable
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ChunkFile:
     """One file of the array in `folder`: all of the published tensor `name`, or its rows from `row` on."""
 
     name: str
     folder: Place
     number: int
-    layout: Layout
+    grid: ChunkGrid
     stacked: bool
     sha256: str
 
     @property
     def file(self) -> Place:
-        return self.folder / self.layout.file(self.number)
+        return self.folder / self.grid.file(self.number)
 
     @property
     def row(self) -> int:
-        return 0 if self.stacked or not self.layout.grid else self.layout.index(self.number)[0] * self.layout.chunk[0]
+        return 0 if self.stacked or not self.grid.counts else self.grid.index(self.number)[0] * self.grid.chunk[0]
 
     def read(self, *, check: bool = False) -> np.ndarray:
         """Returns the tensor's rows. Raises CheckpointError naming file and tensor where the file is not there, cut
         short, or has another index of its parts, and on `check` where its values are not those that were converted."""
-        file, expected = self.file, self.layout.file_bytes
+        file, expected = self.file, self.grid.file_bytes
         if not file.is_file():
             raise CheckpointError(f"{file}: is not there; it holds tensor {self.name}")
         found = size(file)
         data = np.empty(expected if found == expected else 0, np.uint8)
         if found != expected or read_into(file, 0, data.data) != expected:
             raise CheckpointError(f"{file}: has {found} bytes, expected {expected}; it holds tensor {self.name}")
-        if not np.array_equal(data[self.layout.chunk_bytes :], self.layout.footer):
+        if not np.array_equal(data[self.grid.chunk_bytes :], self.grid.footer):
             raise CheckpointError(f"{file}: its index of parts is damaged; it holds tensor {self.name}")
-        array = self.layout.decode(data)
+        array = self.grid.decode(data)
         if check and digest(array) != self.sha256:
             raise CheckpointError(f"{file}: tensor {self.name} is not what was converted: its checksum differs")
         return array[0] if self.stacked else array
@@ -62,7 +62,7 @@ class Chunk:
     @property
     def nbytes(self) -> int:
         """Memory that reading takes: the file, and the chunk put together."""
-        return 2 * self.layout.file_bytes
+        return 2 * self.grid.file_bytes
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Converted:
 
     manifest: Manifest
     tensors: Mapping[str, Tensor]
-    chunks: Mapping[str, tuple[Chunk, ...]]
+    chunks: Mapping[str, tuple[ChunkFile, ...]]
     weight_shapes: Mapping[str, np.ndarray]
 
     @classmethod
@@ -90,18 +90,18 @@ class Converted:
         """Returns what `manifest` speaks of, whatever config.json says. Raises CheckpointError for a tensor of two
         leaves."""
         tensors: dict[str, Tensor] = {}
-        chunks: dict[str, tuple[Chunk, ...]] = {}
+        chunks: dict[str, tuple[ChunkFile, ...]] = {}
         shapes: dict[str, np.ndarray] = {}
-        for path, entry in manifest.leaves.items():
-            folder, lay = manifest.folder / path, entry.layout
-            names = {chunk.name for chunk in _chunks(folder, entry)}
+        for path, record in manifest.leaves.items():
+            folder, grid = manifest.folder / path, record.grid
+            names = {chunk.name for chunk in _chunks(folder, record)}
             if twice := min(names & tensors.keys(), default=""):
                 raise CheckpointError(f"{manifest.folder / MANIFEST}: two leaves hold tensor {printable(twice)}")
-            for chunk in _chunks(folder, entry):
-                shape = lay.shape[1:] if chunk.stacked else lay.shape
-                tensors[chunk.name] = Tensor(chunk.name, lay.dtype, shape, folder, 0)
+            for chunk in _chunks(folder, record):
+                shape = grid.shape[1:] if chunk.stacked else grid.shape
+                tensors[chunk.name] = Tensor(chunk.name, grid.dtype, shape, folder, 0)
                 chunks[chunk.name] = (*chunks.get(chunk.name, ()), chunk)
-            shapes |= _weight_shapes(entry)
+            shapes |= _weight_shapes(record)
         for name, value in shapes.items():
             tensors[name] = Tensor(name, value.dtype, value.shape, manifest.folder / MANIFEST, 0)
         return cls(manifest, tensors, chunks, shapes)
@@ -113,13 +113,13 @@ class Converted:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tensor `name`, or its rows `start` to `stop`, as `Published.read`. Every chunk that they touch is read whole.
 
-        Raises what `Chunk.read` raises.
+        Raises what `ChunkFile.read` raises.
         """
         if name in self.weight_shapes:
             return self.weight_shapes[name][start:stop]
         parts = []
         for chunk in self.chunks[name]:
-            rows = chunk.layout.chunk[1 if chunk.stacked else 0] if self.tensors[name].shape else 1
+            rows = chunk.grid.chunk[1 if chunk.stacked else 0] if self.tensors[name].shape else 1
             end = chunk.row + rows if stop is None else stop
             if chunk.row < end and start < chunk.row + rows:
                 array = chunk.read()
@@ -128,15 +128,15 @@ class Converted:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _chunks(folder: Place, entry: Entry) -> Iterator[Chunk]:
-    for number, sha256 in enumerate(entry.sha256):
-        name = entry.published.format(number) if entry.stacked else entry.published
-        yield Chunk(name, folder, number, entry.layout, entry.stacked, sha256)
+def _chunks(folder: Place, record: LeafRecord) -> Iterator[ChunkFile]:
+    for number, sha256 in enumerate(record.sha256):
+        name = record.published.format(number) if record.stacked else record.published
+        yield ChunkFile(name, folder, number, record.grid, record.stacked, sha256)
 
 
-def _weight_shapes(entry: Entry) -> dict[str, np.ndarray]:
+def _weight_shapes(record: LeafRecord) -> dict[str, np.ndarray]:
     """Returns what is published beside INT4 words, and stored in the manifest alone."""
-    if entry.weight_shape is None:
+    if record.weight_shape is None:
         return {}
-    pattern = entry.published.removesuffix(PACKED) + SHAPE
-    return {pattern.format(expert): entry.weight_shape for expert in range(entry.layout.shape[0])}
+    pattern = record.published.removesuffix(PACKED) + SHAPE
+    return {pattern.format(expert): record.weight_shape for expert in range(record.grid.shape[0])}

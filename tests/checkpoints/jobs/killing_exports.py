@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import export
-from checkpoints.jobs import shards
+from checkpoints.published import shards
 
 
 def main(source: Path, target: Path, kills: int, shard_bytes: int) -> None:

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from checkpoints.stored.journal import locked
-from checkpoints.stored.writing import fsync, write_whole
+from checkpoints.files.writing import fsync, write_whole
+from checkpoints.jobs.journal import locked
 from kimi_jax import json_reader
 
 STATE = ".writing"  # in a folder that is being written: its lock and its settings

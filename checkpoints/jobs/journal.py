@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints.files.writing import fsync
 from checkpoints.published.safetensors import CheckpointError
-from checkpoints.stored.layout import Layout
-from checkpoints.stored.writing import fsync
+from checkpoints.stored.chunk_grid import ChunkGrid
 from kimi_jax import json_reader
 
 FOLDER = ".conversion"
@@ -41,8 +41,8 @@ class Journal:
     """What process `index` has finished of the conversion in folder `partial`. `done` has the digest of each chunk by
     leaf and number. Methods may be called by several threads."""
 
-    def __init__(self, partial: Path, index: int, layouts: Mapping[str, Layout]):
-        self.partial, self.layouts = partial, layouts
+    def __init__(self, partial: Path, index: int, grids: Mapping[str, ChunkGrid]):
+        self.partial, self.grids = partial, grids
         self.path = partial / FOLDER / f"journal-{index}.jsonl"
         self._lock, self._syncing = threading.Lock(), threading.Lock()
         self._unsynced: list[tuple[str, int]] = []
@@ -62,7 +62,7 @@ class Journal:
 
     def record(self, path: str, chunk: int, sha256: str) -> None:
         """Chunk number `chunk` of the leaf at `path` is written."""
-        nbytes = self.layouts[path].chunk_bytes
+        nbytes = self.grids[path].chunk_bytes
         with self._lock:
             self._append([path, chunk, sha256])
             self._lines += 1
@@ -81,7 +81,7 @@ class Journal:
             with self._lock:
                 chunks, self._unsynced, lines = self._unsynced, [], self._lines
             for path, chunk in chunks:
-                fsync(self.partial / path / self.layouts[path].file(chunk))
+                fsync(self.partial / path / self.grids[path].file(chunk))
             for folder in {path for path, _ in chunks}:
                 fsync(self.partial / folder)
             with self._lock:
@@ -116,13 +116,13 @@ class Journal:
         self._end += written
 
     def _is_there(self, path: str, chunk: int, sha256: str | None) -> bool:
-        layout = self.layouts.get(path)
-        if layout is None or chunk >= layout.chunks:
+        grid = self.grids.get(path)
+        if grid is None or chunk >= grid.chunks:
             return False
-        file = self.partial / path / layout.file(chunk)
-        if not file.is_file() or file.stat().st_size != layout.file_bytes:
+        file = self.partial / path / grid.file(chunk)
+        if not file.is_file() or file.stat().st_size != grid.file_bytes:
             return False
-        return sha256 is None or digest(layout.decode(np.fromfile(file, np.uint8))) == sha256
+        return sha256 is None or digest(grid.decode(np.fromfile(file, np.uint8))) == sha256
 
 
 def _read(path: Path) -> tuple[list[tuple[str, int, str]], int, int]:
@@ -147,7 +147,7 @@ def _read(path: Path) -> tuple[list[tuple[str, int, str]], int, int]:
 
 
 @contextmanager
-def opened(partial: Path, settings: Mapping[str, Any], index: int, layouts: Mapping[str, Layout]) -> Iterator[Journal]:
+def opened(partial: Path, settings: Mapping[str, Any], index: int, grids: Mapping[str, ChunkGrid]) -> Iterator[Journal]:
     """The journal of process `index` of the conversion in `partial`, begun with `settings` now or before.
 
     Raises FileExistsError where `partial` is of something else, was begun with other settings or from files that have
@@ -160,7 +160,7 @@ def opened(partial: Path, settings: Mapping[str, Any], index: int, layouts: Mapp
     folder.mkdir(parents=True, exist_ok=True)
     _agree(partial, settings)
     with locked(folder / f"lock-{index}", f"{partial}: process {index} of this conversion is running"):
-        journal = Journal(partial, index, layouts)
+        journal = Journal(partial, index, grids)
         try:
             yield journal
         finally:

@@ -1,4 +1,4 @@
-"""How a stored leaf lies in files: which chunks, and in which order the bytes of one. Everyone asks `layout`.
+"""How a stored leaf lies in files: which chunks, and in which order the bytes of one. Everyone asks `chunk_grid`.
 
 An array is zarr v3, uncompressed. A chunk, one file, is one expert, or rows of another leaf. Inside a file the chunk is
 cut once more, along the dimension that tensor parallelism splits (zarr's `sharding_indexed` codec), so that the part of
@@ -27,7 +27,7 @@ Box = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChunkGrid:
     """A leaf's `shape` and `dtype`, its `chunk` (one file each) and the `part` (one byte range each) that cut it. Both
     divide the shape."""
 
@@ -37,13 +37,13 @@ class Layout:
     part: tuple[int, ...]
 
     @property
-    def grid(self) -> tuple[int, ...]:
+    def counts(self) -> tuple[int, ...]:
         """The number of chunks along each dimension."""
         return tuple(size // chunk for size, chunk in zip(self.shape, self.chunk, strict=True))
 
     @property
     def chunks(self) -> int:
-        return math.prod(self.grid)
+        return math.prod(self.counts)
 
     @property
     def chunk_bytes(self) -> int:
@@ -65,7 +65,7 @@ class Layout:
 
     def index(self, number: int) -> tuple[int, ...]:
         """The place in the grid of chunk `number`, which counts in C order."""
-        return tuple(int(i) for i in np.unravel_index(number, self.grid)) if self.grid else ()
+        return tuple(int(i) for i in np.unravel_index(number, self.counts)) if self.counts else ()
 
     def file(self, number: int) -> str:
         """The name of the file of chunk `number`, in the leaf's folder."""
@@ -132,7 +132,7 @@ class Layout:
             inner = [i % n for i, n in zip(place, per_chunk, strict=True)]
             where = [(i * size, (i + 1) * size) for i, size in zip(place, unit, strict=True)]
             first, last = max(box[lead][0], where[lead][0]), min(box[lead][1], where[lead][1])
-            number = int(np.ravel_multi_index(chunk, self.grid))
+            number = int(np.ravel_multi_index(chunk, self.counts))
             row = math.prod(unit[lead + 1 :]) * self.dtype.itemsize
             offset = int(np.ravel_multi_index(inner, per_chunk)) * math.prod(unit) * self.dtype.itemsize
             offset += (first - where[lead][0]) * row
@@ -145,7 +145,7 @@ class Layout:
             yield tuple(slice(s, s + part) for s, part in zip(start, self.part, strict=True))
 
 
-def layout(leaf: Leaf) -> Layout:
+def chunk_grid(leaf: Leaf) -> ChunkGrid:
     """One expert a chunk, or the leading axis halved until a chunk has at most `CHUNK_BYTES`; parts by the dimension
     that tensor parallelism may split, halved until there are `PARTS` of them. All stay divisors of the shape, so that
     none straddles the shards of a mesh."""
@@ -161,7 +161,7 @@ def layout(leaf: Leaf) -> Layout:
         part and part[axis] * PARTS > leaf.shape[axis] and part[axis] % 2 == 0 and _nbytes(part, leaf) >= 2 * PART_BYTES
     ):
         part[axis] //= 2
-    return Layout(leaf.shape, leaf.dtype, tuple(chunk), tuple(part))
+    return ChunkGrid(leaf.shape, leaf.dtype, tuple(chunk), tuple(part))
 
 
 def _nbytes(shape: list[int], leaf: Leaf) -> int:

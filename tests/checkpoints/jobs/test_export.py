@@ -14,10 +14,10 @@ from checkpoint_oracle import FORMS, read_all, same_bytes
 from safetensors import safe_open
 
 from checkpoints import convert, export
-from checkpoints.jobs import shards
-from checkpoints.jobs.shards import Entry, ShardWriter, planned
+from checkpoints.published import shards
 from checkpoints.published.safetensors import CheckpointError
-from checkpoints.stored import layout
+from checkpoints.published.shards import ShardWriter, TensorHeader, split_into_shards
+from checkpoints.stored import chunk_grid
 from checkpoints.toy import write_toy
 from kimi_jax import config_json
 
@@ -62,7 +62,7 @@ def test_what_the_manifest_keeps(spoiled: Any, tmp_path: Path) -> None:
 
 
 def test_fp8_kept_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)
+    monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 30_000)
     source = write_toy(tmp_path / "fp8", FORMS["fp8"])
     export(convert(source, tmp_path / "orbax", experts="fp8").destination, tmp_path / "out")
     assert_same_tensors(tmp_path / "out", source)
@@ -98,9 +98,9 @@ def test_shards_are_as_the_library_has_them(converted: dict[str, Path], tmp_path
         assert header.pop("__metadata__") == {"format": "pt"} and start % 8 == 0
         assert len(data) - start <= 300_000 or len(header) == 1
         total += len(data) - start
-        for name, entry in header.items():
-            itemsize = {"BF16": 2, "F32": 4, "I32": 4}[entry["dtype"]]
-            assert entry["data_offsets"][0] % itemsize == 0, name
+        for name, tensor in header.items():
+            itemsize = {"BF16": 2, "F32": 4, "I32": 4}[tensor["dtype"]]
+            assert tensor["data_offsets"][0] % itemsize == 0, name
         with safe_open(file, "np") as opened:
             held |= dict.fromkeys(opened.keys(), file.name)
     assert index["weight_map"] == held and index["metadata"]["total_size"] == total
@@ -108,7 +108,7 @@ def test_shards_are_as_the_library_has_them(converted: dict[str, Path], tmp_path
 
 def test_memory_is_some_chunks_whatever_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """numpy's allocations while one shard of 9 MB is written."""
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 100_000)
+    monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 100_000)
     source = write_toy(tmp_path / "in", FORMS["bf16"] | {"n_routed_experts": 48})
     convert(source, tmp_path / "orbax")
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
@@ -165,8 +165,8 @@ def test_only_a_new_or_empty_folder_is_written(
 
 
 def test_a_shard_holds_what_fits_or_one_tensor() -> None:
-    entries = [Entry(str(size), np.dtype(np.int8), (size,)) for size in (5, 5, 1, 30, 3, 7)]
-    assert [[entry.name for entry in shard] for shard in planned(entries, 10)] == [
+    headers = [TensorHeader(str(size), np.dtype(np.int8), (size,)) for size in (5, 5, 1, 30, 3, 7)]
+    assert [[header.name for header in shard] for shard in split_into_shards(headers, 10)] == [
         ["5", "5"],
         ["1"],
         ["30"],
@@ -177,6 +177,6 @@ def test_a_shard_holds_what_fits_or_one_tensor() -> None:
 def test_a_tensor_that_is_not_written_is_noticed(tmp_path: Path) -> None:
     with (
         pytest.raises(AssertionError, match="8 bytes were not written"),
-        ShardWriter(tmp_path, [[Entry("x", np.dtype(np.int32), (2, 2))]]) as writer,
+        ShardWriter(tmp_path, [[TensorHeader("x", np.dtype(np.int32), (2, 2))]]) as writer,
     ):
         writer.write("x", np.zeros((1, 2), np.int32), 1)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.published.reading import Place, Remote, at, read_into
+from checkpoints.files.place import Place, Remote, at, read_into
+from checkpoints.files.writing import aligned
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.published.spellings import open_published
 from checkpoints.stored import manifest
-from checkpoints.stored.layout import Box, Layout
+from checkpoints.stored.chunk_grid import Box, ChunkGrid
 from checkpoints.stored.manifest import MANIFEST
 from checkpoints.stored.names import Contents, Leaf, contents
-from checkpoints.stored.writing import aligned
 from kimi_jax import config_json
 
 # What fills some arrays, in any order and by several threads.
@@ -57,22 +57,22 @@ class ConvertedSource:
 
     contents: Contents
     folder: Place
-    layouts: Mapping[str, Layout]
+    grids: Mapping[str, ChunkGrid]
 
     def blocks(self, leaf: Leaf, boxes: Iterable[Box]) -> tuple[dict[Box, np.ndarray], Reads]:
         """As `PublishedSource.blocks`. A byte range that several parts want some columns of is read once."""
         arrays = {box: _empty(box, leaf.dtype) for box in boxes}
-        layout = self.layouts[leaf.path]
+        grid = self.grids[leaf.path]
         wanted: defaultdict[tuple[int, int, tuple[int, ...]], list[Cut]] = defaultdict(list)
         for box, array in arrays.items():
-            for number, offset, shape, where in layout.ranges(box):
+            for number, offset, shape, where in grid.ranges(box):
                 overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, where, strict=True)]
                 target = array[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(overlap, box, strict=True))]
                 kept = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(overlap, where, strict=True))
                 wanted[number, offset, shape].append((target, kept))
         folder = self.folder / leaf.path
         return arrays, (
-            partial(self._fill, leaf, folder / layout.file(number), offset, shape, cuts)
+            partial(self._fill, leaf, folder / grid.file(number), offset, shape, cuts)
             for (number, offset, shape), cuts in wanted.items()
         )
 
@@ -119,5 +119,5 @@ def open_checkpoint(path: str | Path | Remote) -> PublishedSource | ConvertedSou
         published = open_published(folder)
         return PublishedSource(contents(config_json.from_folder(folder), published), published)
     found = manifest.read(folder)
-    layouts = {path: entry.layout for path, entry in found.leaves.items()}
-    return ConvertedSource(found.contents(), folder, layouts)
+    grids = {path: record.grid for path, record in found.leaves.items()}
+    return ConvertedSource(found.contents(), folder, grids)

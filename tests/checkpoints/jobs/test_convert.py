@@ -19,7 +19,7 @@ from checkpoint_oracle import in_tree, leaves, read_all, same_bytes, same_folder
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from checkpoints import CheckpointError, convert
-from checkpoints.stored import layout
+from checkpoints.stored import chunk_grid
 from checkpoints.toy import toy_config
 
 FAMILIES = ["k2.5", "k2", "kimi-linear"]
@@ -68,7 +68,7 @@ def test_stock_orbax_reads_chunks_that_are_cut(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Along rows, where the published bytes stay in their order, and along columns, where they do not."""
-    monkeypatch.setattr(layout, "PART_BYTES", 512)
+    monkeypatch.setattr(chunk_grid, "PART_BYTES", 512)
     convert(published["k2.5"], tmp_path / "out")
     tensors = read_all(published["k2.5"])
     for projection, axis in (("up_proj", 1), ("down_proj", 2)):
@@ -141,7 +141,7 @@ def test_manifest_holds_what_the_arrays_do_not(published: dict[str, Path], conve
 def test_large_leaves_are_chunked_by_rows(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 50_000)
+    monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 50_000)
     convert(published["k2"], tmp_path / "out")
     embeddings = tmp_path / "out" / "model.embed_tokens.weight"
     grid = json.loads((embeddings / "zarr.json").read_text())["chunk_grid"]

@@ -13,7 +13,7 @@ from checkpoint_oracle import BF16
 from checkpoints import convert
 from checkpoints.published.safetensors import CheckpointError
 from checkpoints.stored import names
-from checkpoints.stored.sources import open_checkpoint
+from checkpoints.stored.source import open_checkpoint
 from kimi_jax.config_json import ConfigError, from_folder
 
 

@@ -17,9 +17,10 @@ import pytest
 from checkpoint_oracle import CONFIGS, same_folders
 
 from checkpoints import convert, export
-from checkpoints.jobs import files, shards
-from checkpoints.jobs.shards import Entry, ShardWriter
-from checkpoints.stored import journal
+from checkpoints.files import new_folder
+from checkpoints.jobs import journal
+from checkpoints.published import shards
+from checkpoints.published.shards import ShardWriter, TensorHeader
 from checkpoints.toy import make_toy, toy_config
 
 SHARD = 200_000
@@ -132,9 +133,9 @@ def test_stopped_while_it_is_made_whole(
         if step == "rename":
             patch.setattr(Path, "rename", after(Path.rename))
         elif step == "rmtree":
-            patch.setattr(files.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(new_folder.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         else:
-            module = sys.modules["checkpoints.jobs.export"] if step == "carry" else files
+            module = sys.modules["checkpoints.jobs.export"] if step == "carry" else new_folder
             patch.setattr(module, step, after(getattr(module, step)))
         with pytest.raises(KeyboardInterrupt):
             export(converted["k2.5"], tmp_path / "out", shard_bytes=SHARD)
@@ -152,7 +153,7 @@ def test_of_two_at_once_the_second_is_refused(converted: dict[str, Path], export
     message = rf"out\.partial: another process is writing it: pid {os.getpid()} on "
     for size in (SHARD, 2 * SHARD):
         with (
-            journal.locked(partial / files.STATE / "lock", "theirs"),
+            journal.locked(partial / new_folder.STATE / "lock", "theirs"),
             pytest.raises(FileExistsError, match=message),
         ):
             export(converted["k2.5"], stopped, shard_bytes=size)
@@ -168,7 +169,7 @@ def test_one_that_comes_while_the_first_gives_the_folder_its_name(
     mkdir = Path.mkdir
 
     def late(self: Path, *args: Any, **kwargs: Any) -> None:
-        if self.name == files.STATE and not (tmp_path / "out").exists():
+        if self.name == new_folder.STATE and not (tmp_path / "out").exists():
             shutil.copytree(exported, tmp_path / "out")
         mkdir(self, *args, **kwargs)
 
@@ -213,10 +214,10 @@ def test_a_toy_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_more_shards_than_descriptors(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    entries = [[Entry(f"t{i}", np.dtype(np.int16), (2, 3))] for i in range(150)]
+    headers = [[TensorHeader(f"t{i}", np.dtype(np.int16), (2, 3))] for i in range(150)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, limits[1]))
     try:
-        with ShardWriter(tmp_path, entries) as writer:
+        with ShardWriter(tmp_path, headers) as writer:
             for row in (1, 0):
                 for i in range(150):
                     writer.write(f"t{i}", np.full((1, 3), i, np.int16), row)
@@ -233,7 +234,7 @@ def test_too_little_room_is_said_before_the_first_byte(
     monkeypatch: pytest.MonkeyPatch,
     command: str,
 ) -> None:
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - 1_000_000, 1_000_000))
+    monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - 1_000_000, 1_000_000))
     monkeypatch.setattr(shards, "_put", lambda *_: pytest.fail("a byte was written"))
     message = r"new/out\.partial: No space left on device: 1,\d{3},\d{3} bytes are to be written, 1,000,000 are free"
     with pytest.raises(OSError, match=message):
@@ -262,13 +263,13 @@ def test_only_what_is_still_to_be_written_needs_room(
 ) -> None:
     whole = sum(file.stat().st_size for file in exported.glob("*.safetensors"))
     there = sum(file.stat().st_size for file in stopped.with_name("out.partial").glob("*.safetensors"))
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(whole, there, whole - there))
+    monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda _: Usage(whole, there, whole - there))
     export(converted["k2.5"], stopped, shard_bytes=SHARD)
     assert same_folders(stopped, exported)
     # each process of a conversion needs room for its share
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(10**9, 0, 900_000))
+    monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda _: Usage(10**9, 0, 900_000))
     for index in range(2):
         convert(published["k2"], stopped.with_name("orbax"), process_index=index, num_processes=2)
     # and a file system that knows of no size is not asked
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(0, 0, 0))
-    files.check_room(stopped, 10**15)
+    monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda _: Usage(0, 0, 0))
+    new_folder.check_room(stopped, 10**15)

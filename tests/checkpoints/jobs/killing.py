@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 from checkpoints import convert
-from checkpoints.stored import layout, names
+from checkpoints.stored import chunk_grid, names
 
 convert_module = importlib.import_module("checkpoints.jobs.convert")
 
@@ -27,7 +27,7 @@ def main(source: Path, target: Path, kills: int) -> None:
     begun = os.open(target.with_name("begun"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     names.abstract = functools.cache(names.abstract)
     conversion = convert_module._Conversion.of(convert_module.Published.open(source), target, None, None)
-    total = conversion.nbytes(conversion.plan.jobs())
+    total = conversion.nbytes(conversion.recipe.tasks())
     write = convert_module.write_file
 
     def slow_write(file: Path, pieces: list) -> None:
@@ -66,5 +66,5 @@ def _written(log: Path) -> int:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # JAX warns of every fork
-    layout.CHUNK_BYTES = int(sys.argv[4])
+    chunk_grid.CHUNK_BYTES = int(sys.argv[4])
     main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
