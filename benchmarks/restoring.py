@@ -19,6 +19,7 @@ import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from checkpoints import load  # noqa: E402
+from checkpoints.files.place import read_into  # noqa: E402
 from checkpoints.stored import source as source_module  # noqa: E402
 from sharding import make_mesh  # noqa: E402
 
@@ -29,7 +30,7 @@ def main(folder: str, process: int, shape: str, port: str, *, digests: bool = Tr
 
     def counting(file: Path, offset: int, into: memoryview) -> int:
         by_leaf[file.parent.name] += len(into)
-        return place.read_into(file, offset, into)
+        return read_into(file, offset, into)
 
     source_module.read_into = counting
     mesh = make_mesh(shape)

@@ -1,4 +1,4 @@
-"""Published safetensors <-> Orbax <-> a model in memory."""
+"""Converts between published safetensors, Orbax checkpoints and models in memory."""
 
 from checkpoints.files.progress import progress_bar, progress_events
 from checkpoints.jobs.convert import Report, convert

@@ -1,4 +1,4 @@
-"""Does many independent tasks with a few threads, within a bound on the memory that they hold together."""
+"""Runs many independent tasks in a few threads, within a bound on the memory that they take together."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -13,7 +13,10 @@ _RESERVED = 3 * 2**28  # of the memory: the interpreter, JAX and the names of 20
 
 
 def limit(memory: int) -> int:
-    """What tasks may hold together in a process that is to stay under `memory` bytes. Raises ValueError for too few."""
+    """Returns the memory that tasks may take together in a process that is to stay under `memory` bytes.
+
+    Raises ValueError for less than a GiB.
+    """
     if memory < _LEAST:
         raise ValueError(f"memory of {memory:,} bytes: expected {_LEAST:,} or more")
     return memory - _RESERVED
@@ -22,39 +25,39 @@ def limit(memory: int) -> int:
 def run(
     tasks: Iterable[Task], work: Callable[[Task], None], nbytes: Callable[[Task], int], *, workers: int, limit: int
 ) -> None:
-    """work(task) for all `tasks`, started in their order in `workers` threads; those at work never hold more than
-    `limit` bytes, `nbytes` each (a larger one works alone).
+    """Calls work(task) for all `tasks`, started in their order in `workers` threads. Running tasks take at most `limit`
+    bytes together, `nbytes(task)` each; a task that is larger runs alone.
 
-    While one thread waits for a disk another computes, so reading, transforming and writing overlap. The first error
-    stops the others at the end of their tasks and is raised, an interrupt too.
+    While one thread waits for a disk another computes, so reading, transforming and writing overlap. The first error,
+    or an interrupt, is raised when the tasks that are running have ended; no others are begun.
     """
     queue = iter(tasks)
     turn, room = threading.Lock(), threading.Condition()
-    held = 0
+    taken = 0
     errors: list[BaseException] = []
 
     def next_task() -> tuple[Task, int] | None:
-        nonlocal held
-        with turn:  # whoever waits for room has the next task, so that none is overtaken
+        nonlocal taken
+        with turn:  # the thread that waits for room has the next task, so that none is overtaken
             task = next(queue, None)
             if task is None or errors:
                 return None
             need = nbytes(task)
             with room:
-                room.wait_for(lambda: held == 0 or held + need <= limit)
-                held += need
+                room.wait_for(lambda: taken == 0 or taken + need <= limit)
+                taken += need
             return task, need
 
     def loop() -> None:
-        nonlocal held
+        nonlocal taken
         try:
-            while (taken := next_task()) is not None:
-                task, need = taken
+            while (found := next_task()) is not None:
+                task, need = found
                 try:
                     work(task)
                 finally:
                     with room:
-                        held -= need
+                        taken -= need
                         room.notify()
         except BaseException as error:
             errors.append(error)

@@ -1,4 +1,4 @@
-"""How far a long work is, for people (a bar) and for jobs (a JSON object a line)."""
+"""Reports the progress of a long command, to people (a bar) and to programs (a JSON object a line)."""
 
 import json
 import threading
@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
-# Called with the bytes that are done, those of earlier attempts included, and those there are.
+# A function that is called with the bytes that are done, those of earlier attempts included, and with their total.
 Progress = Callable[[int, int], None]
-INTERVAL_S = 1.0
+INTERVAL_S = 1.0  # between two lines: a job of hours then writes some thousands
 
 
-class Counter:
-    """Adds up what several threads have done, besides what was `done` before, and reports it."""
+class ByteCounter:
+    """Counts the bytes that several threads have done, from the `done` of earlier attempts on, and reports them."""
 
     def __init__(self, total: int, progress: Progress | None, done: int = 0):
         self.done, self.total, self.progress, self._lock = done, total, progress, threading.Lock()
@@ -30,8 +30,8 @@ class Counter:
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Progress]:
-    """A bar with bytes, rate and time left, on standard error where that is a terminal."""
+def progress_bar(title: str) -> Iterator[Progress]:
+    """Shows a bar with bytes, rate and time left, on standard error where that is a terminal."""
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Bar(TextColumn("{task.description}"), *columns, console=console, disable=not console.is_terminal) as bar:
@@ -39,16 +39,16 @@ def progress_bar(what: str) -> Iterator[Progress]:
 
         def progress(done: int, total: int) -> None:
             if not tasks:
-                tasks.append(bar.add_task(what, total=total, completed=done))
+                tasks.append(bar.add_task(title, total=total, completed=done))
             bar.update(tasks[0], completed=done)
 
         yield progress
 
 
 @contextmanager
-def progress_events(what: str) -> Iterator[Progress]:
-    """Lines {"event": `what`, "done_bytes", "total_bytes", "bytes_per_second", "seconds_left"} on standard output: the
-    first report, the last, and one a second between. The rate is since the first, null there."""
+def progress_events(event: str) -> Iterator[Progress]:
+    """Prints lines {"event": `event`, "done_bytes", "total_bytes", "bytes_per_second", "seconds_left"}: the first
+    report, the last, and one a second between. The rate is since the first report, in which it is null."""
     began, first, last = 0.0, -1, 0.0
 
     def progress(done: int, total: int) -> None:
@@ -60,13 +60,13 @@ def progress_events(what: str) -> Iterator[Progress]:
             return
         last = now
         rate = (done - first) / (now - began) if now > began else 0.0
-        event = {
-            "event": what,
+        line = {
+            "event": event,
             "done_bytes": done,
             "total_bytes": total,
             "bytes_per_second": round(rate) or None,
             "seconds_left": round((total - done) / rate, 1) if rate else None,
         }
-        print(json.dumps(event), flush=True)
+        print(json.dumps(line), flush=True)
 
     yield progress

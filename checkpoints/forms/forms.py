@@ -1,12 +1,12 @@
-"""What is read of a published folder to make each stored chunk, and how: pure functions, a chunk or a few at a time.
+"""Recipes of conversions: the reads and the pure function that make each stored chunk, a chunk or a few at a time.
 
 `make_recipe` says which leaves a conversion stores, and `Recipe.tasks` cuts the work into tasks that know nothing of
 each other. `convert` reads `ChunkTask.reads`, calls `ChunkTask.make` with those arrays, and writes the results as the
 chunks `ChunkTask.makes`. A task may make chunks of several leaves (quantising rows gives words and scales). Chunks are
 those of `chunk_grid`.
 
-Weights that keep their form are copied word for word. All others go through bf16, which every form is read as, some
-rows at a time (`transform`).
+Weights that keep their form are copied word for word. All others are read as bf16 and put in their new form, some rows
+at a time (`transform`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,10 +45,10 @@ class ChunkId:
 
 @dataclass(frozen=True)
 class ChunkTask:
-    """`make(*arrays)` gives, for the arrays of `reads` in their order, those of the chunks `makes` in theirs, in C
-    order and of the chunk's shape. It is pure, may give back its arguments or views of them, and runs in a thread among
-    others. `nbytes` is the memory that the task needs at its worst: what it reads, what it makes, and what `make` holds
-    between.
+    """One independent piece of a conversion. `make(*arrays)` takes the arrays of `reads` in their order, and returns
+    those of the chunks `makes` in theirs, in C order and of the chunk's shape. It is pure, may return its arguments or
+    views of them, and runs in a thread among others. `nbytes` is the memory that the task needs at its worst: for the
+    arrays that it reads, those that it makes, and those in between.
 
     `make` raises CheckpointError naming file and tensor for values that cannot be (a scale that is not finite).
     """
@@ -61,10 +61,10 @@ class ChunkTask:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The `leaves` that a conversion stores, `form` (what else than the source decides them, as JSON, recorded so that
-    a conversion is only resumed as it was begun), `tasks`, a fresh iterator over all tasks, alike at every call: in
-    about the order of the source's bytes, each chunk made once; and `config`, from the source's config.json to the one
-    that describes the result, None where that is the same."""
+    """The `leaves` that a conversion stores. `form` has the arguments that decide them besides the source, as JSON: it
+    is recorded so that a conversion is only resumed as it was begun. `tasks` returns a fresh iterator over all tasks,
+    equal at every call, in about the order of the source's bytes, each chunk made once. `config` changes the source's
+    config.json to the one that describes the result; it is None where they are the same."""
 
     leaves: tuple[Leaf, ...]
     form: dict[str, str]
@@ -75,11 +75,11 @@ class Recipe:
 def make_recipe(
     published: Published, contents: Contents, experts: Form | None = None, dtype: Rest | None = None
 ) -> Recipe:
-    """Routed experts in the form `experts`, everything else in `dtype`.
+    """Returns the recipe that stores routed experts in the form `experts`, and all other weights in `dtype`.
 
-    Without `experts`, they stay as published, but FP8 becomes bf16. Without `dtype`, so does everything else; the FP8
-    Linears outside the experts stay FP8 only with `experts="fp8"`. What the model has in float32 whatever its dtype
-    (the router's bias, `A_log`, `dt_bias`) is never narrowed. Raises CheckpointError where the experts' inputs do not
+    Without `experts`, these stay as published, except that FP8 becomes bf16. Without `dtype`, the others stay as
+    published, except that FP8 becomes bf16 unless `experts="fp8"`. Parameters that a model of any dtype has in float32
+    (the router's bias, `A_log`, `dt_bias`) are never narrowed. Raises CheckpointError where the experts' inputs do not
     divide into groups of INT4.
     """
     order = {name: i for i, name in enumerate(published.tensors)}
@@ -113,7 +113,7 @@ def make_recipe(
 
 
 def _weights(leaves: Sequence[Leaf]) -> Iterator[tuple[Leaf, ...]]:
-    """Words or e4m3 with their scales, all others alone."""
+    """Yields words or e4m3 with their scales, all others by themselves."""
     scales = {leaf.path: leaf for leaf in leaves if leaf.path.endswith((SCALE, SCALE_INV))}
     for leaf in leaves:
         if leaf.path.endswith(PACKED):
@@ -125,7 +125,7 @@ def _weights(leaves: Sequence[Leaf]) -> Iterator[tuple[Leaf, ...]]:
 
 
 def _in_form(source: Sequence[Leaf], form: Form) -> tuple[Leaf, ...]:
-    """The leaves of experts' weight `source` in another form."""
+    """Returns the leaves of the experts' weight `source` in another form."""
     first = source[0]
     *outer, out, in_ = first.shape
     if first.path.endswith(PACKED):
@@ -160,7 +160,7 @@ def _described(config: Mapping[str, Any], leaves: Sequence[Leaf], dtype: Rest | 
 
 
 def _verbatim(published: Published, leaf: Leaf) -> Iterator[ChunkTask]:
-    """A chunk of a stacked leaf is an expert's tensor, of another one rows of its only tensor."""
+    """Yields tasks that copy a leaf. A chunk of a stacked one is an expert's tensor, of another rows of its tensor."""
     cut = chunk_grid(leaf)
     for number in range(cut.chunks):
         read = _rows(leaf, number)
@@ -171,7 +171,7 @@ def _verbatim(published: Published, leaf: Leaf) -> Iterator[ChunkTask]:
 
 
 def _rows(leaf: Leaf, number: int) -> RowRange:
-    """What of the published tensors chunk `number` of a leaf is."""
+    """Returns the published rows that are chunk `number` of a leaf."""
     cut = chunk_grid(leaf)
     if leaf.stacked:
         return RowRange(leaf.pattern.format(number))
@@ -181,7 +181,7 @@ def _rows(leaf: Leaf, number: int) -> RowRange:
 
 
 def _transform(published: Published, source: Sequence[Leaf], target: Sequence[Leaf]) -> Iterator[ChunkTask]:
-    """All of a weight's leaves for one expert, or for the rows of one chunk."""
+    """Yields tasks that each make all leaves of a weight, for one expert or for the rows of one chunk."""
     cuts = [chunk_grid(leaf) for leaf in target]
     for number in range(cuts[0].chunks):
         rows = _rows(target[0], number)

@@ -1,4 +1,4 @@
-"""From one stored form of a weight to another, through bf16, by rows."""
+"""Turns a weight from one stored form into another, through bf16, by rows."""
 
 from collections.abc import Iterator, Sequence
 
@@ -22,11 +22,11 @@ SCRATCH_BYTES = 20 * BLOCK  # per column, what `transformed` holds beside its ar
 
 
 def transformed(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype], *, skip: int = 0) -> tuple[np.ndarray, ...]:
-    """The weight `arrays` as arrays of `dtypes`. Either is one of: floats; (int32 words, bf16 scales); (e4m3, float32
-    scales). Between two of them a weight is rounded to bf16; where it ends in plain floats, it is rounded once, to
-    those. `skip` says how many rows of the first FP8 block are not there.
+    """Returns the weight `arrays` as arrays of `dtypes`. Either is one of: floats; (int32 words, bf16 scales); (e4m3,
+    float32 scales). Between two of them a weight is rounded to bf16; where it ends in plain floats, it is rounded once,
+    to those. `skip` says how many rows of the first FP8 block are not there.
 
-    Raises ValueError for what is not finite, where a scale is made or used.
+    Raises ValueError for a weight or scale that is not finite, where a scale is made or used.
     """
     first = arrays[0]
     if first.dtype not in (INT32, FP8) and dtypes[0] not in (INT32, FP8):
@@ -36,7 +36,7 @@ def transformed(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype], *, ski
 
 
 def plain(arrays: Sequence[np.ndarray], skip: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The weight's values in bf16 (or float32, of FP8 and floats), `BLOCK` rows at a time, at first `skip` fewer."""
+    """Yields the weight's values in bf16 (FP8 and floats also in float32), `BLOCK` rows at a time, first `skip` fewer."""
     first, *scales = arrays
     starts = [0, *range(BLOCK - skip, first.shape[0], BLOCK)]
     for i, start in enumerate(starts):

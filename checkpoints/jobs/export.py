@@ -1,7 +1,7 @@
-"""An Orbax checkpoint of ours -> a published folder: safetensors in shards, their index, and what goes along.
+"""Exports a converted folder as a published one: safetensors in shards, their index, and the files beside them.
 
-Chunks are held against the manifest's checksums on their way, and go straight to their places in the shards, several
-at a time. Names, dtypes and shapes are those of the checkpoint that was converted, and so is every byte of what was
+Chunks are checked against the manifest's checksums, and written straight to their places in the shards, several at a
+time. Names, dtypes and shapes are those of the checkpoint that was converted, and so is every byte of a weight that was
 kept in its form. An export that was killed goes on with the shards that are not whole.
 """
 
@@ -13,18 +13,19 @@ from pathlib import Path
 from checkpoints.files import pipeline
 from checkpoints.files.new_folder import new_folder, was_finished
 from checkpoints.files.pipeline import MEMORY, WORKERS
-from checkpoints.files.progress import Counter, Progress
+from checkpoints.files.progress import ByteCounter, Progress
 from checkpoints.published.safetensors import INDEX
 from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
-from checkpoints.stored.companions import carry, recorded
-from checkpoints.stored.folder import ChunkFile, Converted
+from checkpoints.stored.chunk_file import ChunkFile
+from checkpoints.stored.companions import companion_digests, copy_companions
+from checkpoints.stored.folder import Converted
 from checkpoints.stored.manifest import MANIFEST
 from checkpoints.stored.names import PACKED, SHAPE
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: `nbytes` of tensors in `shards` files, and the files `carried` along."""
+    """The result of an export: `nbytes` of tensors in `shards` files, and the companions that were `carried` along."""
 
     destination: Path
     tensors: int
@@ -72,7 +73,7 @@ def export(
         with ShardWriter(folder, shards) as writer:
             todo = [chunk for chunk in chunks if not writer.finished.issuperset(_tensors(chunk))]
             total, left = (sum(chunk.grid.chunk_bytes for chunk in some) for some in (chunks, todo))
-            count = Counter(total, progress, total - left)
+            count = ByteCounter(total, progress, total - left)
 
             def work(chunk: ChunkFile) -> None:
                 writer.write(chunk.name, chunk.read(check=True), chunk.row)
@@ -81,16 +82,16 @@ def export(
                 count(chunk.grid.chunk_bytes)
 
             pipeline.run(todo, work, lambda chunk: chunk.nbytes, workers=workers, limit=limit)
-        carried = carry(source.folder, folder, expected=recorded(source.manifest))
+        carried = copy_companions(source.folder, folder, expected=companion_digests(source.manifest.files))
     return report(carried)
 
 
 def _tensors(chunk: ChunkFile) -> tuple[str, ...]:
-    """The tensors that are written of a chunk: its own and, after INT4 words, their shape."""
+    """Returns the tensors that are written of a chunk: its own and, after INT4 words, their shape."""
     shape = (chunk.name.removesuffix(PACKED) + SHAPE,) if chunk.name.endswith(PACKED) else ()
     return chunk.name, *shape
 
 
 def _natural(name: str) -> list[str | int]:
-    """Layer 2 before layer 10."""
+    """Returns a key by which layer 2 comes before layer 10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

@@ -1,8 +1,8 @@
 """Writes a published folder's safetensors: split_into_shards from names, dtypes and shapes, then filled in any order.
 
-A shard's header is written first, and every block of rows then goes to its own place in the file, so nothing is held
-and several threads may write. As in files of the safetensors library, a shard has its widest dtypes first: readers may
-rely on a tensor's bytes being aligned to its items.
+A shard's header is written first, and every block of rows then goes to its own place in the file, so no tensor is kept
+in memory and several threads may write. Like files of the safetensors library, a shard has its widest dtypes first:
+readers may rely on a tensor's bytes being aligned to its items.
 """
 
 import json
@@ -26,7 +26,7 @@ _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A tensor to be written."""
+    """The header of a tensor that is to be written."""
 
     name: str
     dtype: np.dtype
@@ -38,12 +38,12 @@ class TensorHeader:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one index of the leading axis."""
+        """The bytes of one index of the leading axis."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def split_into_shards(tensors: Iterable[TensorHeader], shard_bytes: int = SHARD_BYTES) -> list[list[TensorHeader]]:
-    """`tensors` in their order, cut into shards of at most `shard_bytes`, or of one tensor that is larger."""
+    """Cuts `tensors`, in their order, into shards of at most `shard_bytes`, or of one tensor that is larger."""
     shards: list[list[TensorHeader]] = []
     room = 0
     for tensor in tensors:
@@ -56,8 +56,8 @@ def split_into_shards(tensors: Iterable[TensorHeader], shard_bytes: int = SHARD_
 
 
 class ShardWriter:
-    """Writes `shards` to the existing `folder` as model-00001-of-00000N.safetensors, with their index. A context
-    manager; leaving it makes sure that every byte was written. `write` may be called by several threads.
+    """Writes `shards` to the existing `folder` as model-00001-of-00000N.safetensors, with their index. It is a context
+    manager; leaving it checks that every byte was written. Several threads may call `write`.
 
     A shard gets its name when it is whole and safe from a loss of power; until then it is called `*.unfinished`. One
     that a writer finished before it was killed is not written again: `finished` names its tensors. Files are open only

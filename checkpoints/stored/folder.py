@@ -1,131 +1,141 @@
-"""An Orbax checkpoint of ours read as what it was made of: the published tensors, by name.
+"""A folder that `convert` wrote, as its manifest describes it: everything that reads one reads it here.
 
-Chunks are read as files (`chunk_grid`), without Orbax: an expert is one chunk, any other tensor rows of one or several.
+Its chunks are read as files (`chunk_grid`), without Orbax: as parts of stored leaves (loading), or as the published
+tensors that they were made of (exporting, verifying, comparing).
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from checkpoints.files.place import Place, Remote, at, read_into, size
-from checkpoints.jobs.journal import digest
+from checkpoints.files.place import Place, Remote, locate
 from checkpoints.published.safetensors import CheckpointError, Tensor
+from checkpoints.published.sizes import check_sizes
 from checkpoints.stored import manifest
-from checkpoints.stored.chunk_grid import ChunkGrid
+from checkpoints.stored.chunk_file import ChunkFile
+from checkpoints.stored.chunk_grid import Box, ByteRange
 from checkpoints.stored.manifest import MANIFEST, LeafRecord, Manifest
-from checkpoints.stored.names import PACKED, SHAPE
+from checkpoints.stored.names import (
+    PACKED,
+    PREFIX,
+    SHAPE,
+    Contents,
+    Leaf,
+    abstract_of_form,
+    as_stored,
+    stored,
+    with_fp8,
+    with_prefix,
+)
+from kimi_jax import config_json
 from kimi_jax.printable import printable
 
 
 @dataclass(frozen=True)
-class ChunkFile:
-    """One file of the array in `folder`: all of the published tensor `name`, or its rows from `row` on."""
-
-    name: str
-    folder: Place
-    number: int
-    grid: ChunkGrid
-    stacked: bool
-    sha256: str
-
-    @property
-    def file(self) -> Place:
-        return self.folder / self.grid.file(self.number)
-
-    @property
-    def row(self) -> int:
-        return 0 if self.stacked or not self.grid.counts else self.grid.index(self.number)[0] * self.grid.chunk[0]
-
-    def read(self, *, check: bool = False) -> np.ndarray:
-        """Returns the tensor's rows. Raises CheckpointError naming file and tensor where the file is not there, cut
-        short, or has another index of its parts, and on `check` where its values are not those that were converted."""
-        file, expected = self.file, self.grid.file_bytes
-        if not file.is_file():
-            raise CheckpointError(f"{file}: is not there; it holds tensor {self.name}")
-        found = size(file)
-        data = np.empty(expected if found == expected else 0, np.uint8)
-        if found != expected or read_into(file, 0, data.data) != expected:
-            raise CheckpointError(f"{file}: has {found} bytes, expected {expected}; it holds tensor {self.name}")
-        if not np.array_equal(data[self.grid.chunk_bytes :], self.grid.footer):
-            raise CheckpointError(f"{file}: its index of parts is damaged; it holds tensor {self.name}")
-        array = self.grid.decode(data)
-        if check and digest(array) != self.sha256:
-            raise CheckpointError(f"{file}: tensor {self.name} is not what was converted: its checksum differs")
-        return array[0] if self.stacked else array
-
-    def check(self) -> None:
-        """Raises what `read` raises, of a file that is not what was converted."""
-        self.read(check=True)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that reading takes: the file, and the chunk put together."""
-        return 2 * self.grid.file_bytes
-
-
-@dataclass(frozen=True)
 class Converted:
-    """A folder that `convert` wrote. `tensors` are the published ones with their names, shapes and dtypes, in no order
-    of files; `Tensor.file` is the array's folder."""
+    """A converted folder and its manifest. What follows from these is made, and checked, when it is first asked for."""
 
+    folder: Place
     manifest: Manifest
-    tensors: Mapping[str, Tensor]
-    chunks: Mapping[str, tuple[ChunkFile, ...]]
-    weight_shapes: Mapping[str, np.ndarray]
 
     @classmethod
     def open(cls, folder: str | Path | Remote) -> "Converted":
-        """Returns the checkpoint in `folder`, its manifest whole and of the model that config.json describes.
+        """Reads the manifest in `folder`, a path or URL.
 
-        Raises what `manifest.read` and `Manifest.contents` raise.
+        Raises FileNotFoundError where there is none, CheckpointError where its own checksum differs or where it is not
+        what `convert` writes.
         """
-        found = manifest.read(at(folder))
-        found.contents()
-        return cls.of(found)
+        place = locate(folder)
+        return cls(place, manifest.read(place))
 
-    @classmethod
-    def of(cls, manifest: Manifest) -> "Converted":
-        """Returns what `manifest` speaks of, whatever config.json says. Raises CheckpointError for a tensor of two
+    @cached_property
+    def contents(self) -> Contents:
+        """The model, leaves and tensors left out, once the manifest agrees with config.json and the rules of `names`.
+
+        Raises CheckpointError naming the leaf that is missing, not of this model, or of another shape, dtype or
+        published name than these give; ConfigError for config.json.
+        """
+        records = self.manifest.leaves
+        config = config_json.from_folder(self.folder)
+        check_sizes(config, {path: record.grid.shape for path, record in records.items()}, str(self.folder))
+        model = abstract_of_form(config, records)
+        leaves = with_fp8(stored(model), lambda leaf: f"{leaf.path}_scale_inv" in records)
+        expected = {leaf.path: leaf for leaf in leaves}
+        if wrong := sorted(expected.keys() ^ records.keys()):
+            first = ", ".join(printable(path) for path in wrong[:3])
+            raise CheckpointError(f"{self.folder}: {len(wrong)} leaves are missing or not of this model: {first}")
+        prefix = PREFIX if any(record.published.startswith(PREFIX) for record in records.values()) else ""
+        found = []
+        for path, record in records.items():
+            leaf = with_prefix(expected[path], prefix)
+            if record.published != leaf.pattern:
+                name = printable(record.published)
+                raise CheckpointError(
+                    f"{self.folder / MANIFEST}: leaf {path} is published as {name}, expected {leaf.pattern}"
+                )
+            found.append(as_stored(leaf, record.grid.shape, record.grid.dtype, f"{self.folder}: leaf {path}"))
+        return Contents(model, tuple(found), self.manifest.skipped)
+
+    def ranges(self, leaf: Leaf, box: Box) -> Iterator[ByteRange]:
+        """Yields the byte ranges that part `box` of a stored leaf needs."""
+        grid = self.manifest.leaves[leaf.path].grid
+        return grid.ranges(box, self.folder / leaf.path, f"{self.folder}: leaf {leaf.path}")
+
+    @cached_property
+    def chunks(self) -> Mapping[str, tuple[ChunkFile, ...]]:
+        """The chunks' files of each published tensor, by its name. Raises CheckpointError for a tensor of two
         leaves."""
-        tensors: dict[str, Tensor] = {}
         chunks: dict[str, tuple[ChunkFile, ...]] = {}
-        shapes: dict[str, np.ndarray] = {}
-        for path, record in manifest.leaves.items():
-            folder, grid = manifest.folder / path, record.grid
-            names = {chunk.name for chunk in _chunks(folder, record)}
-            if twice := min(names & tensors.keys(), default=""):
-                raise CheckpointError(f"{manifest.folder / MANIFEST}: two leaves hold tensor {printable(twice)}")
-            for chunk in _chunks(folder, record):
-                shape = grid.shape[1:] if chunk.stacked else grid.shape
-                tensors[chunk.name] = Tensor(chunk.name, grid.dtype, shape, folder, 0)
-                chunks[chunk.name] = (*chunks.get(chunk.name, ()), chunk)
-            shapes |= _weight_shapes(record)
-        for name, value in shapes.items():
-            tensors[name] = Tensor(name, value.dtype, value.shape, manifest.folder / MANIFEST, 0)
-        return cls(manifest, tensors, chunks, shapes)
+        for path, record in self.manifest.leaves.items():
+            of_leaf: dict[str, tuple[ChunkFile, ...]] = {}
+            for chunk in _chunks(self.folder / path, record):
+                of_leaf[chunk.name] = (*of_leaf.get(chunk.name, ()), chunk)
+            if twice := min(of_leaf.keys() & chunks.keys(), default=""):
+                raise CheckpointError(f"{self.folder / MANIFEST}: two leaves hold tensor {printable(twice)}")
+            chunks |= of_leaf
+        return chunks
 
-    @property
-    def folder(self) -> Place:
-        return self.manifest.folder
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The published tensors with their names, shapes and dtypes, in no order of files; `Tensor.file` is the
+        array's folder, or the manifest. Raises what `contents` raises."""
+        tensors = {}
+        for leaf in self.contents.leaves:
+            shape = leaf.shape[1:] if leaf.stacked else leaf.shape
+            for name in leaf.names:
+                tensors[name] = Tensor(name, leaf.dtype, shape, self.folder / leaf.path, 0)
+        for name, value in self.weight_shapes.items():
+            tensors[name] = Tensor(name, value.dtype, value.shape, self.folder / MANIFEST, 0)
+        return tensors
+
+    @cached_property
+    def weight_shapes(self) -> Mapping[str, np.ndarray]:
+        """The tensors that are published beside INT4 words, and stored in the manifest alone."""
+        shapes: dict[str, np.ndarray] = {}
+        for record in self.manifest.leaves.values():
+            shapes |= _weight_shapes(record)
+        return shapes
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tensor `name`, or its rows `start` to `stop`, as `Published.read`. Every chunk that they touch is read whole.
+        """Returns tensor `name`, or its rows `start` to `stop`, like `Published.read`. Every chunk that they touch is
+        read whole.
 
         Raises what `ChunkFile.read` raises.
         """
         if name in self.weight_shapes:
             return self.weight_shapes[name][start:stop]
-        parts = []
+        arrays = []
         for chunk in self.chunks[name]:
             rows = chunk.grid.chunk[1 if chunk.stacked else 0] if self.tensors[name].shape else 1
             end = chunk.row + rows if stop is None else stop
             if chunk.row < end and start < chunk.row + rows:
                 array = chunk.read()
                 whole = start <= chunk.row and end >= chunk.row + rows
-                parts.append(array if whole else array[max(start - chunk.row, 0) : end - chunk.row])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+                arrays.append(array if whole else array[max(start - chunk.row, 0) : end - chunk.row])
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _chunks(folder: Place, record: LeafRecord) -> Iterator[ChunkFile]:

@@ -18,24 +18,17 @@ import numpy as np
 from checkpoints.files.place import Place, size
 from checkpoints.published.numerics import CODES_PER_WORD
 from checkpoints.published.safetensors import DTYPES, CheckpointError, Published
-from checkpoints.published.sizes import check_sizes
 from checkpoints.stored.chunk_grid import ChunkGrid
 from checkpoints.stored.names import (
     PACKED,
-    PREFIX,
     SHAPE,
-    Contents,
     Leaf,
-    abstract_of_form,
-    as_stored,
-    stored,
-    with_fp8,
-    with_prefix,
 )
-from kimi_jax import config_json, json_reader
+from kimi_jax import json_reader
 from kimi_jax.printable import printable
 
 MANIFEST = "kimi_manifest.json"
+JOURNAL = ".conversion"  # the folder in an unfinished one in which `convert` notes what is done
 FORMAT = 2  # 1 had no checksums but those of values, and said no number
 _ZEROS = "0" * 64
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -44,7 +37,7 @@ _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 
 @dataclass(frozen=True)
 class LeafRecord:
-    """One leaf in the manifest: `published` is its name there, with {} for the expert's number; `sha256` has
+    """One leaf in the manifest: `published` is its tensor's name, with {} for the expert's number; `sha256` has
     a checksum for each chunk by its number; `weight_shape` is published beside INT4 words, and stored here alone."""
 
     grid: ChunkGrid
@@ -54,46 +47,20 @@ class LeafRecord:
 
     @property
     def stacked(self) -> bool:
-        """Says whether the leading axis counts experts, one a chunk."""
+        """True where the leading axis counts experts, one a chunk."""
         return "{}" in self.published
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest whose own checksum holds. `files` has the SHA-256 of every file that is neither a chunk nor the
-    manifest, by its path in `folder`; None where the checkpoint was converted before there were such checksums."""
+    """A manifest whose own checksum holds: `leaves` by path, the published tensors `skipped`, and the `source` that
+    was converted. `files` has the SHA-256 of every file that is neither a chunk nor the manifest, by its path in the
+    folder; None where the checkpoint was converted before there were such checksums."""
 
-    folder: Place
     leaves: Mapping[str, LeafRecord]
     files: Mapping[str, str] | None
     skipped: tuple[str, ...]
     source: Mapping[str, Any]
-
-    def contents(self) -> Contents:
-        """Returns what the checkpoint holds, once the manifest agrees with config.json and the rules of `names`.
-
-        Raises CheckpointError naming the leaf that is missing, not of this model, or of another shape, dtype or
-        published name than these give; ConfigError for config.json.
-        """
-        config = config_json.from_folder(self.folder)
-        check_sizes(config, {path: record.grid.shape for path, record in self.leaves.items()}, str(self.folder))
-        model = abstract_of_form(config, self.leaves)
-        leaves = with_fp8(stored(model), lambda leaf: f"{leaf.path}_scale_inv" in self.leaves)
-        expected = {leaf.path: leaf for leaf in leaves}
-        if wrong := sorted(expected.keys() ^ self.leaves.keys()):
-            first = ", ".join(printable(path) for path in wrong[:3])
-            raise CheckpointError(f"{self.folder}: {len(wrong)} leaves are missing or not of this model: {first}")
-        prefix = PREFIX if any(record.published.startswith(PREFIX) for record in self.leaves.values()) else ""
-        found = []
-        for path, record in self.leaves.items():
-            leaf = with_prefix(expected[path], prefix)
-            if record.published != leaf.pattern:
-                name = printable(record.published)
-                raise CheckpointError(
-                    f"{self.folder / MANIFEST}: leaf {path} is published as {name}, expected {leaf.pattern}"
-                )
-            found.append(as_stored(leaf, record.grid.shape, record.grid.dtype, f"{self.folder}: leaf {path}"))
-        return Contents(model, tuple(found), self.skipped)
 
 
 def describe(
@@ -165,7 +132,7 @@ def read(folder: Place) -> Manifest:
         raise CheckpointError(f"{file}: is damaged: it has no {error}") from None
     except ValueError as error:
         raise CheckpointError(f"{file}: is damaged: {printable(error)}") from None
-    return Manifest(folder, leaves, files, tuple(skipped), source)
+    return Manifest(leaves, files, tuple(skipped), source)
 
 
 def _check_own(file: Place, data: bytes, values: Mapping[str, Any]) -> None:

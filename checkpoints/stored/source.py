@@ -1,123 +1,119 @@
-"""Checkpoints of either kind as stored leaves, any part of which is read by the byte ranges that it needs."""
+"""Folders of either kind as sources of stored leaves, any part of which is some byte ranges of their files."""
 
-import dataclasses
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from checkpoints.files.place import Place, Remote, at, read_into
-from checkpoints.files.writing import aligned
+from checkpoints.files.place import Place, Remote, aligned_bytes, locate, read_into
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.published.spellings import open_published
-from checkpoints.stored import manifest
-from checkpoints.stored.chunk_grid import Box, ChunkGrid
+from checkpoints.stored.chunk_grid import Box, ByteRange
+from checkpoints.stored.folder import Converted
 from checkpoints.stored.manifest import MANIFEST
 from checkpoints.stored.names import Contents, Leaf, contents
 from kimi_jax import config_json
 
-# What fills some arrays, in any order and by several threads.
-Reads = Iterator[Callable[[], object]]
-# An array, and the part that it is of what is read.
-Cut = tuple[np.ndarray, tuple[slice, ...]]
+RANGE_BYTES = 32 * 2**20  # like a chunk's: enough for a disk or a bucket, and little memory where it is cut by columns
 
 
-@dataclasses.dataclass(frozen=True)
-class PublishedSource:
-    """A published folder. What is asked for is read as whole rows of its tensors."""
+@dataclass(frozen=True)
+class PublishedLeaves:
+    """A published folder as the stored leaves of a model."""
 
-    contents: Contents
     published: Published
 
-    def blocks(self, leaf: Leaf, boxes: Iterable[Box]) -> tuple[dict[Box, np.ndarray], Reads]:
-        """Arrays for parts of a leaf, and what has to be called to fill them."""
-        rest = 2 if leaf.stacked else 1  # columns begin here
-        columns = tuple((0, size) for size in leaf.shape[rest:])
-        rows = {box: (*box[:rest], *columns) for box in boxes}
-        arrays = {wide: _empty(wide, leaf.dtype) for wide in rows.values()}
-        cut = {
-            box: arrays[wide][(slice(None),) * rest + tuple(slice(*span) for span in box[rest:])]
-            for box, wide in rows.items()
-        }
-        return cut, (read for wide, array in arrays.items() for read in self._reads(leaf, wide, array))
+    @property
+    def folder(self) -> Place:
+        return self.published.folder
 
-    def _reads(self, leaf: Leaf, box: Box, array: np.ndarray) -> Reads:
-        rows = box[1] if leaf.stacked else box[0]
-        for expert in range(*box[0]) if leaf.stacked else [0]:
-            target = array[expert - box[0][0]] if leaf.stacked else array
-            buffer = target.reshape(-1).view(np.uint8)
-            yield partial(self.published.read, leaf.pattern.format(expert), *rows, buffer)
+    @cached_property
+    def contents(self) -> Contents:
+        """The model, leaves and tensors left out. Raises what `names.contents` raises, and ConfigError."""
+        return contents(config_json.from_folder(self.folder), self.published)
+
+    def ranges(self, leaf: Leaf, box: Box) -> Iterator[ByteRange]:
+        """Yields the byte ranges that part `box` of a leaf needs: whole rows of tensors, at most `RANGE_BYTES` each."""
+        experts, (start, stop) = (range(*box[0]), box[1]) if leaf.stacked else ([0], box[0])
+        columns = leaf.shape[2 if leaf.stacked else 1 :]
+        row_bytes = math.prod(columns) * leaf.dtype.itemsize
+        step = max(RANGE_BYTES // row_bytes, 1)
+        for expert in experts:
+            tensor = self.published.tensors[leaf.pattern.format(expert)]
+            holder = f"{self.folder}: tensor {tensor.name}"
+            outer = ((expert, expert + 1),) if leaf.stacked else ()
+            for row in range(start, stop, step):
+                rows = (row, min(row + step, stop))
+                part = (*outer, rows, *((0, size) for size in columns))
+                yield ByteRange(tensor.file, tensor.offset + row * row_bytes, part, holder)
 
 
-@dataclasses.dataclass(frozen=True)
-class ConvertedSource:
-    """A checkpoint that `convert` wrote."""
+# Sources of stored leaves: both have `folder`, `contents` and `ranges`.
+Source = Converted | PublishedLeaves
 
-    contents: Contents
-    folder: Place
-    grids: Mapping[str, ChunkGrid]
 
-    def blocks(self, leaf: Leaf, boxes: Iterable[Box]) -> tuple[dict[Box, np.ndarray], Reads]:
-        """As `PublishedSource.blocks`. A byte range that several parts want some columns of is read once."""
-        arrays = {box: _empty(box, leaf.dtype) for box in boxes}
-        grid = self.grids[leaf.path]
-        wanted: defaultdict[tuple[int, int, tuple[int, ...]], list[Cut]] = defaultdict(list)
-        for box, array in arrays.items():
-            for number, offset, shape, where in grid.ranges(box):
-                overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, where, strict=True)]
-                target = array[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(overlap, box, strict=True))]
-                kept = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(overlap, where, strict=True))
-                wanted[number, offset, shape].append((target, kept))
-        folder = self.folder / leaf.path
-        return arrays, (
-            partial(self._fill, leaf, folder / grid.file(number), offset, shape, cuts)
-            for (number, offset, shape), cuts in wanted.items()
-        )
+def open_source(path: str | Path | Remote) -> Source:
+    """Opens the checkpoint in `path`, a folder or URL: one that `convert` wrote, or a published folder.
 
-    def _fill(
-        self,
-        leaf: Leaf,
-        file: Place,
-        offset: int,
-        shape: tuple[int, ...],
-        cuts: list[Cut],
-    ) -> None:
-        """Reads what lies at `offset`, of `shape`, and has the arrays of `cuts` take their parts of it."""
+    Raises FileNotFoundError where there is none, CheckpointError where its manifest or the headers of its files are
+    damaged. Reading `contents` then checks it by name, shape and dtype.
+    """
+    folder = locate(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if (folder / MANIFEST).is_file():
+        return Converted.open(folder)
+    return PublishedLeaves(open_published(folder))
+
+
+@dataclass(frozen=True)
+class LeafReads:
+    """New host arrays for parts of a leaf, and the byte ranges that fill them: each once, whatever the number of boxes
+    that take some columns of it."""
+
+    arrays: Mapping[Box, np.ndarray]
+    ranges: Mapping[ByteRange, Sequence[Box]]
+
+    def fill(self, found: ByteRange) -> None:
+        """Reads one range into the arrays; any order, several threads at once. Raises CheckpointError naming folder,
+        leaf or tensor, and file, where it is not there or ends early."""
+        shape = tuple(stop - start for start, stop in found.box)
+        cuts = [_overlap(self.arrays[box], box, found.box) for box in self.ranges[found]]
         target, _ = cuts[0]
-        whole = len(cuts) == 1 and target.shape == shape and target.flags.c_contiguous
-        into = target if whole else np.empty(shape, leaf.dtype)
+        direct = len(cuts) == 1 and target.shape == shape and target.flags.c_contiguous
+        into = target if direct else np.empty(shape, target.dtype)
         data = into.reshape(-1).view(np.uint8).data
         try:
-            complete = read_into(file, offset, data) == len(data)
+            complete = read_into(found.file, found.offset, data) == len(data)
         except FileNotFoundError:
             complete = False
         if not complete:
-            raise CheckpointError(f"{self.folder}: leaf {leaf.path} is damaged or not there, in {file.name}")
-        for target, kept in [] if whole else cuts:
-            target[...] = into[kept]
+            raise CheckpointError(f"{found.holder} is damaged or not there, in {found.file.name}")
+        for target, part in [] if direct else cuts:
+            target[...] = into[part]
 
 
-def _empty(box: Box, dtype: np.dtype) -> np.ndarray:
-    """An array that a CPU device can take as it lies."""
-    shape = tuple(stop - start for start, stop in box)
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return aligned(nbytes)[:nbytes].view(dtype).reshape(shape)
+def plan_reads(source: Source, leaf: Leaf, boxes: Iterable[Box]) -> LeafReads:
+    """Allocates parts `boxes` of a leaf, and lists the byte ranges that they need."""
+    arrays, ranges = {}, defaultdict(list)
+    for box in boxes:
+        shape = tuple(stop - start for start, stop in box)
+        nbytes = math.prod(shape) * leaf.dtype.itemsize
+        arrays[box] = aligned_bytes(nbytes)[:nbytes].view(leaf.dtype).reshape(shape)
+        for found in source.ranges(leaf, box):
+            ranges[found].append(box)
+    return LeafReads(arrays, ranges)
 
 
-def open_checkpoint(path: str | Path | Remote) -> PublishedSource | ConvertedSource:
-    """The checkpoint of either kind in `path`, a folder or URL, its contents checked by name, shape and dtype.
-
-    Raises FileNotFoundError where there is none, ConfigError or CheckpointError (both ValueErrors) for one that is
-    damaged or does not fit its config.json.
-    """
-    folder = at(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if not (folder / MANIFEST).is_file():
-        published = open_published(folder)
-        return PublishedSource(contents(config_json.from_folder(folder), published), published)
-    found = manifest.read(folder)
-    grids = {path: record.grid for path, record in found.leaves.items()}
-    return ConvertedSource(found.contents(), folder, grids)
+def _overlap(array: np.ndarray, box: Box, other: Box) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """Returns the part of `array`, which is `box` of a leaf, that `other` has too, and the slices of `other` there."""
+    spans = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, other, strict=True)]
+    in_box, in_other = (
+        tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(spans, origin, strict=True))
+        for origin in (box, other)
+    )
+    return array[in_box], in_other

@@ -1,4 +1,4 @@
-"""Weights of real size, drawn or copied in blocks of rows: bounded memory, and the speed of the disk.
+"""Draws or copies weights of real size in blocks of rows: bounded memory, and the speed of the disk.
 
 Random bits come from SFC64, whose stream NumPy promises to keep. 16 of them choose one of 65,536 quantiles of the
 normal distribution. INT4 codes are drawn as they are stored: four bits choose one of 16 quantiles, the first code of
@@ -30,7 +30,8 @@ def _quantiles(count: int) -> np.ndarray:
 
 @cache
 def _words() -> tuple[np.ndarray, float]:
-    """16 random bits -> four stored codes, and the deviation of a group's weights where its amax is 1 on average."""
+    """Returns a table from 16 random bits to four stored codes, uint16 [65536], and the standard deviation of a group's
+    weights where its amax is 1 on average."""
     codes = np.rint(7 * _quantiles(16) / _quantiles(16)[-1]).astype(np.int64)
     four = np.arange(2**16)[:, None] >> (4 * np.arange(4)) & 15
     return ((codes[four] + 8) << (4 * np.arange(4))).sum(1).astype(np.uint16), (
@@ -39,7 +40,7 @@ def _words() -> tuple[np.ndarray, float]:
 
 
 def drawn(weight: ToyWeight, seed: int) -> Iterator[Block]:
-    """The tensors of a random `weight`, in blocks of rows. Its own generator is seeded by (seed, crc32(name))."""
+    """Yields the tensors of a random `weight`, in blocks of rows, from a generator seeded by (seed, crc32(name))."""
     bits = np.random.SFC64([seed, crc32(weight.name.encode())])
     first, *rest = weight.headers
     if weight.name.endswith((".A_log", ".dt_bias")):
@@ -65,7 +66,7 @@ def drawn(weight: ToyWeight, seed: int) -> Iterator[Block]:
 
 
 def copied(weight: ToyWeight, source: Published) -> Iterator[Block]:
-    """The tensors of `weight` as `source` has them, cut to its shape; raises CheckpointError where it has no such."""
+    """Yields the tensors of `weight` that `source` has, cut to its shape; raises CheckpointError where it has none."""
     for header in weight.headers:
         tensor = source.tensors.get(header.name)
         rows = tensor and (*header.shape[:1], *tensor.shape[1:]) == header.shape and tensor.shape >= header.shape
@@ -80,14 +81,14 @@ def copied(weight: ToyWeight, source: Published) -> Iterator[Block]:
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Rows in blocks that are whole in FP8."""
+    """Yields the starts and stops of blocks of rows that are whole blocks of FP8."""
     rows = max(BLOCK_WEIGHTS // math.prod(shape[1:]) // BLOCK, 1) * BLOCK
     for start in range(0, shape[0], rows):
         yield start, min(start + rows, shape[0])
 
 
 def _random(bits: np.random.SFC64, size: int) -> np.ndarray:
-    """`size` times 16 bits."""
+    """Returns random bits, uint16 [size]."""
     return bits.random_raw(-(-size // 4)).view(np.uint16)[:size]
 
 

@@ -1,4 +1,4 @@
-"""Every weight of a model of some configuration, under its published name, and how a random one is drawn.
+"""Lists every weight of a configuration's model under its published name, with the distribution that it is drawn from.
 
 Names, shapes and dtypes are those of the released safetensors, written down here a second time and not taken from the
 model's tree: toys are what the reading side is tested with.
@@ -31,7 +31,7 @@ _BEFORE_NORM = 0.1
 
 @dataclass(frozen=True)
 class ToyWeight:
-    """A weight before it is put in its stored form: `std` (by row, if an array) times a normal, around `mean`.
+    """A weight before it is put in its stored form: `std` (by row, if an array) times a normal variable, plus `mean`.
 
     A_log and dt_bias are instead drawn as at the start of training (arXiv 2510.26692).
     """
@@ -73,7 +73,7 @@ class ToyWeight:
         return self.mean + self.std * random.standard_normal(self.shape)
 
     def published(self, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Its tensors, (name, array), drawn whole."""
+        """Yields the weight's tensors, (name, array), drawn whole."""
         value = self.float64(seed).astype(np.float32)
         arrays = {
             "bf16": lambda: (value.astype(self.dtype),),
@@ -207,7 +207,7 @@ _STORED = {
 
 
 def weights(config: Mapping[str, Any]) -> Iterator[ToyWeight]:
-    """Every weight of `config`, in file order; refuses a model that it does not know."""
+    """Yields every weight of `config`, in file order. Raises ValueError for a model type that it does not know."""
     kind, text = config["model_type"], config.get("text_config", config)
     known = ("deepseek_v3", "kimi_k2", "kimi_k25", "kimi_linear")
     if kind not in known:
@@ -221,7 +221,7 @@ def weights(config: Mapping[str, Any]) -> Iterator[ToyWeight]:
 
 
 def published_tensors(config: Mapping[str, Any], seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-    """Each (name, array) of the checkpoint of `config` and `seed`, in file order and one weight at a time.
+    """Yields each (name, array) of the checkpoint of `config` and `seed`, in file order and one weight at a time.
 
     Arrays are bf16, float32 (K2's router bias, `A_log`, `dt_bias`), int32 (`weight_packed`, `weight_shape`), or e4m3
     with float32 scales.

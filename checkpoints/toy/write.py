@@ -1,4 +1,4 @@
-"""Toys as published folders."""
+"""Writes toys as published folders."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +11,10 @@ import numpy as np
 
 from checkpoints.files.new_folder import new_folder, was_finished
 from checkpoints.files.place import identity
-from checkpoints.files.progress import Counter, Progress
+from checkpoints.files.progress import ByteCounter, Progress
 from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
 from checkpoints.published.spellings import open_published
-from checkpoints.stored.companions import carry
+from checkpoints.stored.companions import copy_companions
 from checkpoints.toy.configs import PREPROCESSOR, TINY_VOCAB
 from checkpoints.toy.draw import copied, drawn
 from checkpoints.toy.weights import ToyWeight, weights
@@ -24,7 +24,7 @@ WORKERS = 2
 
 
 def write_toy(folder: str | Path, config: Mapping[str, Any], *, seed: int = 0, shards: int = 3) -> Path:
-    """Write the random checkpoint of `config` and `seed` to `folder` and return the folder.
+    """Writes the random checkpoint of `config` and `seed` to `folder` and returns the folder.
 
     Leaves config.json, generation_config.json, safetensors shards of about equal size with their index, for kimi_k25
     preprocessor_config.json, and for a vocabulary of 768 the synthetic tokenizer. Weights are drawn whole, with all
@@ -62,8 +62,8 @@ def make_toy(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Path:
-    """As `write_toy` for models of any size, in bounded memory (some 150 MB): weights are drawn by rows, from fewer
-    bits (`draw`), or copied from the published folder `source`, whose first layers, experts and rows they then are.
+    """Writes a toy of any size, in bounded memory (some 150 MB): weights are drawn by rows, from fewer bits than those
+    of `write_toy` (`draw`), or copied from the first layers, experts and rows of the published folder `source`.
 
     One that was killed goes on with the shards that are not whole.
 
@@ -84,7 +84,7 @@ def make_toy(
         ):
             todo = [weight for weight in found if not writer.finished.issuperset(e.name for e in weight.headers)]
             total, left = (sum(weight.nbytes for weight in some) for some in (found, todo))
-            count = Counter(total, progress, total - left)
+            count = ByteCounter(total, progress, total - left)
 
             def write(weight: ToyWeight) -> None:
                 for name, row, block in drawn(weight, seed) if original is None else copied(weight, original):
@@ -96,7 +96,7 @@ def make_toy(
         if original is None:
             _write_rest(partial, config)
         else:
-            carry(original.folder, partial, lambda _: dict(config))
+            copy_companions(original.folder, partial, lambda _: dict(config))
     return Path(folder)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints.files import pipeline, writing
+from checkpoints.files import pipeline, place, writing
 
 
 @pytest.mark.parametrize("limit", [10, 25, 1000])
@@ -53,7 +53,7 @@ def test_the_first_error_stops_the_rest() -> None:
 @pytest.mark.parametrize("size", [0, 1, 4096, 2**18 - 1, 2**18, 2**18 + 4097, 3 * 2**20 + 5])
 @pytest.mark.parametrize("offset", [0, 8])
 def test_files_have_the_bytes(tmp_path: Path, size: int, offset: int) -> None:
-    data = writing.aligned(size + 8)
+    data = place.aligned_bytes(size + 8)
     data[:] = np.arange(size + 8) % 251
     data = data[offset : offset + size]
     tail = np.arange(100, dtype=np.uint8)

@@ -15,8 +15,8 @@ from checkpoints import convert, load
 from checkpoints.forms.forms import Recipe, make_recipe
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.stored import chunk_grid
-from checkpoints.stored.companions import nested
 from checkpoints.stored.names import contents
+from checkpoints.stored.orbax_metadata import nest
 from checkpoints.toy import write_toy
 from kimi_jax import config_json
 from sharding import make_mesh
@@ -48,11 +48,13 @@ def made(recipe: Recipe, published: Published) -> dict[str, Any]:
         for chunk, array in zip(task.makes, chunks, strict=True):
             cut = cuts[chunk.path]
             assert array.shape == cut.chunk and array.dtype == cut.dtype
-            arrays[chunk.path][cut.where(chunk.number)] = array
+            starts = np.multiply(cut.index(chunk.number), cut.chunk)
+            place = tuple(slice(start, start + size) for start, size in zip(starts, cut.chunk, strict=True))
+            arrays[chunk.path][place] = array
             assert (chunk.path, chunk.number) not in seen
             seen.add((chunk.path, chunk.number))
     assert len(seen) == sum(cut.chunks for cut in cuts.values())
-    return nested(arrays)
+    return nest(arrays)
 
 
 def values(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -17,8 +17,7 @@ import pytest
 from checkpoint_oracle import CONFIGS, same_folders
 
 from checkpoints import convert, export
-from checkpoints.files import new_folder
-from checkpoints.jobs import journal
+from checkpoints.files import lock, new_folder
 from checkpoints.published import shards
 from checkpoints.published.shards import ShardWriter, TensorHeader
 from checkpoints.toy import make_toy, toy_config
@@ -116,7 +115,7 @@ def test_another_export_starts_over(converted: dict[str, Path], stopped: Path, t
             copy.rename(partial)
 
 
-@pytest.mark.parametrize("step", ["carry", "fsync", "rename", "rmtree"])
+@pytest.mark.parametrize("step", ["copy_companions", "fsync", "rename", "rmtree"])
 def test_stopped_while_it_is_made_whole(
     converted: dict[str, Path], exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -135,7 +134,7 @@ def test_stopped_while_it_is_made_whole(
         elif step == "rmtree":
             patch.setattr(new_folder.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         else:
-            module = sys.modules["checkpoints.jobs.export"] if step == "carry" else new_folder
+            module = sys.modules["checkpoints.jobs.export"] if step == "copy_companions" else new_folder
             patch.setattr(module, step, after(getattr(module, step)))
         with pytest.raises(KeyboardInterrupt):
             export(converted["k2.5"], tmp_path / "out", shard_bytes=SHARD)
@@ -153,7 +152,7 @@ def test_of_two_at_once_the_second_is_refused(converted: dict[str, Path], export
     message = rf"out\.partial: another process is writing it: pid {os.getpid()} on "
     for size in (SHARD, 2 * SHARD):
         with (
-            journal.locked(partial / new_folder.STATE / "lock", "theirs"),
+            lock.hold_lock(partial / new_folder.STATE / "lock", "theirs"),
             pytest.raises(FileExistsError, match=message),
         ):
             export(converted["k2.5"], stopped, shard_bytes=size)

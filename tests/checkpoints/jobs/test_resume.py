@@ -17,8 +17,9 @@ import pytest
 from checkpoint_oracle import same_folders
 
 from checkpoints import CheckpointError, convert
+from checkpoints.files.lock import hold_lock
 from checkpoints.jobs import journal
-from checkpoints.stored import chunk_grid
+from checkpoints.stored import chunk_grid, companions
 
 module = importlib.import_module("checkpoints.jobs.convert")  # the package's attribute of that name is the function
 LEAF = "model.layers.1.mlp.experts.up_proj.weight"
@@ -177,7 +178,7 @@ def test_what_is_marked_as_safe_is_believed_unless_it_is_gone(
     assert len(digests) == total - 40 + 1
 
 
-@pytest.mark.parametrize("step", ["write_array_metadata", "carry", "write_whole", "rename", "rmtree"])
+@pytest.mark.parametrize("step", ["write_array_metadata", "copy_companions", "write_whole", "rename", "rmtree"])
 def test_stopped_while_it_is_made_whole(
     published: dict[str, Path],
     converted: dict[str, Path],
@@ -200,7 +201,7 @@ def test_stopped_while_it_is_made_whole(
         elif step == "rmtree":
             patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         else:
-            owner = module if step == "write_whole" else metadata
+            owner = module if hasattr(module, step) else companions
             patch.setattr(owner, step, after(getattr(owner, step)))
         with pytest.raises(KeyboardInterrupt):
             convert(published["k2"], tmp_path / "out")
@@ -315,7 +316,7 @@ def test_two_writers_do_not_mix(stopped: tuple[Path, Path], converted: dict[str,
     partial = target.with_name("out.partial")
     message = rf"out\.partial: process 0 of this conversion is running: pid {os.getpid()} on "
     with (
-        journal.locked(partial / ".conversion" / "lock-0", "theirs"),
+        hold_lock(partial / ".conversion" / "lock-0", "theirs"),
         pytest.raises(FileExistsError, match=message),
     ):
         convert(source, target)
