@@ -36,7 +36,7 @@ def transformed(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype], *, ski
 
 
 def plain(arrays: Sequence[np.ndarray], skip: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Yields the weight's values in bf16 (FP8 and floats also in float32), `BLOCK` rows at a time, first `skip` fewer."""
+    """Yields the weight in bf16 (FP8 and floats also in float32), `BLOCK` rows at a time, at first `skip` fewer."""
     first, *scales = arrays
     starts = [0, *range(BLOCK - skip, first.shape[0], BLOCK)]
     for i, start in enumerate(starts):

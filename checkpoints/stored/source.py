@@ -18,7 +18,7 @@ from checkpoints.stored.manifest import MANIFEST
 from checkpoints.stored.names import Contents, Leaf, contents
 from kimi_jax import config_json
 
-RANGE_BYTES = 32 * 2**20  # like a chunk's: enough for a disk or a bucket, and little memory where it is cut by columns
+RANGE_BYTES = 16 * 2**20  # holds an expert's tensor of Kimi-K2 (14.7 MB), and eight readers' ranges stay under a batch
 
 
 @dataclass(frozen=True)

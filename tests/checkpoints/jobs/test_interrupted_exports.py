@@ -59,8 +59,8 @@ def stopped(converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(converted: dict[str, Path], exported: Path, tmp_path: Path, kills: int) -> None:
-    driver = Path(__file__).with_name("killing_exports.py")
-    command = [sys.executable, driver, converted["k2.5"], tmp_path / "out", str(kills), str(SHARD)]
+    driver = Path(__file__).with_name("killing.py")
+    command = [sys.executable, driver, "export", converted["k2.5"], tmp_path / "out", str(kills), str(SHARD)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
@@ -68,7 +68,7 @@ def test_killed_at_random_moments(converted: dict[str, Path], exported: Path, tm
     assert same_folders(tmp_path / "out", exported)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "out"]
     # what an attempt loses is the shards that its two workers had begun
-    assert counts["begun"] <= counts["nbytes"] + kills * 3 * SHARD
+    assert counts["begun"] <= counts["total"] + kills * 3 * SHARD
 
 
 def test_whole_shards_are_not_written_again(

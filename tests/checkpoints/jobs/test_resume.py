@@ -65,7 +65,7 @@ def test_killed_at_twenty_random_moments(
     monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 16384)  # two that are lost half written are 2.4 % of the toy
     convert(published["k2"], tmp_path / "like")
     driver = Path(__file__).with_name("killing.py")
-    command = [sys.executable, driver, published["k2"], tmp_path / "out", "20", str(chunk_grid.CHUNK_BYTES)]
+    command = [sys.executable, driver, "convert", published["k2"], tmp_path / "out", "20", str(chunk_grid.CHUNK_BYTES)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
