@@ -66,7 +66,7 @@ def load(
     source = open_source(path)
     contents = source.contents
     if verify:
-        converted = source if isinstance(source, Converted) else Converted.open(path)  # which says what is missing
+        converted = source if isinstance(source, Converted) else Converted.open(path)  # raises: there are no checksums
         run_share(converted, process_index=jax.process_index(), num_processes=jax.process_count())
     graphdef, state = nnx.split(contents.model)
     variables = dict(nnx.to_flat_state(state))
@@ -162,7 +162,7 @@ def _to_devices(leaf: Leaf, placement: _Placement, arrays: Mapping[Box, np.ndarr
     array = jax.make_array_from_single_device_arrays(leaf.shape, placement.read_sharding, shards)
     if placement.read_sharding == placement.sharding:
         return array
-    # One at a time: with many under way, processes on CPU wait for each other for ever.
+    # One at a time: with many under way, processes on CPU deadlock.
     return jax.block_until_ready(_all_gather(placement.sharding)(array))
 
 
@@ -195,7 +195,7 @@ def _dense(array: jax.Array, to: jax.ShapeDtypeStruct, out: Sharding) -> jax.Arr
     return _reshaped(out)(array, to.shape, to.dtype)
 
 
-# One compiled function for all leaves that are alike.
+# Cached: one compiled function for all leaves of equal shape and sharding.
 @functools.cache
 def _unpack(codes: Sharding, scales: Sharding) -> Any:
     return jax.jit(unpack_int4, out_shardings=(codes, scales))

@@ -81,6 +81,6 @@ def _write_direct(file: Path, data: np.ndarray) -> int:
 
 def _write(descriptor: int, data: np.ndarray, offset: int) -> int:
     done = 0
-    while done < data.nbytes:  # one call writes 2 GiB at most, and on a full disk what fits
+    while done < data.nbytes:  # one call writes at most 2 GiB, or what fits on a full disk
         done += os.pwrite(descriptor, data[done:].data, offset + done)
     return done

@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from checkpoints.forms.transform import SCRATCH_BYTES, transformed
+from checkpoints.forms.transform import SCRATCH_BYTES, transform
 from checkpoints.published import quantization_config
 from checkpoints.published.numerics import BF16, BLOCK, CODES_PER_WORD, F32, FP8, GROUP_SIZE
 from checkpoints.published.quantization_config import Form
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.stored.chunk_grid import chunk_grid
-from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Contents, Leaf, stored, with_fp8
+from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Contents, Leaf, stored_leaves, with_fp8
 
 Rest = Literal["bfloat16", "float32"]
 
@@ -83,7 +83,7 @@ def make_recipe(
     divide into groups of INT4.
     """
     order = {name: i for i, name in enumerate(published.tensors)}
-    kept = {leaf.path for leaf in stored(contents.model) if leaf.dtype == F32 and dtype != "float32"}
+    kept = {leaf.path for leaf in stored_leaves(contents.model) if leaf.dtype == F32 and dtype != "float32"}
     pairs: list[tuple[tuple[Leaf, ...], tuple[Leaf, ...]]] = []
     for source in _weights(contents.leaves):
         first = source[0]
@@ -153,7 +153,7 @@ def _described(config: Mapping[str, Any], leaves: Sequence[Leaf], dtype: Rest | 
     elif any(leaf.dtype == FP8 for leaf in leaves):
         form = "fp8"
     not_converted = [name.removesuffix(".weight") for leaf in plain for name in leaf.names]
-    described = quantization_config.described(config, form, not_converted)
+    described = quantization_config.describe_form(config, form, not_converted)
     for part in (described, described.get("text_config", {})):
         part.update({name: dtype for name in ("dtype", "torch_dtype") if dtype and name in part})
     return described
@@ -166,7 +166,7 @@ def _verbatim(published: Published, leaf: Leaf) -> Iterator[ChunkTask]:
         read = _rows(leaf, number)
         scales = leaf.path.endswith((SCALE, SCALE_INV))
         make = _finite(published, read, cut.chunk) if scales else _reshaped(cut.chunk)
-        # twice, since a cut along columns is copied
+        # twice: a cut along columns copies the chunk
         yield ChunkTask((read,), (ChunkId(leaf.path, number),), make, 2 * cut.chunk_bytes)
 
 
@@ -194,7 +194,7 @@ def _transform(published: Published, source: Sequence[Leaf], target: Sequence[Le
         read = int(sum(leaf.nbytes for leaf in source) * share) + source[-1].nbytes // source[-1].shape[0]
         columns = shapes[0][-1] * (CODES_PER_WORD if target[0].path.endswith(PACKED) else 1)
         makes = tuple(ChunkId(leaf.path, number) for leaf in target)
-        # made twice: in blocks of rows, then in one
+        # results twice: in blocks of rows, then put together
         nbytes = read + 2 * made + SCRATCH_BYTES * columns
         yield ChunkTask(reads, makes, _made(published, reads, shapes, dtypes), nbytes)
 
@@ -205,7 +205,7 @@ def _made(
     def make(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         _check(published, reads, arrays)
         try:
-            made = transformed(arrays, dtypes, skip=reads[0].start % BLOCK)
+            made = transform(arrays, dtypes, skip=reads[0].start % BLOCK)
         except ValueError as error:
             raise CheckpointError(f"{published.tensors[reads[0].name].file}: tensor {reads[0].name} {error}") from None
         return tuple(array.reshape(shape) for array, shape in zip(made, shapes, strict=True))

@@ -18,10 +18,10 @@ from checkpoints.published.numerics import (
 INT32 = np.dtype(np.int32)
 
 
-SCRATCH_BYTES = 20 * BLOCK  # per column, what `transformed` holds beside its arguments and results
+SCRATCH_BYTES = 20 * BLOCK  # per column, what `transform` holds beside its arguments and results
 
 
-def transformed(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype], *, skip: int = 0) -> tuple[np.ndarray, ...]:
+def transform(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype], *, skip: int = 0) -> tuple[np.ndarray, ...]:
     """Returns the weight `arrays` as arrays of `dtypes`. Either is one of: floats; (int32 words, bf16 scales); (e4m3,
     float32 scales). Between two of them a weight is rounded to bf16; where it ends in plain floats, it is rounded once,
     to those. `skip` says how many rows of the first FP8 block are not there.
@@ -31,11 +31,11 @@ def transformed(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype], *, ski
     first = arrays[0]
     if first.dtype not in (INT32, FP8) and dtypes[0] not in (INT32, FP8):
         return (first.astype(dtypes[0]),)
-    parts = [_quantized(rows, dtypes[0]) for rows in plain(arrays, skip, F32 if dtypes[0] == F32 else BF16)]
+    parts = [_quantize(rows, dtypes[0]) for rows in plain_rows(arrays, skip, F32 if dtypes[0] == F32 else BF16)]
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
-def plain(arrays: Sequence[np.ndarray], skip: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+def plain_rows(arrays: Sequence[np.ndarray], skip: int, dtype: np.dtype) -> Iterator[np.ndarray]:
     """Yields the weight in bf16 (FP8 and floats also in float32), `BLOCK` rows at a time, at first `skip` fewer."""
     first, *scales = arrays
     starts = [0, *range(BLOCK - skip, first.shape[0], BLOCK)]
@@ -49,7 +49,7 @@ def plain(arrays: Sequence[np.ndarray], skip: int, dtype: np.dtype) -> Iterator[
             yield first[rows].astype(dtype)
 
 
-def _quantized(rows: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+def _quantize(rows: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, ...]:
     if dtype == INT32:
         return quantize_int4(rows)
     if dtype == FP8:

@@ -8,7 +8,7 @@ import numpy as np
 
 from checkpoints.files import pipeline
 from checkpoints.files.progress import ByteCounter, Progress
-from checkpoints.forms.transform import SCRATCH_BYTES, plain
+from checkpoints.forms.transform import SCRATCH_BYTES, plain_rows
 from checkpoints.published.numerics import BLOCK, CODES_PER_WORD, F32
 from checkpoints.published.safetensors import CheckpointError, Published, Tensor
 from checkpoints.stored.chunk_grid import CHUNK_BYTES
@@ -149,7 +149,7 @@ def _arrays(source: Checkpoint, parts: Sequence[Tensor], start: int, stop: int |
 def _values(tensor: Tensor, arrays: Sequence[np.ndarray], start: int) -> Iterator[np.ndarray]:
     """Yields rows of a weight in float32, few enough at a time for the processor's cache."""
     try:
-        for rows in plain(arrays, start % BLOCK, F32):
+        for rows in plain_rows(arrays, start % BLOCK, F32):
             yield rows.astype(F32, copy=False)
     except ValueError as error:
         raise CheckpointError(f"{tensor.file}: tensor {tensor.name} {error}") from None

@@ -123,7 +123,7 @@ class _Conversion:
 
     @classmethod
     def of(cls, published: Published, dst: Path, experts: Form | None, dtype: Rest | None) -> "_Conversion":
-        # before any of them is read, so that one that changes meanwhile is noticed at the end
+        # digested before any is read, so that a change meanwhile is noticed at the end
         digests = {name: sha256(file) for name, file in companions.find_companions(published.folder).items()}
         found = contents(config_json.from_folder(published.folder), published)
         recipe = forms.make_recipe(published, found, experts, dtype)
@@ -133,7 +133,7 @@ class _Conversion:
             "form": recipe.form,
             "layout": [chunk_grid.CHUNK_BYTES, chunk_grid.PARTS, chunk_grid.PART_BYTES],
             "config": digests["config.json"],
-            # a copy of a file is as good, whenever it was made
+            # a copy of a file is as good, whatever its time
             "files": {name: {**file, "changed": None} for name, file in files.items()},
         }
         return cls(published, found, recipe, grids, files, digests, source, dst)

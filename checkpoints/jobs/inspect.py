@@ -10,7 +10,7 @@ from rich.table import Table
 
 from checkpoints.published.numerics import CODES_PER_WORD
 from checkpoints.stored.folder import Converted
-from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Leaf, stored
+from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Leaf, stored_leaves
 from checkpoints.stored.source import open_source
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import abstract
@@ -80,7 +80,7 @@ def summary(path: str | Path) -> Summary:
 def summary_of_config(config: KimiConfig) -> Summary:
     """Returns the summary that a published checkpoint of `config` would have, off the abstract model: nothing is
     allocated."""
-    return _summary("configuration", config, stored(abstract(config)))
+    return _summary("configuration", config, stored_leaves(abstract(config)))
 
 
 def table(summary: Summary) -> Table:

@@ -51,7 +51,7 @@ class Journal:
                 if number >= safe:
                     self._unsynced.append((path, chunk))
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT)
-        os.ftruncate(self._file, self._end)  # half a line, perhaps
+        os.ftruncate(self._file, self._end)  # the last line may be half written
         self._all = os.open(self.path.with_name("lock"), os.O_RDWR | os.O_CREAT)
         self.sync()
 
@@ -172,7 +172,7 @@ def _agree(partial: Path, settings: Mapping[str, Any]) -> None:
         json.dump(settings, stream, indent=1)
     fsync(new)
     try:
-        os.link(new, path)  # whole, or not at all, and by one process only
+        os.link(new, path)  # a link is made whole or not at all, and by one process only
     except FileExistsError:
         before, now = (json_reader.read_object(file, error=CheckpointError) for file in (path, new))
         if difference := differ(before, now):

@@ -72,7 +72,7 @@ def _checksums(converted: Converted, workers: int, limit: int, progress: Progres
         count(check.nbytes)
 
     pipeline.run(todo, work, lambda check: check.memory, workers=workers, limit=limit)
-    if not problems:  # with config.json damaged, what it asks for says nothing
+    if not problems:  # a damaged config.json has been found already
         try:
             _ = converted.contents  # raises where the manifest and config.json differ
         except ValueError as error:

@@ -43,7 +43,7 @@ def form_of(config: Mapping[str, Any]) -> Form:
     return "fp8" if values.get("quant_method") == "fp8" else "int4"
 
 
-def described(config: Mapping[str, Any], form: Form, not_converted: Sequence[str] = ()) -> dict[str, Any]:
+def describe_form(config: Mapping[str, Any], form: Form, not_converted: Sequence[str] = ()) -> dict[str, Any]:
     """Returns `config` with the `quantization_config` of `form`, or none for bf16. Like the releases' it is in
     text_config, where there is one."""
     result = deepcopy(dict(config))

@@ -20,7 +20,7 @@ class Check:
 
     name: str
     run: Callable[[], None]
-    memory: int = 2**23  # a file is digested in blocks of this size
+    memory: int = 2**23  # `sha256` reads blocks of this size
     nbytes: int = 0
 
 

@@ -19,7 +19,7 @@ from checkpoints.stored.names import Leaf
 
 CHUNK_BYTES = 32 * 2**20
 PARTS = 16  # the finest tensor parallelism whose devices read no bytes of each other
-PART_BYTES = 64 * 2**10  # smaller reads cost more than they save
+PART_BYTES = 64 * 2**10  # a smaller read takes longer than the bytes it saves
 _UNSPLIT = (None, "embed", "expert")  # logical axes that tensor parallelism leaves whole
 
 

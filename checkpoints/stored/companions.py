@@ -14,10 +14,10 @@ from checkpoints.stored.manifest import MANIFEST
 from kimi_jax import json_reader
 from kimi_jax.printable import printable
 
-COMPANION_BYTES = 100 * 2**20  # of one file; the largest that is published is a tokenizer of some 20 MB
+COMPANION_BYTES = 100 * 2**20  # of one file; the largest published one is a tokenizer of some 20 MB
 # Configuration, tokenizer, preprocessor, templates and the code that comes with them.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "LICENSE*")
-# The names of files that a checkpoint of either kind has of its own; stock zarr would take the last for the root's.
+# Files that a checkpoint of either kind has of its own; stock zarr would take the last for its root's.
 _NOT_COMPANIONS = (INDEX, MANIFEST, "zarr.json")
 
 

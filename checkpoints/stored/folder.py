@@ -26,7 +26,7 @@ from checkpoints.stored.names import (
     Leaf,
     abstract_of_form,
     as_stored,
-    stored,
+    stored_leaves,
     with_fp8,
     with_prefix,
 )
@@ -62,7 +62,7 @@ class Converted:
         config = config_json.from_folder(self.folder)
         check_sizes(config, {path: record.grid.shape for path, record in records.items()}, str(self.folder))
         model = abstract_of_form(config, records)
-        leaves = with_fp8(stored(model), lambda leaf: f"{leaf.path}_scale_inv" in records)
+        leaves = with_fp8(stored_leaves(model), lambda leaf: f"{leaf.path}_scale_inv" in records)
         expected = {leaf.path: leaf for leaf in leaves}
         if wrong := sorted(expected.keys() ^ records.keys()):
             first = ", ".join(printable(path) for path in wrong[:3])

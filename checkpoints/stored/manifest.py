@@ -1,8 +1,8 @@
 """The manifest of a checkpoint that `convert` wrote: what its arrays do not tell, and checksums of all its bytes.
 
-Beside where the checkpoint comes from it has, for every stored leaf, how it lies in files, its published name and the
-SHA-256 of each chunk's values; the SHA-256 of every other file; and last its own, of its text with zeros in that place.
-A chunk's file has besides its values an index that follows from the grid, so no byte of the folder is left out.
+It says which source was converted. It has the cuts of every stored leaf, its published name and the SHA-256 of each
+chunk's values; the SHA-256 of every other file; and last its own, of its text with zeros in that place. Besides its
+values, a chunk's file has an index that follows from the cuts, so no byte of the folder is left out.
 """
 
 import hashlib
@@ -19,17 +19,13 @@ from checkpoints.files.place import Place, size
 from checkpoints.published.numerics import CODES_PER_WORD
 from checkpoints.published.safetensors import DTYPES, CheckpointError, Published
 from checkpoints.stored.chunk_grid import ChunkGrid
-from checkpoints.stored.names import (
-    PACKED,
-    SHAPE,
-    Leaf,
-)
+from checkpoints.stored.names import PACKED, SHAPE, Leaf
 from kimi_jax import json_reader
 from kimi_jax.printable import printable
 
 MANIFEST = "kimi_manifest.json"
-JOURNAL = ".conversion"  # the folder in an unfinished one in which `convert` notes what is done
-FORMAT = 2  # 1 had no checksums but those of values, and said no number
+JOURNAL = ".conversion"  # the folder of `convert`'s journal, in an unfinished checkpoint
+FORMAT = 2  # format 1 had checksums of values only, and no number
 _ZEROS = "0" * 64
 _SHA256 = re.compile("[0-9a-f]{64}")
 _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}

@@ -84,7 +84,7 @@ class Contents:
         return self.model.config
 
 
-def stored(model: Kimi) -> list[Leaf]:
+def stored_leaves(model: Kimi) -> list[Leaf]:
     """Returns the leaves that a checkpoint of `model` must have, with the published names of a text-only checkpoint."""
     flat = nnx.to_flat_state(nnx.state(model))
     return [_leaf(model.config, tuple(map(str, path)), variable) for path, variable in flat]
@@ -150,7 +150,7 @@ def contents(config: KimiConfig, published: Published) -> Contents:
     check_sizes(config, {name: tensor.shape for name, tensor in tensors.items()}, str(published.folder))
     model = abstract_of_form(config, tensors)
     prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
-    leaves = [with_prefix(leaf, prefix) for leaf in stored(model)]
+    leaves = [with_prefix(leaf, prefix) for leaf in stored_leaves(model)]
     leaves = with_fp8(leaves, lambda leaf: f"{leaf.names[0]}_scale_inv" in tensors)
     _check_names(published, leaves, tensors)
     leaves = [_check_tensors(leaf, tensors) for leaf in leaves]

@@ -18,7 +18,7 @@ from checkpoints.stored.manifest import MANIFEST
 from checkpoints.stored.names import Contents, Leaf, contents
 from kimi_jax import config_json
 
-RANGE_BYTES = 16 * 2**20  # holds an expert's tensor of Kimi-K2 (14.7 MB), and eight readers' ranges stay under a batch
+RANGE_BYTES = 16 * 2**20  # an FP8 tensor of Kimi-K2's experts (14.7 MB) is one range; `load` has 8 in memory at once
 
 
 @dataclass(frozen=True)

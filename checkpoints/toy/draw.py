@@ -17,8 +17,8 @@ from checkpoints.published.numerics import BF16, BLOCK, CODES_PER_WORD, GROUP_SI
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.toy.weights import ToyWeight
 
-BLOCK_WEIGHTS = 2**21  # drawn at a time: some 50 MB
-# name, first row, rows
+BLOCK_WEIGHTS = 2**21  # drawn at a time, in some 50 MB of memory
+# A tensor's name, the number of the first row, and the rows.
 Block = tuple[str, int, np.ndarray]
 
 
@@ -39,7 +39,7 @@ def _words() -> tuple[np.ndarray, float]:
     ) ** 0.5
 
 
-def drawn(weight: ToyWeight, seed: int) -> Iterator[Block]:
+def draw_blocks(weight: ToyWeight, seed: int) -> Iterator[Block]:
     """Yields the tensors of a random `weight`, in blocks of rows, from a generator seeded by (seed, crc32(name))."""
     bits = np.random.SFC64([seed, crc32(weight.name.encode())])
     first, *rest = weight.headers
@@ -65,7 +65,7 @@ def drawn(weight: ToyWeight, seed: int) -> Iterator[Block]:
         yield rest[1].name, 0, np.array(weight.shape, np.int32)
 
 
-def copied(weight: ToyWeight, source: Published) -> Iterator[Block]:
+def copy_blocks(weight: ToyWeight, source: Published) -> Iterator[Block]:
     """Yields the tensors of `weight` that `source` has, cut to its shape; raises CheckpointError where it has none."""
     for header in weight.headers:
         tensor = source.tensors.get(header.name)

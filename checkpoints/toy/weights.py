@@ -41,11 +41,11 @@ class ToyWeight:
     std: float | np.ndarray
     mean: float = 0.0
     dtype: np.dtype = BF16
-    form: Form = "bf16"  # which stands for `dtype`
+    form: Form = "bf16"  # the weight is stored in `dtype`
 
     @property
     def headers(self) -> tuple[TensorHeader, ...]:
-        """The published tensors that hold it."""
+        """The headers of the published tensors that hold the weight."""
         if self.form == "bf16":
             return (TensorHeader(self.name, self.dtype, self.shape),)
         out, in_ = self.shape
@@ -199,7 +199,7 @@ def _vision(c: dict[str, Any]) -> Iterator[ToyWeight]:
     yield from with_bias("mm_projector.proj.2", c["text_hidden_size"], merged)
 
 
-# What each form is for: routed experts; every Linear of the text model but the router and the head.
+# The weights of each form: routed experts; every Linear of the text model but the router and the head.
 _STORED = {
     "int4": re.compile(r"\.experts\.\d+\."),
     "fp8": re.compile(r"\.(self_attn|mlp|block_sparse_moe)\..*(proj|proj_with_mqa|w[123])\.weight$"),

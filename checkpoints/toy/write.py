@@ -16,7 +16,7 @@ from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader,
 from checkpoints.published.spellings import open_published
 from checkpoints.stored.companions import copy_companions
 from checkpoints.toy.configs import PREPROCESSOR, TINY_VOCAB
-from checkpoints.toy.draw import copied, drawn
+from checkpoints.toy.draw import copy_blocks, draw_blocks
 from checkpoints.toy.weights import ToyWeight, weights
 from kimi_jax.text.tiny import write_tiny_tokenizer
 
@@ -42,7 +42,7 @@ def write_toy(folder: str | Path, config: Mapping[str, Any], *, seed: int = 0, s
 
     ends = np.cumsum([weight.nbytes for weight in found])
     cuts = [0, *np.searchsorted(ends, ends[-1] * np.arange(1, shards) / shards), len(found)]
-    # Each shard has a tensor at the least, however large its neighbour's.
+    # Each shard has at least one tensor, however large its neighbour's are.
     for i in range(1, shards):
         cuts[i] = min(max(cuts[i], cuts[i - 1] + 1), len(found) - shards + i)
     with ShardWriter(folder, [list(_headers(found[start:stop])) for start, stop in pairwise(cuts)]) as writer:
@@ -87,7 +87,8 @@ def make_toy(
             count = ByteCounter(total, progress, total - left)
 
             def write(weight: ToyWeight) -> None:
-                for name, row, block in drawn(weight, seed) if original is None else copied(weight, original):
+                blocks = draw_blocks(weight, seed) if original is None else copy_blocks(weight, original)
+                for name, row, block in blocks:
                     writer.write(name, block, row)
                     count(block.nbytes)
 

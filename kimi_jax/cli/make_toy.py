@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from checkpoints.files.place import locate
-    from checkpoints.published.quantization_config import described
+    from checkpoints.published.quantization_config import describe_form
     from checkpoints.toy import cut_config, make_toy, toy_config
 
     if arguments.source is not None and (arguments.form or arguments.fields):
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         preset = {"kimi-linear": "kimi-linear-48b"}.get(arguments.like, f"kimi-{arguments.like}")
         config = toy_config(preset, **dict(arguments.fields))
         if arguments.form:
-            config = described(config, arguments.form)
+            config = describe_form(config, arguments.form)
     config = cut_config(
         config, layers=arguments.layers, experts=arguments.experts, vision_layers=arguments.vision_layers
     )

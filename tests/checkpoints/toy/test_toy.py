@@ -10,7 +10,7 @@ from checkpoint_oracle import read_all
 from safetensors.numpy import load_file
 
 from checkpoints.published.numerics import dequantize_int4, quantize_int4
-from checkpoints.published.quantization_config import described
+from checkpoints.published.quantization_config import describe_form
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.stored.names import contents
 from checkpoints.toy import cut_config, draw, make_toy, published_tensors, toy_config, weights, write_toy
@@ -217,7 +217,7 @@ def made(folder, config, **asked):
 
 @pytest.mark.parametrize("form", ["int4", "fp8", "bf16"])
 def test_a_toy_by_rows_has_the_tensors_of_one_drawn_whole(tmp_path, form, monkeypatch):
-    config = described(toy_config("k2.5", **TINY), form)
+    config = describe_form(toy_config("k2.5", **TINY), form)
     whole = {name: (array.dtype, array.shape) for name, array in published_tensors(config)}
     monkeypatch.setattr(draw, "BLOCK_WEIGHTS", 50_000)
     tensors = made(tmp_path / "toy", config, shard_bytes=500_000)
