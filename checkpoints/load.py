@@ -21,8 +21,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from checkpoints.files.pipeline import Progress
 from checkpoints.files.place import Remote
-from checkpoints.files.progress import Progress
 from checkpoints.published.numerics import BLOCK, FP8
 from checkpoints.stored.checks import run_share
 from checkpoints.stored.chunk_grid import Box

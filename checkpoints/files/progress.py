@@ -1,9 +1,8 @@
 """Reports the progress of a long command, to people (a bar) and to programs (a JSON object a line)."""
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,22 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
-# A function that is called with the bytes that are done, those of earlier attempts included, and with their total.
-Progress = Callable[[int, int], None]
+from checkpoints.files.pipeline import Progress
+
 INTERVAL_S = 1.0  # between two lines: a job of hours then writes some thousands
-
-
-class ByteCounter:
-    """Counts the bytes that several threads have done, from the `done` of earlier attempts on, and reports them."""
-
-    def __init__(self, total: int, progress: Progress | None, done: int = 0):
-        self.done, self.total, self.progress, self._lock = done, total, progress, threading.Lock()
-
-    def __call__(self, nbytes: int) -> None:
-        with self._lock:
-            self.done += nbytes
-            if self.progress is not None:
-                self.progress(self.done, self.total)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from checkpoints.files import pipeline
-from checkpoints.files.progress import ByteCounter, Progress
+from checkpoints.files.pipeline import ByteCounter, Progress
 from checkpoints.forms.transform import SCRATCH_BYTES, plain_rows
 from checkpoints.published.numerics import BLOCK, CODES_PER_WORD, F32
 from checkpoints.published.safetensors import CheckpointError, Published, Tensor

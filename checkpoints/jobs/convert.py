@@ -20,9 +20,8 @@ import numpy as np
 
 from checkpoints.files import pipeline
 from checkpoints.files.new_folder import check_room
-from checkpoints.files.pipeline import MEMORY, WORKERS
+from checkpoints.files.pipeline import MEMORY, WORKERS, ByteCounter, Progress
 from checkpoints.files.place import Remote, files_under, identity, sha256
-from checkpoints.files.progress import ByteCounter, Progress
 from checkpoints.files.writing import aligned_bytes, fsync, write_file, write_whole
 from checkpoints.forms import forms
 from checkpoints.forms.forms import ChunkTask, Recipe, Rest, RowRange

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from checkpoints.files import pipeline
 from checkpoints.files.new_folder import new_folder, was_finished
-from checkpoints.files.pipeline import MEMORY, WORKERS
-from checkpoints.files.progress import ByteCounter, Progress
+from checkpoints.files.pipeline import MEMORY, WORKERS, ByteCounter, Progress
 from checkpoints.published.safetensors import INDEX
 from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
 from checkpoints.stored.chunk_file import ChunkFile

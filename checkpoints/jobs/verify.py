@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.files import pipeline
-from checkpoints.files.pipeline import MEMORY, WORKERS
+from checkpoints.files.pipeline import MEMORY, WORKERS, ByteCounter, Progress
 from checkpoints.files.place import locate
-from checkpoints.files.progress import ByteCounter, Progress
 from checkpoints.jobs.compare import Compare, Finding
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.published.spellings import open_published

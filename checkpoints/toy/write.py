@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints.files.new_folder import new_folder, was_finished
+from checkpoints.files.pipeline import ByteCounter, Progress
 from checkpoints.files.place import identity
-from checkpoints.files.progress import ByteCounter, Progress
 from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
 from checkpoints.published.spellings import open_published
 from checkpoints.stored.companions import copy_companions
