@@ -19,8 +19,8 @@ import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from checkpoints import load  # noqa: E402
-from checkpoints.published import reading  # noqa: E402
-from checkpoints.stored import sources  # noqa: E402
+from checkpoints.files.place import read_into  # noqa: E402
+from checkpoints.stored import source as source_module  # noqa: E402
 from sharding import make_mesh  # noqa: E402
 
 
@@ -30,9 +30,9 @@ def main(folder: str, process: int, shape: str, port: str, *, digests: bool = Tr
 
     def counting(file: Path, offset: int, into: memoryview) -> int:
         by_leaf[file.parent.name] += len(into)
-        return reading.read_into(file, offset, into)
+        return read_into(file, offset, into)
 
-    sources.read_into = counting
+    source_module.read_into = counting
     mesh = make_mesh(shape)
     peak, read = _peak(), _read()
     model = load(folder, mesh)

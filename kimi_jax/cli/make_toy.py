@@ -52,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from checkpoints.published.quantization_config import described
-    from checkpoints.published.reading import at
+    from checkpoints.files.place import locate
+    from checkpoints.published.quantization_config import describe_form
     from checkpoints.toy import cut_config, make_toy, toy_config
 
     if arguments.source is not None and (arguments.form or arguments.fields):
         raise ValueError("--form and --set go with --like; with --from, the weights are as they are")
     if arguments.source is not None:
-        file = at(arguments.source) / "config.json"
+        file = locate(arguments.source) / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file")
         config = json_reader.read_object(file)
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         preset = {"kimi-linear": "kimi-linear-48b"}.get(arguments.like, f"kimi-{arguments.like}")
         config = toy_config(preset, **dict(arguments.fields))
         if arguments.form:
-            config = described(config, arguments.form)
+            config = describe_form(config, arguments.form)
     config = cut_config(
         config, layers=arguments.layers, experts=arguments.experts, vision_layers=arguments.vision_layers
     )

@@ -104,10 +104,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _named_config(model: Path | str) -> tuple[str, Any]:
     """Returns name and configuration of a preset, whose `kimi-` may be left out, or of the folder or URL `model`."""
-    from checkpoints.published.reading import at
+    from checkpoints.files.place import locate
     from kimi_jax import config_json
 
-    folder = at(model)
+    folder = locate(model)
     if isinstance(model, str) or (folder / "config.json").is_file():
         return folder.name, config_json.from_folder(folder)
     names = config_json.preset_names()

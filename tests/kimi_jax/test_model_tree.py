@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints.stored.names import stored
+from checkpoints.stored.names import stored_leaves
 from checkpoints.toy import toy_config
 from kimi_jax import Kimi
 from kimi_jax.config_json import from_dict, preset
@@ -136,7 +136,7 @@ PUBLISHED = {
 def test_the_tree_is_the_published_table(name):
     expected = PUBLISHED[name]()
     found: dict[str, tuple[int, ...]] = {}
-    for leaf in stored(abstract_preset(name)):
+    for leaf in stored_leaves(abstract_preset(name)):
         found |= dict.fromkeys(leaf.names, leaf.shape[1:] if leaf.stacked else leaf.shape)
     assert sorted(expected.keys() ^ found.keys())[:5] == []
     assert [(tensor, shape, found[tensor]) for tensor, shape in expected.items() if found[tensor] != shape] == []

@@ -13,7 +13,7 @@ from checkpoint_oracle import BF16
 from checkpoints import convert
 from checkpoints.published.safetensors import CheckpointError
 from checkpoints.stored import names
-from checkpoints.stored.sources import open_checkpoint
+from checkpoints.stored.source import open_source
 from kimi_jax.config_json import ConfigError, from_folder
 
 
@@ -22,6 +22,10 @@ def edit(folder: Path, **values: Any) -> None:
     for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
         part.update({name: value for name, value in values.items() if name in part})
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def read_contents(folder: Path) -> object:
+    return open_source(folder).contents
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def test_more_than_the_published_tensors(copy: Any, no_model: None, like: str, v
     folder = copy(like)
     edit(folder, **values)
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(folder)
+        read_contents(folder)
     with pytest.raises(CheckpointError, match=message):
         convert(folder, folder.parent / "out")
 
@@ -58,7 +62,7 @@ def test_more_than_a_converted_checkpoint(
         (folder / file.name).write_bytes(file.read_bytes())
     edit(folder, **values)
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(folder)
+        read_contents(folder)
 
 
 def test_tensors_of_experts_are_counted_over_all_layers(copy: Any, spoiled: Any, no_model: None) -> None:
@@ -68,7 +72,7 @@ def test_tensors_of_experts_are_counted_over_all_layers(copy: Any, spoiled: Any,
 
     folder = spoiled("k2", change, num_hidden_layers=100)
     with pytest.raises(CheckpointError, match="n_routed_experts of all layers 792, but there are 24 tensors of exp"):
-        open_checkpoint(folder)
+        read_contents(folder)
 
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "n_routed_experts", "hidden_size", "vocab_size"])
@@ -76,7 +80,7 @@ def test_a_thousand_million_is_refused_at_once(copy: Any, no_model: None, name: 
     folder = copy("k2")
     edit(folder, **{name: 10**9})
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    for read in (open_checkpoint, from_folder, lambda path: convert(path, folder.parent / "out")):
+    for read in (read_contents, from_folder, lambda path: convert(path, folder.parent / "out")):
         with pytest.raises(ConfigError, match=f"{name} is 1000000000, expected"):
             read(folder)
     assert time.process_time() - start < 1
@@ -87,4 +91,4 @@ def test_a_layer_of_the_model_is_not_left_out_as_mtp(copy: Any) -> None:
     folder = copy("k2")
     edit(folder, num_hidden_layers=1, num_nextn_predict_layers=1)
     with pytest.raises(CheckpointError, match=r"layer 1 has no eh_proj.weight, so it is no MTP layer; .*_layers 1$"):
-        open_checkpoint(folder)
+        read_contents(folder)

@@ -1,4 +1,4 @@
-"""How a stored leaf lies in files: which chunks, and in which order the bytes of one. Everyone asks `layout`.
+"""Cuts a stored leaf into files (chunks), and a file into byte ranges (parts).
 
 An array is zarr v3, uncompressed. A chunk, one file, is one expert, or rows of another leaf. Inside a file the chunk is
 cut once more, along the dimension that tensor parallelism splits (zarr's `sharding_indexed` codec), so that the part of
@@ -14,22 +14,34 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints.files.place import Place
 from checkpoints.stored.names import Leaf
 
 CHUNK_BYTES = 32 * 2**20
-PARTS = 16  # the finest tensor parallelism that reads its own bytes only
-PART_BYTES = 64 * 2**10  # smaller reads cost more than they save
+PARTS = 16  # the finest tensor parallelism whose devices read no bytes of each other
+PART_BYTES = 64 * 2**10  # a smaller read takes longer than the bytes it saves
 _UNSPLIT = (None, "embed", "expert")  # logical axes that tensor parallelism leaves whole
 
 
-# Part of an array: where it starts and stops along each dimension.
+# Part of an array: its start and stop along each dimension.
 Box = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A leaf's `shape` and `dtype`, its `chunk` (one file each) and the `part` (one byte range each) that cut it. Both
-    divide the shape."""
+class ByteRange:
+    """The bytes of `file`, from `offset` on, that are part `box` of a leaf, in C order. `holder` says whose they are
+    ("/folder: leaf lm_head.weight"), for an error message."""
+
+    file: Place
+    offset: int
+    box: Box
+    holder: str
+
+
+@dataclass(frozen=True)
+class ChunkGrid:
+    """The cuts of a leaf of `shape` and `dtype`: `chunk` is the shape of one file, `part` that of one byte range in it.
+    `chunk` divides `shape`, `part` divides `chunk`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -37,13 +49,14 @@ class Layout:
     part: tuple[int, ...]
 
     @property
-    def grid(self) -> tuple[int, ...]:
+    def counts(self) -> tuple[int, ...]:
         """The number of chunks along each dimension."""
         return tuple(size // chunk for size, chunk in zip(self.shape, self.chunk, strict=True))
 
     @property
     def chunks(self) -> int:
-        return math.prod(self.grid)
+        """The number of chunks, which are numbered in C order of the grid."""
+        return math.prod(self.counts)
 
     @property
     def chunk_bytes(self) -> int:
@@ -64,20 +77,19 @@ class Layout:
         return self.chunk_bytes + (16 * math.prod(self.parts) if self.part != self.chunk else 0)
 
     def index(self, number: int) -> tuple[int, ...]:
-        """The place in the grid of chunk `number`, which counts in C order."""
-        return tuple(int(i) for i in np.unravel_index(number, self.grid)) if self.grid else ()
+        """Returns the place of chunk `number` in the grid."""
+        return tuple(int(i) for i in np.unravel_index(number, self.counts)) if self.counts else ()
 
     def file(self, number: int) -> str:
-        """The name of the file of chunk `number`, in the leaf's folder."""
+        """Returns the name of the file of chunk `number`, in the leaf's folder."""
         return ".".join(("c", *map(str, self.index(number))))
 
-    def where(self, number: int) -> tuple[slice, ...]:
-        """The part of the array that chunk `number` is."""
-        index = self.index(number)
-        return tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, self.chunk, strict=True))
+    def files(self) -> Iterator[str]:
+        """Yields the names of all chunks' files, by number."""
+        return map(self.file, range(self.chunks))
 
     def metadata(self) -> dict[str, Any]:
-        """zarr.json, less what has only one value."""
+        """Returns zarr.json, without the fields that have only one value."""
         codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
         if self.part != self.chunk:
             inner = {"chunk_shape": self.part, "codecs": codecs, "index_codecs": codecs, "index_location": "end"}
@@ -92,12 +104,12 @@ class Layout:
 
     @property
     def verbatim(self) -> bool:
-        """Whether the file begins with the chunk's values in C order: it is not cut, or only along rows."""
+        """True where the file begins with the chunk's values in C order: it is not cut, or only along rows."""
         cut = next((i for i, parts in enumerate(self.parts) if parts > 1), 0)
         return math.prod(self.chunk[:cut]) == 1
 
     def encode(self, chunk: np.ndarray) -> list[np.ndarray]:
-        """The bytes of a chunk's file, in pieces; `chunk`, in C order, is not copied where the layout is verbatim."""
+        """Returns the bytes of a chunk's file, in pieces; `chunk`, in C order, is not copied where it is verbatim."""
         parts = [chunk] if self.verbatim else [np.ascontiguousarray(chunk[cut]) for cut in self._cuts()]
         pieces = [part.reshape(-1).view(np.uint8) for part in parts]
         return [*pieces, self.footer] if self.footer.size else pieces
@@ -110,7 +122,7 @@ class Layout:
         return np.array(ranges, "<u8").reshape(-1).view(np.uint8)
 
     def decode(self, data: np.ndarray) -> np.ndarray:
-        """The chunk whose file has the bytes `data`."""
+        """Returns the chunk whose file has the bytes `data`."""
         values = data[: self.chunk_bytes].view(self.dtype)
         if self.verbatim:
             return values.reshape(self.chunk)
@@ -119,10 +131,9 @@ class Layout:
             chunk[cut] = part
         return chunk
 
-    def ranges(self, box: Box) -> Iterator[tuple[int, int, tuple[int, ...], Box]]:
-        """The byte ranges that part `box` of the array needs: number of the chunk, offset in its file, shape of what
-        lies there, and the part of the array that this is. A range has whole rows of a part, perhaps wider than the
-        box."""
+    def ranges(self, box: Box, folder: Place, holder: str) -> Iterator[ByteRange]:
+        """Yields the byte ranges that part `box` of the leaf in `folder` needs. A range has whole rows of a part,
+        perhaps wider than the box."""
         unit = self.chunk if self.verbatim else self.part
         per_chunk = [chunk // size for chunk, size in zip(self.chunk, unit, strict=True)]
         spans = [range(start // size, -(-stop // size)) for (start, stop), size in zip(box, unit, strict=True)]
@@ -130,14 +141,14 @@ class Layout:
         for place in itertools.product(*spans):
             chunk = [i // n for i, n in zip(place, per_chunk, strict=True)]
             inner = [i % n for i, n in zip(place, per_chunk, strict=True)]
-            where = [(i * size, (i + 1) * size) for i, size in zip(place, unit, strict=True)]
-            first, last = max(box[lead][0], where[lead][0]), min(box[lead][1], where[lead][1])
-            number = int(np.ravel_multi_index(chunk, self.grid))
+            found = [(i * size, (i + 1) * size) for i, size in zip(place, unit, strict=True)]
+            first, last = max(box[lead][0], found[lead][0]), min(box[lead][1], found[lead][1])
+            number = int(np.ravel_multi_index(chunk, self.counts))
             row = math.prod(unit[lead + 1 :]) * self.dtype.itemsize
             offset = int(np.ravel_multi_index(inner, per_chunk)) * math.prod(unit) * self.dtype.itemsize
-            offset += (first - where[lead][0]) * row
-            where[lead] = (first, last)
-            yield number, offset, tuple(stop - start for start, stop in where), tuple(where)
+            offset += (first - found[lead][0]) * row
+            found[lead] = (first, last)
+            yield ByteRange(folder / self.file(number), offset, tuple(found), holder)
 
     def _cuts(self) -> Iterator[tuple[slice, ...]]:
         sizes = [range(0, chunk, part) for chunk, part in zip(self.chunk, self.part, strict=True)]
@@ -145,10 +156,10 @@ class Layout:
             yield tuple(slice(s, s + part) for s, part in zip(start, self.part, strict=True))
 
 
-def layout(leaf: Leaf) -> Layout:
-    """One expert a chunk, or the leading axis halved until a chunk has at most `CHUNK_BYTES`; parts by the dimension
-    that tensor parallelism may split, halved until there are `PARTS` of them. All stay divisors of the shape, so that
-    none straddles the shards of a mesh."""
+def chunk_grid(leaf: Leaf) -> ChunkGrid:
+    """Cuts a leaf: one expert a chunk, or the leading axis halved until a chunk has at most `CHUNK_BYTES`; parts along
+    the dimension that tensor parallelism may split, halved until there are `PARTS` of them. All stay divisors of the
+    shape, so that none straddles the shards of a mesh."""
     chunk = list(leaf.shape)
     if leaf.stacked:
         chunk[0] = 1
@@ -161,7 +172,7 @@ def layout(leaf: Leaf) -> Layout:
         part and part[axis] * PARTS > leaf.shape[axis] and part[axis] % 2 == 0 and _nbytes(part, leaf) >= 2 * PART_BYTES
     ):
         part[axis] //= 2
-    return Layout(leaf.shape, leaf.dtype, tuple(chunk), tuple(part))
+    return ChunkGrid(leaf.shape, leaf.dtype, tuple(chunk), tuple(part))
 
 
 def _nbytes(shape: list[int], leaf: Leaf) -> int:

@@ -1,4 +1,4 @@
-"""Export: every published byte, in files that the safetensors library reads, and nothing half-written."""
+"""The way back: every published byte, in files that the safetensors library reads, and nothing half-written."""
 
 import errno
 import json
@@ -14,10 +14,10 @@ from checkpoint_oracle import FORMS, read_all, same_bytes
 from safetensors import safe_open
 
 from checkpoints import convert, export
-from checkpoints.jobs import shards
-from checkpoints.jobs.shards import Entry, ShardWriter, planned
+from checkpoints.published import shards
 from checkpoints.published.safetensors import CheckpointError
-from checkpoints.stored import layout
+from checkpoints.published.shards import ShardWriter, TensorHeader, split_into_shards
+from checkpoints.stored import chunk_grid
 from checkpoints.toy import write_toy
 from kimi_jax import config_json
 
@@ -47,8 +47,7 @@ def test_there_and_back_every_byte_is_the_same(
 
 
 def test_what_the_manifest_keeps(spoiled: Any, tmp_path: Path) -> None:
-    """The manifest keeps the int64 of the library's weight_shape and the shape [h] of A_log; the source is a single
-    file, and tensors have several chunks."""
+    """weight_shape of int64, as the library writes it, and A_log [h]; a single file in; several chunks a tensor."""
 
     def int64(tensors: dict[str, Any]) -> None:
         tensors |= {name: t.astype(np.int64) for name, t in tensors.items() if name.endswith("weight_shape")}
@@ -63,7 +62,7 @@ def test_what_the_manifest_keeps(spoiled: Any, tmp_path: Path) -> None:
 
 
 def test_fp8_kept_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)
+    monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 30_000)
     source = write_toy(tmp_path / "fp8", FORMS["fp8"])
     export(convert(source, tmp_path / "orbax", experts="fp8").destination, tmp_path / "out")
     assert_same_tensors(tmp_path / "out", source)
@@ -71,7 +70,7 @@ def test_fp8_kept_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_int4_made_here_is_published_as_such(tmp_path: Path) -> None:
-    """Export adds the names, the weight_shape that no source had, and a config.json that says what the tensors are."""
+    """Names, the weight_shape that no source had, and a config.json that says what the tensors are."""
     source = write_toy(tmp_path / "bf16", FORMS["bf16"])
     export(convert(source, tmp_path / "orbax", experts="int4").destination, tmp_path / "out")
     tensors = read_all(tmp_path / "out")
@@ -83,7 +82,7 @@ def test_int4_made_here_is_published_as_such(tmp_path: Path) -> None:
 
 
 def test_shards_are_as_the_library_has_them(converted: dict[str, Path], tmp_path: Path) -> None:
-    """Sizes, names, the index, metadata and alignment are the library's, and its own reader accepts the files."""
+    """Sizes, names, the index, metadata, alignment, and that the library's own reader takes them."""
     export(converted["k2.5"], tmp_path / "out", shard_bytes=300_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -91,7 +90,7 @@ def test_shards_are_as_the_library_has_them(converted: dict[str, Path], tmp_path
         f"model-{i + 1:05d}-of-{len(files):06d}.safetensors" for i in range(len(files))
     ]
     assert len(files) > 3
-    weight_map, total = {}, 0
+    held, total = {}, 0
     for file in files:
         data = file.read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")
@@ -99,17 +98,17 @@ def test_shards_are_as_the_library_has_them(converted: dict[str, Path], tmp_path
         assert header.pop("__metadata__") == {"format": "pt"} and start % 8 == 0
         assert len(data) - start <= 300_000 or len(header) == 1
         total += len(data) - start
-        for name, entry in header.items():
-            itemsize = {"BF16": 2, "F32": 4, "I32": 4}[entry["dtype"]]
-            assert entry["data_offsets"][0] % itemsize == 0, name
+        for name, tensor in header.items():
+            itemsize = {"BF16": 2, "F32": 4, "I32": 4}[tensor["dtype"]]
+            assert tensor["data_offsets"][0] % itemsize == 0, name
         with safe_open(file, "np") as opened:
-            weight_map |= dict.fromkeys(opened.keys(), file.name)
-    assert index["weight_map"] == weight_map and index["metadata"]["total_size"] == total
+            held |= dict.fromkeys(opened.keys(), file.name)
+    assert index["weight_map"] == held and index["metadata"]["total_size"] == total
 
 
 def test_memory_is_some_chunks_whatever_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """numpy allocates a few chunks while one shard of 9 MB is written."""
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 100_000)
+    """numpy's allocations while one shard of 9 MB is written."""
+    monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 100_000)
     source = write_toy(tmp_path / "in", FORMS["bf16"] | {"n_routed_experts": 48})
     convert(source, tmp_path / "orbax")
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
@@ -166,8 +165,8 @@ def test_only_a_new_or_empty_folder_is_written(
 
 
 def test_a_shard_holds_what_fits_or_one_tensor() -> None:
-    entries = [Entry(str(size), np.dtype(np.int8), (size,)) for size in (5, 5, 1, 30, 3, 7)]
-    assert [[entry.name for entry in shard] for shard in planned(entries, 10)] == [
+    headers = [TensorHeader(str(size), np.dtype(np.int8), (size,)) for size in (5, 5, 1, 30, 3, 7)]
+    assert [[header.name for header in shard] for shard in split_into_shards(headers, 10)] == [
         ["5", "5"],
         ["1"],
         ["30"],
@@ -178,6 +177,6 @@ def test_a_shard_holds_what_fits_or_one_tensor() -> None:
 def test_a_tensor_that_is_not_written_is_noticed(tmp_path: Path) -> None:
     with (
         pytest.raises(AssertionError, match="8 bytes were not written"),
-        ShardWriter(tmp_path, [[Entry("x", np.dtype(np.int32), (2, 2))]]) as writer,
+        ShardWriter(tmp_path, [[TensorHeader("x", np.dtype(np.int32), (2, 2))]]) as writer,
     ):
         writer.write("x", np.zeros((1, 2), np.int32), 1)

@@ -13,7 +13,7 @@ from checkpoint_oracle import FORMS, read_all
 from checkpoints import convert, export, load, verify
 from checkpoints.jobs import compare
 from checkpoints.published.safetensors import CheckpointError
-from checkpoints.stored import layout, manifest
+from checkpoints.stored import chunk_grid, manifest
 from checkpoints.toy import toy_config, write_toy
 
 UP = "language_model.model.layers.1.mlp.experts.3.up_proj.weight_packed"
@@ -152,7 +152,7 @@ def test_load_verifies_what_is_whole(converted: dict[str, Path]) -> None:
 
 
 def test_several_chunks_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)
+    monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 30_000)
     source = write_toy(tmp_path / "toy", FORMS["bf16"])
     folder = convert(source, tmp_path / "orbax").destination
     for size in (7_000, 100_000):
@@ -189,7 +189,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     widths = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "vt_hidden_size": 32}
     config = toy_config("k2.5", num_hidden_layers=2, vt_num_hidden_layers=1, n_routed_experts=4, **widths)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "PART_BYTES", 512)
+        patch.setattr(chunk_grid, "PART_BYTES", 512)
         return convert(write_toy(root / "toy", config), root / "orbax").destination
 
 

@@ -1,4 +1,4 @@
-"""Toy checkpoints against the released ones: names, shapes, counts, bytes; drawn at once, and row by row."""
+"""Toy checkpoints against the released ones: names, shapes, counts, bytes; drawn whole, and by rows."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from checkpoint_oracle import read_all
 from safetensors.numpy import load_file
 
 from checkpoints.published.numerics import dequantize_int4, quantize_int4
-from checkpoints.published.quantization_config import described
+from checkpoints.published.quantization_config import describe_form
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.stored.names import contents
 from checkpoints.toy import cut_config, draw, make_toy, published_tensors, toy_config, weights, write_toy
@@ -61,7 +61,7 @@ LINEAR_FIELDS = {
 
 
 def released_tensors(like, **fields):
-    """Returns name -> (shape, dtype, bytes) of the released tensors; a quantised weight stands for three each."""
+    """Returns name -> (shape, dtype, bytes) of the released tensors; weights that are quantised stand for three each."""
     return {t.name: (t.shape, t.dtype.name, t.nbytes) for t in weights(toy_config(like, **fields))}
 
 
@@ -72,7 +72,7 @@ def test_k25_at_its_real_size_is_the_released_checkpoint():
     assert sum(not t.name.startswith("language_model.") for t in tensors) == 335
     quantized = [t for t in tensors if t.form == "int4"]
     assert len(quantized) == 60 * 384 * 3 and all(".mlp.experts." in t.name for t in quantized)
-    # gate, up and down projections of an expert have equal sizes
+    # gate, up and down of an expert are alike in all
     nbytes = 60 * 384 * sum(t.nbytes for t in quantized[:3]) + sum(t.nbytes for t in tensors if t.form == "bf16")
     assert nbytes / 2**30 == pytest.approx(554.3, abs=0.1)
 
@@ -200,7 +200,7 @@ def test_weights_are_drawn_at_the_scales_that_the_docstring_promises():
     latent, key = np.split(tensors["model.layers.3.self_attn.kv_a_proj_with_mqa.weight"], [64])
     assert latent.std() == pytest.approx(0.1 / 16, rel=0.05) and key.std() == pytest.approx(1 / 16, rel=0.05)
     assert tensors["model.layers.1.block_sparse_moe.gate.e_score_correction_bias"].std() > 0.03
-    # Initialisation by arXiv 2510.26692: A in [1, 16], softplus(dt_bias) in [0.001, 0.1].
+    # Initialisation of arXiv 2510.26692: A in [1, 16], softplus(dt_bias) in [0.001, 0.1].
     A, dt = np.exp(tensors[f"{layer}.self_attn.A_log"]), np.log1p(np.exp(tensors[f"{layer}.self_attn.dt_bias"]))
     assert 1 <= A.min() < 6 and 10 < A.max() <= 16 and A.size == 8
     assert 0.000999 < dt.min() < 0.002 and 0.05 < dt.max() < 0.1001
@@ -211,16 +211,16 @@ def test_weights_are_drawn_at_the_scales_that_the_docstring_promises():
 TINY = {"num_hidden_layers": 2, "vt_num_hidden_layers": 1, "hidden_size": 128, "n_routed_experts": 4}
 
 
-def make_and_read(folder, config, **asked):
+def made(folder, config, **asked):
     return read_all(make_toy(folder, config, **asked))
 
 
 @pytest.mark.parametrize("form", ["int4", "fp8", "bf16"])
 def test_a_toy_by_rows_has_the_tensors_of_one_drawn_whole(tmp_path, form, monkeypatch):
-    config = described(toy_config("k2.5", **TINY), form)
+    config = describe_form(toy_config("k2.5", **TINY), form)
     whole = {name: (array.dtype, array.shape) for name, array in published_tensors(config)}
     monkeypatch.setattr(draw, "BLOCK_WEIGHTS", 50_000)
-    tensors = make_and_read(tmp_path / "toy", config, shard_bytes=500_000)
+    tensors = made(tmp_path / "toy", config, shard_bytes=500_000)
     assert {name: (array.dtype, array.shape) for name, array in tensors.items()} == whole
     assert json.loads((tmp_path / "toy" / "config.json").read_text()) == config
     assert len(list((tmp_path / "toy").glob("*.safetensors"))) > 2
@@ -229,7 +229,7 @@ def test_a_toy_by_rows_has_the_tensors_of_one_drawn_whole(tmp_path, form, monkey
 
 def test_a_toy_by_rows_is_drawn_at_the_same_scales(tmp_path):
     config = toy_config("k2.5", **TINY)
-    tensors, whole = make_and_read(tmp_path / "toy", config), dict(published_tensors(config))
+    tensors, whole = made(tmp_path / "toy", config), dict(published_tensors(config))
     assert not set(tensors) ^ set(whole)
     for name, array in whole.items():
         if name.endswith("_packed"):
@@ -246,7 +246,7 @@ def test_a_toy_by_rows_is_drawn_at_the_same_scales(tmp_path):
 
 
 def test_drawn_words_are_what_quantising_gives(tmp_path):
-    tensors = make_and_read(tmp_path / "toy", toy_config("k2.5", **TINY))
+    tensors = made(tmp_path / "toy", toy_config("k2.5", **TINY))
     for name in [name for name in tensors if name.endswith("_packed")]:
         packed, scale = tensors[name], tensors[name.replace("_packed", "_scale")]
         again = quantize_int4(dequantize_int4(packed, scale))
@@ -256,7 +256,7 @@ def test_drawn_words_are_what_quantising_gives(tmp_path):
 
 def test_a_toy_by_rows_is_the_same_again_and_another_with_another_seed(tmp_path):
     config = toy_config("kimi-linear", num_hidden_layers=2, num_experts=2, linear_attn_config=KDA_ONLY)
-    first, again, other = (make_and_read(tmp_path / f"{i}", config, seed=seed) for i, seed in enumerate((1, 1, 2)))
+    first, again, other = (made(tmp_path / f"{i}", config, seed=seed) for i, seed in enumerate((1, 1, 2)))
     for name, array in first.items():
         assert array.tobytes() == again[name].tobytes() != other[name].tobytes(), name
 
@@ -298,13 +298,12 @@ def test_a_cut_model_is_whole():
 
 
 def test_weights_of_a_published_folder_are_copied(tmp_path):
-    """Layers, experts and the router's rows are copied; tokenizer and templates too, and config.json has the new
-    numbers."""
+    """Layers, experts and the router's rows; tokenizer and templates go along, config.json says what is there."""
     source = write_toy(tmp_path / "source", toy_config("k2.5", hidden_size=64, num_hidden_layers=3))
     (source / "chat_template.jinja").write_text("{{ x }}")
     config = cut_config(json.loads((source / "config.json").read_text()), layers=2, experts=3, vision_layers=1)
-    copied = make_and_read(tmp_path / "copied", config, source=source)
-    assert copied.keys() == {entry.name for weight in weights(config) for entry in weight.entries}
+    copied = made(tmp_path / "copied", config, source=source)
+    assert copied.keys() == {header.name for weight in weights(config) for header in weight.headers}
     whole = read_all(source)
     for name, array in copied.items():
         assert array.tobytes() == whole[name][: array.shape[0]].tobytes(), name

@@ -1,5 +1,4 @@
-"""Every format in, every format out: the chunks that a plan makes against derivations in float64, element by
-element."""
+"""Every form in, every form out: the chunks that a recipe makes against derivations in float64, element by element."""
 
 import json
 from collections.abc import Mapping
@@ -13,11 +12,11 @@ from flax import nnx
 from number_oracle import FP8, bf16, codes_of, fp8_of, from_fp8, from_int4, int4_of
 
 from checkpoints import convert, load
-from checkpoints.forms.forms import Plan, plan
+from checkpoints.forms.forms import Recipe, make_recipe
 from checkpoints.published.safetensors import CheckpointError, Published
-from checkpoints.stored import layout
-from checkpoints.stored.metadata import nested
+from checkpoints.stored import chunk_grid
 from checkpoints.stored.names import contents
+from checkpoints.stored.orbax_metadata import nest
 from checkpoints.toy import write_toy
 from kimi_jax import config_json
 from sharding import make_mesh
@@ -27,37 +26,39 @@ LINEARS = ("proj.weight", "proj_with_mqa.weight", "w1.weight", "w2.weight", "w3.
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Returns a published folder in every format, of widths that 128 does not divide."""
+    """Writes a published folder in every form, of widths that 128 does not divide."""
     root = tmp_path_factory.mktemp("forms")
     return {form: write_toy(root / form, config) for form, config in FORMS.items()}
 
 
-def planned(folder: Path, **asked: Any) -> tuple[Plan, Published]:
+def recipe_for(folder: Path, **asked: Any) -> tuple[Recipe, Published]:
     published = Published.open(folder)
-    return plan(published, contents(config_json.from_folder(folder), published), **asked), published
+    return make_recipe(published, contents(config_json.from_folder(folder), published), **asked), published
 
 
-def run_plan(plan: Plan, published: Published) -> dict[str, Any]:
-    """Runs the plan's jobs, makes every chunk once, and returns the tree that would be stored."""
-    arrays = {leaf.path: np.zeros(leaf.shape, leaf.dtype) for leaf in plan.leaves}
-    cuts = {leaf.path: layout.layout(leaf) for leaf in plan.leaves}
+def made(recipe: Recipe, published: Published) -> dict[str, Any]:
+    """Runs the tasks, each chunk once, and returns the tree that would be stored."""
+    arrays = {leaf.path: np.zeros(leaf.shape, leaf.dtype) for leaf in recipe.leaves}
+    cuts = {leaf.path: chunk_grid.chunk_grid(leaf) for leaf in recipe.leaves}
     seen = set()
-    for job in plan.jobs():
-        reads = [published.read(rows.name, rows.start, rows.stop) for rows in job.reads]
-        chunks = job.make(*reads)
-        assert sum(a.nbytes for a in (*reads, *chunks)) <= job.nbytes
-        for chunk, array in zip(job.makes, chunks, strict=True):
+    for task in recipe.tasks():
+        reads = [published.read(rows.name, rows.start, rows.stop) for rows in task.reads]
+        chunks = task.make(*reads)
+        assert sum(a.nbytes for a in (*reads, *chunks)) <= task.nbytes
+        for chunk, array in zip(task.makes, chunks, strict=True):
             cut = cuts[chunk.path]
             assert array.shape == cut.chunk and array.dtype == cut.dtype
-            arrays[chunk.path][cut.where(chunk.number)] = array
+            starts = np.multiply(cut.index(chunk.number), cut.chunk)
+            place = tuple(slice(start, start + size) for start, size in zip(starts, cut.chunk, strict=True))
+            arrays[chunk.path][place] = array
             assert (chunk.path, chunk.number) not in seen
             seen.add((chunk.path, chunk.number))
     assert len(seen) == sum(cut.chunks for cut in cuts.values())
-    return nested(arrays)
+    return nest(arrays)
 
 
 def values(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns every weight by name, in float32 and in bf16, both as float64."""
+    """Returns every weight by name, rounded to float32 and to bf16, both in float64."""
     result = {}
     for name, tensor in tensors.items():
         if name.endswith("_packed"):
@@ -77,9 +78,9 @@ def values(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.
 def test_experts_in_every_form(
     sources: dict[str, Path], source: str, experts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)  # several chunks a leaf, which cut FP8 blocks
+    monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 30_000)  # several chunks a leaf, which cut FP8 blocks
     tensors = read_all(sources[source])
-    tree = run_plan(*planned(sources[source], experts=experts, dtype="bfloat16"))
+    tree = made(*recipe_for(sources[source], experts=experts, dtype="bfloat16"))
     for name, (_, value) in values(tensors).items():
         stem = name.removesuffix(".weight")
         if ".experts." not in name:
@@ -101,10 +102,9 @@ def test_experts_in_every_form(
 
 
 def test_int4_words_are_found_again(sources: dict[str, Path]) -> None:
-    """Quantising the values of INT4 weights gives the published words again, whether the values were kept or went
-    through bf16."""
+    """Quantising what INT4 reads as gives the published words: kept or through bf16, the result is the same."""
     tensors = read_all(sources["int4"])
-    tree = run_plan(*planned(sources["int4"]))
+    tree = made(*recipe_for(sources["int4"]))
     for name, tensor in tensors.items():
         if name.endswith(("_packed", "_scale")):
             assert same_bytes(in_tree(tree, name), tensor)
@@ -117,18 +117,18 @@ def test_int4_words_are_found_again(sources: dict[str, Path]) -> None:
 @pytest.mark.parametrize(("source", "asked"), [("int4", {}), ("bf16", {}), ("fp8", {"experts": "fp8"})])
 def test_what_keeps_its_form_is_copied(sources: dict[str, Path], source: str, asked: Any) -> None:
     folder = sources[source]
-    plan, published = planned(folder, **asked)
-    tree = run_plan(plan, published)
+    recipe, published = recipe_for(folder, **asked)
+    tree = made(recipe, published)
     for name, tensor in read_all(folder).items():
         if not name.endswith("_shape"):
             assert same_bytes(in_tree(tree, name), tensor), name
-    assert plan.config is None
+    assert recipe.config is None
 
 
 def test_fp8_becomes_bf16_unless_asked(sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)
-    plan, published = planned(sources["fp8"])
-    tree = run_plan(plan, published)
+    monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 30_000)
+    recipe, published = recipe_for(sources["fp8"])
+    tree = made(recipe, published)
     tensors = read_all(sources["fp8"])
     assert {name for name, tensor in tensors.items() if tensor.dtype == FP8} == {
         name for name in tensors if name.endswith(LINEARS)
@@ -136,12 +136,12 @@ def test_fp8_becomes_bf16_unless_asked(sources: dict[str, Path], monkeypatch: py
     for name, (_, value) in values(tensors).items():
         right = tensors[name] if tensors[name].dtype == np.float32 else value.astype(BF16)
         assert same_bytes(in_tree(tree, name), right), name
-    assert plan.config is not None
-    assert "quantization_config" not in plan.config(json.loads((sources["fp8"] / "config.json").read_text()))
+    assert recipe.config is not None
+    assert "quantization_config" not in recipe.config(json.loads((sources["fp8"] / "config.json").read_text()))
 
 
 def test_the_rest_in_float32(sources: dict[str, Path]) -> None:
-    tree = run_plan(*planned(sources["fp8"], dtype="float32"))
+    tree = made(*recipe_for(sources["fp8"], dtype="float32"))
     for name, (value, rounded) in values(read_all(sources["fp8"])).items():
         right = rounded.astype(BF16) if ".experts." in name else value.astype(np.float32)
         assert same_bytes(in_tree(tree, name), right), name
@@ -150,15 +150,15 @@ def test_the_rest_in_float32(sources: dict[str, Path]) -> None:
 @pytest.mark.parametrize("source", ["int4", "fp8", "bf16"])
 @pytest.mark.parametrize("experts", ["int4", "fp8", "bf16"])
 def test_config_describes_the_result(sources: dict[str, Path], source: str, experts: Any) -> None:
-    plan, _ = planned(sources[source], experts=experts, dtype="float32")
-    assert plan.config is not None
-    config = plan.config(json.loads((sources[source] / "config.json").read_text()))
+    recipe, _ = recipe_for(sources[source], experts=experts, dtype="float32")
+    assert recipe.config is not None
+    config = recipe.config(json.loads((sources[source] / "config.json").read_text()))
     text = config.get("text_config", config)
     methods = {"int4": "compressed-tensors", "fp8": "fp8", "bf16": None}
     assert text.get("quantization_config", {}).get("quant_method") == methods[experts]
     assert text["dtype"] == config["dtype"] == "float32"
     assert (config_json.from_dict(config).text.quantization is not None) == (experts == "int4")
-    if experts == "fp8":  # it names every other Linear, so that no reader looks for its scales
+    if experts == "fp8":  # every other Linear is named, so that nobody looks for its scales
         plain = set(text["quantization_config"]["modules_to_not_convert"])
         linears = {name.removesuffix(".weight") for name in values(read_all(sources[source])) if name.endswith(LINEARS)}
         assert {name for name in linears if ".experts." not in name} <= plain
@@ -184,7 +184,7 @@ def test_a_scale_that_is_not_finite(
         stream.seek(place.offset)
         stream.write(nan.tobytes())
     with pytest.raises(CheckpointError, match=rf"{place.file.name}: tensor {name} has a scale in row 0 that is"):
-        run_plan(*planned(folder, experts=experts))
+        made(*recipe_for(folder, experts=experts))
 
 
 @pytest.mark.parametrize("source", ["bf16", "fp8"])
@@ -196,13 +196,13 @@ def test_a_weight_that_is_not_finite_is_not_quantised(sources: dict[str, Path], 
         stream.seek(place.offset + place.nbytes - 2)
         stream.write(b"\xff\xff")
     with pytest.raises(CheckpointError, match=rf"{place.file.name}: tensor {name} holds NaN or infinity"):
-        run_plan(*planned(folder, experts="int4"))
+        made(*recipe_for(folder, experts="int4"))
 
 
 def test_experts_that_do_not_divide_into_groups(tmp_path: Path) -> None:
     folder = write_toy(tmp_path / "toy", FORMS["bf16"] | {"moe_intermediate_size": 80})
     with pytest.raises(CheckpointError, match=r"experts\.\{\}\.down_proj\.weight has 80 inputs, which are no groups"):
-        planned(folder, experts="int4")
+        recipe_for(folder, experts="int4")
 
 
 # --- converted and loaded ---------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_experts_that_do_not_divide_into_groups(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", [None, {}, {"experts": "fp8"}, {"experts": "fp8", "dtype": "float32"}])
 def test_fp8_is_loaded_as_bf16(sources: dict[str, Path], tmp_path: Path, asked: Any) -> None:
-    """FP8 becomes bf16 from the published folder and from every checkpoint made of it, on a mesh too."""
+    """From the published folder, and from every checkpoint that is made of it; on a mesh too."""
     folder = sources["fp8"] if asked is None else convert(sources["fp8"], tmp_path / "out", **asked).destination
     right = values(read_all(sources["fp8"]))
     for mesh in (None, make_mesh("4x2")):

@@ -1,19 +1,17 @@
-"""What of a conversion is finished, so that the same command goes on from there, whatever stopped it and when.
+"""The journal of a conversion: the finished chunks, so that the same command goes on from there, whatever stopped it.
 
 In the folder `.conversion` of the partial checkpoint: `settings.json`, with which the conversion was begun;
 `journal-I.jsonl` of process I, a line for every chunk that is written; `lock-I`, held while process I runs.
 
-A line follows the chunk that it speaks of, which is enough when a process is killed. When the power fails, a line may
-be on the disk and its chunk not. Chunks are therefore synced some hundred MB at a time, and a mark follows that says
-how many lines are safe; those after the last mark are held against their chunks' bytes before they are believed.
+A line is written after its chunk, which is enough when a process is killed. When the power fails, a line may be on the
+disk and its chunk not. Chunks are therefore synced some hundred MB at a time, and then a mark is written that says how
+many lines are safe. Lines after the last mark are believed only where their chunks have the bytes that they name.
 """
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
-import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -23,27 +21,24 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints.files.lock import hold_lock
+from checkpoints.files.place import digest
+from checkpoints.files.writing import fsync
 from checkpoints.published.safetensors import CheckpointError
-from checkpoints.stored.layout import Layout
-from checkpoints.stored.writing import fsync
+from checkpoints.stored.chunk_grid import ChunkGrid
+from checkpoints.stored.manifest import JOURNAL
 from kimi_jax import json_reader
 
-FOLDER = ".conversion"
 SYNC_BYTES = 256 * 2**20
 
 
-def digest(chunk: np.ndarray) -> str:
-    """SHA-256 of a chunk's values in C order: where it is one published tensor, of that tensor's bytes."""
-    return hashlib.sha256(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data).hexdigest()
-
-
 class Journal:
-    """What process `index` has finished of the conversion in folder `partial`. `done` has the digest of each chunk by
-    leaf and number. Methods may be called by several threads."""
+    """The chunks that process `index` has finished of the conversion in folder `partial`. `done` has the digest of each
+    by leaf and number. Several threads may call the methods."""
 
-    def __init__(self, partial: Path, index: int, layouts: Mapping[str, Layout]):
-        self.partial, self.layouts = partial, layouts
-        self.path = partial / FOLDER / f"journal-{index}.jsonl"
+    def __init__(self, partial: Path, index: int, grids: Mapping[str, ChunkGrid]):
+        self.partial, self.grids = partial, grids
+        self.path = partial / JOURNAL / f"journal-{index}.jsonl"
         self._lock, self._syncing = threading.Lock(), threading.Lock()
         self._unsynced: list[tuple[str, int]] = []
         self._unsynced_bytes = 0
@@ -56,13 +51,13 @@ class Journal:
                 if number >= safe:
                     self._unsynced.append((path, chunk))
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT)
-        os.ftruncate(self._file, self._end)  # half a line, perhaps
+        os.ftruncate(self._file, self._end)  # the last line may be half written
         self._all = os.open(self.path.with_name("lock"), os.O_RDWR | os.O_CREAT)
         self.sync()
 
     def record(self, path: str, chunk: int, sha256: str) -> None:
-        """Chunk number `chunk` of the leaf at `path` is written."""
-        nbytes = self.layouts[path].chunk_bytes
+        """Notes that chunk number `chunk` of the leaf at `path` is written."""
+        nbytes = self.grids[path].chunk_bytes
         with self._lock:
             self._append([path, chunk, sha256])
             self._lines += 1
@@ -76,20 +71,20 @@ class Journal:
             self.sync()
 
     def sync(self) -> None:
-        """Returns when all that was recorded before is safe from a loss of power."""
+        """Returns when every chunk that was recorded before is safe from a loss of power."""
         with self._syncing:
             with self._lock:
                 chunks, self._unsynced, lines = self._unsynced, [], self._lines
             for path, chunk in chunks:
-                fsync(self.partial / path / self.layouts[path].file(chunk))
+                fsync(self.partial / path / self.grids[path].file(chunk))
             for folder in {path for path, _ in chunks}:
                 fsync(self.partial / folder)
             with self._lock:
                 self._append({"synced": lines})
             os.fsync(self._file)
 
-    def of_all(self) -> dict[tuple[str, int], str]:
-        """What is finished and safe of the whole conversion, by all its processes."""
+    def all_done(self) -> dict[tuple[str, int], str]:
+        """Returns the digests of the chunks that all processes have finished and that are safe, by leaf and number."""
         done: dict[tuple[str, int], str] = {}
         for path in sorted(self.path.parent.glob("journal-*.jsonl")):
             lines, safe, _ = _read(path)
@@ -97,8 +92,8 @@ class Journal:
         return {key: sha256 for key, sha256 in done.items() if self._is_there(*key, None)}
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process of the conversion at a time, even when another has moved the folder by then."""
+    def exclusive(self) -> Iterator[None]:
+        """Lets one process of the conversion in at a time, even when another has moved the folder by then."""
         fcntl.flock(self._all, fcntl.LOCK_EX)
         try:
             yield
@@ -116,13 +111,13 @@ class Journal:
         self._end += written
 
     def _is_there(self, path: str, chunk: int, sha256: str | None) -> bool:
-        layout = self.layouts.get(path)
-        if layout is None or chunk >= layout.chunks:
+        grid = self.grids.get(path)
+        if grid is None or chunk >= grid.chunks:
             return False
-        file = self.partial / path / layout.file(chunk)
-        if not file.is_file() or file.stat().st_size != layout.file_bytes:
+        file = self.partial / path / grid.file(chunk)
+        if not file.is_file() or file.stat().st_size != grid.file_bytes:
             return False
-        return sha256 is None or digest(layout.decode(np.fromfile(file, np.uint8))) == sha256
+        return sha256 is None or digest(grid.decode(np.fromfile(file, np.uint8))) == sha256
 
 
 def _read(path: Path) -> tuple[list[tuple[str, int, str]], int, int]:
@@ -147,20 +142,22 @@ def _read(path: Path) -> tuple[list[tuple[str, int, str]], int, int]:
 
 
 @contextmanager
-def opened(partial: Path, settings: Mapping[str, Any], index: int, layouts: Mapping[str, Layout]) -> Iterator[Journal]:
-    """The journal of process `index` of the conversion in `partial`, begun with `settings` now or before.
+def open_journal(
+    partial: Path, settings: Mapping[str, Any], index: int, grids: Mapping[str, ChunkGrid]
+) -> Iterator[Journal]:
+    """Opens the journal of process `index` of the conversion in `partial`, begun with `settings` now or before.
 
     Raises FileExistsError where `partial` is of something else, was begun with other settings or from files that have
     changed since, or where the same process of the conversion is running already; CheckpointError where its settings
     cannot be read.
     """
-    folder = partial / FOLDER
+    folder = partial / JOURNAL
     if partial.exists() and not folder.exists() and any(partial.iterdir()):
         raise FileExistsError(f"{partial}: is in the way, and no conversion; move it elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
     _agree(partial, settings)
-    with locked(folder / f"lock-{index}", f"{partial}: process {index} of this conversion is running"):
-        journal = Journal(partial, index, layouts)
+    with hold_lock(folder / f"lock-{index}", f"{partial}: process {index} of this conversion is running"):
+        journal = Journal(partial, index, grids)
         try:
             yield journal
         finally:
@@ -168,14 +165,14 @@ def opened(partial: Path, settings: Mapping[str, Any], index: int, layouts: Mapp
 
 
 def _agree(partial: Path, settings: Mapping[str, Any]) -> None:
-    path = partial / FOLDER / "settings.json"
-    descriptor, name = tempfile.mkstemp(prefix="settings-", dir=partial / FOLDER)
+    path = partial / JOURNAL / "settings.json"
+    descriptor, name = tempfile.mkstemp(prefix="settings-", dir=partial / JOURNAL)
     new = Path(name)
     with os.fdopen(descriptor, "w") as stream:
         json.dump(settings, stream, indent=1)
     fsync(new)
     try:
-        os.link(new, path)  # whole, or not at all, and by one process only
+        os.link(new, path)  # a link is made whole or not at all, and by one process only
     except FileExistsError:
         before, now = (json_reader.read_object(file, error=CheckpointError) for file in (path, new))
         if difference := differ(before, now):
@@ -187,30 +184,10 @@ def _agree(partial: Path, settings: Mapping[str, Any]) -> None:
 
 
 def differ(before: Any, now: Any, where: str = "") -> str:
-    """The first place where two JSON values differ, in words; empty where they do not."""
+    """Returns the first place where two JSON values differ, in words; an empty text where they do not."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
             if found := differ(before.get(key), now.get(key), f"{where} {key}".strip()):
                 return found
         return ""
     return "" if before == now else f"{where} was {before}, is {now}"
-
-
-@contextmanager
-def locked(path: Path, message: str) -> Iterator[None]:
-    """Holds the lock at `path`. Raises FileExistsError, which `message` opens, where another process does, or has moved
-    or removed the file since."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            who = os.read(descriptor, 1000).decode()
-            raise FileExistsError(f"{message}: {who}") from None
-        if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
-            raise FileExistsError(f"{message}: it has just finished or failed")
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)  # and with it the lock

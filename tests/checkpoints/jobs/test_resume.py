@@ -1,4 +1,4 @@
-"""A conversion that stops at any moment leaves nothing that looks whole, and the same command finishes it."""
+"""Whatever stops a conversion, and whenever: nothing looks whole that is not, and the same command finishes it."""
 
 import errno
 import importlib
@@ -17,14 +17,16 @@ import pytest
 from checkpoint_oracle import same_folders
 
 from checkpoints import CheckpointError, convert
-from checkpoints.stored import journal, layout, metadata
+from checkpoints.files.lock import hold_lock
+from checkpoints.jobs import journal
+from checkpoints.stored import chunk_grid, companions
 
 module = importlib.import_module("checkpoints.jobs.convert")  # the package's attribute of that name is the function
 LEAF = "model.layers.1.mlp.experts.up_proj.weight"
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, writes: int, error: BaseException) -> None:
-    """Stops the next conversion after `writes` chunks and half of another."""
+    """Makes the next conversion write so many chunks, then half of one."""
     write, left = module.write_file, [writes]
 
     def failing(file: Path, pieces: Any) -> None:
@@ -39,7 +41,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, writes: int, error: BaseExceptio
 
 @pytest.fixture
 def stopped(published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Returns a source and a destination whose conversion was stopped halfway."""
+    """Returns a source of its own and a destination, whose conversion was stopped halfway."""
     source = shutil.copytree(published["k2"], tmp_path / "source")
     with monkeypatch.context() as patch:
         stop_after(patch, 40, OSError("pulled the plug"))
@@ -50,8 +52,7 @@ def stopped(published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def goes_on(source: Path, target: Path, like: Path) -> int:
-    """Finishes the conversion, checks that the result is that of an undisturbed one, and returns the bytes that it
-    found."""
+    """Bytes that were found, once the conversion is finished and just as one that nothing stopped."""
     report = convert(source, target)
     assert report.whole and same_folders(target, like)
     assert list(target.parent.glob("*.partial")) == []
@@ -61,10 +62,10 @@ def goes_on(source: Path, target: Path, like: Path) -> int:
 def test_killed_at_twenty_random_moments(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 16384)  # two chunks that are lost half written are 2.4 % of the toy
+    monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 16384)  # two that are lost half written are 2.4 % of the toy
     convert(published["k2"], tmp_path / "like")
     driver = Path(__file__).with_name("killing.py")
-    command = [sys.executable, driver, published["k2"], tmp_path / "out", "20", str(layout.CHUNK_BYTES)]
+    command = [sys.executable, driver, "convert", published["k2"], tmp_path / "out", "20", str(chunk_grid.CHUNK_BYTES)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
@@ -133,7 +134,7 @@ def test_a_small_file_system(published: dict[str, Path], converted: dict[str, Pa
             convert(published["k2"], disk / "out")
         assert not (disk / "out").exists()
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-        assert goes_on(published["k2"], disk / "out", converted["k2"]) > 0
+        assert goes_on(published["k2"], disk / "out", converted["k2"]) == 0
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -143,7 +144,7 @@ def _lines(partial: Path) -> list[Any]:
 
 
 def test_power_is_lost_before_chunks_are_on_the_disk(stopped: tuple[Path, Path], converted: dict[str, Path]) -> None:
-    """Lines in the journal, and half of another, may be on the disk before their chunks are."""
+    """Their lines in the journal may be there all the same, and half of the next one."""
     source, target = stopped
     partial = target.with_name("out.partial")
     lines = _lines(partial)
@@ -161,7 +162,7 @@ def test_what_is_marked_as_safe_is_believed_unless_it_is_gone(
 ) -> None:
     source, target = stopped
     partial = target.with_name("out.partial")
-    with monkeypatch.context() as patch:  # the second attempt begins by syncing the files that the first has written
+    with monkeypatch.context() as patch:  # the second attempt begins by making safe what the first has written
         stop_after(patch, 0, OSError("again"))
         with pytest.raises(OSError, match="again"):
             convert(source, target, workers=1)
@@ -177,7 +178,7 @@ def test_what_is_marked_as_safe_is_believed_unless_it_is_gone(
     assert len(digests) == total - 40 + 1
 
 
-@pytest.mark.parametrize("step", ["write_array_metadata", "carry", "write_whole", "rename", "rmtree"])
+@pytest.mark.parametrize("step", ["write_array_metadata", "copy_companions", "write_whole", "rename", "rmtree"])
 def test_stopped_while_it_is_made_whole(
     published: dict[str, Path],
     converted: dict[str, Path],
@@ -185,7 +186,7 @@ def test_stopped_while_it_is_made_whole(
     monkeypatch: pytest.MonkeyPatch,
     step: str,
 ) -> None:
-    """The conversion stops after each step but the last, as if the next had never begun."""
+    """After each step but the last, as if the next had never begun."""
 
     def after(action: Callable[..., Any]) -> Callable[..., Any]:
         def failing(*args: Any, **kwargs: Any) -> None:
@@ -200,7 +201,7 @@ def test_stopped_while_it_is_made_whole(
         elif step == "rmtree":
             patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         else:
-            owner = module if step == "write_whole" else metadata
+            owner = module if hasattr(module, step) else companions
             patch.setattr(owner, step, after(getattr(owner, step)))
         with pytest.raises(KeyboardInterrupt):
             convert(published["k2"], tmp_path / "out")
@@ -236,7 +237,7 @@ def test_settings_that_cannot_be_read(stopped: tuple[Path, Path], text: str, mes
 def test_a_file_that_goes_along_no_more(
     stopped: tuple[Path, Path], converted: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file was carried along by an attempt that was stopped at its end."""
+    """An attempt that was stopped at the end had carried it."""
     source, target = stopped
     (source / "old.json").write_text("{}")
     with monkeypatch.context() as patch:
@@ -268,7 +269,7 @@ def test_what_goes_along_changes_while_it_is_converted(
     def changing(self: journal.Journal) -> None:
         sync(self)
         left[0] -= 1
-        if left[0] == 0:  # the first call comes before any chunk
+        if left[0] == 0:  # the first comes before any chunk
             change(source)
 
     monkeypatch.setattr(journal.Journal, "sync", changing)
@@ -290,7 +291,7 @@ def test_a_source_that_changes(stopped: tuple[Path, Path], converted: dict[str, 
         convert(source, target)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert goes_on(source, target, converted["k2"]) > 0
-    os.utime(file)  # a finished checkpoint belongs to its source's contents, not their times
+    os.utime(file)  # a finished checkpoint is one of the source's contents
     assert convert(source, target).made_bytes == 0
 
 
@@ -315,7 +316,7 @@ def test_two_writers_do_not_mix(stopped: tuple[Path, Path], converted: dict[str,
     partial = target.with_name("out.partial")
     message = rf"out\.partial: process 0 of this conversion is running: pid {os.getpid()} on "
     with (
-        journal.locked(partial / ".conversion" / "lock-0", "theirs"),
+        hold_lock(partial / ".conversion" / "lock-0", "theirs"),
         pytest.raises(FileExistsError, match=message),
     ):
         convert(source, target)

@@ -1,5 +1,5 @@
-"""An export or a toy's writer that stops at any moment leaves nothing that looks whole, no leftover that is in the way,
-and the next attempt has the result of an undisturbed one. A lack of disk or of open files is reported."""
+"""Whatever stops an export or a toy's writer, and whenever: nothing looks whole that is not, no leftover is in the way,
+and the result is as if nothing had happened. And what the disk or the process has too little of is said."""
 
 import json
 import os
@@ -17,9 +17,9 @@ import pytest
 from checkpoint_oracle import CONFIGS, same_folders
 
 from checkpoints import convert, export
-from checkpoints.jobs import files, shards
-from checkpoints.jobs.shards import Entry, ShardWriter
-from checkpoints.stored import journal
+from checkpoints.files import lock, new_folder
+from checkpoints.published import shards
+from checkpoints.published.shards import ShardWriter, TensorHeader
 from checkpoints.toy import make_toy, toy_config
 
 SHARD = 200_000
@@ -27,8 +27,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def stop_after(patch: pytest.MonkeyPatch, writes: int, error: BaseException) -> list[str]:
-    """Makes the next writers of shards raise `error` after `writes` tensors; returns the names of the tensors that they
-    wrote."""
+    """Makes the next writers of shards stop after so many blocks; the list has the names of those that they wrote."""
     write, written = ShardWriter.write, list[str]()
 
     def failing(self: ShardWriter, name: str, block: Any, row: int = 0) -> None:
@@ -44,13 +43,13 @@ def stop_after(patch: pytest.MonkeyPatch, writes: int, error: BaseException) -> 
 
 @pytest.fixture(scope="module")
 def exported(converted: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns an export of K2.5 that nothing stopped."""
+    """Exports K2.5 without a stop."""
     return export(converted["k2.5"], tmp_path_factory.mktemp("exported") / "out", shard_bytes=SHARD).destination
 
 
 @pytest.fixture
 def stopped(converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns the destination of an export that was stopped halfway, as a kill would stop it."""
+    """Stops an export halfway, as a kill would, and returns its destination."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 100, KeyboardInterrupt())
         export(converted["k2.5"], tmp_path / "out", shard_bytes=SHARD)
@@ -60,16 +59,16 @@ def stopped(converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(converted: dict[str, Path], exported: Path, tmp_path: Path, kills: int) -> None:
-    driver = Path(__file__).with_name("killing_exports.py")
-    command = [sys.executable, driver, converted["k2.5"], tmp_path / "out", str(kills), str(SHARD)]
+    driver = Path(__file__).with_name("killing.py")
+    command = [sys.executable, driver, "export", converted["k2.5"], tmp_path / "out", str(kills), str(SHARD)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["killed"] == kills
     assert same_folders(tmp_path / "out", exported)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "out"]
-    # an attempt loses the shards that its two workers had begun
-    assert counts["begun"] <= counts["nbytes"] + kills * 3 * SHARD
+    # what an attempt loses is the shards that its two workers had begun
+    assert counts["begun"] <= counts["total"] + kills * 3 * SHARD
 
 
 def test_whole_shards_are_not_written_again(
@@ -93,7 +92,7 @@ def test_whole_shards_are_not_written_again(
 def test_a_shard_that_is_not_what_it_should_be_is_written_again(
     converted: dict[str, Path], exported: Path, stopped: Path
 ) -> None:
-    """The shard was cut short, or a version wrote it that would have put other tensors into it."""
+    """Cut short, or of a version that would have put other tensors into it."""
     first, second, *_ = sorted(stopped.with_name("out.partial").glob("*.safetensors"))
     os.truncate(first, first.stat().st_size - 1)
     data = second.read_bytes()
@@ -103,7 +102,7 @@ def test_a_shard_that_is_not_what_it_should_be_is_written_again(
 
 
 def test_another_export_starts_over(converted: dict[str, Path], stopped: Path, tmp_path: Path) -> None:
-    """The other exports have shards of another size, or another checkpoint."""
+    """Exports with other shards, and another checkpoint."""
     partial, copy = stopped.with_name("out.partial"), tmp_path / "copy.partial"
     shutil.copytree(partial, copy)
     for source, size in (("k2.5", 2 * SHARD), ("k2", SHARD)):
@@ -116,11 +115,11 @@ def test_another_export_starts_over(converted: dict[str, Path], stopped: Path, t
             copy.rename(partial)
 
 
-@pytest.mark.parametrize("step", ["carry", "fsync", "rename", "rmtree"])
+@pytest.mark.parametrize("step", ["copy_companions", "fsync", "rename", "rmtree"])
 def test_stopped_while_it_is_made_whole(
     converted: dict[str, Path], exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """The export stops after each step but the last, as if the next had never begun."""
+    """After each step but the last, as if the next had never begun."""
 
     def after(action: Callable[..., Any]) -> Callable[..., Any]:
         def failing(*args: Any, **kwargs: Any) -> None:
@@ -133,9 +132,9 @@ def test_stopped_while_it_is_made_whole(
         if step == "rename":
             patch.setattr(Path, "rename", after(Path.rename))
         elif step == "rmtree":
-            patch.setattr(files.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(new_folder.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         else:
-            module = sys.modules["checkpoints.jobs.export"] if step == "carry" else files
+            module = sys.modules["checkpoints.jobs.export"] if step == "copy_companions" else new_folder
             patch.setattr(module, step, after(getattr(module, step)))
         with pytest.raises(KeyboardInterrupt):
             export(converted["k2.5"], tmp_path / "out", shard_bytes=SHARD)
@@ -153,7 +152,7 @@ def test_of_two_at_once_the_second_is_refused(converted: dict[str, Path], export
     message = rf"out\.partial: another process is writing it: pid {os.getpid()} on "
     for size in (SHARD, 2 * SHARD):
         with (
-            journal.locked(partial / files.STATE / "lock", "theirs"),
+            lock.hold_lock(partial / new_folder.STATE / "lock", "theirs"),
             pytest.raises(FileExistsError, match=message),
         ):
             export(converted["k2.5"], stopped, shard_bytes=size)
@@ -165,12 +164,11 @@ def test_of_two_at_once_the_second_is_refused(converted: dict[str, Path], export
 def test_one_that_comes_while_the_first_gives_the_folder_its_name(
     converted: dict[str, Path], exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first export finishes between the second's look at the destination and its lock; the second changes
-    nothing."""
+    """Between looking for the destination and locking, the first finishes: the second changes nothing."""
     mkdir = Path.mkdir
 
     def late(self: Path, *args: Any, **kwargs: Any) -> None:
-        if self.name == files.STATE and not (tmp_path / "out").exists():
+        if self.name == new_folder.STATE and not (tmp_path / "out").exists():
             shutil.copytree(exported, tmp_path / "out")
         mkdir(self, *args, **kwargs)
 
@@ -205,7 +203,7 @@ def test_a_toy_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         written = stop_after(patch, -1, KeyboardInterrupt())
         make_toy(tmp_path / "out", config, shard_bytes=SHARD)
     assert "model.embed_tokens.weight" not in written and same_folders(tmp_path / "out", tmp_path / "like")
-    # a toy of another seed starts from the beginning
+    # of another seed: from the beginning
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 50, KeyboardInterrupt())
         make_toy(tmp_path / "again", config, shard_bytes=SHARD, seed=1)
@@ -215,10 +213,10 @@ def test_a_toy_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_more_shards_than_descriptors(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    entries = [[Entry(f"t{i}", np.dtype(np.int16), (2, 3))] for i in range(150)]
+    headers = [[TensorHeader(f"t{i}", np.dtype(np.int16), (2, 3))] for i in range(150)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, limits[1]))
     try:
-        with ShardWriter(tmp_path, entries) as writer:
+        with ShardWriter(tmp_path, headers) as writer:
             for row in (1, 0):
                 for i in range(150):
                     writer.write(f"t{i}", np.full((1, 3), i, np.int16), row)
@@ -235,7 +233,7 @@ def test_too_little_room_is_said_before_the_first_byte(
     monkeypatch: pytest.MonkeyPatch,
     command: str,
 ) -> None:
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - 1_000_000, 1_000_000))
+    monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - 1_000_000, 1_000_000))
     monkeypatch.setattr(shards, "_put", lambda *_: pytest.fail("a byte was written"))
     message = r"new/out\.partial: No space left on device: 1,\d{3},\d{3} bytes are to be written, 1,000,000 are free"
     with pytest.raises(OSError, match=message):
@@ -264,13 +262,13 @@ def test_only_what_is_still_to_be_written_needs_room(
 ) -> None:
     whole = sum(file.stat().st_size for file in exported.glob("*.safetensors"))
     there = sum(file.stat().st_size for file in stopped.with_name("out.partial").glob("*.safetensors"))
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(whole, there, whole - there))
+    monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda _: Usage(whole, there, whole - there))
     export(converted["k2.5"], stopped, shard_bytes=SHARD)
     assert same_folders(stopped, exported)
-    # each process of a conversion needs room for its share only
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(10**9, 0, 900_000))
+    # each process of a conversion needs room for its share
+    monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda _: Usage(10**9, 0, 900_000))
     for index in range(2):
         convert(published["k2"], stopped.with_name("orbax"), process_index=index, num_processes=2)
-    # a file system that does not know its size is not asked
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(0, 0, 0))
-    files.check_room(stopped, 10**15)
+    # and a file system that knows of no size is not asked
+    monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda _: Usage(0, 0, 0))
+    new_folder.check_room(stopped, 10**15)

@@ -19,7 +19,7 @@ from checkpoint_oracle import in_tree, leaves, read_all, same_bytes, same_folder
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from checkpoints import CheckpointError, convert
-from checkpoints.stored import layout
+from checkpoints.stored import chunk_grid
 from checkpoints.toy import toy_config
 
 FAMILIES = ["k2.5", "k2", "kimi-linear"]
@@ -67,9 +67,8 @@ def test_a_chunk_is_one_expert_verbatim(published: dict[str, Path], converted: d
 def test_stock_orbax_reads_chunks_that_are_cut(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks are cut along rows, where the published bytes stay in their order, and along columns, where they do
-    not."""
-    monkeypatch.setattr(layout, "PART_BYTES", 512)
+    """Along rows, where the published bytes stay in their order, and along columns, where they do not."""
+    monkeypatch.setattr(chunk_grid, "PART_BYTES", 512)
     convert(published["k2.5"], tmp_path / "out")
     tensors = read_all(published["k2.5"])
     for projection, axis in (("up_proj", 1), ("down_proj", 2)):
@@ -89,7 +88,7 @@ def test_stock_orbax_reads_chunks_that_are_cut(
 
 
 def test_tensors_of_zeros_are_written(spoiled: Callable[..., Path], tmp_path: Path) -> None:
-    """zarr leaves out chunks of zeros unless told otherwise, and Orbax would then refuse to restore them."""
+    """zarr leaves such chunks out unless told otherwise, and Orbax would then refuse to restore."""
     zeros = ("model.norm.weight", "model.layers.1.mlp.experts.5.up_proj.weight")
 
     def change(tensors: dict[str, Any]) -> None:
@@ -142,7 +141,7 @@ def test_manifest_holds_what_the_arrays_do_not(published: dict[str, Path], conve
 def test_large_leaves_are_chunked_by_rows(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 50_000)
+    monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 50_000)
     convert(published["k2"], tmp_path / "out")
     embeddings = tmp_path / "out" / "model.embed_tokens.weight"
     grid = json.loads((embeddings / "zarr.json").read_text())["chunk_grid"]
@@ -229,7 +228,7 @@ def test_a_source_behind_a_url(published: dict[str, Path], converted: dict[str, 
 
 
 def test_links_within_the_folder_and_the_cache_of_the_hub(published: dict[str, Path], tmp_path: Path) -> None:
-    """In the hub's cache a snapshot is links to the files of its repository, some of which other snapshots have too."""
+    """There a snapshot is links to the files of its repository, of which other snapshots have some too."""
     repository = tmp_path / "models--moonshotai--Kimi"
     snapshot = repository / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
@@ -261,7 +260,7 @@ def test_what_may_not_go_along(
 ) -> None:
     source = shutil.copytree(published["k2"], tmp_path / "s")
     (tmp_path / "secret").write_text("x")
-    monkeypatch.chdir(source)  # a socket's path may have about 100 characters
+    monkeypatch.chdir(source)  # a socket's path has some 100 characters at most
     make(Path(name))
     with pytest.raises(CheckpointError, match=rf"{name}: {message}"):
         convert(source, tmp_path / "out")

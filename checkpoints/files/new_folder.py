@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, whatever stops their writer; and the room that they need on the disk."""
+"""New folders, which appear whole or not at all, whatever stops their writer; and a check of the disk's room."""
 
 import errno
 import json
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from checkpoints.stored.journal import locked
-from checkpoints.stored.writing import fsync, write_whole
+from checkpoints.files.lock import hold_lock
+from checkpoints.files.writing import fsync, write_whole
 from kimi_jax import json_reader
 
 STATE = ".writing"  # in a folder that is being written: its lock and its settings
@@ -35,7 +35,7 @@ def new_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
     if partial.is_symlink() or (partial.exists() and not state.is_dir() and any(partial.iterdir())):
         raise FileExistsError(f"{partial}: is in the way, and not what an interrupted writer left; move it elsewhere")
     state.mkdir(parents=True, exist_ok=True)
-    with locked(state / "lock", f"{partial}: another process is writing it"):
+    with hold_lock(state / "lock", f"{partial}: another process is writing it"):
         try:
             _check_empty(folder)  # another process may have finished it meanwhile
             if _settings(state) != settings:
@@ -56,8 +56,8 @@ def new_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def was_finished(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Returns whether a writer with these `settings` was killed right after `folder` got its name, so that it is whole;
-    what the writer could not remove is removed."""
+    """Returns whether a writer with these `settings` was killed right after `folder` got its name, so that it is whole,
+    and if so removes the state that the writer could not."""
     state = folder / STATE
     if not state.is_dir() or _settings(state) != json.loads(json.dumps(settings)):
         return False
@@ -66,7 +66,7 @@ def was_finished(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def check_room(folder: Path, nbytes: int) -> None:
-    """Raises OSError, with both numbers, where `nbytes` are more than the disk has free that `folder` is to be on."""
+    """Raises OSError, with both numbers, where `nbytes` are more than the free bytes of the disk for `folder`."""
     folder = folder.absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     usage = shutil.disk_usage(nearest)

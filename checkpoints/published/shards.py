@@ -1,8 +1,8 @@
-"""Writes a published folder's safetensors: planned from names, dtypes and shapes, then filled in any order.
+"""Writes a published folder's safetensors: split_into_shards from names, dtypes and shapes, then filled in any order.
 
-A shard's header is written first, and every block of rows then goes to its own place in the file, so nothing is held
-and several threads may write. As in files of the safetensors library, a shard has its widest dtypes first: readers may
-rely on a tensor's bytes being aligned to its items.
+A shard's header is written first, and every block of rows then goes to its own place in the file, so no tensor is kept
+in memory and several threads may write. Like files of the safetensors library, a shard has its widest dtypes first:
+readers may rely on a tensor's bytes being aligned to its items.
 """
 
 import json
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.jobs.files import check_room
+from checkpoints.files.new_folder import check_room
+from checkpoints.files.writing import fsync
 from checkpoints.published.safetensors import DTYPES, INDEX
-from checkpoints.stored.writing import fsync
 
 SHARD_BYTES = 5 * 10**9
 _UNFINISHED = ".unfinished"
@@ -25,8 +25,8 @@ _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor to be written."""
+class TensorHeader:
+    """The header of a tensor that is to be written."""
 
     name: str
     dtype: np.dtype
@@ -38,26 +38,26 @@ class Entry:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one index of the leading axis."""
+        """The bytes of one index of the leading axis."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
-def planned(entries: Iterable[Entry], shard_bytes: int = SHARD_BYTES) -> list[list[Entry]]:
-    """`entries` in their order, cut into shards of at most `shard_bytes`, or of one tensor that is larger."""
-    shards: list[list[Entry]] = []
+def split_into_shards(tensors: Iterable[TensorHeader], shard_bytes: int = SHARD_BYTES) -> list[list[TensorHeader]]:
+    """Cuts `tensors`, in their order, into shards of at most `shard_bytes`, or of one tensor that is larger."""
+    shards: list[list[TensorHeader]] = []
     room = 0
-    for entry in entries:
-        if not shards or entry.nbytes > room:
+    for tensor in tensors:
+        if not shards or tensor.nbytes > room:
             shards.append([])
             room = shard_bytes
-        shards[-1].append(entry)
-        room -= entry.nbytes
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
     return shards
 
 
 class ShardWriter:
-    """Writes `shards` to the existing `folder` as model-00001-of-00000N.safetensors, with their index. A context
-    manager; leaving it makes sure that every byte was written. `write` may be called by several threads.
+    """Writes `shards` to the existing `folder` as model-00001-of-00000N.safetensors, with their index. It is a context
+    manager; leaving it checks that every byte was written. Several threads may call `write`.
 
     A shard gets its name when it is whole and safe from a loss of power; until then it is called `*.unfinished`. One
     that a writer finished before it was killed is not written again: `finished` names its tensors. Files are open only
@@ -66,19 +66,19 @@ class ShardWriter:
     Raises OSError naming the file where the disk is full, and before the first byte where it has too little room.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Sequence[Entry]]):
+    def __init__(self, folder: Path, shards: Sequence[Sequence[TensorHeader]]):
         self.folder = folder
         self._files = [folder / f"model-{i + 1:05d}-of-{len(shards):06d}.safetensors" for i in range(len(shards))]
-        self._left = [sum(entry.nbytes for entry in shard) for shard in shards]
+        self._left = [sum(tensor.nbytes for tensor in shard) for shard in shards]
         self._total = sum(self._left)
         self._lock = threading.Lock()
-        self._places: dict[str, tuple[Entry, int, int]] = {}  # entry, number of the shard, offset
+        self._places: dict[str, tuple[TensorHeader, int, int]] = {}  # tensor, number of the shard, offset
         self.finished: set[str] = set()
         headers = [self._place(number, shard) for number, shard in enumerate(shards)]
         for number, (file, header, shard) in enumerate(zip(self._files, headers, shards, strict=True)):
             if _is_whole(file, header, self._left[number]):
                 self._left[number] = 0
-                self.finished.update(entry.name for entry in shard)
+                self.finished.update(tensor.name for tensor in shard)
             else:
                 _unfinished(file).unlink(missing_ok=True)
         check_room(folder, sum(self._left))
@@ -93,11 +93,13 @@ class ShardWriter:
         """Writes rows `row` and following of tensor `name`, each once; does nothing for those in `finished`."""
         if name in self.finished:
             return
-        entry, number, offset = self._places[name]
-        assert block.dtype == entry.dtype and (block.shape == entry.shape or block.shape[1:] == entry.shape[1:]), name
+        tensor, number, offset = self._places[name]
+        assert block.dtype == tensor.dtype and (block.shape == tensor.shape or block.shape[1:] == tensor.shape[1:]), (
+            name
+        )
         data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
         file = self._files[number]
-        _put(_unfinished(file), data, offset + row * entry.row_bytes)
+        _put(_unfinished(file), data, offset + row * tensor.row_bytes)
         with self._lock:
             self._left[number] -= block.nbytes
             whole = self._left[number] == 0
@@ -113,18 +115,18 @@ class ShardWriter:
         index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    def _place(self, number: int, shard: Sequence[Entry]) -> bytes:
+    def _place(self, number: int, shard: Sequence[TensorHeader]) -> bytes:
         """Returns the header of a shard, and notes where its tensors are to be."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
         starts, end = {}, 0
-        for entry in sorted(shard, key=lambda entry: -entry.dtype.itemsize):
-            starts[entry.name], end = end, end + entry.nbytes
-            offsets = [starts[entry.name], end]
-            header[entry.name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        for tensor in sorted(shard, key=lambda tensor: -tensor.dtype.itemsize):
+            starts[tensor.name], end = end, end + tensor.nbytes
+            offsets = [starts[tensor.name], end]
+            header[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        for entry in shard:
-            self._places[entry.name] = (entry, number, 8 + len(text) + starts[entry.name])
+        for tensor in shard:
+            self._places[tensor.name] = (tensor, number, 8 + len(text) + starts[tensor.name])
         return len(text).to_bytes(8, "little") + text
 
 
