@@ -1,8 +1,8 @@
 """Refuses docstrings that begin as a fragment, and functions whose docstring does not begin with a verb.
 
-`make lint` runs this. A docstring is a sentence, or begins with the noun that it is about. That of a public function begins with a verb in the third person
-("Returns ...", "Reads ..."), or refers to the function's description ("See ..."). Properties, tests and what begins
-with an underscore may begin with a noun.
+`make lint` runs this. A docstring is a sentence, or begins with the noun that it is about. That of a public function
+begins with a verb in the third person ("Returns ...", "Reads ..."), or refers to the function's description ("See
+..."). Properties, tests and what begins with an underscore may begin with a noun.
 """
 
 import ast

@@ -61,7 +61,7 @@ LINEAR_FIELDS = {
 
 
 def released_tensors(like, **fields):
-    """Returns name -> (shape, dtype, bytes) of the released tensors; weights that are quantised stand for three each."""
+    """Returns name -> (shape, dtype, bytes) of the released tensors; a quantised weight stands for three."""
     return {t.name: (t.shape, t.dtype.name, t.nbytes) for t in weights(toy_config(like, **fields))}
 
 
