@@ -1,12 +1,12 @@
-"""A K2.5 checkpoint of real widths (one dense and one MoE layer) converted, killed and resumed, exported, verified and
-restored: memory, speed against `cp`, work repeated, bytes read.
+"""Converts, kills and resumes, exports, verifies and restores a K2.5 checkpoint of real widths (one dense and one MoE
+layer), and measures memory, speed against `cp`, repeated work and bytes read.
 
     python benchmarks/conversion.py --experts 128 --folder /big/disk [--rounds 2] [--kills 20] [--parts cp,kills,...]
 
-Needs three times the checkpoint on that disk: 30 GB for 128 experts, 49 for 384, 22 for 32 (a third less without cp,
-export and kills), and says so where they are not there. Every command runs in a process of its own, whose peak memory
-is the kernel's `ru_maxrss`. Before each copy and conversion, which take turns, the source leaves the page cache and
-what is dirty is written out.
+It needs three times the checkpoint on that disk: 30 GB for 128 experts, 49 for 384, 22 for 32 (a third less without cp,
+export and kills), and checks this first. Every command runs in a process of its own, whose peak memory is the kernel's
+`ru_maxrss`. Copies and conversions take turns; before each, the source is evicted from the page cache and dirty pages
+are written to the disk.
 """
 
 import argparse
@@ -35,7 +35,7 @@ EXPERT_BYTES, OTHER_BYTES = 24_772_608, 6_700_000_000  # of a routed expert, and
 
 @dataclass(frozen=True)
 class Run:
-    """One command: its time, with what it left dirty written out too, its processor time and its peak memory."""
+    """One command: its time, its time until all its bytes are on the disk, its processor time and its peak memory."""
 
     seconds: float
     until_safe: float
@@ -59,7 +59,7 @@ def run(*command: str | Path, check: bool = True) -> Run:
 
 
 def cold(folder: Path) -> None:
-    """Takes the files of `folder` out of the page cache."""
+    """Evicts the files of `folder` from the page cache."""
     os.sync()
     for file in folder.rglob("*"):
         if file.is_file():
@@ -78,16 +78,16 @@ class Benchmark:
         self.source, self.converted = folder / "published", folder / "orbax"
         self.table = Table("what", "time", "to the disk", "processor", "GB/s", "peak memory")
 
-    def row(self, what: str, result: Run, nbytes: int) -> None:
+    def row(self, name: str, result: Run, nbytes: int) -> None:
         self.table.add_row(
-            what,
+            name,
             f"{result.seconds:.1f} s",
             f"{result.until_safe:.1f} s",
             f"{result.cpu:.1f} s",
             f"{nbytes / GB / result.seconds:.2f}",
             f"{result.peak / GiB:.2f} GiB",
         )
-        self.console.print(f"{what}: {result.seconds:.1f} s, peak {result.peak / GiB:.2f} GiB; load {_load()}")
+        self.console.print(f"{name}: {result.seconds:.1f} s, peak {result.peak / GiB:.2f} GiB; load {_load()}")
 
     def fact(self, words: str) -> None:
         self.console.print(words, highlight=False)
@@ -102,7 +102,7 @@ class Benchmark:
         return run(*KIMI, "convert", self.source, target, "--memory", self.memory)
 
     def cp(self, rounds: int) -> None:
-        """cp and convert take turns; the ratio is of the least times."""
+        """Runs cp and convert in turn, and reports the ratio of their least times."""
         nbytes, times = size(self.source), []
         for _ in range(rounds):
             cold(self.source)
@@ -110,32 +110,32 @@ class Benchmark:
             self.row("cp -r", copied, nbytes)
             shutil.rmtree(self.folder / "cp")
             shutil.rmtree(self.converted, ignore_errors=True)
-            made = self.convert(self.converted)
-            self.row("convert", made, nbytes)
-            times.append((copied, made))
-        best = min(copied.seconds for copied, _ in times) / min(made.seconds for _, made in times)
-        safe = min(copied.until_safe for copied, _ in times) / min(made.until_safe for _, made in times)
+            converted = self.convert(self.converted)
+            self.row("convert", converted, nbytes)
+            times.append((copied, converted))
+        best = min(copied.seconds for copied, _ in times) / min(converted.seconds for _, converted in times)
+        safe = min(copied.until_safe for copied, _ in times) / min(converted.until_safe for _, converted in times)
         self.fact(f"convert at {best:.0%} of cp's speed; with everything on the disk at {safe:.0%}")
 
     def export(self) -> None:
-        again = self.folder / "again"
-        self.row("export", run(*KIMI, "export", self.converted, again, "--memory", self.memory), size(self.source))
-        there_and_back = run(*KIMI, "verify", self.source, again, "--memory", self.memory)
-        self.row("verify, published against exported", there_and_back, 2 * size(self.source))
-        shutil.rmtree(again)
+        exported = self.folder / "exported"
+        self.row("export", run(*KIMI, "export", self.converted, exported, "--memory", self.memory), size(self.source))
+        verified = run(*KIMI, "verify", self.source, exported, "--memory", self.memory)
+        self.row("verify, published against exported", verified, 2 * size(self.source))
+        shutil.rmtree(exported)
 
     def verify(self) -> None:
         checked = run(*KIMI, "verify", self.converted, "--memory", self.memory)
         self.row("verify, checksums", checked, size(self.converted))
 
     def kills(self, kills: int) -> None:
-        """Killed once it has written a random part of what the next of `kills` would have to."""
+        """Kills conversions, each once it has written a random number of bytes, and reports the bytes written twice."""
         random.seed(0)
         target, total, written, killed = self.folder / "killed", size(self.converted), 0, 0
         command = [*KIMI, "convert", str(self.source), str(target), "--memory", self.memory]
         for _ in range(kills):
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            goal = random.random() * 1.5 * total / (kills + 2)  # so that it is never done before
+            goal = random.random() * 1.5 * total / (kills + 2)  # 3/4 of a share on average, so that none finishes
             while process.poll() is None and _written(process.pid) < goal:
                 time.sleep(0.005)
             process.send_signal(signal.SIGSTOP)
@@ -146,9 +146,9 @@ class Benchmark:
                 raise SystemExit(f"{target}: finished before it was killed {kills} times")
         last = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while last.poll() is None:
-            most = _written(last.pid)
+            written_last = _written(last.pid)
             time.sleep(0.005)
-        written += most
+        written += written_last
         manifests = [json.loads((f / "kimi_manifest.json").read_text()) for f in (target, self.converted)]
         same = manifests[0] == manifests[1]
         run(*KIMI, "verify", target, "--memory", self.memory)
@@ -159,7 +159,7 @@ class Benchmark:
         shutil.rmtree(target)
 
     def restore(self, mesh: str) -> None:
-        """Two processes with four devices each."""
+        """Restores the checkpoint in two processes with four devices each, and reports the bytes that each reads."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
@@ -183,7 +183,7 @@ def _shares(folder: Path, found: dict[str, Any]) -> str:
     before, after = found["peak"]
     return (
         f"{of_large:.1%} of experts and embeddings read, {found['read'] / sum(sizes.values()):.1%} of everything; "
-        f"peak {after / GiB:.2f} GiB ({before / GiB:.2f} before), of which {found['held'] / GiB:.2f} is its share"
+        f"peak {after / GiB:.2f} GiB ({before / GiB:.2f} before), of which {found['resident'] / GiB:.2f} is its share"
     )
 
 

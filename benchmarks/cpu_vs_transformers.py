@@ -1,13 +1,13 @@
-"""kimi-jax against transformers on a CPU: random 48M-parameter models of both families, float32, batch 1.
+"""Times kimi-jax against transformers on a CPU: random 48M-parameter models of both families, float32, batch 1.
 
     pip install -e .[oracle]
     python benchmarks/cpu_vs_transformers.py [--rounds 5] [--only peer|ours] [--json FILE]
 
 Both run in this process on the same cores and take turns, and each number is the least over the rounds: a prefill of
 512 tokens with the logits of the last one, then 64 greedy steps, per step. transformers is run with eager and sdpa
-attention and with eager and grouped_mm experts, and the ratio is taken with its best. (Its batched_mm experts are left
-out: they copy the chosen experts' weights for every token, gigabytes of them in a prefill, and are the slowest step.)
-The largest difference between the two sides' prefill logits is printed, so that it is seen that they do the same work.
+attention and with eager and grouped_mm experts, and ratios are to its best. (Its batched_mm experts are left out: they
+copy the chosen experts' weights for every token, gigabytes of them in a prefill, and are the slowest.) The largest
+difference between the two sides' prefill logits is printed too, which shows that they do the same work.
 """
 
 import argparse
@@ -60,7 +60,7 @@ OURS = "kimi-jax"
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a prefill and of one decode step, and the prefill's last logits [vocab]."""
+    """Seconds of a prefill and of one decode step, and the last logits of the prefill, [vocab]."""
 
     prefill: float
     step: float
@@ -69,7 +69,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """The least milliseconds over the rounds of one side on one family."""
+    """The least milliseconds of one side on one family, over the rounds."""
 
     family: str
     side: str
@@ -82,14 +82,14 @@ Side = Callable[[np.ndarray], Timing]
 
 
 def transformers_sides(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Side]]:
-    """transformers' native model, once for each pair of (attention, experts) implementations."""
+    """Yields transformers' native model with each pair of (attention, experts) implementations, under its name."""
     import torch
     import transformers
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # kimi_k2 has no class of its own there: it is deepseek_v3.
+    # transformers has no class for kimi_k2, which is deepseek_v3.
     family = "KimiLinear" if config["model_type"] == "kimi_linear" else "DeepseekV3"
     native = getattr(transformers, f"{family}Config")(**{k: v for k, v in config.items() if k != "model_type"})
     model_class = getattr(transformers, f"{family}ForCausalLM")
@@ -154,7 +154,7 @@ def our_side(folder: Path) -> Side:
 
 
 def measure(family: str, rounds: int, only: str | None) -> list[Result]:
-    """All sides in turn, `rounds` times, after one round that does not count (compilation, caches)."""
+    """Runs all sides in turn, `rounds` times, after one round that does not count (compilation, caches)."""
     config = FAMILIES[family]
     tokens = np.random.RandomState(0).randint(0, config["vocab_size"] - 256, (1, PROMPT))
     with tempfile.TemporaryDirectory() as folder:
@@ -175,21 +175,21 @@ def measure(family: str, rounds: int, only: str | None) -> list[Result]:
         Result(
             family,
             name,
-            1e3 * min(t.prefill for t in taken),
-            1e3 * min(t.step for t in taken),
-            float(np.abs(taken[0].logits - reference).max()),
+            1e3 * min(t.prefill for t in rounds_),
+            1e3 * min(t.step for t in rounds_),
+            float(np.abs(rounds_[0].logits - reference).max()),
         )
-        for name, taken in timings.items()
+        for name, rounds_ in timings.items()
     ]
 
 
 def best(results: list[Result], family: str, field: str) -> float:
-    """transformers' least milliseconds in `field`, over its implementations."""
+    """Returns transformers' least milliseconds in `field`, over its implementations."""
     return min(getattr(r, field) for r in results if r.family == family and r.side != OURS)
 
 
 def show(results: list[Result], only: str | None) -> None:
-    # Wide enough for a line a row, wherever the output goes.
+    # Wide enough for each row to take one line, also where the output is no terminal.
     console = Console(width=140)
     table = Table("model", "side", title=f"float32, batch 1, {PROMPT}-token prefill, {STEPS} decode steps")
     for heading in ("prefill ms", "ms per step", "prefill ratio", "step ratio", "max |logits diff|"):
@@ -216,7 +216,7 @@ def main(arguments: list[str]) -> None:
     allowed = sorted(os.sched_getaffinity(0))
     if not 1 <= options.cores <= len(allowed):
         parser.error(f"--cores {options.cores}: expected 1 to {len(allowed)}, the cores of this process")
-    # Before torch and jax are imported: each sizes its thread pool by this.
+    # torch and jax, imported later, size their thread pools by this.
     os.sched_setaffinity(0, allowed[: options.cores])
 
     results = [result for family in FAMILIES for result in measure(family, options.rounds, options.only)]

@@ -1,10 +1,11 @@
-"""What a mixture's two ways over a mesh send and compute, from programs compiled for eight CPU devices and not run.
+"""Counts what a mixture's two layouts on a mesh send and compute, in programs compiled for eight CPU devices, not run.
 
     python benchmarks/expert_exchange.py [TOKENS ...]
 
-One K2.5-like mixture (64 experts, 8 chosen, width 1024) with tokens split over `sequence`: bytes that a device
-receives and FLOPs of one round, beside the estimates by which `sharding.expert_dispatch` chooses. (A round is all there
-is, unless a pair of devices exchanges a quarter more than the average. XLA's CPU compiler gathers bf16 as float32.)
+The mixture is like K2.5's (64 experts, 8 chosen, width 1024), and tokens are sharded over `sequence`. Printed are the
+bytes that a device receives and the FLOPs of one round, beside the estimates by which `sharding.expert_dispatch`
+chooses. (There is one round unless a pair of devices exchanges a quarter more than the average. XLA's CPU compiler
+all-gathers bf16 as float32.)
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ SHAPE = re.compile(r"(bf16|f32|s32)\[([\d,]*)\]")
 
 
 def received(text: str) -> float:
-    """Bytes that a device receives in a program's collectives, by rings."""
+    """Returns the bytes that a device receives in the collectives of a program's text, by ring algorithms."""
     total = 0.0
     for result, kind in COLLECTIVE.findall(text):
         size = sum(
@@ -59,13 +60,12 @@ def main(counts: list[int]) -> None:
         for exchange in (False, True):
             layout = StreamLayout(partition, token_axes=("sequence",), dispatches=exchange)
 
-            def on_device(params, x, layout=layout):
+            def run_local(params, x, layout=layout):
                 return mix_experts(nnx.merge(graph, params), x, layout)
 
             spec = PartitionSpec(None, "sequence")
-            run = partition.shard_map(on_device, (weight_specs(params, partition), spec), spec)
-            whole = NamedSharding(mesh, PartitionSpec(None, "sequence"))
-            x = jax.ShapeDtypeStruct((1, tokens, WIDTH), jnp.bfloat16, sharding=whole)
+            run = partition.shard_map(run_local, (weight_specs(params, partition), spec), spec)
+            x = jax.ShapeDtypeStruct((1, tokens, WIDTH), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
             compiled = jax.jit(run).lower(params, x).compile()
             estimate = replicate_bytes(tokens, WIDTH)
             if exchange:

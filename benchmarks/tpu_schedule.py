@@ -1,12 +1,12 @@
-"""Compiles the Pallas kernels for TPUs that are not here and prints what the compiler's schedule says.
+"""Compiles the Pallas kernels for TPUs that this machine does not have and prints the compiler's own schedule.
 
     python benchmarks/tpu_schedule.py                      # every case, every chip
     python benchmarks/tpu_schedule.py --chip v6e --case kda --loops
     python benchmarks/tpu_schedule.py --budget             # the recorded cases against their budget
     python benchmarks/tpu_schedule.py --chip v6e --case kda --record
 
-Nothing runs on a TPU: a schedule knows no DMA waits and no stalls, so its time is a lower bound (compiled, not run).
-Exits with 1 if a case does not compile or is beyond its budget. Needs libtpu (`pip install -e .[test]` on Linux).
+Kernels are compiled, not run: a schedule knows no DMA waits and no stalls, so its time is a lower bound. The exit code
+is 1 if a case does not compile or is above its budget. Needs libtpu (`pip install -e .[test]` on Linux).
 """
 
 import argparse
@@ -32,13 +32,13 @@ HEAD = (
 
 
 def cases() -> list[Case]:
-    """Those of every module in tpu/cases."""
+    """Returns the cases of every module in tpu/cases."""
     modules = sorted(module.name for module in pkgutil.iter_modules(tpu.cases.__path__))
     return [case for name in modules for case in importlib.import_module(f"tpu.cases.{name}").CASES]
 
 
 def main() -> int:
-    """Compiles and prints; returns the exit code."""
+    """Compiles and prints the cases that the flags choose; returns the exit code."""
     options = _options()
     limits = {} if options.budget is None else budget.read(options.budget)
     rows, complaints = [], []
@@ -51,14 +51,14 @@ def main() -> int:
                 continue
             try:
                 row = measure(case, chip)
-            except Exception as error:  # the compiler's own words, and on with the next
+            except Exception as error:  # reported with the compiler's own message; the next case follows
                 complaints.append(f"{case.name} on {chip}: {type(error).__name__}: {str(error)[:600]}")
                 print(complaints[-1], flush=True)
                 continue
             rows.append(row)
             _print(case, row, options.loops)
-            if (over := budget.excess(row, limits.pop((case.name, chip), {}))) is not None:
-                complaints.append(over)
+            if (excess := budget.excess(row, limits.pop((case.name, chip), {}))) is not None:
+                complaints.append(excess)
     complaints += [f"{case} on {chip}: in the budget, but there is no such case" for case, chip in limits]
     if options.json:
         options.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))

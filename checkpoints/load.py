@@ -1,14 +1,15 @@
 """Fills a `Kimi` from a checkpoint, sharded: an Orbax checkpoint of ours, or a published folder directly.
 
-A bounded batch of leaves at a time, each process reads the bytes of its own shards; of what several processes are to
-hold alike, each reads a part, and the rest comes from the others over the interconnect. What is stored becomes what
-the model computes with on the device: INT4 words the kernels' codes, FP8 blocks bf16.
+A source is opened (`open_source`). For each leaf, the byte ranges that this process's devices need are planned
+(`plan_reads`) and read, a bounded batch of leaves at a time. Of a shard that several processes replicate, each reads a
+part and the rest is all-gathered over the interconnect. On the device, stored weights become the model's: INT4 words
+the kernels' codes, FP8 blocks bf16.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -16,21 +17,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from checkpoints.jobs.progress import Counter, Progress
-from checkpoints.jobs.verify import check
+from checkpoints.files.pipeline import Progress
+from checkpoints.files.place import Remote, locate
 from checkpoints.published.numerics import BLOCK, FP8
-from checkpoints.published.reading import Remote, at
-from checkpoints.stored.layout import Box
+from checkpoints.stored.checks import run_share
+from checkpoints.stored.chunk_grid import Box
+from checkpoints.stored.folder import Converted
 from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Leaf, variable_path
-from checkpoints.stored.sources import ConvertedSource, PublishedSource, open_checkpoint
+from checkpoints.stored.source import Source, open_source, plan_reads
 from kimi_jax.model.kimi import Kimi
 from pallas_kernels import unpack_int4
 from sharding import SERVE, Partition, Rules
 
-BATCH_BYTES = 2**28  # held besides the model; one projection of a layer's experts may be more, and then goes alone
+BATCH_BYTES = 2**28  # memory besides the model's; one projection of a layer's experts may be more: a batch of its own
 READERS = 8  # a bucket answers many at once, and a disk too
 _VISION = ("vision_tower.", "mm_projector.")
 
@@ -45,36 +48,46 @@ def load(
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Kimi:
-    """The model in `path`, a folder or URL: an Orbax checkpoint of ours, or a published folder of safetensors.
+    """Loads the model in `path`, a folder or URL: a folder that `convert` wrote, or a published one of safetensors.
 
     Its arrays are sharded over `mesh` by `rules`, or on the default device without a mesh. `dtype` casts the
     parameters, None keeps them as stored, FP8 as bf16, since the model does not compute in FP8. INT4 scales stay bf16,
     and the router's bias, `A_log` and `dt_bias` are float32 in any case. With `verify`, every chunk of a converted
-    checkpoint is first held against its checksum, each process its share of them.
+    checkpoint is first checked against its checksum, each process its share of them.
 
-    `only` names parts of the tree, like "model.layers.3" or "lm_head": nothing else is read, and what is left out stays
-    abstract (`jax.ShapeDtypeStruct`). Without any of its vision, ("model", "lm_head"), it is a model of text alone.
-    `progress` counts the bytes that this process reads.
+    `only` names parts of the tree, like "model.layers.3" or "lm_head": nothing else is read, and other parameters stay
+    abstract (`jax.ShapeDtypeStruct`). Without any of its vision, ("model", "lm_head"), it is a model of text only.
+    `progress` is called with the bytes that this process has read and their total.
 
     Raises FileNotFoundError where `path` holds no checkpoint, ConfigError or CheckpointError (both ValueErrors) where
     it is damaged or of another model than its config.json says, ValueError where `mesh` does not divide the experts, or
     the model has no part that `only` names.
     """
-    folder = at(path)
-    source = open_checkpoint(folder)
+    folder = locate(path)
+    source = open_source(folder)
+    contents = source.contents
     if verify:
-        check(path, process_index=jax.process_index(), num_processes=jax.process_count())
-    graphdef, state = nnx.split(source.contents.model)
+        converted = source if isinstance(source, Converted) else Converted.open(folder)  # else raises
+        run_share(converted, process_index=jax.process_index(), num_processes=jax.process_count())
+    graphdef, state = nnx.split(contents.model)
     variables = dict(nnx.to_flat_state(state))
-    leaves = _chosen(source.contents.leaves, only)
+    leaves = _choose_leaves(contents.leaves, only)
+    placements = {leaf.path: _place(leaf, _sharding(leaf.axes, leaf.shape, mesh, rules)) for leaf in leaves}
+    bytes_read, total = 0, sum(placement.nbytes for placement in placements.values())
 
     def out(path: str) -> Sharding:
         variable = variables[variable_path(path)]
         return _sharding(variable.get_metadata()["axes"], variable.shape, mesh, rules)
 
-    reader = _Reader(source, leaves, mesh, rules, progress)
     for batch in _batches(leaves):
-        arrays = reader.arrays(batch)
+        found = {}
+        with ThreadPoolExecutor(READERS) as pool:
+            for leaf in batch:
+                found[leaf.path] = _read(source, leaf, placements[leaf.path], pool)
+                bytes_read += placements[leaf.path].nbytes
+                if progress is not None:
+                    progress(bytes_read, total)
+        arrays = {leaf.path: _to_devices(leaf, placements[leaf.path], found.pop(leaf.path)) for leaf in batch}
         values: dict[str, jax.Array] = {}
         for leaf in batch:
             if leaf.path.endswith(PACKED):
@@ -102,7 +115,7 @@ def load(
     return model
 
 
-def _chosen(leaves: Sequence[Leaf], only: Sequence[str] | None) -> list[Leaf]:
+def _choose_leaves(leaves: Sequence[Leaf], only: Sequence[str] | None) -> list[Leaf]:
     def within(leaf: Leaf, part: str) -> bool:
         return f"{leaf.path}.".startswith(f"{part}.")
 
@@ -116,56 +129,47 @@ def _chosen(leaves: Sequence[Leaf], only: Sequence[str] | None) -> list[Leaf]:
     return [leaf for leaf in leaves if _weight(leaf) in weights]
 
 
-class _Reader:
-    """Reads stored leaves as arrays on the mesh."""
+@dataclasses.dataclass(frozen=True)
+class _Placement:
+    """The place of a stored leaf on the mesh: its `sharding` by the rules; the `read_sharding` by which its bytes are
+    read, so that no two processes read the same; the `boxes` that this process's devices read, and their bytes."""
 
-    def __init__(
-        self,
-        source: PublishedSource | ConvertedSource,
-        leaves: Sequence[Leaf],
-        mesh: Mesh | None,
-        rules: Rules,
-        progress: Progress | None,
-    ):
-        self.source = source
-        self.lies = {leaf.path: _sharding(leaf.axes, leaf.shape, mesh, rules) for leaf in leaves}
-        self.read = {leaf.path: _spread(self.lies[leaf.path], leaf.shape) for leaf in leaves}
-        self.count = Counter(sum(map(self._nbytes, leaves)), progress)
-
-    def arrays(self, leaves: Sequence[Leaf]) -> dict[str, jax.Array]:
-        """The leaves by path, each as the rules say."""
-        with ThreadPoolExecutor(READERS) as pool:
-            found = {}
-            for leaf in leaves:
-                found[leaf.path], reads = self.source.blocks(leaf, set(self._boxes(leaf).values()))
-                for _ in pool.map(lambda read: read(), reads):
-                    pass
-                self.count(self._nbytes(leaf))
-        return {leaf.path: self._array(leaf, found.pop(leaf.path)) for leaf in leaves}
-
-    def _array(self, leaf: Leaf, blocks: dict[Box, Any]) -> jax.Array:
-        sharding, boxes = self.read[leaf.path], self._boxes(leaf)
-        shards = [jax.device_put(blocks[box], device) for device, box in boxes.items()]
-        array = jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
-        if sharding == self.lies[leaf.path]:
-            return array
-        # One at a time: with many under way, processes on CPU wait for each other for ever.
-        return jax.block_until_ready(_gathered(self.lies[leaf.path])(array))
-
-    def _boxes(self, leaf: Leaf) -> dict[jax.Device, Box]:
-        devices = self.read[leaf.path].addressable_devices_indices_map(leaf.shape)
-        return {
-            device: tuple(part.indices(size)[:2] for part, size in zip(index or (), leaf.shape, strict=True))
-            for device, index in devices.items()
-        }
-
-    def _nbytes(self, leaf: Leaf) -> int:
-        boxes = set(self._boxes(leaf).values())
-        return sum(math.prod(stop - start for start, stop in box) for box in boxes) * leaf.dtype.itemsize
+    sharding: Sharding
+    read_sharding: Sharding
+    boxes: Mapping[jax.Device, Box]
+    nbytes: int
 
 
-def _spread(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
-    """Where to read an array that is to lie as `sharding`: split over the mesh axes along which it is replicated too,
+def _place(leaf: Leaf, sharding: Sharding) -> _Placement:
+    read_sharding = _split_replicas(sharding, leaf.shape)
+    boxes: dict[jax.Device, Box] = {
+        device: tuple(part.indices(size)[:2] for part, size in zip(index or (), leaf.shape, strict=True))
+        for device, index in read_sharding.addressable_devices_indices_map(leaf.shape).items()
+    }
+    elements = sum(math.prod(stop - start for start, stop in box) for box in set(boxes.values()))
+    return _Placement(sharding, read_sharding, boxes, elements * leaf.dtype.itemsize)
+
+
+def _read(source: Source, leaf: Leaf, placement: _Placement, pool: ThreadPoolExecutor) -> Mapping[Box, np.ndarray]:
+    """Reads the boxes of a leaf that this process's devices need."""
+    reads = plan_reads(source, leaf, set(placement.boxes.values()))
+    for _ in pool.map(reads.fill, reads.ranges):
+        pass
+    return reads.arrays
+
+
+def _to_devices(leaf: Leaf, placement: _Placement, arrays: Mapping[Box, np.ndarray]) -> jax.Array:
+    """Puts a leaf's boxes on their devices, and all-gathers replicas of which each process has read a part."""
+    shards = [jax.device_put(arrays[box], device) for device, box in placement.boxes.items()]
+    array = jax.make_array_from_single_device_arrays(leaf.shape, placement.read_sharding, shards)
+    if placement.read_sharding == placement.sharding:
+        return array
+    # One at a time: with many under way, processes on CPU deadlock.
+    return jax.block_until_ready(_all_gather(placement.sharding)(array))
+
+
+def _split_replicas(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
+    """Returns `sharding` split over the mesh axes along which it replicates an array of `shape`, where they divide it,
     so that no two processes read the same bytes."""
     if jax.process_count() == 1 or not isinstance(sharding, NamedSharding):
         return sharding
@@ -182,18 +186,18 @@ def _spread(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
 
 
 @functools.cache
-def _gathered(out: Sharding) -> Callable[[jax.Array], jax.Array]:
+def _all_gather(out: Sharding) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda array: array, out_shardings=out)
 
 
 def _dense(array: jax.Array, to: jax.ShapeDtypeStruct, out: Sharding) -> jax.Array:
-    """A stored floating-point leaf as the model has it: `A_log` [h], and the dtype asked for."""
+    """Returns a stored floating-point leaf as the model has it: `A_log` [h], and the dtype asked for."""
     if array.shape == to.shape and array.dtype == to.dtype:
         return array
     return _reshaped(out)(array, to.shape, to.dtype)
 
 
-# One compiled function for all leaves that are alike.
+# Cached: one compiled function for all leaves of equal shape and sharding.
 @functools.cache
 def _unpack(codes: Sharding, scales: Sharding) -> Any:
     return jax.jit(unpack_int4, out_shardings=(codes, scales))
@@ -202,7 +206,7 @@ def _unpack(codes: Sharding, scales: Sharding) -> Any:
 @functools.cache
 def _from_fp8(out: Sharding) -> Any:
     def dequantized(weight: jax.Array, scale_inv: jax.Array, dtype: Any) -> jax.Array:
-        """As `numerics.dequantize_fp8`, of [out, in] or [e, out, in]."""
+        """Does what `numerics.dequantize_fp8` does, to [out, in] or [e, out, in]."""
         rows = jnp.repeat(scale_inv, BLOCK, axis=-2)[..., : weight.shape[-2], :]
         scale = jnp.repeat(rows, BLOCK, axis=-1)[..., : weight.shape[-1]]
         return (weight.astype(jnp.float32) * scale).astype(dtype)
@@ -224,7 +228,7 @@ def _sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh |
 
 
 def _batches(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
-    """Leaves in batches of `BATCH_BYTES` or one weight, words always with their scales."""
+    """Yields leaves in batches of `BATCH_BYTES` or one weight, words always with their scales."""
     batch: list[Leaf] = []
     for _, group in groupby(sorted(leaves, key=lambda leaf: leaf.path), key=_weight):
         weight = list(group)
@@ -236,5 +240,5 @@ def _batches(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
 
 
 def _weight(leaf: Leaf) -> str:
-    """The same for what one weight is stored as."""
+    """Returns a name that a weight's words and scales share."""
     return leaf.path.rsplit(".", 1)[0]

@@ -1,4 +1,4 @@
-"""The one legend of axis letters, and the array types made of them.
+"""Defines the axis letters of this package and the array types made of them.
 
     b  batch             t  tokens of this call      s  cached or attended tokens
     d  hidden_size       w  words of the vocabulary  h  attention heads
@@ -7,7 +7,7 @@
     e  routed experts    j  experts per token        f  feed-forward width
     p  patches           m  media tokens (patches after the merge)
 
-Shapes are checked at run time in tests (jaxtyping with beartype), and are documentation elsewhere.
+Tests check shapes at run time (jaxtyping with beartype); elsewhere they are documentation.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from jaxtyping import Float32 as Float32
 from jaxtyping import Int32 as Int32
 from jaxtyping import UInt32 as UInt32
 
-# Made by the host, or on devices.
+# An array on the host or on devices.
 AnyArray = np.ndarray | Array
 
 Tokens = Int32[Array, "b t"]
@@ -27,7 +27,7 @@ PageTable = Int32[Array, "sequences row_pages"]
 Lengths = Int32[Array, "b"]
 Valid = Bool[Array, "b t"]
 Hidden = Float[Array, "b t d"]
-# The residual stream on a device; on a mesh its mixers may see other rows and tokens (`sharding.StreamLayout`).
+# The residual stream on one device; its mixers may see other rows and tokens of it (`sharding.StreamLayout`).
 Stream = Float[Array, "rows tokens d"]
 FlatHidden = Float[Array, "t d"]
 Queries = Float[Array, "b t h k"]

@@ -1,7 +1,7 @@
-"""A model's configuration as frozen dataclasses; `config_json` reads them from a published config.json.
+"""Defines a model's configuration as frozen dataclasses; `config_json` reads them from a published config.json.
 
-Field names are the file's own. Kimi Linear's file spells some of DeepSeek-V3's fields otherwise (`num_experts` for
-`n_routed_experts`, and so on); both land in the one `TextConfig`, whose names are DeepSeek-V3's.
+Fields have the names of the file. Kimi Linear's file spells some of DeepSeek-V3's fields otherwise (`num_experts` for
+`n_routed_experts`, and so on); `TextConfig` has DeepSeek-V3's names for both.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ LayerKind = Literal["mla", "kda"]
 
 @dataclasses.dataclass(frozen=True)
 class YarnConfig:
-    """YaRN (arXiv 2309.00071), static: applied whatever the sequence's length. `attention_factor` is what cos and sin
-    are multiplied by; None leaves that to `mscale` and `mscale_all_dim`. `truncate` rounds the ramp to whole pairs."""
+    """YaRN (arXiv 2309.00071), applied to sequences of every length. `attention_factor` multiplies cos and sin; None
+    derives the factor from `mscale` and `mscale_all_dim`. `truncate` rounds the ramp to whole pairs."""
 
     factor: float
     original_max_position_embeddings: int
@@ -35,7 +35,7 @@ class QuantizationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LinearAttnConfig:
-    """`linear_attn_config`: which layers are Kimi Delta Attention, and its heads. Layer lists count from 1."""
+    """`linear_attn_config`: the layers of Kimi Delta Attention, counted from 1, and its heads."""
 
     kda_layers: tuple[int, ...]
     full_attn_layers: tuple[int, ...]
@@ -46,8 +46,8 @@ class LinearAttnConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The language model. `mla_inner_norm_eps` is the epsilon of MLA's two inner norms: the reference code's own 1e-6,
-    whatever `rms_norm_eps` says; a config.json may name another."""
+    """The language model. `mla_inner_norm_eps` is the epsilon of MLA's two inner norms: 1e-6 in the reference code,
+    whatever `rms_norm_eps` is, unless config.json has another."""
 
     model_type: str
     vocab_size: int
@@ -91,17 +91,17 @@ class TextConfig:
 
     @property
     def latent_dim(self) -> int:
-        """Values cached per token and MLA layer: `kv_lora_rank + qk_rope_head_dim`."""
+        """Returns the number of values cached per token and MLA layer: `kv_lora_rank + qk_rope_head_dim`."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """The token mixer of every layer, counted from 0."""
+        """Returns the token mixer of every layer, counted from 0."""
         kda = () if self.linear_attn is None else self.linear_attn.kda_layers
         return tuple("kda" if i + 1 in kda else "mla" for i in range(self.num_hidden_layers))
 
     def is_moe(self, layer: int) -> bool:
-        """Whether layer `layer`, counted from 0, has routed experts."""
+        """Says whether layer `layer`, counted from 0, has routed experts."""
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
 
@@ -139,5 +139,5 @@ class KimiConfig:
     folder: str | None = dataclasses.field(default=None, compare=False)
 
     def dense(self) -> "KimiConfig":
-        """The same model with its routed experts in plain floating point."""
+        """Returns the configuration of this model with its routed experts in plain floating point."""
         return dataclasses.replace(self, text=dataclasses.replace(self.text, quantization=None))

@@ -27,7 +27,7 @@ QUESTION = "What is in this picture?"
 
 
 def draw_picture(path: Path) -> None:
-    """A house at sunset, 320 x 240, as PNG."""
+    """Draws a house at sunset, 320 x 240, as PNG."""
     image = Image.new("RGB", (320, 240), (250, 200, 150))
     pen = ImageDraw.Draw(image)
     pen.ellipse((210, 30, 270, 90), fill=(240, 90, 60))
@@ -39,7 +39,7 @@ def draw_picture(path: Path) -> None:
 
 
 def bytes_per_device(model: object) -> dict[str, int]:
-    """What each device holds of the model's arrays."""
+    """Returns the bytes of the model's arrays on each device."""
     held: dict[str, int] = {}
     for array in jax.tree.leaves(model):
         for shard in array.addressable_shards:

@@ -1,17 +1,17 @@
-"""Recognises, by its first bytes, a file that lies in the place of another.
+"""Recognises by its first bytes a file of another kind than expected.
 
-It may be what a failed or unfinished download leaves, or of a format that is not read here.
+Failed or unfinished downloads leave such files; others have a format that is not read here.
 """
 
-HEAD = 512  # bytes that are enough to tell
+HEAD = 512  # bytes that `mistaken` needs; the longest magic below has 23, after white space
 
-_AGAIN = "download the file again"
+_DOWNLOAD = "download the file again"
 _CONVERT = "only safetensors are read; download those, or convert it"
 _KINDS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"),
-    (b"<!doctype html", f"a web page (HTML); {_AGAIN}, logged in where that is asked for"),
-    (b"<html", f"a web page (HTML); {_AGAIN}, logged in where that is asked for"),
-    (b"<?xml", f"an XML document, as servers send with an error; {_AGAIN}"),
+    (b"<!doctype html", f"a web page (HTML); {_DOWNLOAD}, logged in where that is asked for"),
+    (b"<html", f"a web page (HTML); {_DOWNLOAD}, logged in where that is asked for"),
+    (b"<?xml", f"an XML document, as servers send with an error; {_DOWNLOAD}"),
     (b"\x1f\x8b", "compressed with gzip; unpack it"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it"),
     (b"pk\x03\x04", f"a zip archive, which PyTorch's .bin and .pt files are; {_CONVERT}"),
@@ -23,11 +23,11 @@ _KINDS = (
 
 
 def mistaken(head: bytes) -> str | None:
-    """Returns what a file is that begins with `head`, and what to do, as the rest of a sentence "FILE is ..."; None for
-    a kind that is not known. `head` is all of a file that is shorter than `HEAD`."""
+    """Recognises a file that begins with `head`, its first `HEAD` bytes or the whole of a shorter file. Returns its
+    kind and the remedy as the rest of a sentence "FILE is ...", None for an unknown kind."""
     if not head:
         return "empty"
     if not head.strip(b"\0"):
-        return f"zeros where it begins, as unfinished downloads are; {_AGAIN}"
+        return f"zeros where it begins, as unfinished downloads are; {_DOWNLOAD}"
     start = head.lstrip().removeprefix(b"\xef\xbb\xbf").lower()
     return next((kind for magic, kind in _KINDS if start.startswith(magic)), None)

@@ -1,8 +1,8 @@
-"""Reads JSON that others wrote: configuration files, headers, indexes, manifests, conversations.
+"""Reads JSON from outside: configuration files, headers, indexes, manifests, conversations.
 
-Python's `json` module takes more than the standard (NaN, Infinity, numbers that overflow to infinity, a name given
-twice, of which the last wins) and leaves its recursion limit to the input. Everything read here is bounded in size and
-depth and holds finite numbers only, so whoever uses a value need not ask.
+Python's `json` module accepts more than the standard (NaN, Infinity, numbers that overflow to infinity, a name given
+twice, of which the last wins), and deep input ends in a RecursionError. Values read here are bounded in size and depth
+and have finite numbers only, so code that uses them need not check this.
 """
 
 import json
@@ -17,32 +17,34 @@ from kimi_jax.file_kinds import HEAD, mistaken
 from kimi_jax.printable import printable
 
 MAX_BYTES = 128 * 2**20  # the index of a release with 200,000 tensors has 20 MB
-MAX_DEPTH = 64  # tool schemas are the deepest that is written by hand, some ten levels
+MAX_DEPTH = 64  # tool schemas, the deepest JSON that people write, have some ten levels
 
 
 class JSONError(ValueError):
-    """JSON that cannot be read, or is not what it should be; the message names where it comes from."""
+    """Is raised for JSON that cannot be read or has another form than expected; the message names its source."""
 
 
 @runtime_checkable
 class File(Protocol):
-    """A `Path`, or a file behind a URL."""
+    """Is what this module needs of a file: a `Path` has it, and so has a file behind a URL."""
 
     def read_bytes(self) -> bytes: ...
 
 
 def read_object(file: File, *, max_bytes: int = MAX_BYTES, error: type[ValueError] = JSONError) -> dict[str, Any]:
-    """Returns the JSON object in `file`. Raises what `parse_object` raises, and OSError where `file` cannot be read."""
+    """Returns the JSON object in `file`. Raises OSError where `file` cannot be read, and `error` where it is longer
+    than `max_bytes`, `parse` refuses it, or it has another kind of value."""
     return parse_object(_bytes(file, max_bytes, error), str(file), error=error)
 
 
 def read(file: File, *, max_bytes: int = MAX_BYTES, error: type[ValueError] = JSONError) -> Any:
-    """Returns the JSON value in `file`. Raises what `parse` raises, and OSError where `file` cannot be read."""
+    """Returns the JSON value in `file`. Raises OSError where `file` cannot be read, and `error` where it is longer than
+    `max_bytes` or `parse` refuses it."""
     return parse(_bytes(file, max_bytes, error), str(file), error=error)
 
 
 def parse_object(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) -> dict[str, Any]:
-    """Returns the JSON object that `data` holds. Raises `error` as `parse` does, and for any other kind of value."""
+    """Returns the JSON object in `data`. Raises `error` where `parse` does, and for any other kind of value."""
     value = parse(data, name, error=error)
     if not isinstance(value, dict):
         raise error(f"{printable(name)}: expected a JSON object, found {_kind(value)}")
@@ -50,11 +52,11 @@ def parse_object(data: bytes | str, name: str, *, error: type[ValueError] = JSON
 
 
 def parse(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) -> Any:
-    """Returns the JSON value that `data` holds; `name` says in errors where it comes from.
+    """Returns the JSON value in `data`; `name` is its source in errors.
 
     Raises `error` where `data` is not UTF-8 or not JSON, gives a name twice in one object, nests deeper than
-    `MAX_DEPTH`, or holds a number that is not finite or has more digits than Python takes (4,300), or a lone surrogate.
-    Bytes of another kind of file that is known (`file_kinds`) are called what they are.
+    `MAX_DEPTH`, or has a lone surrogate, a number that is not finite, or one of more digits than Python reads (4,300).
+    The error names the kind of file where `file_kinds` recognises it.
     """
 
     def wrong(found: str) -> ValueError:
@@ -63,8 +65,8 @@ def parse(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):
-            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-            raise wrong(f"gives the name {twice!r} twice")
+            ((repeated, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise wrong(f"gives the name {repeated!r} twice")
         return values
 
     def finite(text: str) -> float:
@@ -80,7 +82,7 @@ def parse(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) 
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=refuse)
         text.encode("utf-8")
-        if "\\u" in text:  # half of a surrogate pair, which no encoder takes, may be written as an escape
+        if "\\u" in text:  # an escape may spell half of a surrogate pair, which no encoder accepts
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (json.JSONDecodeError, UnicodeError) as failure:
         if isinstance(data, bytes) and (kind := mistaken(data[:HEAD])):
@@ -98,7 +100,7 @@ def parse(data: bytes | str, name: str, *, error: type[ValueError] = JSONError) 
 
 
 def _bytes(file: File, max_bytes: int, error: type[ValueError]) -> bytes:
-    if isinstance(file, Path):  # a device or pipe has no size, and perhaps no end
+    if isinstance(file, Path):  # its size cannot be asked first: a device or pipe has none, and perhaps no end
         with file.open("rb") as stream:
             data = read_at_most(stream, max_bytes)
     else:
@@ -110,7 +112,7 @@ def _bytes(file: File, max_bytes: int, error: type[ValueError]) -> bytes:
 
 
 def _deeper(value: Any, depth: int) -> bool:
-    """Says whether lists and objects nest more than `depth` times; without recursion."""
+    """Says whether lists and objects nest more than `depth` times. It does not recurse, so no depth is too deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
         level = [

@@ -1,4 +1,4 @@
-"""Fixtures that more than one test folder uses; eight CPU devices; and shapes and types checked at run time."""
+"""Fixtures of more than one test folder; eight CPU devices; shapes and types checked at run time."""
 
 import gc
 import os
@@ -9,27 +9,28 @@ import jaxtyping
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile far more than they run: without LLVM's costlier passes that takes a quarter of the time.
+# Tests compile far more than they run: without LLVM's costly passes compiling takes a quarter of the time.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if version("jaxlib").startswith("0.10."):  # newer ones do not know it
+if version("jaxlib").startswith("0.10."):  # newer versions do not have the flag
     QUICK_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK_COMPILE]
 )
-gc.set_threshold(20_000, 20, 20)  # traces make and keep millions of objects, which are looked through less often so
+gc.set_threshold(20_000, 20, 20)  # tracing makes and keeps millions of objects; the collector scans them less often so
 
 
 def checked_if_lasting(*, typechecker, check=jaxtyping.jaxtyped):
-    """`jaxtyping.jaxtyped`, but for functions that others make anew at every call: to wrap one takes milliseconds."""
+    """Returns `jaxtyping.jaxtyped` without checks for local functions: wrapping takes milliseconds at each
+    definition."""
     wrap = check(typechecker=typechecker)
     return lambda made: made if "<locals>" in getattr(made, "__qualname__", "") else wrap(made)
 
 
-jaxtyping.jaxtyped = checked_if_lasting  # where the hook's code looks it up
+jaxtyping.jaxtyped = checked_if_lasting  # the import hook looks the function up here
 jaxtyping.install_import_hook(["kimi_jax", "pallas_kernels", "sharding", "checkpoints"], "beartype.beartype")
 
 
-# Begun first, lest one of two processes be left with them at the end
+# Started first, so that the last of two processes does not end with them
 LONGEST = (
     "test_tpu_schedule.py",
     "test_generate.py",
@@ -47,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def real_tokenizer_dir() -> Path:
-    """The folder of Kimi's published tokenizer files, which are not ours to commit."""
+    """Returns the folder of Kimi's published tokenizer files, which the repository may not contain."""
     folder = os.environ.get("KIMI_TOKENIZER_DIR")
     if not folder:
         pytest.skip("KIMI_TOKENIZER_DIR does not name a folder with Kimi's tokenizer")
@@ -56,7 +57,7 @@ def real_tokenizer_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the synthetic tokenizer (768 ids) in the published layout."""
+    """Returns a folder with the synthetic tokenizer (768 ids) in the published layout."""
     from kimi_jax.text.tiny import write_tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny_tokenizer")

@@ -1,1 +1,1 @@
-"""Kernels compiled for TPUs that are not here, and what the compiler's own schedule says of them."""
+"""Compiles kernels for TPUs that this machine does not have, and reads the compiler's own schedule of them."""

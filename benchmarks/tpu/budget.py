@@ -1,6 +1,7 @@
-"""What the compiled kernels may cost: bundles per unit and spills by chip and case, one file per libtpu version.
+"""Reads and writes the budget of the compiled kernels: bundles per unit and spills by case and chip.
 
-A schedule is deterministic, so a test may hold it; another libtpu schedules otherwise, hence the version in the name.
+A schedule is deterministic, so a test can compare it with a budget. Each version of libtpu schedules otherwise and has
+a budget file of its own.
 """
 
 import json
@@ -9,22 +10,22 @@ from pathlib import Path
 
 from tpu.case import Row
 
-SLACK = 1.03
+SLACK = 1.03  # room for small changes of a kernel; the same libtpu and kernel give the same number
 
 
 def budget_path() -> Path:
-    """The file of the libtpu that is installed."""
+    """Returns the budget file of the installed libtpu."""
     return Path(__file__).parent / "budgets" / f"libtpu-{version('libtpu')}.json"
 
 
 def read(path: Path) -> dict[tuple[str, str], dict[str, float]]:
-    """{(case, chip): {"bundles_per_unit": ..., "spills": ...}}."""
+    """Returns {(case, chip): {"bundles_per_unit": ..., "spills": ...}}."""
     listed = json.loads(path.read_text())
     return {(case, chip): limit for case, chips in listed.items() for chip, limit in chips.items()}
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Records the rows, in place of what the file says of the same cases and chips."""
+    """Writes the rows into the file, in place of its limits for their cases and chips."""
     limits = read(path) if path.exists() else {}
     for row in rows:
         limits[row.case, row.chip] = {"bundles_per_unit": round(row.bundles_per_unit, 2), "spills": row.spills}
@@ -36,11 +37,11 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def excess(row: Row, limit: dict[str, float]) -> str | None:
-    """What of the row is more than 3 % beyond its budget, in words."""
+    """Returns a line that names the numbers of the row more than 3 % above its budget, None where there are none."""
     found = {"bundles_per_unit": row.bundles_per_unit, "spills": row.spills}
-    over = [
+    excesses = [
         f"{name} {found[name]:.2f}, budget {allowed}"
         for name, allowed in limit.items()
         if found[name] > SLACK * allowed
     ]
-    return f"{row.case} on {row.chip}: {'; '.join(over)}" if over else None
+    return f"{row.case} on {row.chip}: {'; '.join(excesses)}" if excesses else None

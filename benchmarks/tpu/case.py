@@ -1,4 +1,4 @@
-"""One measured call of a kernel: what to compile, how often its loops run, and what it must move and multiply."""
+"""Describes and measures one call of a kernel: the function to compile, its loops' trips, its least bytes and FLOPs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +11,14 @@ from tpu.schedule import Loop
 
 @dataclass(frozen=True)
 class Case:
-    """`build` gives the function and its ShapeDtypeStructs; `trips` how often each loop of the kernel runs in the whole
-    call, in the order of `schedule.read_kernel` without depth 0 (both are called with the chip as
-    `pallas_kernels.hardware.chip` sees it).
+    """One call of a kernel.
 
-    `units` of `unit` are done by the call; `hbm_bytes` and `flops` are what the kernel moves and multiplies at least
-    (the roofline).
+    build: returns the function and its ShapeDtypeStructs.
+    trips: returns how often each loop of the kernel runs in the whole call, in the order of `schedule.read_kernel`
+        without depth 0. Both are called with the chip's abstract mesh in use, where
+        `pallas_kernels.hardware.chip` finds it.
+    units, unit: the call does `units` of `unit`.
+    hbm_bytes, flops: the least that the kernel has to move and multiply (the roofline).
     """
 
     name: str
@@ -32,7 +34,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What the schedule says: seconds are the call's, `ratio` is time over the roofline (the larger of HBM and MXU)."""
+    """The result of a case on a chip; seconds are those of the whole call."""
 
     case: str
     chip: str
@@ -47,16 +49,16 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Time over the roofline. (A schedule may take less than the matrix unit: it knows no stalls.)"""
+        """Returns the time over the roofline, the larger of HBM and MXU, but at least 1: a schedule knows no stalls, so
+        its time may be less."""
         roofline = max(self.hbm_seconds, self.mxu_seconds)
         return max(self.seconds, roofline) / roofline
 
 
 def measure(case: Case, chip_name: str) -> Row:
-    """Compiles the case for one core of the chip and adds up its loops.
+    """Compiles the case for one core of the chip and adds up the bundles of its loops times their trips.
 
-    Raises:
-      ValueError: the kernel has other loops than `trips` names.
+    Raises ValueError where the kernel has more or fewer loops than `trips` names.
     """
     chip = CHIPS[chip_name]
     compiled, trips = compile_for(chip_name, case.build, case.trips, case.kernel, case.donate)

@@ -1,4 +1,4 @@
-"""Compiles a function for one core of a TPU that is not here (libtpu, no TPU) and reports each kernel's schedule.
+"""Compiles a function for one core of a TPU that this machine does not have, and reports a kernel's schedule.
 
 Import this before anything initialises JAX: libtpu reads its dump folder from the environment when it is loaded.
 """
@@ -31,9 +31,9 @@ jax.config.update("jax_platforms", "cpu")
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What the compiler made: the kernel's loops, HBM bytes that it allots beside arguments and results, and the
-    instructions of the entry computation that are neither kernels nor free."""
+class KernelReport:
+    """The kernel's loops, the HBM bytes allocated beside arguments and results, and (`glue`) the instructions of the
+    entry computation that are neither kernels nor free."""
 
     loops: list[Loop]
     temporaries: int
@@ -46,9 +46,9 @@ def compile_for(
     trips: Callable[[], tuple[int, ...]],
     kernel: str,
     donate: tuple[int, ...] = (),
-) -> tuple[Compiled, tuple[int, ...]]:
-    """Compiles what `build` gives (a function and trees of ShapeDtypeStructs) and reads the pallas_call named `kernel`;
-    also returns `trips()`, both called with the chip's mesh in use."""
+) -> tuple[KernelReport, tuple[int, ...]]:
+    """Compiles the function that `build` returns, for the ShapeDtypeStructs that it returns too, and reports on the
+    pallas_call named `kernel`; also returns `trips()`. Both are called with the chip's abstract mesh in use."""
     shutil.rmtree(_DUMP, ignore_errors=True)
     _DUMP.mkdir()
     device = topologies.get_topology_desc(platform="tpu", topology_name=slices(chip)[0].name).devices[0]
@@ -57,17 +57,17 @@ def compile_for(
     with jax.sharding.use_abstract_mesh(mesh):
         function, arguments = build()
         placed = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place), arguments)
-        # A fresh function: jit remembers traces, and they differ between chips.
+        # A new function each time: jit caches traces by function, and they differ between chips.
         traced = jax.jit(lambda *arrays: function(*arrays), donate_argnums=donate).trace(*placed)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-        often = trips()
-    report = Compiled(
+        loop_trips = trips()
+    report = KernelReport(
         loops=read_kernel(_DUMP, kernel),
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
         glue=_glue(compiled.as_text()),
     )
     shutil.rmtree(_DUMP)
-    return report, often
+    return report, loop_trips
 
 
 _FREE = ("parameter(", "bitcast(", "custom-call(", "tuple(", "get-tuple-element(", "constant(")

@@ -1,7 +1,7 @@
 """Reads libtpu's dump of one kernel: its loops, the VLIW bundles of each, and how full they are.
 
-`*-final_bundles.txt` holds a bundle a line, `0x1a LB: >> { ... }`; each `>` is a loop that the bundle lies in, LB the
-first bundle of one. `*-final_hlo-static-per-bundle-utilization.txt` has a row per bundle and a column per unit.
+`*-final_bundles.txt` has a bundle per line, `0x1a LB: >> { ... }`, with a `>` for each loop around the bundle; LB marks
+the first bundle of a loop. `*-final_hlo-static-per-bundle-utilization.txt` has a row per bundle and a column per unit.
 """
 
 import re
@@ -15,7 +15,7 @@ _BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+((?:[A-Z]{2}\s*)*):\s*((?:>\s*)*
 class Loop:
     """A loop of a kernel, or (at depth 0) the kernel outside its loops.
 
-    `bundles` counts those at this depth, not in loops within; `use` is issued operations over slots per unit;
+    `bundles` counts those at this depth, without inner loops; `use` is issued operations over slots, by unit;
     `spills` counts stores to and loads from spilled registers.
     """
 
@@ -26,10 +26,9 @@ class Loop:
 
 
 def read_kernel(folder: Path, kernel: str) -> list[Loop]:
-    """The kernel's loops in program order (a loop before those within it), depth 0 first.
+    """Returns the kernel's loops in program order (a loop before its inner ones), depth 0 first.
 
-    Raises:
-      FileNotFoundError: the dump holds no such kernel, or more than one.
+    Raises FileNotFoundError where the dump has no such kernel, or more than one.
     """
     bundles = _only(folder, kernel, "final_bundles.txt", "schedule-analysis")
     use = _only(folder, kernel, "final_hlo-static-per-bundle-utilization.txt")
@@ -52,7 +51,7 @@ def read_kernel(folder: Path, kernel: str) -> list[Loop]:
             latest[depth] = len(members)
             members.append([])
             depths.append(depth)
-        # Some bundles of a loop's end are printed one loop further out: what follows them goes on with the same loop.
+        # Some bundles at a loop's end are printed one loop further out; later bundles continue that loop.
         open_loops += [latest[inner] for inner in range(len(open_loops), depth + 1)]
         members[open_loops[-1]].append(address)
     return [
@@ -68,11 +67,11 @@ def _loop(depth: int, rows: list[list[int]], units: list[str], slots: list[int])
     return Loop(depth, len(rows), use, spilled)
 
 
-def _only(folder: Path, kernel: str, ending: str, without: str = "\0") -> Path:
+def _only(folder: Path, kernel: str, ending: str, excluded: str = "\0") -> Path:
     found = [
         path
         for path in folder.iterdir()
-        if re.search(rf"-{re.escape(kernel)}(\.\d+)?-\d+-{re.escape(ending)}$", path.name) and without not in path.name
+        if re.search(rf"-{re.escape(kernel)}(\.\d+)?-\d+-{re.escape(ending)}$", path.name) and excluded not in path.name
     ]
     if len(found) != 1:
         raise FileNotFoundError(f"{folder}: {len(found)} files of kernel {kernel!r} end in {ending}, expected one")

@@ -1,1 +1,1 @@
-"""Weights from one stored form to another: bf16, INT4, FP8."""
+"""Turns weights from one stored form into another: bf16, INT4, FP8."""

@@ -1,11 +1,12 @@
-"""What is read of a published folder to make each stored chunk, and how: pure functions, a chunk or a few at a time.
+"""Recipes of conversions: the reads and the pure function that make each stored chunk, a chunk or a few at a time.
 
-`plan` says which leaves a conversion stores, and `Plan.jobs` cuts the work into jobs that know nothing of each other.
-`convert` reads `Job.reads`, calls `Job.make` with those arrays, and writes what it gives as the chunks `Job.makes`. A
-job may make chunks of several leaves (quantising rows gives words and scales). Chunks are those of `layout`.
+`make_recipe` says which leaves a conversion stores, and `Recipe.tasks` cuts the work into tasks that know nothing of
+each other. `convert` reads `ChunkTask.reads`, calls `ChunkTask.make` with those arrays, and writes the results as the
+chunks `ChunkTask.makes`. A task may make chunks of several leaves (quantising rows gives words and scales). Chunks are
+those of `chunk_grid`.
 
-Weights that keep their form are copied word for word. All others go through bf16, which every form is read as, some
-rows at a time (`transform`).
+Weights that keep their form are copied word for word. All others are read as bf16 and put in their new form, some rows
+at a time (`transform`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,20 +15,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from checkpoints.forms.transform import SCRATCH_BYTES, transformed
+from checkpoints.forms.transform import SCRATCH_BYTES, transform
 from checkpoints.published import quantization_config
 from checkpoints.published.numerics import BF16, BLOCK, CODES_PER_WORD, F32, FP8, GROUP_SIZE
 from checkpoints.published.quantization_config import Form
 from checkpoints.published.safetensors import CheckpointError, Published
-from checkpoints.stored.layout import layout
-from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Contents, Leaf, stored, with_fp8
+from checkpoints.stored.chunk_grid import chunk_grid
+from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Contents, Leaf, stored_leaves, with_fp8
 
 Rest = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows `start` to `stop` of the published tensor `name`, all of it by default."""
+class RowRange:
+    """RowRange `start` to `stop` of the published tensor `name`, all of it by default."""
 
     name: str
     start: int = 0
@@ -35,52 +36,54 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Chunk `number`, in C order of the grid, of the stored leaf at `path`."""
+class ChunkId:
+    """ChunkId `number`, in C order of the grid, of the stored leaf at `path`."""
 
     path: str
     number: int
 
 
 @dataclass(frozen=True)
-class Job:
-    """`make(*arrays)` gives, for the arrays of `reads` in their order, those of the chunks `makes` in theirs, in C
-    order and of the chunk's shape. It is pure, may give back its arguments or views of them, and runs in a thread among
-    others. `nbytes` is the memory that the job needs at its worst: what it reads, what it makes, and what `make` holds
-    between.
+class ChunkTask:
+    """One independent piece of a conversion. `make(*arrays)` takes the arrays of `reads` in their order, and returns
+    those of the chunks `makes` in theirs, in C order and of the chunk's shape. It is pure, may return its arguments or
+    views of them, and runs in a thread among others. `nbytes` is the memory that the task needs at its worst: for the
+    arrays that it reads, those that it makes, and those in between.
 
     `make` raises CheckpointError naming file and tensor for values that cannot be (a scale that is not finite).
     """
 
-    reads: tuple[Rows, ...]
-    makes: tuple[Chunk, ...]
+    reads: tuple[RowRange, ...]
+    makes: tuple[ChunkId, ...]
     make: Callable[..., tuple[np.ndarray, ...]]
     nbytes: int
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The `leaves` that a conversion stores, `form` (what else than the source decides them, as JSON, recorded so that
-    a conversion is only resumed as it was begun), `jobs`, a fresh iterator over all jobs, alike at every call: in
-    about the order of the source's bytes, each chunk made once; and `config`, from the source's config.json to the one
-    that describes the result, None where that is the same."""
+class Recipe:
+    """The `leaves` that a conversion stores. `form` has the arguments that decide them besides the source, as JSON: it
+    is recorded so that a conversion is only resumed as it was begun. `tasks` returns a fresh iterator over all tasks,
+    equal at every call, in about the order of the source's bytes, each chunk made once. `config` changes the source's
+    config.json to the one that describes the result; it is None where they are the same."""
 
     leaves: tuple[Leaf, ...]
     form: dict[str, str]
-    jobs: Callable[[], Iterator[Job]]
+    tasks: Callable[[], Iterator[ChunkTask]]
     config: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
-def plan(published: Published, contents: Contents, experts: Form | None = None, dtype: Rest | None = None) -> Plan:
-    """Routed experts in the form `experts`, everything else in `dtype`.
+def make_recipe(
+    published: Published, contents: Contents, experts: Form | None = None, dtype: Rest | None = None
+) -> Recipe:
+    """Returns the recipe that stores routed experts in the form `experts`, and all other weights in `dtype`.
 
-    Without `experts`, they stay as published, but FP8 becomes bf16. Without `dtype`, so does everything else; the FP8
-    Linears outside the experts stay FP8 only with `experts="fp8"`. What the model has in float32 whatever its dtype
-    (the router's bias, `A_log`, `dt_bias`) is never narrowed. Raises CheckpointError where the experts' inputs do not
+    Without `experts`, these stay as published, except that FP8 becomes bf16. Without `dtype`, the others stay as
+    published, except that FP8 becomes bf16 unless `experts="fp8"`. Parameters that a model of any dtype has in float32
+    (the router's bias, `A_log`, `dt_bias`) are never narrowed. Raises CheckpointError where the experts' inputs do not
     divide into groups of INT4.
     """
     order = {name: i for i, name in enumerate(published.tensors)}
-    kept = {leaf.path for leaf in stored(contents.model) if leaf.dtype == F32 and dtype != "float32"}
+    kept = {leaf.path for leaf in stored_leaves(contents.model) if leaf.dtype == F32 and dtype != "float32"}
     pairs: list[tuple[tuple[Leaf, ...], tuple[Leaf, ...]]] = []
     for source in _weights(contents.leaves):
         first = source[0]
@@ -94,7 +97,7 @@ def plan(published: Published, contents: Contents, experts: Form | None = None, 
             pairs.append((source, (replace(first, dtype=np.dtype(dtype or BF16)),)))
     pairs.sort(key=lambda pair: order[pair[0][0].names[0]])
 
-    def jobs() -> Iterator[Job]:
+    def tasks() -> Iterator[ChunkTask]:
         for source, target in pairs:
             if [(leaf.path, leaf.dtype) for leaf in source] == [(leaf.path, leaf.dtype) for leaf in target]:
                 for leaf in source:
@@ -105,12 +108,12 @@ def plan(published: Published, contents: Contents, experts: Form | None = None, 
     leaves = tuple(leaf for _, target in pairs for leaf in target)
     settings: dict[str, str] = {"experts": experts or "as published", "dtype": dtype or "as published"}
     if all(source == target for source, target in pairs):
-        return Plan(leaves, settings, jobs)
-    return Plan(leaves, settings, jobs, lambda config: _described(config, leaves, dtype))
+        return Recipe(leaves, settings, tasks)
+    return Recipe(leaves, settings, tasks, lambda config: _described(config, leaves, dtype))
 
 
 def _weights(leaves: Sequence[Leaf]) -> Iterator[tuple[Leaf, ...]]:
-    """Words or e4m3 with their scales, all others alone."""
+    """Yields words or e4m3 with their scales, all others by themselves."""
     scales = {leaf.path: leaf for leaf in leaves if leaf.path.endswith((SCALE, SCALE_INV))}
     for leaf in leaves:
         if leaf.path.endswith(PACKED):
@@ -122,7 +125,7 @@ def _weights(leaves: Sequence[Leaf]) -> Iterator[tuple[Leaf, ...]]:
 
 
 def _in_form(source: Sequence[Leaf], form: Form) -> tuple[Leaf, ...]:
-    """The leaves of experts' weight `source` in another form."""
+    """Returns the leaves of the experts' weight `source` in another form."""
     first = source[0]
     *outer, out, in_ = first.shape
     if first.path.endswith(PACKED):
@@ -150,39 +153,39 @@ def _described(config: Mapping[str, Any], leaves: Sequence[Leaf], dtype: Rest | 
     elif any(leaf.dtype == FP8 for leaf in leaves):
         form = "fp8"
     not_converted = [name.removesuffix(".weight") for leaf in plain for name in leaf.names]
-    described = quantization_config.described(config, form, not_converted)
+    described = quantization_config.describe_form(config, form, not_converted)
     for part in (described, described.get("text_config", {})):
         part.update({name: dtype for name in ("dtype", "torch_dtype") if dtype and name in part})
     return described
 
 
-def _verbatim(published: Published, leaf: Leaf) -> Iterator[Job]:
-    """A chunk of a stacked leaf is an expert's tensor, of another one rows of its only tensor."""
-    cut = layout(leaf)
+def _verbatim(published: Published, leaf: Leaf) -> Iterator[ChunkTask]:
+    """Yields tasks that copy a leaf. A chunk of a stacked one is an expert's tensor, of another rows of its tensor."""
+    cut = chunk_grid(leaf)
     for number in range(cut.chunks):
         read = _rows(leaf, number)
         scales = leaf.path.endswith((SCALE, SCALE_INV))
         make = _finite(published, read, cut.chunk) if scales else _reshaped(cut.chunk)
-        # twice, since a cut along columns is copied
-        yield Job((read,), (Chunk(leaf.path, number),), make, 2 * cut.chunk_bytes)
+        # twice: a cut along columns copies the chunk
+        yield ChunkTask((read,), (ChunkId(leaf.path, number),), make, 2 * cut.chunk_bytes)
 
 
-def _rows(leaf: Leaf, number: int) -> Rows:
-    """What of the published tensors chunk `number` of a leaf is."""
-    cut = layout(leaf)
+def _rows(leaf: Leaf, number: int) -> RowRange:
+    """Returns the published rows that are chunk `number` of a leaf."""
+    cut = chunk_grid(leaf)
     if leaf.stacked:
-        return Rows(leaf.pattern.format(number))
+        return RowRange(leaf.pattern.format(number))
     if cut.chunks == 1:
-        return Rows(leaf.pattern)
-    return Rows(leaf.pattern, number * cut.chunk[0], (number + 1) * cut.chunk[0])
+        return RowRange(leaf.pattern)
+    return RowRange(leaf.pattern, number * cut.chunk[0], (number + 1) * cut.chunk[0])
 
 
-def _transform(published: Published, source: Sequence[Leaf], target: Sequence[Leaf]) -> Iterator[Job]:
-    """All of a weight's leaves for one expert, or for the rows of one chunk."""
-    cuts = [layout(leaf) for leaf in target]
+def _transform(published: Published, source: Sequence[Leaf], target: Sequence[Leaf]) -> Iterator[ChunkTask]:
+    """Yields tasks that each make all leaves of a weight, for one expert or for the rows of one chunk."""
+    cuts = [chunk_grid(leaf) for leaf in target]
     for number in range(cuts[0].chunks):
         rows = _rows(target[0], number)
-        reads = tuple(Rows(leaf.pattern.format(number), rows.start, rows.stop) for leaf in source)
+        reads = tuple(RowRange(leaf.pattern.format(number), rows.start, rows.stop) for leaf in source)
         if source[0].dtype == FP8 and rows.stop is not None:
             reads = (reads[0], replace(reads[1], start=rows.start // BLOCK, stop=-(-rows.stop // BLOCK)))
         shapes, dtypes = [cut.chunk for cut in cuts], [leaf.dtype for leaf in target]
@@ -190,19 +193,19 @@ def _transform(published: Published, source: Sequence[Leaf], target: Sequence[Le
         share = made / sum(leaf.nbytes for leaf in target)
         read = int(sum(leaf.nbytes for leaf in source) * share) + source[-1].nbytes // source[-1].shape[0]
         columns = shapes[0][-1] * (CODES_PER_WORD if target[0].path.endswith(PACKED) else 1)
-        makes = tuple(Chunk(leaf.path, number) for leaf in target)
-        # made twice: in blocks of rows, then in one
+        makes = tuple(ChunkId(leaf.path, number) for leaf in target)
+        # results twice: in blocks of rows, then put together
         nbytes = read + 2 * made + SCRATCH_BYTES * columns
-        yield Job(reads, makes, _made(published, reads, shapes, dtypes), nbytes)
+        yield ChunkTask(reads, makes, _made(published, reads, shapes, dtypes), nbytes)
 
 
 def _made(
-    published: Published, reads: Sequence[Rows], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype]
+    published: Published, reads: Sequence[RowRange], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype]
 ) -> Callable[..., tuple[np.ndarray, ...]]:
     def make(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         _check(published, reads, arrays)
         try:
-            made = transformed(arrays, dtypes, skip=reads[0].start % BLOCK)
+            made = transform(arrays, dtypes, skip=reads[0].start % BLOCK)
         except ValueError as error:
             raise CheckpointError(f"{published.tensors[reads[0].name].file}: tensor {reads[0].name} {error}") from None
         return tuple(array.reshape(shape) for array, shape in zip(made, shapes, strict=True))
@@ -214,7 +217,9 @@ def _reshaped(shape: tuple[int, ...]) -> Callable[[np.ndarray], tuple[np.ndarray
     return lambda array: (array.reshape(shape),)
 
 
-def _finite(published: Published, read: Rows, shape: tuple[int, ...]) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
+def _finite(
+    published: Published, read: RowRange, shape: tuple[int, ...]
+) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
     def make(scales: np.ndarray) -> tuple[np.ndarray, ...]:
         _check(published, (read,), (scales,))
         return (scales.reshape(shape),)
@@ -222,7 +227,7 @@ def _finite(published: Published, read: Rows, shape: tuple[int, ...]) -> Callabl
     return make
 
 
-def _check(published: Published, reads: Sequence[Rows], arrays: Sequence[np.ndarray]) -> None:
+def _check(published: Published, reads: Sequence[RowRange], arrays: Sequence[np.ndarray]) -> None:
     for read, scales in zip(reads, arrays, strict=True):
         if read.name.endswith((SCALE, SCALE_INV)) and not (finite := np.isfinite(scales.astype(np.float32))).all():
             row = read.start + int(np.argwhere(~finite)[0][0])

@@ -1,4 +1,4 @@
-"""From one stored form of a weight to another, through bf16, by rows."""
+"""Turns a weight from one stored form into another, through bf16, by rows."""
 
 from collections.abc import Iterator, Sequence
 
@@ -18,25 +18,25 @@ from checkpoints.published.numerics import (
 INT32 = np.dtype(np.int32)
 
 
-SCRATCH_BYTES = 20 * BLOCK  # per column, what `transformed` holds beside its arguments and results
+SCRATCH_BYTES = 20 * BLOCK  # per column, what `transform` holds beside its arguments and results
 
 
-def transformed(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype], *, skip: int = 0) -> tuple[np.ndarray, ...]:
-    """The weight `arrays` as arrays of `dtypes`. Either is one of: floats; (int32 words, bf16 scales); (e4m3, float32
-    scales). Between two of them a weight is rounded to bf16; where it ends in plain floats, it is rounded once, to
-    those. `skip` says how many rows of the first FP8 block are not there.
+def transform(arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype], *, skip: int = 0) -> tuple[np.ndarray, ...]:
+    """Returns the weight `arrays` as arrays of `dtypes`. Either is one of: floats; (int32 words, bf16 scales); (e4m3,
+    float32 scales). Between two of them a weight is rounded to bf16; where it ends in plain floats, it is rounded once,
+    to those. `skip` says how many rows of the first FP8 block are not there.
 
-    Raises ValueError for what is not finite, where a scale is made or used.
+    Raises ValueError for a weight or scale that is not finite, where a scale is made or used.
     """
     first = arrays[0]
     if first.dtype not in (INT32, FP8) and dtypes[0] not in (INT32, FP8):
         return (first.astype(dtypes[0]),)
-    parts = [_quantized(rows, dtypes[0]) for rows in plain(arrays, skip, F32 if dtypes[0] == F32 else BF16)]
+    parts = [_quantize(rows, dtypes[0]) for rows in plain_rows(arrays, skip, F32 if dtypes[0] == F32 else BF16)]
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
-def plain(arrays: Sequence[np.ndarray], skip: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The weight's values in bf16 (or float32, of FP8 and floats), `BLOCK` rows at a time, at first `skip` fewer."""
+def plain_rows(arrays: Sequence[np.ndarray], skip: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Yields the weight in bf16 (FP8 and floats also in float32), `BLOCK` rows at a time, at first `skip` fewer."""
     first, *scales = arrays
     starts = [0, *range(BLOCK - skip, first.shape[0], BLOCK)]
     for i, start in enumerate(starts):
@@ -49,7 +49,7 @@ def plain(arrays: Sequence[np.ndarray], skip: int, dtype: np.dtype) -> Iterator[
             yield first[rows].astype(dtype)
 
 
-def _quantized(rows: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+def _quantize(rows: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, ...]:
     if dtype == INT32:
         return quantize_int4(rows)
     if dtype == FP8:

@@ -1,1 +1,1 @@
-"""The long jobs over whole checkpoints: convert, export, verify, compare, inspect."""
+"""Works over whole checkpoints: convert, export, verify, compare, inspect."""

@@ -1,4 +1,4 @@
-"""Two checkpoints, tensor by tensor: exactly, or by value whatever their forms; some rows of each at a time."""
+"""Compares two checkpoints, tensor by tensor: exactly, or by value whatever their forms; some rows at a time."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,20 +6,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from checkpoints.forms.transform import SCRATCH_BYTES, plain
-from checkpoints.jobs import pipeline
-from checkpoints.jobs.progress import Counter, Progress
+from checkpoints.files import pipeline
+from checkpoints.files.pipeline import ByteCounter, Progress
+from checkpoints.forms.transform import SCRATCH_BYTES, plain_rows
 from checkpoints.published.numerics import BLOCK, CODES_PER_WORD, F32
 from checkpoints.published.safetensors import CheckpointError, Published, Tensor
-from checkpoints.stored.converted import Converted
-from checkpoints.stored.layout import CHUNK_BYTES
+from checkpoints.stored.chunk_grid import CHUNK_BYTES
+from checkpoints.stored.folder import Converted
 from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, SHAPE
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one tensor, or with a tolerance of one weight in whatever form. `problem` is empty where it is
-    the same. The errors, of values, are relative: to the largest of B, and as root mean squares; 0 for equal bytes."""
+    """The finding about one tensor, or with a tolerance about one weight in whatever form. `problem` is empty where
+    both sides agree. The errors, of values, are relative: `max_error` to the largest magnitude of B, `rms_error` to its
+    root mean square; 0 for equal bytes."""
 
     name: str
     problem: str = ""
@@ -27,17 +28,17 @@ class Finding:
     rms_error: float = 0.0
 
 
-Source = Published | Converted
+Checkpoint = Published | Converted
 
 
 class Compare:
-    """Tensors, or with a tolerance weights, of two sources."""
+    """Compares the tensors, or with a tolerance the weights, of two checkpoints."""
 
-    def __init__(self, left: Source, right: Source, tolerance: float | None, progress: Progress | None):
+    def __init__(self, left: Checkpoint, right: Checkpoint, tolerance: float | None, progress: Progress | None):
         self.sources, self.tolerance = (left, right), tolerance
         self.names = [_names(source.tensors, exact=tolerance is None) for source in (left, right)]
         self.all = list(dict.fromkeys([*self.names[0], *self.names[1]]))
-        self.count = Counter(sum(self._nbytes(name) for name in self.all), progress)
+        self.count = ByteCounter(sum(self._nbytes(name) for name in self.all), progress)
 
     def run(self, workers: int, limit: int) -> list[Finding]:
         found: dict[str, Finding] = {}
@@ -46,14 +47,14 @@ class Compare:
             found[name] = self._finding(name)
             self.count(self._nbytes(name))
 
-        pipeline.run(self.all, work, self._held, workers=workers, limit=limit)
+        pipeline.run(self.all, work, self._memory, workers=workers, limit=limit)
         return [found[name] for name in self.all]
 
     def _nbytes(self, name: str) -> int:
         return sum(self.sources[0].tensors[part].nbytes for part in self.names[0].get(name, ()))
 
-    def _held(self, name: str) -> int:
-        """Memory for a block of each side: files and chunks, and with a tolerance its values and their differences."""
+    def _memory(self, name: str) -> int:
+        """Returns the memory for a block of each side: files, chunks and, with a tolerance, values and differences."""
         sides = [[s.tensors[part] for part in n.get(name, ())] for s, n in zip(self.sources, self.names, strict=True)]
         if not all(sides):
             return 0
@@ -116,7 +117,7 @@ class Compare:
 
 
 def _names(tensors: Mapping[str, Tensor], *, exact: bool) -> dict[str, tuple[str, ...]]:
-    """Weights by name, and the tensors that hold each; every tensor alone where they are compared exactly."""
+    """Returns the weights by name, and the tensors of each; every tensor by itself where they are compared exactly."""
     if exact:
         return {name: (name,) for name in tensors}
     result: dict[str, tuple[str, ...]] = {}
@@ -135,8 +136,8 @@ def _shape(parts: Sequence[Tensor]) -> tuple[int, ...]:
     return (first.shape[0], first.shape[1] * CODES_PER_WORD) if first.name.endswith(PACKED) else first.shape
 
 
-def _arrays(source: Source, parts: Sequence[Tensor], start: int, stop: int | None) -> list[np.ndarray]:
-    """Rows of a weight, as stored."""
+def _arrays(source: Checkpoint, parts: Sequence[Tensor], start: int, stop: int | None) -> list[np.ndarray]:
+    """Reads rows of a weight, as stored."""
     arrays = [source.read(parts[0].name, start, stop)]
     if len(parts) == 2:
         per_block = parts[1].name.endswith(SCALE_INV)
@@ -146,16 +147,16 @@ def _arrays(source: Source, parts: Sequence[Tensor], start: int, stop: int | Non
 
 
 def _values(tensor: Tensor, arrays: Sequence[np.ndarray], start: int) -> Iterator[np.ndarray]:
-    """Those in float32, some at a time, so that what is computed of them stays in the cache."""
+    """Yields rows of a weight in float32, few enough at a time for the processor's cache."""
     try:
-        for rows in plain(arrays, start % BLOCK, F32):
+        for rows in plain_rows(arrays, start % BLOCK, F32):
             yield rows.astype(F32, copy=False)
     except ValueError as error:
         raise CheckpointError(f"{tensor.file}: tensor {tensor.name} {error}") from None
 
 
 def _rows(*sides: Sequence[Tensor]) -> int:
-    """How many rows to read at a time: those of a chunk of ours, where the larger side is one."""
+    """Returns the number of rows to read at a time: those of a chunk, where the larger side has chunks."""
     tensor = max((side[0] for side in sides), key=lambda tensor: tensor.nbytes)
     rows = tensor.shape[0] if tensor.shape else 1
     row_bytes = tensor.nbytes // max(rows, 1)

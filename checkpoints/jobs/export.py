@@ -1,7 +1,7 @@
-"""An Orbax checkpoint of ours -> a published folder: safetensors in shards, their index, and what goes along.
+"""Exports a converted folder as a published one: safetensors in shards, their index, and the files beside them.
 
-Chunks are held against the manifest's checksums on their way, and go straight to their places in the shards, several
-at a time. Names, dtypes and shapes are those of the checkpoint that was converted, and so is every byte of what was
+Chunks are checked against the manifest's checksums, and written straight to their places in the shards, several at a
+time. Names, dtypes and shapes are those of the checkpoint that was converted, and so is every byte of a weight that was
 kept in its form. An export that was killed goes on with the shards that are not whole.
 """
 
@@ -10,21 +10,21 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints.jobs import pipeline
-from checkpoints.jobs.files import new_folder, was_finished
-from checkpoints.jobs.pipeline import MEMORY, WORKERS
-from checkpoints.jobs.progress import Counter, Progress
-from checkpoints.jobs.shards import SHARD_BYTES, Entry, ShardWriter, planned
+from checkpoints.files import pipeline
+from checkpoints.files.new_folder import new_folder, was_finished
+from checkpoints.files.pipeline import MEMORY, WORKERS, ByteCounter, Progress
 from checkpoints.published.safetensors import INDEX
-from checkpoints.stored.converted import Chunk, Converted
+from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
+from checkpoints.stored.chunk_file import ChunkFile
+from checkpoints.stored.companions import companion_digests, copy_companions
+from checkpoints.stored.folder import Converted
 from checkpoints.stored.manifest import MANIFEST
-from checkpoints.stored.metadata import carry, recorded
 from checkpoints.stored.names import PACKED, SHAPE
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: `nbytes` of tensors in `shards` files, and the files `carried` along."""
+    """The result of an export: `nbytes` of tensors in `shards` files, and the companions that were `carried` along."""
 
     destination: Path
     tensors: int
@@ -56,14 +56,14 @@ def export(
         raise ValueError(f"shards of {shard_bytes} bytes, {workers} workers: expected 1 or more")
     source = Converted.open(src)
     names = sorted(source.tensors, key=_natural)
-    entries = [Entry(name, source.tensors[name].dtype, source.tensors[name].shape) for name in names]
-    shards = planned(entries, shard_bytes)
+    headers = [TensorHeader(name, source.tensors[name].dtype, source.tensors[name].shape) for name in names]
+    shards = split_into_shards(headers, shard_bytes)
     chunks = [chunk for name in names for chunk in source.chunks.get(name, ())]
     manifest = hashlib.sha256((source.folder / MANIFEST).read_bytes()).hexdigest()
     settings = {"export of": manifest, "shard_bytes": shard_bytes}
 
     def report(carried: tuple[str, ...]) -> Exported:
-        return Exported(Path(dst), len(entries), len(shards), sum(entry.nbytes for entry in entries), carried)
+        return Exported(Path(dst), len(headers), len(shards), sum(header.nbytes for header in headers), carried)
 
     if was_finished(Path(dst), settings):
         files = sorted(file.name for file in Path(dst).iterdir())
@@ -71,26 +71,26 @@ def export(
     with new_folder(Path(dst), settings) as folder:
         with ShardWriter(folder, shards) as writer:
             todo = [chunk for chunk in chunks if not writer.finished.issuperset(_tensors(chunk))]
-            total, left = (sum(chunk.layout.chunk_bytes for chunk in some) for some in (chunks, todo))
-            count = Counter(total, progress, total - left)
+            total, left = (sum(chunk.grid.chunk_bytes for chunk in some) for some in (chunks, todo))
+            count = ByteCounter(total, progress, total - left)
 
-            def work(chunk: Chunk) -> None:
+            def work(chunk: ChunkFile) -> None:
                 writer.write(chunk.name, chunk.read(check=True), chunk.row)
                 for shape in _tensors(chunk)[1:]:
                     writer.write(shape, source.weight_shapes[shape])
-                count(chunk.layout.chunk_bytes)
+                count(chunk.grid.chunk_bytes)
 
             pipeline.run(todo, work, lambda chunk: chunk.nbytes, workers=workers, limit=limit)
-        carried = carry(source.folder, folder, expected=recorded(source.manifest))
+        carried = copy_companions(source.folder, folder, expected=companion_digests(source.manifest.files))
     return report(carried)
 
 
-def _tensors(chunk: Chunk) -> tuple[str, ...]:
-    """The tensors that are written of a chunk: its own and, after INT4 words, their shape."""
+def _tensors(chunk: ChunkFile) -> tuple[str, ...]:
+    """Returns the tensors that are written of a chunk: its own and, after INT4 words, their shape."""
     shape = (chunk.name.removesuffix(PACKED) + SHAPE,) if chunk.name.endswith(PACKED) else ()
     return chunk.name, *shape
 
 
 def _natural(name: str) -> list[str | int]:
-    """Layer 2 before layer 10."""
+    """Returns a key by which layer 2 comes before layer 10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

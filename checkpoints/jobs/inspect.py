@@ -1,4 +1,4 @@
-"""What is in a checkpoint: layers, experts, dtypes, parameters and bytes by part."""
+"""Summarises a checkpoint: layers, experts, dtypes, parameters and bytes by part."""
 
 import dataclasses
 from collections import Counter, defaultdict
@@ -9,14 +9,15 @@ from typing import Literal
 from rich.table import Table
 
 from checkpoints.published.numerics import CODES_PER_WORD
-from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Leaf, stored
-from checkpoints.stored.sources import ConvertedSource, open_checkpoint
+from checkpoints.stored.folder import Converted
+from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Leaf, stored_leaves
+from checkpoints.stored.source import open_source
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import abstract
 
 Kind = Literal["orbax", "safetensors", "configuration"]
 
-# The first that a path contains is its part.
+# A path's part is the first of these that it contains.
 _PARTS = (
     ("vision_tower.", "vision"),
     ("mm_projector.", "projector"),
@@ -32,8 +33,9 @@ _PARTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A part of the model. `parameters` are weights: an INT4 word counts 8, a scale none. `nbytes` are as stored."""
+class PartSizes:
+    """The sizes of one part of the model. `parameters` are weights: an INT4 word counts 8, a scale none. `nbytes` are
+    as stored."""
 
     name: str
     tensors: int
@@ -43,8 +45,9 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A checkpoint, or what one of a configuration would hold. `layers` counts text layers by kind ("mla + moe"),
-    `dtypes` bytes by stored dtype ("int4" for packed words), `tensors` the published ones without `weight_shape`."""
+    """The sizes of a checkpoint, or of one that a configuration would have. `layers` counts text layers by kind
+    ("mla + moe"), `dtypes` bytes by stored dtype ("int4" for packed words), `tensors` the published ones without
+    `weight_shape`."""
 
     kind: Kind
     model_type: str
@@ -53,7 +56,7 @@ class Summary:
     n_routed_experts: int
     num_experts_per_tok: int
     dtypes: dict[str, int]
-    parts: tuple[Part, ...]
+    parts: tuple[PartSizes, ...]
 
     @property
     def parameters(self) -> int:
@@ -65,28 +68,29 @@ class Summary:
 
 
 def summary(path: str | Path) -> Summary:
-    """What the checkpoint in folder `path` holds: an Orbax checkpoint of ours, or a published folder.
+    """Returns the summary of the checkpoint in folder `path`: one that `convert` wrote, or a published folder.
 
     Reads names and shapes only. Raises what `checkpoints.load` raises for a damaged one.
     """
-    source = open_checkpoint(path)
-    kind: Kind = "orbax" if isinstance(source, ConvertedSource) else "safetensors"
+    source = open_source(path)
+    kind: Kind = "orbax" if isinstance(source, Converted) else "safetensors"
     return _summary(kind, source.contents.config, source.contents.leaves)
 
 
 def summary_of_config(config: KimiConfig) -> Summary:
-    """What a published checkpoint of `config` would hold, off the abstract model: nothing is allocated."""
-    return _summary("configuration", config, stored(abstract(config)))
+    """Returns the summary that a published checkpoint of `config` would have, off the abstract model: nothing is
+    allocated."""
+    return _summary("configuration", config, stored_leaves(abstract(config)))
 
 
 def table(summary: Summary) -> Table:
-    """`summary` to print."""
+    """Returns `summary` as a table to print."""
     layers = ", ".join(f"{count} x {kind}" for kind, count in summary.layers.items())
     vision = f", {summary.vision_layers} vision layers" if summary.vision_layers else ""
     experts = f", {summary.n_routed_experts} experts, {summary.num_experts_per_tok} chosen"
     title = f"{summary.model_type} ({summary.kind}): {layers}{vision}{experts if summary.n_routed_experts else ''}"
     table = Table("part", "tensors", "parameters", "bytes", title=title, show_footer=True)
-    total = Part("total", sum(p.tensors for p in summary.parts), summary.parameters, summary.nbytes)
+    total = PartSizes("total", sum(p.tensors for p in summary.parts), summary.parameters, summary.nbytes)
     for column, footer in zip(table.columns, _row(total), strict=True):
         column.footer = footer
         column.justify = "left" if column is table.columns[0] else "right"
@@ -96,7 +100,7 @@ def table(summary: Summary) -> Table:
     return table
 
 
-def _row(part: Part) -> tuple[str, ...]:
+def _row(part: PartSizes) -> tuple[str, ...]:
     return part.name, f"{part.tensors:,}", f"{part.parameters:,}", f"{part.nbytes:,}"
 
 
@@ -120,8 +124,8 @@ def _summary(kind: Kind, config: KimiConfig, leaves: Iterable[Leaf]) -> Summary:
     )
 
 
-def _part(name: str, leaves: list[Leaf]) -> Part:
-    return Part(
+def _part(name: str, leaves: list[Leaf]) -> PartSizes:
+    return PartSizes(
         name,
         sum(leaf.shape[0] if leaf.stacked else 1 for leaf in leaves),
         sum(_parameters(leaf) for leaf in leaves),

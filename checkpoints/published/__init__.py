@@ -1,1 +1,1 @@
-"""A published folder of safetensors: its files, its tensors by name, and the numbers in them."""
+"""Reads and writes published folders of safetensors: files, tensors by name, and the numbers in them."""

@@ -1,4 +1,4 @@
-"""What a config.json says of the stored form of the weights: `quantization_config`, and `dtype` of the rest."""
+"""The stored form of weights, as a config.json says it: `quantization_config`, and `dtype` of the rest."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -17,7 +17,7 @@ IGNORE = (
 
 
 def int4(ignore: Sequence[str] = IGNORE) -> dict[str, Any]:
-    """compressed-tensors: routed experts in groups of 32, everything that `ignore` matches as it is."""
+    """Returns that of compressed-tensors: routed experts in groups of 32, and no Linear that `ignore` matches."""
     weights = {
         **{"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP_SIZE},
         **{"dynamic": False, "actorder": None, "observer": "minmax", "block_structure": None},
@@ -30,22 +30,22 @@ def int4(ignore: Sequence[str] = IGNORE) -> dict[str, Any]:
 
 
 def fp8(not_converted: Sequence[str] = ()) -> dict[str, Any]:
-    """DeepSeek-V3's blocks. `not_converted` are the full names of the Linears that are not in FP8."""
+    """Returns that of DeepSeek-V3's blocks. `not_converted` are the full names of the Linears that are not in FP8."""
     values = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
     return values | ({"modules_to_not_convert": list(not_converted)} if not_converted else {})
 
 
 def form_of(config: Mapping[str, Any]) -> Form:
-    """What `config` says of the experts."""
+    """Returns the form of the experts that `config` describes."""
     values = config.get("text_config", config).get("quantization_config") or config.get("quantization_config")
     if values is None:
         return "bf16"
     return "fp8" if values.get("quant_method") == "fp8" else "int4"
 
 
-def described(config: Mapping[str, Any], form: Form, not_converted: Sequence[str] = ()) -> dict[str, Any]:
-    """`config` with the `quantization_config` of `form`, or none for bf16. It stands where the releases have it: in
-    text_config where there is one."""
+def describe_form(config: Mapping[str, Any], form: Form, not_converted: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns `config` with the `quantization_config` of `form`, or none for bf16. Like the releases' it is in
+    text_config, where there is one."""
     result = deepcopy(dict(config))
     text = result.get("text_config", result)
     for part in (result, text):

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from checkpoints.published.reading import Place, Remote, at, read_into, size
+from checkpoints.files.place import Place, Remote, locate, read_into, size
 from kimi_jax import json_reader
 from kimi_jax.file_kinds import HEAD, mistaken
 from kimi_jax.printable import printable
@@ -45,12 +45,12 @@ _HEADER_LIMIT = 100_000_000  # the library's own; a larger number is a damaged f
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names the file and the tensor."""
+    """Says why a checkpoint cannot be read; the message names the file and the tensor."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: `nbytes` bytes from `offset` of `file`, C order, of `shape` and `dtype`."""
+    """The place of a tensor of `shape` and `dtype`: `nbytes` bytes from `offset` of `file`, in C order."""
 
     name: str
     dtype: np.dtype
@@ -65,8 +65,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Published:
-    """A folder of safetensors: shards with their index, or one file. `tensors` is in the order of the files and of
-    their bytes."""
+    """A folder of safetensors: shards with their index, or one file. `tensors` has them by name, in the order of the
+    files and of their bytes."""
 
     folder: Place
     tensors: Mapping[str, Tensor]
@@ -74,14 +74,14 @@ class Published:
 
     @classmethod
     def open(cls, folder: str | Path | Remote) -> "Published":
-        """Reads every header in `folder`, a path or URL, and holds it against the index, where there is one.
+        """Reads every header in `folder`, a path or URL, and checks it against the index, where there is one.
 
-        Refuses what the safetensors library refuses: bytes that are no tensor's, numbers that are not whole, metadata
+        Like the safetensors library it refuses bytes that are no tensor's, numbers that are not whole, and metadata
         that are not strings. Raises FileNotFoundError if there are no safetensors, `CheckpointError` naming file and
-        tensor for a shard that is missing, truncated, damaged or of another kind, a tensor that comes twice, and an
-        index that says other than the shards.
+        tensor for a shard that is missing, truncated, damaged or of another kind, a tensor that is there twice, and an
+        index that contradicts the shards.
         """
-        folder = at(folder)
+        folder = locate(folder)
         if (folder / INDEX).is_file():
             weight_map = _weight_map(folder / INDEX)
             files = tuple(folder / file for file in sorted(set(weight_map.values())))
@@ -102,9 +102,9 @@ class Published:
         return cls(folder, tensors, files)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
-        """Tensor `name`, or its rows `start` to `stop` along the leading axis, in the stored dtype.
+        """Returns tensor `name`, or its rows `start` to `stop` along the leading axis, in the stored dtype.
 
-        The result lies in `buffer` where one is given: bytes, as many as needed at the least, to be used again.
+        The result is a view of `buffer` where one is given: uint8, at least as many as the result has bytes.
         Raises KeyError for a name that is not there, `CheckpointError` for a file that ends early.
         """
         tensor = self.tensors[name]
@@ -121,8 +121,8 @@ class Published:
 
 
 def _only_file(folder: Place) -> Place:
-    """The file that holds all tensors of a folder without an index, whatever its name. Raises FileNotFoundError where
-    there is none, `CheckpointError` where there are several, or one that its name calls a part of more."""
+    """Returns the file that holds all tensors of a folder without an index, whatever its name. Raises FileNotFoundError
+    where there is none, `CheckpointError` where there are several, or one that its name calls a part of more."""
     files: list[Place] = sorted(folder.glob("*.safetensors"), key=lambda file: file.name)
     files = [file for file in files if file.name == SINGLE] or files
     if not files:
@@ -228,7 +228,7 @@ def _tensor(file: Place, name: str, entry: Any, data: int) -> Tensor:
 
 
 def _sizes(values: Any) -> TypeGuard[list[int]]:
-    """Says whether `values` is a list of whole numbers, of which True is none."""
+    """Returns whether `values` is a list of whole numbers, of which True is none."""
     return (
         type(values) is list
         and set(map(type, values)) <= {int}
@@ -237,6 +237,6 @@ def _sizes(values: Any) -> TypeGuard[list[int]]:
 
 
 def _fits(tensor: Tensor) -> bool:
-    """Says whether NumPy has arrays of this shape; an empty one may have any numbers besides its 0."""
+    """Returns whether NumPy has arrays of this shape; an empty one may have any numbers besides its 0."""
     filled = tensor.shape if 0 not in tensor.shape else [n or 1 for n in tensor.shape]
     return len(filled) <= _DIMENSIONS and math.prod(filled) * tensor.dtype.itemsize < 2**63

@@ -1,4 +1,4 @@
-"""Holds the sizes in a config.json against the tensors that are there, before anything is made for each layer."""
+"""Checks the sizes in a config.json against the tensors that are there, before anything is made for each layer."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ _STACKED = ".experts."
 
 
 def check_sizes(config: KimiConfig, shapes: Mapping[str, Sequence[int]], where: str) -> None:
-    """Raises `CheckpointError`, which `where` opens, where `config` has more layers or experts than the tensors of
-    `shapes` are for. Experts are tensors each, or lie along the leading axis of one. Too few are left to the comparison
-    of names."""
+    """Raises `CheckpointError`, which `where` opens, where `config` has more layers or experts than there are tensors
+    for. `shapes` has the tensors' shapes by name; an expert is a tensor, or an index of one's leading axis. A `config`
+    with too few of them is left to the comparison of names."""
     names = "\n".join(shapes)  # a release has 200,000, which are searched in one piece
     layers, blocks, numbered = (_numbers(kind, names) for kind in ("layers", "blocks", "experts"))
     stacked = [] if numbered else [shape[0] for name, shape in shapes.items() if _STACKED in name and shape]

@@ -1,4 +1,4 @@
-"""Folders that transformers saved, read as published ones: their tensors renamed, and cut where several are one.
+"""Reads folders that transformers saved as published ones: renames their tensors, and cuts fused ones.
 
 `save_pretrained` of transformers 5 undoes the renaming that loading did, not all of it (seen with 5.23: Kimi-K2.5 and
 Kimi Linear). With `save_original_format=False`, and for offloaded models, it keeps the names of its own modules, and a
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints.published.reading import Remote
+from checkpoints.files.place import Remote
 from checkpoints.published.safetensors import CheckpointError, Published, Tensor
 from kimi_jax.printable import printable
 
@@ -66,7 +66,7 @@ _FLOATS = ("bfloat16", "float16", "float32")
 
 
 def open_published(folder: str | Path | Remote) -> Published:
-    """`Published.open(folder)` with the published names, whatever transformers called the tensors when it saved them.
+    """Opens a folder like `Published.open`, with the published names, whatever names transformers saved it under.
 
     Raises what `Published.open` raises, and CheckpointError for a spelling that cannot be read (the message says how
     to save the model again), for fused tensors that are quantised or of another rank, and for two tensors that have
@@ -77,7 +77,7 @@ def open_published(folder: str | Path | Remote) -> Published:
 
 
 def _published_tensors(published: Published) -> dict[str, Tensor]:
-    """The tensors by their published names, in the order of the files and their bytes."""
+    """Returns the tensors by their published names, in the order of the files and their bytes."""
     names = published.tensors
     if any(_UNREADABLE.match(name) for name in names):
         raise CheckpointError(
@@ -99,7 +99,7 @@ def _published_tensors(published: Published) -> dict[str, Tensor]:
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The published tensors that `tensor` consists of: itself, or several where it is fused."""
+    """Yields the published tensors that `tensor` consists of: itself, or several where it is fused."""
     if found := _FUSED.fullmatch(tensor.name):
         yield from _experts(found, tensor)
     elif tensor.name.endswith(_CONV) and tensor.shape and tensor.shape[0] % 3 == 0:
@@ -131,6 +131,6 @@ def _experts(found: re.Match[str], tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _part(tensor: Tensor, name: str, row: int, shape: tuple[int, ...]) -> Tensor:
-    """The tensor `name` of `shape` from `row` on, where rows of all leading axes are counted through."""
+    """Returns the tensor `name` of `shape` from `row` on, where rows are counted through all leading axes."""
     offset = tensor.offset + row * math.prod(shape[1:]) * tensor.dtype.itemsize
     return Tensor(name, tensor.dtype, shape, tensor.file, offset)

@@ -1,1 +1,1 @@
-"""A converted folder: stored leaves, the chunks of their files, the manifest, and the journal of an unfinished one."""
+"""Reads stored leaves: their names and shapes, the chunks of their files, and the manifest of a converted folder."""

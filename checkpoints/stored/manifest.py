@@ -1,8 +1,8 @@
 """The manifest of a checkpoint that `convert` wrote: what its arrays do not tell, and checksums of all its bytes.
 
-Beside where the checkpoint comes from it has, for every stored leaf, how it lies in files, its published name and the
-SHA-256 of each chunk's values; the SHA-256 of every other file; and last its own, of its text with zeros in that place.
-A chunk's file has besides its values an index that follows from the layout, so no byte of the folder is left out.
+It says which source was converted. It has the cuts of every stored leaf, its published name and the SHA-256 of each
+chunk's values; the SHA-256 of every other file; and last its own, of its text with zeros in that place. Besides its
+values, a chunk's file has an index that follows from the cuts, so no byte of the folder is left out.
 """
 
 import hashlib
@@ -15,85 +15,48 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from checkpoints.files.place import Place, size
 from checkpoints.published.numerics import CODES_PER_WORD
-from checkpoints.published.reading import Place, size
 from checkpoints.published.safetensors import DTYPES, CheckpointError, Published
-from checkpoints.published.sizes import check_sizes
-from checkpoints.stored.layout import Layout
-from checkpoints.stored.names import (
-    PACKED,
-    PREFIX,
-    SHAPE,
-    Contents,
-    Leaf,
-    abstract_of_form,
-    as_stored,
-    stored,
-    with_fp8,
-    with_prefix,
-)
-from kimi_jax import config_json, json_reader
+from checkpoints.stored.chunk_grid import ChunkGrid
+from checkpoints.stored.names import PACKED, SHAPE, Leaf
+from kimi_jax import json_reader
 from kimi_jax.printable import printable
 
 MANIFEST = "kimi_manifest.json"
-FORMAT = 2  # 1 had no checksums but those of values, and said no number
+JOURNAL = ".conversion"  # the folder of `convert`'s journal, in an unfinished checkpoint
+FORMAT = 2  # format 1 had checksums of values only, and no number
 _ZEROS = "0" * 64
 _SHA256 = re.compile("[0-9a-f]{64}")
 _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One leaf in the manifest: `published` is its name there, with {} for the expert's number; `sha256` has
+class LeafRecord:
+    """One leaf in the manifest: `published` is its tensor's name, with {} for the expert's number; `sha256` has
     a checksum for each chunk by its number; `weight_shape` is published beside INT4 words, and stored here alone."""
 
-    layout: Layout
+    grid: ChunkGrid
     published: str
     sha256: tuple[str, ...]
     weight_shape: np.ndarray | None
 
     @property
     def stacked(self) -> bool:
-        """Says whether the leading axis counts experts, one a chunk."""
+        """True where the leading axis counts experts, one a chunk."""
         return "{}" in self.published
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest whose own checksum holds. `files` has the SHA-256 of every file that is neither a chunk nor the
-    manifest, by its path in `folder`; None where the checkpoint was converted before there were such checksums."""
+    """A manifest whose own checksum holds: `leaves` by path, the published tensors `skipped`, and the `source` that
+    was converted. `files` has the SHA-256 of every file that is neither a chunk nor the manifest, by its path in the
+    folder; None where the checkpoint was converted before there were such checksums."""
 
-    folder: Place
-    leaves: Mapping[str, Entry]
+    leaves: Mapping[str, LeafRecord]
     files: Mapping[str, str] | None
     skipped: tuple[str, ...]
     source: Mapping[str, Any]
-
-    def contents(self) -> Contents:
-        """Returns what the checkpoint holds, once the manifest agrees with config.json and the rules of `names`.
-
-        Raises CheckpointError naming the leaf that is missing, not of this model, or of another shape, dtype or
-        published name than these give; ConfigError for config.json.
-        """
-        config = config_json.from_folder(self.folder)
-        check_sizes(config, {path: entry.layout.shape for path, entry in self.leaves.items()}, str(self.folder))
-        model = abstract_of_form(config, self.leaves)
-        leaves = with_fp8(stored(model), lambda leaf: f"{leaf.path}_scale_inv" in self.leaves)
-        expected = {leaf.path: leaf for leaf in leaves}
-        if wrong := sorted(expected.keys() ^ self.leaves.keys()):
-            first = ", ".join(printable(path) for path in wrong[:3])
-            raise CheckpointError(f"{self.folder}: {len(wrong)} leaves are missing or not of this model: {first}")
-        prefix = PREFIX if any(entry.published.startswith(PREFIX) for entry in self.leaves.values()) else ""
-        found = []
-        for path, entry in self.leaves.items():
-            leaf = with_prefix(expected[path], prefix)
-            if entry.published != leaf.pattern:
-                name = printable(entry.published)
-                raise CheckpointError(
-                    f"{self.folder / MANIFEST}: leaf {path} is published as {name}, expected {leaf.pattern}"
-                )
-            found.append(as_stored(leaf, entry.layout.shape, entry.layout.dtype, f"{self.folder}: leaf {path}"))
-        return Contents(model, tuple(found), self.skipped)
 
 
 def describe(
@@ -103,22 +66,22 @@ def describe(
     skipped: Sequence[str],
     leaves: Iterable[Leaf],
     digests: Mapping[tuple[str, int], str],
-    layouts: Mapping[str, Layout],
+    grids: Mapping[str, ChunkGrid],
     files: Mapping[str, str],
 ) -> dict[str, Any]:
     """Returns the manifest of a conversion, to be written: an expert is one chunk, and its digest that of its tensor.
     `digests` are those of chunks by leaf and number, `files` those of other files by path."""
 
-    def entry(leaf: Leaf) -> dict[str, Any]:
+    def record(leaf: Leaf) -> dict[str, Any]:
         values = {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "published": leaf.pattern}
         if leaf.path.endswith(PACKED):
             first = published.tensors.get(leaf.names[0].removesuffix(PACKED) + SHAPE)
             values |= {SHAPE: list(leaf.weight_shape), f"{SHAPE}_dtype": first.dtype.name if first else "int32"}
-        layout = layouts[leaf.path]
+        grid = grids[leaf.path]
         return values | {
-            "chunk": list(layout.chunk),
-            "part": list(layout.part),
-            "sha256": [digests[leaf.path, number] for number in range(layout.chunks)],
+            "chunk": list(grid.chunk),
+            "part": list(grid.part),
+            "sha256": [digests[leaf.path, number] for number in range(grid.chunks)],
         }
 
     return {
@@ -127,7 +90,7 @@ def describe(
         "model_type": model_type,
         "source": source,
         "skipped": list(skipped),
-        "leaves": {leaf.path: entry(leaf) for leaf in leaves},
+        "leaves": {leaf.path: record(leaf) for leaf in leaves},
         "files": dict(files),
     }
 
@@ -156,7 +119,7 @@ def read(folder: Place) -> Manifest:
     if not older:
         _check_own(file, data, values)
     try:
-        leaves = {path: _entry(path, value) for path, value in _object(values, "leaves").items()}
+        leaves = {path: _record(path, value) for path, value in _object(values, "leaves").items()}
         files = None if older else _files(_object(values, "files"))
         skipped, source = values["skipped"], _object(values, "source")
         if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
@@ -165,7 +128,7 @@ def read(folder: Place) -> Manifest:
         raise CheckpointError(f"{file}: is damaged: it has no {error}") from None
     except ValueError as error:
         raise CheckpointError(f"{file}: is damaged: {printable(error)}") from None
-    return Manifest(folder, leaves, files, tuple(skipped), source)
+    return Manifest(leaves, files, tuple(skipped), source)
 
 
 def _check_own(file: Place, data: bytes, values: Mapping[str, Any]) -> None:
@@ -176,8 +139,8 @@ def _check_own(file: Place, data: bytes, values: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{file}: has format {printable(found)}, expected {FORMAT}; it needs another kimi-jax")
 
 
-def _entry(path: str, value: Any) -> Entry:
-    """Returns the checked entry of a leaf. Raises ValueError, and KeyError for a key that is not there."""
+def _record(path: str, value: Any) -> LeafRecord:
+    """Returns the checked record of a leaf. Raises ValueError, and KeyError for a key that is not there."""
     if not re.fullmatch(r"\w[\w.]*", path, re.ASCII) or not isinstance(value, dict):
         raise ValueError(f"leaves: {path!r} is {value!r}, expected a leaf's path and an object")
     shape, chunk, part = (_numbers(path, key, value[key]) for key in ("shape", "chunk", "part"))
@@ -188,25 +151,25 @@ def _entry(path: str, value: Any) -> Entry:
         raise ValueError(f"leaf {path} has shape {shape}, chunk {chunk} and part {part}, expected as many numbers")
     if any(s % c or c % p for s, c, p in zip(shape, chunk, part, strict=True)):
         raise ValueError(f"leaf {path}: chunk {chunk} or part {part} does not divide shape {shape}")
-    layout = Layout(shape, _DTYPES[dtype], chunk, part)
+    grid = ChunkGrid(shape, _DTYPES[dtype], chunk, part)
     if not isinstance(published, str) or set("{}") & set(published.replace("{}", "", 1)):
         raise ValueError(f"leaf {path} is published as {published!r}, expected a name with {{}} once at the most")
     if not isinstance(digests, list) or not all(map(_is_digest, digests)):
         raise ValueError(f"leaf {path} has checksums that are none")
-    if len(digests) != layout.chunks:
-        raise ValueError(f"{published} has {len(digests)} checksums, expected {layout.chunks}")
-    entry = Entry(layout, published, tuple(digests), _weight_shape(path, value, layout))
-    if entry.stacked and (not shape or chunk != (1, *shape[1:])):
+    if len(digests) != grid.chunks:
+        raise ValueError(f"{published} has {len(digests)} checksums, expected {grid.chunks}")
+    record = LeafRecord(grid, published, tuple(digests), _weight_shape(path, value, grid))
+    if record.stacked and (not shape or chunk != (1, *shape[1:])):
         raise ValueError(f"leaf {path} has shape {shape} and chunk {chunk}, expected an expert a chunk")
-    return entry
+    return record
 
 
-def _weight_shape(path: str, value: Mapping[str, Any], layout: Layout) -> np.ndarray | None:
+def _weight_shape(path: str, value: Mapping[str, Any], grid: ChunkGrid) -> np.ndarray | None:
     if not path.endswith(PACKED):
         return None
     found, dtype = _numbers(path, SHAPE, value[SHAPE]), value[f"{SHAPE}_dtype"]
-    if len(layout.shape) != 3 or found != (layout.shape[1], layout.shape[2] * CODES_PER_WORD):
-        raise ValueError(f"leaf {path} has {SHAPE} {found}, which does not fit its shape {layout.shape}")
+    if len(grid.shape) != 3 or found != (grid.shape[1], grid.shape[2] * CODES_PER_WORD):
+        raise ValueError(f"leaf {path} has {SHAPE} {found}, which does not fit its shape {grid.shape}")
     if dtype not in ("int32", "int64"):
         raise ValueError(f"leaf {path} has {SHAPE}_dtype {dtype!r}, expected int32 or int64")
     return np.array(found, dtype)

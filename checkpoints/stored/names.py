@@ -1,4 +1,4 @@
-"""Published tensor names <-> paths of the model's tree, by one small table of rules.
+"""Maps published tensor names to paths of the model's tree and back, by one small table of rules.
 
 A *stored leaf* is what an Orbax checkpoint of ours holds: published words, shapes and orientation, with a layer's
 experts stacked on a leading axis. Its path is the tree's own, except that INT4 experts keep their published endings
@@ -52,7 +52,7 @@ class Leaf:
 
     @property
     def stacked(self) -> bool:
-        """Whether the leading axis counts experts."""
+        """True where the leading axis counts experts."""
         return "{}" in self.pattern
 
     @property
@@ -66,14 +66,14 @@ class Leaf:
 
     @property
     def weight_shape(self) -> tuple[int, int]:
-        """What the published `weight_shape` beside a `weight_packed` says: [out, in]."""
+        """The weight's [out, in], which the `weight_shape` published beside a `weight_packed` has."""
         return self.shape[1], self.shape[2] * CODES_PER_WORD
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds: the abstract model that it fills (INT4 experts or not goes by the tensors that are
-    there, not by config.json), its leaves, and the published tensors that are left out."""
+    """The contents of a checkpoint: the abstract model that it fills (its experts are INT4 if the tensors are, whatever
+    config.json says), its leaves, and the published tensors that are `skipped`."""
 
     model: Kimi
     leaves: tuple[Leaf, ...]
@@ -84,14 +84,14 @@ class Contents:
         return self.model.config
 
 
-def stored(model: Kimi) -> list[Leaf]:
-    """The leaves that a checkpoint of `model` must have, with the published names of a text-only checkpoint."""
+def stored_leaves(model: Kimi) -> list[Leaf]:
+    """Returns the leaves that a checkpoint of `model` must have, with the published names of a text-only checkpoint."""
     flat = nnx.to_flat_state(nnx.state(model))
     return [_leaf(model.config, tuple(map(str, path)), variable) for path, variable in flat]
 
 
 def with_fp8(leaves: Iterable[Leaf], is_fp8: Callable[[Leaf], bool]) -> list[Leaf]:
-    """`leaves`, those that are FP8 in e4m3 and followed by their scales: one for each block of 128 x 128."""
+    """Returns `leaves`, the FP8 ones in e4m3 and followed by their scales: one for each block of 128 x 128."""
     result = []
     for leaf in leaves:
         if not (leaf.path.endswith(".weight") and len(leaf.shape) > 1 and is_fp8(leaf)):
@@ -105,7 +105,7 @@ def with_fp8(leaves: Iterable[Leaf], is_fp8: Callable[[Leaf], bool]) -> list[Lea
 
 
 def variable_path(path: str) -> tuple[str | int, ...]:
-    """A stored leaf's path -> the path of its variable in the model's state."""
+    """Returns the path, in the model's state, of the variable that the stored leaf at `path` fills."""
     stem, ending = path.rsplit(".", 1)
     ending = {stored: tree for tree, stored in _STORED_ENDINGS.items()}.get(ending, ending)
     return tuple(int(part) if part.isdecimal() else part for part in (*stem.split("."), ending))
@@ -134,7 +134,7 @@ def _published(config: KimiConfig, name: str) -> str:
 
 
 def contents(config: KimiConfig, published: Published) -> Contents:
-    """The leaves of a published folder, every tensor of it accounted for.
+    """Returns the contents of a published folder, every tensor of it accounted for.
 
     `rotary_emb.inv_freq` is ignored; tensors of the MTP layers that `num_nextn_predict_layers` announces are left out
     with a warning. Raises `CheckpointError` naming tensors that are missing, unknown, or not of the shape or dtype
@@ -150,7 +150,7 @@ def contents(config: KimiConfig, published: Published) -> Contents:
     check_sizes(config, {name: tensor.shape for name, tensor in tensors.items()}, str(published.folder))
     model = abstract_of_form(config, tensors)
     prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
-    leaves = [with_prefix(leaf, prefix) for leaf in stored(model)]
+    leaves = [with_prefix(leaf, prefix) for leaf in stored_leaves(model)]
     leaves = with_fp8(leaves, lambda leaf: f"{leaf.names[0]}_scale_inv" in tensors)
     _check_names(published, leaves, tensors)
     leaves = [_check_tensors(leaf, tensors) for leaf in leaves]
@@ -160,7 +160,7 @@ def contents(config: KimiConfig, published: Published) -> Contents:
 
 
 def abstract_of_form(config: KimiConfig, names: Iterable[str]) -> Kimi:
-    """The abstract bf16 model of `config`, its experts INT4 if there are packed tensors among `names`, dense if not."""
+    """Returns the abstract bf16 model of `config`, its experts INT4 if `names` has packed tensors, dense if not."""
     if not any(name.endswith(PACKED) for name in names):
         return abstract(config.dense(), jnp.bfloat16)
     quantization = config.text.quantization or QuantizationConfig()
@@ -169,7 +169,7 @@ def abstract_of_form(config: KimiConfig, names: Iterable[str]) -> Kimi:
 
 
 def as_stored(leaf: Leaf, shape: tuple[int, ...], dtype: np.dtype, where: str) -> Leaf:
-    """`leaf` with the shape and dtype that were found. `A_log` is published as [H] or [1, 1, H, 1].
+    """Returns `leaf` with the shape and dtype that were found. `A_log` is published as [H] or [1, 1, H, 1].
 
     Raises `CheckpointError`, which `where` opens, for any other shape or kind of number than the model asks for.
     """
@@ -223,7 +223,7 @@ def _check_names(published: Published, leaves: list[Leaf], tensors: Mapping[str,
 
 
 def _check_tensors(leaf: Leaf, tensors: Mapping[str, Tensor]) -> Leaf:
-    """The leaf with the shape and dtype of its tensors, on which all experts must agree."""
+    """Returns the leaf with the shape and dtype of its tensors, on which all experts must agree."""
     one = dataclasses.replace(leaf, shape=leaf.shape[1:], axes=leaf.axes[1:]) if leaf.stacked else leaf
     first = tensors[leaf.names[0]]
     for name in leaf.names:

@@ -72,8 +72,8 @@ PREPROCESSOR = {"media_proc_cfg": {
 
 
 def toy_config(like: str, **overrides: Any) -> dict[str, Any]:
-    """A published-format config.json (as a dict): of a small model of the families k2.5, k2 and kimi-linear, or of a
-    preset at its real widths (kimi-k2.5, kimi-k2, ...).
+    """Returns a published-format config.json (as a dict): of a small model of the families k2.5, k2 and kimi-linear, or
+    of a preset at its real widths (kimi-k2.5, kimi-k2, ...).
 
     An override replaces the field of that name wherever it stands (text_config and vision_config included); what has
     to agree follows it: the token ids sit in the last 256 of `vocab_size`, the vision tower's `text_hidden_size` is
@@ -119,9 +119,9 @@ def cut_config(
     experts: int | None = None,
     vision_layers: int | None = None,
 ) -> dict[str, Any]:
-    """`config` with its first `layers`, `experts` of each and `vision_layers` only; None leaves all of them.
+    """Returns `config` with only its first `layers`, `experts` of each and `vision_layers`; None leaves all of them.
 
-    Raises ValueError for more than there are, and for what the model cannot do without.
+    Raises ValueError for more than there are, and for fewer than one.
     """
     cut = deepcopy(dict(config))
     text, vision = cut.get("text_config", cut), cut.get("vision_config", {})

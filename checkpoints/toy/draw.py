@@ -1,4 +1,4 @@
-"""Weights of real size, drawn or copied in blocks of rows: bounded memory, and the speed of the disk.
+"""Draws or copies weights of real size in blocks of rows: bounded memory, and the speed of the disk.
 
 Random bits come from SFC64, whose stream NumPy promises to keep. 16 of them choose one of 65,536 quantiles of the
 normal distribution. INT4 codes are drawn as they are stored: four bits choose one of 16 quantiles, the first code of
@@ -15,10 +15,10 @@ import numpy as np
 
 from checkpoints.published.numerics import BF16, BLOCK, CODES_PER_WORD, GROUP_SIZE, quantize_fp8
 from checkpoints.published.safetensors import CheckpointError, Published
-from checkpoints.toy.weights import Weight
+from checkpoints.toy.weights import ToyWeight
 
-BLOCK_WEIGHTS = 2**21  # drawn at a time: some 50 MB
-# name, first row, rows
+BLOCK_WEIGHTS = 2**21  # drawn at a time, in some 50 MB of memory
+# A tensor's name, the number of the first row, and the rows.
 Block = tuple[str, int, np.ndarray]
 
 
@@ -30,7 +30,8 @@ def _quantiles(count: int) -> np.ndarray:
 
 @cache
 def _words() -> tuple[np.ndarray, float]:
-    """16 random bits -> four stored codes, and the deviation of a group's weights where its amax is 1 on average."""
+    """Returns a table from 16 random bits to four stored codes, uint16 [65536], and the standard deviation of a group's
+    weights where its amax is 1 on average."""
     codes = np.rint(7 * _quantiles(16) / _quantiles(16)[-1]).astype(np.int64)
     four = np.arange(2**16)[:, None] >> (4 * np.arange(4)) & 15
     return ((codes[four] + 8) << (4 * np.arange(4))).sum(1).astype(np.uint16), (
@@ -38,17 +39,17 @@ def _words() -> tuple[np.ndarray, float]:
     ) ** 0.5
 
 
-def drawn(weight: Weight, seed: int) -> Iterator[Block]:
-    """The tensors of a random `weight`, in blocks of rows. Its own generator is seeded by (seed, crc32(name))."""
+def draw_blocks(weight: ToyWeight, seed: int) -> Iterator[Block]:
+    """Yields the tensors of a random `weight`, in blocks of rows, from a generator seeded by (seed, crc32(name))."""
     bits = np.random.SFC64([seed, crc32(weight.name.encode())])
-    first, *rest = weight.entries
+    first, *rest = weight.headers
     if weight.name.endswith((".A_log", ".dt_bias")):
         yield first.name, 0, weight.float64(seed).astype(weight.dtype)
         return
     for start, stop in _blocks(weight.shape):
         if weight.form == "int4":
-            for entry, rows in zip((first, rest[0]), _int4(weight, bits, stop - start), strict=True):
-                yield entry.name, start, rows
+            for header, rows in zip((first, rest[0]), _int4(weight, bits, stop - start), strict=True):
+                yield header.name, start, rows
             continue
         size = (stop - start) * math.prod(weight.shape[1:])
         values = np.take(_quantiles(2**16), _random(bits, size)).reshape(stop - start, *weight.shape[1:])
@@ -64,34 +65,34 @@ def drawn(weight: Weight, seed: int) -> Iterator[Block]:
         yield rest[1].name, 0, np.array(weight.shape, np.int32)
 
 
-def copied(weight: Weight, source: Published) -> Iterator[Block]:
-    """The tensors of `weight` as `source` has them, cut to its shape; raises CheckpointError where it has no such."""
-    for entry in weight.entries:
-        tensor = source.tensors.get(entry.name)
-        rows = tensor and (*entry.shape[:1], *tensor.shape[1:]) == entry.shape and tensor.shape >= entry.shape
-        if tensor is None or not rows or tensor.dtype != entry.dtype:
+def copy_blocks(weight: ToyWeight, source: Published) -> Iterator[Block]:
+    """Yields the tensors of `weight` that `source` has, cut to its shape; raises CheckpointError where it has none."""
+    for header in weight.headers:
+        tensor = source.tensors.get(header.name)
+        rows = tensor and (*header.shape[:1], *tensor.shape[1:]) == header.shape and tensor.shape >= header.shape
+        if tensor is None or not rows or tensor.dtype != header.dtype:
             found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise CheckpointError(
-                f"{source.folder}: tensor {entry.name}: expected {entry.dtype} {list(entry.shape)} or more rows, "
+                f"{source.folder}: tensor {header.name}: expected {header.dtype} {list(header.shape)} or more rows, "
                 f"found {found}"
             )
-        for start, stop in _blocks(entry.shape):
-            yield entry.name, start, source.read(entry.name, start, stop)
+        for start, stop in _blocks(header.shape):
+            yield header.name, start, source.read(header.name, start, stop)
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Rows in blocks that are whole in FP8."""
+    """Yields the starts and stops of blocks of rows that are whole blocks of FP8."""
     rows = max(BLOCK_WEIGHTS // math.prod(shape[1:]) // BLOCK, 1) * BLOCK
     for start in range(0, shape[0], rows):
         yield start, min(start + rows, shape[0])
 
 
 def _random(bits: np.random.SFC64, size: int) -> np.ndarray:
-    """`size` times 16 bits."""
+    """Returns random bits, uint16 [size]."""
     return bits.random_raw(-(-size // 4)).view(np.uint16)[:size]
 
 
-def _int4(weight: Weight, bits: np.random.SFC64, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _int4(weight: ToyWeight, bits: np.random.SFC64, rows: int) -> tuple[np.ndarray, np.ndarray]:
     codes, deviation = _words()
     columns = weight.shape[1]
     quarters = np.take(codes, _random(bits, rows * columns // 4)).reshape(rows, -1, GROUP_SIZE // 4)

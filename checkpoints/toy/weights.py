@@ -1,4 +1,4 @@
-"""Every weight of a model of some configuration, under its published name, and how a random one is drawn.
+"""Lists every weight of a configuration's model under its published name, with the distribution that it is drawn from.
 
 Names, shapes and dtypes are those of the released safetensors, written down here a second time and not taken from the
 model's tree: toys are what the reading side is tested with.
@@ -13,7 +13,6 @@ from zlib import crc32
 
 import numpy as np
 
-from checkpoints.jobs.shards import Entry
 from checkpoints.published.numerics import (
     BF16,
     BLOCK,
@@ -25,13 +24,14 @@ from checkpoints.published.numerics import (
     quantize_int4,
 )
 from checkpoints.published.quantization_config import Form, form_of
+from checkpoints.published.shards import TensorHeader
 
 _BEFORE_NORM = 0.1
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A weight before it is put in its stored form: `std` (by row, if an array) times a normal, around `mean`.
+class ToyWeight:
+    """A weight before it is put in its stored form: `std` (by row, if an array) times a normal variable, plus `mean`.
 
     A_log and dt_bias are instead drawn as at the start of training (arXiv 2510.26692).
     """
@@ -41,26 +41,26 @@ class Weight:
     std: float | np.ndarray
     mean: float = 0.0
     dtype: np.dtype = BF16
-    form: Form = "bf16"  # which stands for `dtype`
+    form: Form = "bf16"  # the weight is stored in `dtype`
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
-        """The published tensors that hold it."""
+    def headers(self) -> tuple[TensorHeader, ...]:
+        """The headers of the published tensors that hold the weight."""
         if self.form == "bf16":
-            return (Entry(self.name, self.dtype, self.shape),)
+            return (TensorHeader(self.name, self.dtype, self.shape),)
         out, in_ = self.shape
         if self.form == "fp8":
             blocks = (-(-out // BLOCK), -(-in_ // BLOCK))
-            return Entry(self.name, FP8, self.shape), Entry(f"{self.name}_scale_inv", F32, blocks)
+            return TensorHeader(self.name, FP8, self.shape), TensorHeader(f"{self.name}_scale_inv", F32, blocks)
         return (
-            Entry(f"{self.name}_packed", np.dtype(np.int32), (out, in_ // CODES_PER_WORD)),
-            Entry(f"{self.name}_scale", BF16, (out, in_ // GROUP_SIZE)),
-            Entry(f"{self.name}_shape", np.dtype(np.int32), (2,)),
+            TensorHeader(f"{self.name}_packed", np.dtype(np.int32), (out, in_ // CODES_PER_WORD)),
+            TensorHeader(f"{self.name}_scale", BF16, (out, in_ // GROUP_SIZE)),
+            TensorHeader(f"{self.name}_shape", np.dtype(np.int32), (2,)),
         )
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries)
+        return sum(header.nbytes for header in self.headers)
 
     def float64(self, seed: int) -> np.ndarray:
         # RandomState, not Generator: NumPy promises that its stream never changes.
@@ -73,60 +73,60 @@ class Weight:
         return self.mean + self.std * random.standard_normal(self.shape)
 
     def published(self, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Its tensors, (name, array), drawn whole."""
+        """Yields the weight's tensors, (name, array), drawn whole."""
         value = self.float64(seed).astype(np.float32)
         arrays = {
             "bf16": lambda: (value.astype(self.dtype),),
             "fp8": lambda: quantize_fp8(value),
             "int4": lambda: (*quantize_int4(value), np.array(self.shape, np.int32)),
         }[self.form]()
-        yield from zip((entry.name for entry in self.entries), arrays, strict=True)
+        yield from zip((header.name for header in self.headers), arrays, strict=True)
 
 
-def _linear(name: str, out: int, fan_in: int) -> Weight:
-    return Weight(f"{name}.weight", (out, fan_in), fan_in**-0.5)
+def _linear(name: str, out: int, fan_in: int) -> ToyWeight:
+    return ToyWeight(f"{name}.weight", (out, fan_in), fan_in**-0.5)
 
 
-def _norm(name: str, size: int) -> Weight:
-    return Weight(f"{name}.weight", (size,), 0.1, mean=1.0)
+def _norm(name: str, size: int) -> ToyWeight:
+    return ToyWeight(f"{name}.weight", (size,), 0.1, mean=1.0)
 
 
-def _bias(name: str, size: int) -> Weight:
-    return Weight(f"{name}.bias", (size,), 0.1)
+def _bias(name: str, size: int) -> ToyWeight:
+    return ToyWeight(f"{name}.bias", (size,), 0.1)
 
 
-def _glu(prefix: str, hidden: int, inner: int, names: tuple[str, str, str]) -> Iterator[Weight]:
+def _glu(prefix: str, hidden: int, inner: int, names: tuple[str, str, str]) -> Iterator[ToyWeight]:
     gate, up, down = names
     yield _linear(f"{prefix}.{gate}", inner, hidden)
     yield _linear(f"{prefix}.{up}", inner, hidden)
     yield _linear(f"{prefix}.{down}", hidden, inner)
 
 
-def _mla(prefix: str, c: dict[str, Any]) -> Iterator[Weight]:
+def _mla(prefix: str, c: dict[str, Any]) -> Iterator[ToyWeight]:
     hidden, heads = c["hidden_size"], c["num_attention_heads"]
     nope, rope, v, kv_rank = (c[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"))
     if c["q_lora_rank"] is None:
         yield _linear(f"{prefix}.q_proj", heads * (nope + rope), hidden)
     else:
-        yield Weight(f"{prefix}.q_a_proj.weight", (c["q_lora_rank"], hidden), _BEFORE_NORM * hidden**-0.5)
+        yield ToyWeight(f"{prefix}.q_a_proj.weight", (c["q_lora_rank"], hidden), _BEFORE_NORM * hidden**-0.5)
         yield _norm(f"{prefix}.q_a_layernorm", c["q_lora_rank"])
         yield _linear(f"{prefix}.q_b_proj", heads * (nope + rope), c["q_lora_rank"])
     # The shared key has no norm.
     std = np.repeat([_BEFORE_NORM, 1.0], [kv_rank, rope])[:, None] * hidden**-0.5
-    yield Weight(f"{prefix}.kv_a_proj_with_mqa.weight", (kv_rank + rope, hidden), std)
+    yield ToyWeight(f"{prefix}.kv_a_proj_with_mqa.weight", (kv_rank + rope, hidden), std)
     yield _norm(f"{prefix}.kv_a_layernorm", kv_rank)
     yield _linear(f"{prefix}.kv_b_proj", heads * (nope + v), kv_rank)
     yield _linear(f"{prefix}.o_proj", hidden, heads * v)
 
 
-def _kda(prefix: str, c: dict[str, Any]) -> Iterator[Weight]:
+def _kda(prefix: str, c: dict[str, Any]) -> Iterator[ToyWeight]:
     hidden, linear = c["hidden_size"], c["linear_attn_config"]
     heads, dim, taps = linear["num_heads"], linear["head_dim"], linear["short_conv_kernel_size"]
     for name in "qkv":
         yield _linear(f"{prefix}.{name}_proj", heads * dim, hidden)
-        yield Weight(f"{prefix}.{name}_conv1d.weight", (heads * dim, 1, taps), taps**-0.5)
-    yield Weight(f"{prefix}.A_log", (1, 1, heads, 1), 1.0, dtype=F32)
-    yield Weight(f"{prefix}.dt_bias", (heads * dim,), 1.0, dtype=F32)
+        yield ToyWeight(f"{prefix}.{name}_conv1d.weight", (heads * dim, 1, taps), taps**-0.5)
+    yield ToyWeight(f"{prefix}.A_log", (1, 1, heads, 1), 1.0, dtype=F32)
+    yield ToyWeight(f"{prefix}.dt_bias", (heads * dim,), 1.0, dtype=F32)
     for gate in "fg":
         yield _linear(f"{prefix}.{gate}_a_proj", dim, hidden)
         yield _linear(f"{prefix}.{gate}_b_proj", heads * dim, dim)
@@ -135,7 +135,7 @@ def _kda(prefix: str, c: dict[str, Any]) -> Iterator[Weight]:
     yield _linear(f"{prefix}.o_proj", hidden, heads * dim)
 
 
-def _moe(prefix: str, c: dict[str, Any]) -> Iterator[Weight]:
+def _moe(prefix: str, c: dict[str, Any]) -> Iterator[ToyWeight]:
     linear = c["model_type"] == "kimi_linear"
     experts, shared = (
         (c["num_experts"], c["num_shared_experts"]) if linear else (c["n_routed_experts"], c["n_shared_experts"])
@@ -143,18 +143,18 @@ def _moe(prefix: str, c: dict[str, Any]) -> Iterator[Weight]:
     hidden, inner = c["hidden_size"], c["moe_intermediate_size"]
     yield _linear(f"{prefix}.gate", experts, hidden)
     # Large enough to change which experts are chosen, small enough not to choose them all by itself.
-    yield Weight(f"{prefix}.gate.e_score_correction_bias", (experts,), 0.1, dtype=BF16 if linear else F32)
+    yield ToyWeight(f"{prefix}.gate.e_score_correction_bias", (experts,), 0.1, dtype=BF16 if linear else F32)
     names = ("w1", "w3", "w2") if linear else ("gate_proj", "up_proj", "down_proj")
     for expert in range(experts):
         yield from _glu(f"{prefix}.experts.{expert}", hidden, inner, names)
     yield from _glu(f"{prefix}.shared_experts", hidden, inner * shared, ("gate_proj", "up_proj", "down_proj"))
 
 
-def _text(prefix: str, c: dict[str, Any]) -> Iterator[Weight]:
+def _text(prefix: str, c: dict[str, Any]) -> Iterator[ToyWeight]:
     hidden, vocab = c["hidden_size"], c["vocab_size"]
     linear = c["model_type"] == "kimi_linear"
     moe = "block_sparse_moe" if linear else "mlp"
-    yield Weight(f"{prefix}model.embed_tokens.weight", (vocab, hidden), 0.3)
+    yield ToyWeight(f"{prefix}model.embed_tokens.weight", (vocab, hidden), 0.3)
     for index in range(c["num_hidden_layers"]):
         layer = f"{prefix}model.layers.{index}"
         yield _norm(f"{layer}.input_layernorm", hidden)
@@ -169,19 +169,19 @@ def _text(prefix: str, c: dict[str, Any]) -> Iterator[Weight]:
     yield _linear(f"{prefix}lm_head", vocab, hidden)
 
 
-def _vision(c: dict[str, Any]) -> Iterator[Weight]:
+def _vision(c: dict[str, Any]) -> Iterator[ToyWeight]:
     hidden, inner, patch = c["vt_hidden_size"], c["vt_intermediate_size"], c["patch_size"]
     tower, merged = "vision_tower", c["mm_hidden_size"] * math.prod(c["merge_kernel_size"])
-    yield Weight(f"{tower}.patch_embed.proj.weight", (hidden, 3, patch, patch), (3 * patch * patch) ** -0.5)
+    yield ToyWeight(f"{tower}.patch_embed.proj.weight", (hidden, 3, patch, patch), (3 * patch * patch) ** -0.5)
     yield _bias(f"{tower}.patch_embed.proj", hidden)
     table = (c["init_pos_emb_height"], c["init_pos_emb_width"], hidden)
-    yield Weight(f"{tower}.patch_embed.pos_emb.weight", table, 0.5)
+    yield ToyWeight(f"{tower}.patch_embed.pos_emb.weight", table, 0.5)
 
-    def with_bias(name: str, out: int, fan_in: int) -> Iterator[Weight]:
+    def with_bias(name: str, out: int, fan_in: int) -> Iterator[ToyWeight]:
         yield _linear(name, out, fan_in)
         yield _bias(name, out)
 
-    def layer_norm(name: str, size: int) -> Iterator[Weight]:
+    def layer_norm(name: str, size: int) -> Iterator[ToyWeight]:
         yield _norm(name, size)
         yield _bias(name, size)
 
@@ -199,15 +199,15 @@ def _vision(c: dict[str, Any]) -> Iterator[Weight]:
     yield from with_bias("mm_projector.proj.2", c["text_hidden_size"], merged)
 
 
-# What each form is for: routed experts; every Linear of the text model but the router and the head.
+# The weights of each form: routed experts; every Linear of the text model but the router and the head.
 _STORED = {
     "int4": re.compile(r"\.experts\.\d+\."),
     "fp8": re.compile(r"\.(self_attn|mlp|block_sparse_moe)\..*(proj|proj_with_mqa|w[123])\.weight$"),
 }
 
 
-def weights(config: Mapping[str, Any]) -> Iterator[Weight]:
-    """Every weight of `config`, in file order; refuses a model that it does not know."""
+def weights(config: Mapping[str, Any]) -> Iterator[ToyWeight]:
+    """Yields every weight of `config`, in file order. Raises ValueError for a model type that it does not know."""
     kind, text = config["model_type"], config.get("text_config", config)
     known = ("deepseek_v3", "kimi_k2", "kimi_k25", "kimi_linear")
     if kind not in known:
@@ -221,7 +221,7 @@ def weights(config: Mapping[str, Any]) -> Iterator[Weight]:
 
 
 def published_tensors(config: Mapping[str, Any], seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-    """Each (name, array) of the checkpoint of `config` and `seed`, in file order and one weight at a time.
+    """Yields each (name, array) of the checkpoint of `config` and `seed`, in file order and one weight at a time.
 
     Arrays are bf16, float32 (K2's router bias, `A_log`, `dt_bias`), int32 (`weight_packed`, `weight_shape`), or e4m3
     with float32 scales.

@@ -1,4 +1,4 @@
-"""Toys as published folders."""
+"""Writes toys as published folders."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints.jobs.files import new_folder, was_finished
-from checkpoints.jobs.progress import Counter, Progress
-from checkpoints.jobs.shards import SHARD_BYTES, Entry, ShardWriter, planned
-from checkpoints.published.reading import identity
+from checkpoints.files.new_folder import new_folder, was_finished
+from checkpoints.files.pipeline import ByteCounter, Progress
+from checkpoints.files.place import identity
+from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
 from checkpoints.published.spellings import open_published
-from checkpoints.stored.metadata import carry
+from checkpoints.stored.companions import copy_companions
 from checkpoints.toy.configs import PREPROCESSOR, TINY_VOCAB
-from checkpoints.toy.draw import copied, drawn
-from checkpoints.toy.weights import Weight, weights
+from checkpoints.toy.draw import copy_blocks, draw_blocks
+from checkpoints.toy.weights import ToyWeight, weights
 from kimi_jax.text.tiny import write_tiny_tokenizer
 
 WORKERS = 2
 
 
 def write_toy(folder: str | Path, config: Mapping[str, Any], *, seed: int = 0, shards: int = 3) -> Path:
-    """Write the random checkpoint of `config` and `seed` to `folder` and return the folder.
+    """Writes the random checkpoint of `config` and `seed` to `folder` and returns the folder.
 
     Leaves config.json, generation_config.json, safetensors shards of about equal size with their index, for kimi_k25
     preprocessor_config.json, and for a vocabulary of 768 the synthetic tokenizer. Weights are drawn whole, with all
@@ -42,10 +42,10 @@ def write_toy(folder: str | Path, config: Mapping[str, Any], *, seed: int = 0, s
 
     ends = np.cumsum([weight.nbytes for weight in found])
     cuts = [0, *np.searchsorted(ends, ends[-1] * np.arange(1, shards) / shards), len(found)]
-    # Each shard has a tensor at the least, however large its neighbour's.
+    # Each shard has at least one tensor, however large its neighbour's are.
     for i in range(1, shards):
         cuts[i] = min(max(cuts[i], cuts[i - 1] + 1), len(found) - shards + i)
-    with ShardWriter(folder, [list(_entries(found[start:stop])) for start, stop in pairwise(cuts)]) as writer:
+    with ShardWriter(folder, [list(_headers(found[start:stop])) for start, stop in pairwise(cuts)]) as writer:
         for weight in found:
             for name, array in weight.published(seed):
                 writer.write(name, array)
@@ -62,8 +62,8 @@ def make_toy(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Path:
-    """As `write_toy` for models of any size, in bounded memory (some 150 MB): weights are drawn by rows, from fewer
-    bits (`draw`), or copied from the published folder `source`, whose first layers, experts and rows they then are.
+    """Writes a toy of any size, in bounded memory (some 150 MB): weights are drawn by rows, from fewer bits than those
+    of `write_toy` (`draw`), or copied from the first layers, experts and rows of the published folder `source`.
 
     One that was killed goes on with the shards that are not whole.
 
@@ -78,13 +78,17 @@ def make_toy(
     if was_finished(Path(folder), settings):
         return Path(folder)
     with new_folder(Path(folder), settings) as partial:
-        with ShardWriter(partial, planned(_entries(found), shard_bytes)) as writer, ThreadPoolExecutor(WORKERS) as pool:
-            todo = [weight for weight in found if not writer.finished.issuperset(e.name for e in weight.entries)]
+        with (
+            ShardWriter(partial, split_into_shards(_headers(found), shard_bytes)) as writer,
+            ThreadPoolExecutor(WORKERS) as pool,
+        ):
+            todo = [weight for weight in found if not writer.finished.issuperset(e.name for e in weight.headers)]
             total, left = (sum(weight.nbytes for weight in some) for some in (found, todo))
-            count = Counter(total, progress, total - left)
+            count = ByteCounter(total, progress, total - left)
 
-            def write(weight: Weight) -> None:
-                for name, row, block in drawn(weight, seed) if original is None else copied(weight, original):
+            def write(weight: ToyWeight) -> None:
+                blocks = draw_blocks(weight, seed) if original is None else copy_blocks(weight, original)
+                for name, row, block in blocks:
                     writer.write(name, block, row)
                     count(block.nbytes)
 
@@ -93,13 +97,13 @@ def make_toy(
         if original is None:
             _write_rest(partial, config)
         else:
-            carry(original.folder, partial, lambda _: dict(config))
+            copy_companions(original.folder, partial, lambda _: dict(config))
     return Path(folder)
 
 
-def _entries(found: Sequence[Weight]) -> Iterator[Entry]:
+def _headers(found: Sequence[ToyWeight]) -> Iterator[TensorHeader]:
     for weight in found:
-        yield from weight.entries
+        yield from weight.headers
 
 
 def _write_rest(folder: Path, config: Mapping[str, Any]) -> None:

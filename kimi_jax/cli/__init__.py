@@ -1,4 +1,4 @@
-"""The `kimi-jax` command. Each subcommand is a module here: its arguments, and a few lines over a function.
+"""Runs the `kimi-jax` command. Each subcommand is a module here: its arguments, and a few lines that call a function.
 
 Exit codes: 0 done, also when the reader of the output has gone; 1 refused or failed (one line on standard error says
 why, `--trace` shows where); 2 wrong usage; 130 interrupted; 143 terminated.
@@ -13,12 +13,12 @@ from typing import NoReturn, Protocol
 from kimi_jax.cli import convert, demo, export, failures, generate, inspect, make_toy, plan, verify
 from kimi_jax.printable import printable
 
-DESCRIPTION = "Moonshot's Kimi models in JAX: convert published checkpoints, look into them, generate."
-EPILOG = "`kimi-jax COMMAND --help` lists a command's flags with an example."
+DESCRIPTION = "Run Moonshot's Kimi models in JAX: convert, inspect and verify published checkpoints, and generate text."
+EPILOG = "`kimi-jax COMMAND --help` lists a command's flags and shows an example."
 
 
 class Command(Protocol):
-    """The names that the module of a command has."""
+    """Lists the names that the module of a command has."""
 
     NAME: str
     SUMMARY: str
@@ -33,9 +33,9 @@ COMMANDS: tuple[Command, ...] = (convert, export, verify, make_toy, inspect, gen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; `argv` without the program's name.
+    """Runs one command and returns its exit code. `argv` leaves out the program's name; None reads the process's own.
 
-    Raises SystemExit for `--help`, wrong usage and SIGTERM; no other exception passes.
+    Raises SystemExit for `--help`, wrong usage and SIGTERM, and no other exception.
     """
     trace = False
     with failures.one_line_warnings(), failures.sigterm_exits():
@@ -60,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("kimi-jax", description=DESCRIPTION, epilog=EPILOG)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         sub = commands.add_parser(
             command.NAME,

@@ -1,4 +1,4 @@
-"""Arguments that several commands have, and the types of all: what is out of range is refused before any work."""
+"""Defines arguments that several commands have, and the types of all arguments, which refuse values out of range."""
 
 import argparse
 import math
@@ -13,11 +13,11 @@ from kimi_jax.printable import printable
 
 FORMS = ("int4", "fp8", "bf16")
 INT32_MAX = 2**31 - 1
-SEED_MAX = 2**32 - 1  # of a key of JAX
+SEED_MAX = 2**32 - 1  # the largest seed of `jax.random.key`
 
 
 def whole(low: int, high: int = INT32_MAX) -> Callable[[str], int]:
-    """Returns an argument's type: a whole number from `low` to `high`."""
+    """Returns the parser of a whole number from `low` to `high`."""
 
     def parse(text: str) -> int:
         if re.fullmatch(r"[+-]?[0-9]{1,20}", text) and low <= int(text) <= high:
@@ -28,7 +28,7 @@ def whole(low: int, high: int = INT32_MAX) -> Callable[[str], int]:
 
 
 def number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
-    """Returns an argument's type: a number from `low` (with `above`, larger than it) to `high`."""
+    """Returns the parser of a number from `low` (with `above`, of a number above `low`) to `high`."""
 
     def parse(text: str) -> float:
         try:
@@ -54,7 +54,7 @@ def nbytes(text: str) -> int:
 
 
 def place(text: str) -> Path | str:
-    """Returns the path of a local folder or file, also of one that a `file://` URL names, or any other URL as it is."""
+    """Returns the path of a local folder or file, which a `file://` URL may name; returns any other URL unchanged."""
     scheme, found, _ = text.partition("://")
     if not found:
         return Path(text)
@@ -67,7 +67,7 @@ def place(text: str) -> Path | str:
 
 
 def local(text: str) -> Path:
-    """Returns the path of a folder or file on this machine; refuses URLs of others."""
+    """Returns the path of a folder or file on this machine; refuses URLs of other machines."""
     found = place(text)
     if isinstance(found, str):
         raise _refused(text, "a path on this machine")
@@ -75,7 +75,7 @@ def local(text: str) -> Path:
 
 
 def field(text: str) -> tuple[str, Any]:
-    """Parses FIELD=VALUE, the value as in JSON."""
+    """Parses FIELD=VALUE, where the value is JSON."""
     name, found, value = text.partition("=")
     if not found or not name:
         raise _refused(text, "FIELD=VALUE with a value as in JSON")
@@ -86,7 +86,7 @@ def field(text: str) -> tuple[str, Any]:
 
 
 def host_and_port(text: str) -> str:
-    """Returns `text` where it is HOST:PORT."""
+    """Returns `text` if it is HOST:PORT; refuses it otherwise."""
     if re.fullmatch(r"\S+:[0-9]{1,5}", text) and 0 < int(text.rpartition(":")[2]) < 2**16:
         return text
     raise _refused(text, "HOST:PORT with a port from 1 to 65,535")
@@ -99,7 +99,11 @@ def _refused(text: str, expected: str) -> argparse.ArgumentTypeError:
 def add_limits(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of long work on files: memory, threads, and progress as JSON."""
     parser.add_argument(
-        "--memory", type=nbytes, default="4GiB", metavar="SIZE", help="the process stays below this (default 4GiB)"
+        "--memory",
+        type=nbytes,
+        default="4GiB",
+        metavar="SIZE",
+        help="most memory the process may use, like 500MB or 4GiB (default 4GiB)",
     )
     parser.add_argument(
         "--workers", type=whole(1, 1024), default=4, metavar="N", help="threads that read and write (default 4)"
@@ -108,7 +112,7 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print progress and result as JSON, an object a line")
+    parser.add_argument("--json", action="store_true", help="print progress and result as JSON, one object per line")
 
 
 def add_shard_size(parser: argparse.ArgumentParser) -> None:
@@ -117,8 +121,8 @@ def add_shard_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def progress(arguments: argparse.Namespace, what: str) -> Any:
-    """Returns a context that gives the `progress` of a long work: JSON lines with `--json`, a bar otherwise."""
+def progress(arguments: argparse.Namespace, activity: str) -> Any:
+    """Returns a context manager that reports progress of the `activity`: JSON lines with `--json`, a bar otherwise."""
     import checkpoints
 
-    return checkpoints.progress_events(what) if arguments.json else checkpoints.progress_bar(what)
+    return checkpoints.progress_events(activity) if arguments.json else checkpoints.progress_bar(activity)

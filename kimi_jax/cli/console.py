@@ -1,14 +1,14 @@
-"""The console that commands print tables and notes on."""
+"""Makes the consoles on which commands print tables and notes."""
 
 from rich.console import Console
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Lets BrokenPipeError pass, which `main` handles, where rich would end the process with exit code 1."""
+        """Raises BrokenPipeError, which `main` handles; rich's own method ends the process with exit code 1."""
         raise
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Returns a console for standard output or error; markup is interpreted, so names of strangers must be escaped."""
+    """Returns a console for standard output or error. It interprets markup, so names of strangers must be escaped."""
     return _Console(stderr=stderr, quiet=quiet, highlight=not stderr)

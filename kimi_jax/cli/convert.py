@@ -1,4 +1,4 @@
-"""`kimi-jax convert`: a published folder becomes an Orbax checkpoint."""
+"""Runs `kimi-jax convert`, which turns a published folder into an Orbax checkpoint."""
 
 import argparse
 import dataclasses
@@ -9,8 +9,8 @@ from kimi_jax.cli.terminal import print_line
 
 NAME = "convert"
 SUMMARY = (
-    "Turn a published safetensors folder into an Orbax checkpoint, INT4 kept, one chunk per expert. The same command "
-    "goes on with a conversion that was stopped."
+    "Turn a published safetensors folder into an Orbax checkpoint. INT4 weights stay INT4, and every expert is a chunk "
+    "of its own. Run the same command again to continue a conversion that was stopped."
 )
 EXAMPLE = "kimi-jax convert ~/models/Kimi-K2.5 ~/models/kimi-k2.5-orbax --memory 4GiB"
 
@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("dst", type=local, help="folder to write")
     parser.add_argument(
-        "--experts", choices=FORMS, help="form of the routed experts (default: as published, FP8 as bf16)"
+        "--experts", choices=FORMS, help="format of the routed experts (default: as published, but FP8 becomes bf16)"
     )
     parser.add_argument(
         "--dtype",
         choices=["bfloat16", "float32"],
-        help="dtype of everything else (default: as published, FP8 as bfloat16)",
+        help="dtype of all other weights (default: as published, but FP8 becomes bfloat16)",
     )
     add_limits(parser)
     parser.add_argument(
@@ -34,17 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(0),
         default=0,
         metavar="I",
-        help="which of several processes that share dst this one is, from 0 (default 0)",
+        help="number of this process among those that write dst together, from 0 (default 0)",
     )
     parser.add_argument(
-        "--num-processes", type=whole(1), default=1, metavar="N", help="processes that split the work (default 1)"
+        "--num-processes", type=whole(1), default=1, metavar="N", help="number of those processes (default 1)"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # which shapes a model has is all that is asked of it
+    jax.config.update("jax_platforms", "cpu")  # conversion uses JAX only for the shapes of a model
     import checkpoints
 
     with progress(arguments, "converting") as show:

@@ -1,16 +1,19 @@
-"""`kimi-jax demo`: the whole way of a checkpoint with a toy."""
+"""Runs `kimi-jax demo`, which takes a toy checkpoint from its published files to an answer."""
 
 import argparse
 
 from kimi_jax.cli.arguments import local
 
 NAME = "demo"
-SUMMARY = "The whole way on this machine, with a toy and random weights: convert, load over 8 devices, look, answer."
+SUMMARY = (
+    "Take a toy model with random weights from its published files to an answer, on this machine: convert it, load it "
+    "over 8 simulated devices, show it a picture, generate."
+)
 EXAMPLE = "kimi-jax demo --image cat.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", type=local, help="a picture of yours (default: one that the demo draws)")
+    parser.add_argument("--image", type=local, metavar="FILE", help="picture to show (default: one the demo draws)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`kimi-jax export`: an Orbax checkpoint becomes a published folder again."""
+"""Runs `kimi-jax export`, which turns an Orbax checkpoint back into a published folder."""
 
 import argparse
 import dataclasses
@@ -8,13 +8,16 @@ from kimi_jax.cli.arguments import add_limits, add_shard_size, local, place, pro
 from kimi_jax.cli.terminal import print_line
 
 NAME = "export"
-SUMMARY = "Turn an Orbax checkpoint that convert wrote back into a published folder: safetensors, index, and the rest."
+SUMMARY = (
+    "Turn a converted checkpoint back into a published folder: safetensors with their index, config.json, and the "
+    "files that conversion carried along, like the tokenizer's."
+)
 EXAMPLE = "kimi-jax export ~/models/kimi-k2.5-orbax ~/models/Kimi-K2.5-again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", type=place, help="folder or URL that convert wrote")
-    parser.add_argument("dst", type=local, help="folder to write; must not exist, or be empty")
+    parser.add_argument("src", type=place, help="converted checkpoint's folder or URL")
+    parser.add_argument("dst", type=local, help="folder to write; must be new or empty")
     add_shard_size(parser)
     add_limits(parser)
 

@@ -1,4 +1,4 @@
-"""The end of a command: errors and warnings as one line each on standard error, signals, and a reader that has gone."""
+"""Ends a command: writes errors and warnings as one line each on standard error, handles SIGTERM and closed pipes."""
 
 import os
 import select
@@ -15,15 +15,15 @@ from typing import Any
 from kimi_jax.cli.terminal import escaped
 from kimi_jax.printable import printable
 
-LINE = 800  # characters of a message: some ten lines of a terminal, room for two long paths
-# Bytes that are there before memory runs out.
+LINE = 800  # characters of a message: ten lines of a terminal, room for two long paths
+# Made before memory runs out.
 _OUT_OF_MEMORY = b"kimi-jax: out of memory on this machine; a smaller --memory, --batch or model takes less\n"
 
 
 def report(error: Exception, trace: bool) -> int:
-    """Writes what went wrong to standard error in one line, with `trace` also where; returns the exit code.
+    """Writes the error to standard error in one line, with `trace` also its traceback, and returns the exit code.
 
-    Returns 0 and writes nothing where the only thing wrong is that nobody reads standard output any more.
+    Returns 0 and writes nothing where the error is only that the reader of standard output has gone.
     """
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
         return 0
@@ -51,13 +51,13 @@ def _in_words(error: Exception) -> str:
 def _one_line(message: Warning | Exception | str) -> str:
     """Returns the message without line breaks, cut and escaped; the class's name where there is none."""
     if isinstance(message, KeyError) and len(message.args) == 1:
-        message = str(message.args[0])  # which KeyError.__str__ would put in quotes
+        message = str(message.args[0])  # KeyError.__str__ would put it in quotes
     return printable(" ".join(str(message).split()), LINE) or type(message).__name__
 
 
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """While in this context, a Python warning is one line on standard error, without file and source."""
+    """Shows Python warnings as one line on standard error, without file and source, while in this context."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"kimi-jax: warning: {_one_line(message)}", file=sys.stderr)
@@ -69,9 +69,9 @@ def one_line_warnings() -> Iterator[None]:
 
 @contextmanager
 def sigterm_exits() -> Iterator[None]:
-    """While in this context, SIGTERM raises SystemExit(143), so that files half written are removed on the way out.
+    """Raises SystemExit(143) on SIGTERM while in this context, so that half-written files are removed on the way out.
 
-    A second SIGTERM ends the process at once. A handler that is there already stays.
+    A second SIGTERM ends the process at once. A handler that was installed before stays.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
@@ -89,13 +89,13 @@ def sigterm_exits() -> Iterator[None]:
 
 
 def flush_output() -> None:
-    """Writes what is buffered for standard output. Raises OSError where that cannot be."""
-    if sys.stdout is not None:  # as it is after `>&-`
+    """Flushes standard output. Raises OSError where it cannot be written."""
+    if sys.stdout is not None:  # it is None after `>&-`
         sys.stdout.flush()
 
 
 def drop_unwritten_output() -> None:
-    """Sends to nowhere what standard output does not take, lest the interpreter fail over it when it exits."""
+    """Discards buffered output that standard output does not accept; the interpreter would fail over it at its exit."""
     try:
         flush_output()
     except OSError:
@@ -108,9 +108,9 @@ def _reader_is_gone() -> bool:
     try:
         flush_output()
         poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)  # asks for nothing but errors, as a pipe without a reader has
+        poll.register(sys.stdout.fileno(), 0)  # polls for errors only, which a pipe without a reader has
         return bool(poll.poll(0))
     except BrokenPipeError:
         return True
-    except (OSError, ValueError):  # a standard output that is no file
+    except (OSError, ValueError):  # standard output is no file
         return False

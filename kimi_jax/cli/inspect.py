@@ -1,18 +1,20 @@
-"""`kimi-jax inspect`: what is in a checkpoint."""
+"""Runs `kimi-jax inspect`, which shows the contents of a checkpoint."""
 
 import argparse
 
 from kimi_jax.cli.arguments import place
 
 NAME = "inspect"
-SUMMARY = "Show what is in a checkpoint, published or converted, or in a preset: layers, dtypes, parameters, bytes."
+SUMMARY = "Show the layers, dtypes, parameters and bytes of a checkpoint, published or converted, or of a preset."
 EXAMPLE = "kimi-jax inspect ~/models/Kimi-K2.5\n  kimi-jax inspect --preset kimi-k2.5"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("path", type=place, nargs="?", help="a checkpoint's folder or URL")
-    which.add_argument("--preset", metavar="NAME", help="a published model's configuration, no weights needed")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("path", type=place, nargs="?", help="checkpoint's folder or URL")
+    source.add_argument(
+        "--preset", metavar="NAME", help="published model, like kimi-k2.5, from its configuration; needs no weights"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

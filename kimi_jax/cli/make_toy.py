@@ -1,4 +1,4 @@
-"""`kimi-jax make-toy`: a small checkpoint in the published layout."""
+"""Runs `kimi-jax make-toy`, which writes a small checkpoint in the published layout."""
 
 import argparse
 import json
@@ -9,8 +9,8 @@ from kimi_jax.cli.terminal import print_line
 
 NAME = "make-toy"
 SUMMARY = (
-    "Write a checkpoint of real widths in the published layout, cut to a few layers and experts, with random weights "
-    "or those of a published folder."
+    "Write a small checkpoint in the published layout: a model of real widths with fewer layers and experts, and with "
+    "random weights or those of a published folder."
 )
 EXAMPLE = (
     "kimi-jax make-toy /tmp/k2.5 --like k2.5 --layers 2 --experts 16\n"
@@ -19,7 +19,7 @@ EXAMPLE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dst", type=local, help="folder to write; must not exist, or be empty")
+    parser.add_argument("dst", type=local, help="folder to write; must be new or empty")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument(
         "--like", choices=["k2", "k2-thinking", "k2.5", "kimi-linear"], help="model to resemble, with random weights"
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vision-layers", type=whole(1), metavar="N", help="keep the vision tower's first N layers (default: all)"
     )
-    parser.add_argument("--form", choices=FORMS, help="with --like: form of the weights (default: as released)")
+    parser.add_argument("--form", choices=FORMS, help="with --like: format of the weights (default: as released)")
     parser.add_argument(
         "--set",
         dest="fields",
@@ -52,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from checkpoints.published.quantization_config import described
-    from checkpoints.published.reading import at
+    from checkpoints.files.place import locate
+    from checkpoints.published.quantization_config import describe_form
     from checkpoints.toy import cut_config, make_toy, toy_config
 
     if arguments.source is not None and (arguments.form or arguments.fields):
         raise ValueError("--form and --set go with --like; with --from, the weights are as they are")
     if arguments.source is not None:
-        file = at(arguments.source) / "config.json"
+        file = locate(arguments.source) / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file")
         config = json_reader.read_object(file)
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         preset = {"kimi-linear": "kimi-linear-48b"}.get(arguments.like, f"kimi-{arguments.like}")
         config = toy_config(preset, **dict(arguments.fields))
         if arguments.form:
-            config = described(config, arguments.form)
+            config = describe_form(config, arguments.form)
     config = cut_config(
         config, layers=arguments.layers, experts=arguments.experts, vision_layers=arguments.vision_layers
     )

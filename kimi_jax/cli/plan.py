@@ -1,4 +1,4 @@
-"""`kimi-jax plan`: will a model fit, and what bounds a step."""
+"""Runs `kimi-jax plan`, which says whether a model fits on a TPU slice and what bounds a step."""
 
 import argparse
 import json
@@ -9,8 +9,8 @@ from kimi_jax.cli.arguments import local, place, whole
 
 NAME = "plan"
 SUMMARY = (
-    "Will a model fit on a TPU slice, with how much context and batch, and what does a step move? Compiles the step "
-    "for the slice where libtpu is installed; no TPU is needed."
+    "Plan a job on a TPU slice: does the model fit, with how much context and batch, and how many bytes does a step "
+    "move? Compiles the step for the slice where libtpu is installed; needs no TPU."
 )
 EXAMPLE = "kimi-jax plan --model k2.5 --topology v5p:4x4x4 --batch 64 --context 32768 --plot plan.png"
 
@@ -21,23 +21,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=place,
         required=True,
         metavar="NAME",
-        help="a preset like k2.5, or a folder or URL with a config.json",
+        help="preset like k2.5, or folder or URL with a config.json",
     )
     parser.add_argument(
         "--topology",
         action="append",
         required=True,
         metavar="SLICE",
-        help="a slice like v5p:4x4x4, or `all` that are known; may be repeated",
+        help="slice like v5p:4x4x4, or `all` for every known slice; may be repeated",
     )
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        help="devices of each axis, like data=4,expert=8,tensor=2 (default: the fastest)",
+        help="devices of each axis, like data=4,expert=8,tensor=2 (default: the fastest mesh by the plan's bounds)",
     )
-    parser.add_argument("--batch", type=whole(1), default=1, metavar="N", help="number of rows (default %(default)s)")
+    parser.add_argument("--batch", type=whole(1), default=1, metavar="N", help="sequences (default %(default)s)")
     parser.add_argument(
-        "--context", type=whole(1), default=8192, metavar="N", help="tokens of each row (default %(default)s)"
+        "--context", type=whole(1), default=8192, metavar="N", help="tokens of each sequence (default %(default)s)"
     )
     parser.add_argument(
         "--phase", choices=["decode", "prefill"], default="decode", help="kind of step (default %(default)s)"
@@ -46,16 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk",
         type=whole(1),
         metavar="N",
-        help="tokens of each row in a step of prefill (default 2,048 or the context)",
+        help="tokens of each sequence in a prefill step (default: 2,048, or the context if shorter)",
     )
     parser.add_argument(
         "--no-compile",
         dest="compile",
         action="store_false",
-        help="plan by arithmetic alone: takes seconds, needs no libtpu",
+        help="plan by arithmetic only, in seconds, without libtpu",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, a list with an object for each slice")
-    parser.add_argument("--plot", type=local, metavar="FILE.png", help="draw memory and lower bounds")
+    parser.add_argument("--json", action="store_true", help="print JSON: a list with one object per slice")
+    parser.add_argument("--plot", type=local, metavar="FILE.png", help="draw memory and lower bounds of time")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -104,10 +104,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _named_config(model: Path | str) -> tuple[str, Any]:
     """Returns name and configuration of a preset, whose `kimi-` may be left out, or of the folder or URL `model`."""
-    from checkpoints.published.reading import at
+    from checkpoints.files.place import locate
     from kimi_jax import config_json
 
-    folder = at(model)
+    folder = locate(model)
     if isinstance(model, str) or (folder / "config.json").is_file():
         return folder.name, config_json.from_folder(folder)
     names = config_json.preset_names()

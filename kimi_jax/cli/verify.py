@@ -1,4 +1,4 @@
-"""`kimi-jax verify`: two checkpoints, or one and its checksums, held against each other."""
+"""Runs `kimi-jax verify`, which compares two checkpoints, or one with its checksums."""
 
 import argparse
 import dataclasses
@@ -10,8 +10,8 @@ from kimi_jax.cli.terminal import print_line
 
 NAME = "verify"
 SUMMARY = (
-    "Hold two checkpoints against each other, published or converted, tensor by tensor; or a converted one against "
-    "the checksums of its conversion. Exit code 1 where they differ."
+    "Compare two checkpoints, published or converted, tensor by tensor; or a converted one with the checksums of its "
+    "conversion. The exit code is 1 if they differ."
 )
 EXAMPLE = (
     "kimi-jax verify ~/models/kimi-k2.5-orbax\n"
@@ -21,13 +21,13 @@ EXAMPLE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", type=place, help="a checkpoint's folder or URL")
-    parser.add_argument("b", type=place, nargs="?", help="another one (default: the checksums of A)")
+    parser.add_argument("a", type=place, help="checkpoint's folder or URL")
+    parser.add_argument("b", type=place, nargs="?", help="second checkpoint (default: the checksums in a)")
     parser.add_argument(
         "--tolerance",
         type=number(0.0, sys.float_info.max),
         metavar="X",
-        help="compare values, whatever the form: errors up to X times a weight's largest (default: every byte)",
+        help="compare values in any format; errors may be X times a tensor's largest value (default: compare bytes)",
     )
     add_limits(parser)
 

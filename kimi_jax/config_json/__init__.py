@@ -1,9 +1,9 @@
 """Reads a published config.json into `config`'s dataclasses.
 
-Nothing is known per release. Each key is read, is known to change nothing (`keys`), or is refused by the name of its
-file and field where it asks for another model; a key that is none of these is named in a warning. A missing value is
-what the reference implementation takes it for. The spellings of transformers 5 are read beside those of the releases,
-and two spellings of one value have to agree.
+No release has code of its own here. Each key is read, is known to change nothing (`keys`), or is refused by the name
+of its file and field where it asks for another model; a warning names unknown keys. A missing value gets the default of
+the reference implementation. The spellings of transformers 5 are read beside those of the releases, and two spellings
+of one value have to agree.
 """
 
 from kimi_jax.config_json.fields import ConfigError

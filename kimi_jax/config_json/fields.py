@@ -1,5 +1,5 @@
-"""Reads the values of one JSON object, each kind within bounds and by one method, naming them in errors as the file
-does."""
+"""Reads the values of one JSON object by a method for each kind, within bounds, and names them in errors as the file
+spells them."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -7,20 +7,20 @@ from typing import Any
 
 from kimi_jax.printable import printable
 
-MAX_TOKEN_IDS = 1_000  # in a list of ids that end a text; releases have two
+MAX_TOKEN_IDS = 1_000  # in a list of ids that end a text; releases have up to two
 _FLOAT32_MIN, _FLOAT32_MAX = 1.1754943508222875e-38, 3.4028234663852886e38
 _NO_ALIASES: Mapping[str, str] = {}
 
 
 class ConfigError(ValueError):
-    """A config.json that this package cannot honour; the message names the file and the field."""
+    """Is raised for a config.json that this package cannot honour; the message names the file and the field."""
 
 
 class Fields:
     """The values of one JSON object. A null is read as a missing value.
 
-    `where` opens every error. `aliases` maps other spellings of a name to the one asked for. Raises `ConfigError`
-    where `values` is no object, and where two spellings of a name say different things.
+    `where` begins every error. `aliases` maps other spellings of a name to the one asked for. Raises `ConfigError`
+    where `values` is no object, and where two spellings of a name have different values.
     """
 
     def __init__(self, values: Any, where: str, aliases: Mapping[str, str] = _NO_ALIASES):
@@ -34,8 +34,8 @@ class Fields:
             self._take(aliases.get(spelling, spelling), spelling, value)
 
     def adopt(self, other: "Fields", aliases: Mapping[str, str]) -> None:
-        """Takes values from another object, by its spelling -> the name here. Raises `ConfigError` where a name has
-        another value here."""
+        """Copies values from another object; `aliases` maps its spellings to the names here. Raises `ConfigError` where
+        a name has another value here."""
         for spelling, name in aliases.items():
             self._take(name, spelling, other.raw(spelling))
 
@@ -61,7 +61,7 @@ class Fields:
         return self._values.get(name)
 
     def named(self, name: str) -> str:
-        """Returns the place of `name` for an error: file, objects and key as the file spells it."""
+        """Returns the path of `name` for an error: file, objects and key as the file spells it."""
         return f"{self.where}: {self._spelling.get(name, name)}"
 
     def check(self, holds: bool, message: str) -> None:
@@ -70,8 +70,8 @@ class Fields:
             raise ConfigError(f"{self.where}: {message}")
 
     def integer(self, name: str, default: int | None = None, *, least: int = 0, most: int) -> int:
-        """Returns an integer between `least` and `most`. Raises `ConfigError` for one outside, for a bool or float,
-        and for a missing one without `default`."""
+        """Returns an integer between `least` and `most`. Raises `ConfigError` for an integer outside, for a bool or
+        float, and for a missing value without `default`."""
         value = self._required(name, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise ConfigError(f"{self.named(name)} is {shown(value)}, expected an integer")
@@ -82,8 +82,8 @@ class Fields:
     def number(
         self, name: str, default: float | None = None, *, least: float = 0.0, above: bool = True, most: float = math.inf
     ) -> float:
-        """Returns a finite number that float32 holds, above `least` (or from it on: `above=False`), at most `most`.
-        Raises `ConfigError` as `integer` does; an integer is taken for a float."""
+        """Returns a finite number that float32 can hold, above `least` (with `above=False` also `least`), at most
+        `most`. Accepts integers. Raises `ConfigError` for other values, and for a missing one without `default`."""
         value = self._required(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ConfigError(f"{self.named(name)} is {shown(value)}, expected a number")
@@ -134,8 +134,8 @@ class Fields:
         return tuple(values)
 
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """Returns the one or more token ids in `name`, none where it is missing. Raises `ConfigError` for anything but
-        ids within the vocabulary."""
+        """Returns the token ids in `name`, one or a list, none where it is missing. Raises `ConfigError` for anything
+        but ids within the vocabulary."""
         value = self.raw(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         self.check(
@@ -148,7 +148,8 @@ class Fields:
         return tuple(ids)
 
     def token_id(self, name: str, vocab_size: int) -> int | None:
-        """Returns a token id, None where it is missing. Raises `ConfigError` as `token_ids` does, and for a list."""
+        """Returns a token id, None where it is missing. Raises `ConfigError` for anything but an id within the
+        vocabulary."""
         self.check(not isinstance(self.raw(name), list), f"{name} is {shown(self.raw(name))}, expected one token id")
         return next(iter(self.token_ids(name, vocab_size)), None)
 
@@ -165,18 +166,19 @@ class Fields:
             raise ConfigError(f"{self.named(name)} {shown(self._values[name])} is not supported; {expected}")
 
     def neutral(self, table: Mapping[str, Collection[Any]]) -> None:
-        """Counts the names of `table` as read where they have one of its values, which change nothing."""
+        """Marks the names of `table` as read where they have one of its values, which change nothing."""
         for name, values in table.items():
             if any(same(self._values.get(name), value) for value in values):
                 self._known.add(name)
 
     def knows(self, name: str) -> bool:
-        """Says whether something has asked for `name`."""
+        """Says whether `name` was read."""
         return name in self._known
 
     def unread(self, harmless: Collection[str] = ()) -> list[str]:
-        """Returns the given names, as the file spells them, that nothing has asked for and that are not `harmless`. A
-        name that begins with an underscore is its writer's own (a comment, or which kernel transformers ran)."""
+        """Returns the names in the file, as it spells them, that were not read and are not `harmless`. Names that begin
+        with an underscore are left out: they are notes of the file's writer (a comment, the kernel transformers ran).
+        """
         return [
             str(self._spelling[name])
             for name in self._values
@@ -184,7 +186,7 @@ class Fields:
         ]
 
     def nothing_else(self) -> None:
-        """Raises `ConfigError` for a name that nothing has asked for."""
+        """Raises `ConfigError` for a name that was not read."""
         for name in self.unread():
             raise ConfigError(f"{self.where}: {printable(name)} is not known, and may change the model")
 
@@ -201,10 +203,10 @@ def same(one: Any, other: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Returns `value` as an error shows it, in one short line."""
+    """Returns `value` as one short line for an error."""
     if isinstance(value, int) and value.bit_length() > 1_000:  # Python refuses to print integers without end
         return f"an integer of {value.bit_length()} bits"
     try:
         return printable(repr(value), 80)
-    except (ValueError, RecursionError):  # a value made by hand, of such integers or of itself
+    except (ValueError, RecursionError):  # a value made in Python that holds such integers, or itself
         return f"a {type(value).__name__}"

@@ -1,5 +1,5 @@
-"""Tables of the keys that are not read as values: other spellings, keys without effect here, and keys that may have one
-value only. The limits of sizes stand here too.
+"""Lists the keys that are not read as values: other spellings, keys without effect here, and keys that may have only
+the values listed. It also has the limits of sizes.
 
 Sources: the releases' config.json and `generation_config.json`, the configuration classes of transformers 5.23
 (deepseek_v3, kimi_linear, kimi_k25, `PreTrainedConfig`, `GenerationConfig`) and of compressed-tensors 0.12.
@@ -8,8 +8,8 @@ Sources: the releases' config.json and `generation_config.json`, the configurati
 from collections.abc import Mapping
 from typing import Any
 
-# Limits of what is taken for a model at all, far from any release: 93 layers, 896 experts, a width of 33,792,
-# 96 heads and 163,840 tokens are the largest. They bound the work that a config.json without tensors can ask for.
+# Limits on sizes, far above every release, whose largest are 93 layers, 896 experts, a width of 33,792, 96 heads and
+# 163,840 tokens. They bound the work that a config.json without tensors can ask for.
 MAX_LAYERS = 1_024
 MAX_EXPERTS = 16_384
 MAX_WIDTH = 2**20
@@ -19,7 +19,7 @@ MAX_POSITIONS = 2**31 - 1  # positions are int32
 MAX_KERNEL = 1_024  # taps of a convolution, pixels of a patch
 MAX_GRID = 4_096  # patches on one side of the table of positions, and its frames
 
-# Other spellings -> DeepSeek-V3's, which the releases of Kimi K2 have: Kimi Linear's, and transformers 5's.
+# Spellings of Kimi Linear and of transformers 5 -> those of DeepSeek-V3, which the releases of Kimi K2 have too.
 TEXT_ALIASES = {
     "num_experts": "n_routed_experts",
     "num_local_experts": "n_routed_experts",
@@ -38,7 +38,7 @@ LINEAR_ALIASES = {
     "linear_conv_kernel_dim": "short_conv_kernel_size",
 }
 ROPE_ALIASES = {"type": "rope_type"}
-# transformers 5's -> the releases'. In its vision_config, then at the top of the file.
+# Spellings of transformers 5 -> those of the releases: in vision_config, then at the top of the file.
 VISION_ALIASES = {
     "hidden_size": "vt_hidden_size",
     "num_hidden_layers": "vt_num_hidden_layers",
@@ -56,7 +56,7 @@ PROJECTOR_ALIASES = {
 TOP_ALIASES = {"image_token_id": "media_placeholder_token_id", "torch_dtype": "dtype"}
 
 # fmt: off
-# How transformers was called or labels its outputs; nothing of it is in the model's arithmetic.
+# Options of transformers and labels of its outputs, which change nothing in the model's arithmetic.
 _BOOKKEEPING = frozenset((
     "architectures", "auto_map", "transformers_version", "model_type", "name_or_path", "tokenizer_class", "prefix",
     "task_specific_params", "problem_type", "finetuning_task", "id2label", "label2id", "num_labels", "torchscript",
@@ -64,12 +64,12 @@ _BOOKKEEPING = frozenset((
     "tf_legacy_loss", "tie_encoder_decoder", "is_decoder", "cross_attention_hidden_size", "chunk_size_feed_forward",
     "decoder_start_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "keys_to_ignore_at_inference",
 ))
-# Losses, dropout and how the training was spread over devices.
+# Losses, dropout, and the parallelism of training.
 _TRAINING = frozenset((
     "attention_dropout", "hidden_dropout", "aux_loss_alpha", "seq_aux", "router_aux_loss_coef", "router_z_loss_coef",
     "output_router_logits", "ep_size", "pretraining_tp", "ignore_index", "gradient_checkpointing",
 ))
-# How tokens are drawn and what is returned: callers of `generate` say that themselves.
+# Sampling and the form of results, which callers of `generate` choose themselves.
 _SAMPLING = frozenset((
     "temperature", "top_k", "top_p", "min_p", "typical_p", "do_sample", "early_stopping", "length_penalty",
     "num_return_sequences", "max_length", "max_new_tokens", "max_time", "output_scores", "output_logits",
@@ -80,12 +80,12 @@ _SAMPLING = frozenset((
 HARMLESS_TEXT = _BOOKKEEPING | _TRAINING | _SAMPLING
 HARMLESS_GENERATION = _BOOKKEEPING | _SAMPLING
 HARMLESS_VISION = _BOOKKEEPING | _TRAINING | {"dtype", "torch_dtype", "initializer_range"}
-# Text around media and its markers, which the chat template writes.
+# Texts around media and their markers, which the chat template writes.
 HARMLESS_TOP = _BOOKKEEPING | _TRAINING | _SAMPLING | {
     "use_unified_vision_chunk", "video_placeholder", "image_placeholder", "video_token_id", "vision_start_token_id",
     "vision_end_token_id", "initializer_range",
 }
-# Which Linears are quantised is seen in the tensors; how their scales were found does not matter after that.
+# The tensors show which Linears are quantised; the method that found their scales does not change the arithmetic.
 HARMLESS_QUANTIZATION = frozenset((
     "ignore", "quantization_status", "global_compression_ratio", "version", "modules_to_not_convert", "ignored_layers",
     "scale_fmt",
@@ -93,7 +93,7 @@ HARMLESS_QUANTIZATION = frozenset((
 HARMLESS_QUANTIZATION_GROUP = frozenset(("targets",))
 HARMLESS_QUANTIZATION_WEIGHTS = frozenset(("observer", "observer_kwargs", "scale_dtype", "zp_dtype"))
 
-# Parts of decoding that `generate` does not have: named in the warning unless they change nothing.
+# Parts of decoding that `generate` does not have, with the values that change nothing; a warning names other values.
 NEUTRAL_SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,), "encoder_repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,), "num_beams": (1,), "num_beam_groups": (1,), "diversity_penalty": (0.0,),
@@ -103,7 +103,7 @@ NEUTRAL_SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "guidance_scale": (1.0,), "penalty_alpha": (0.0,), "stop_strings": ([],), "watermarking_config": (),
 }
 
-# Keys that ask for another model than the one built here, with the values that do not. () stands for none.
+# Keys that ask for a model that is not built here, with the values that do not; () means that every value does.
 ONLY_TEXT: Mapping[str, tuple[Any, ...]] = {
     "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "hidden_act": ("silu",), "mlp_bias": (False,),
     "attention_bias": (False,), "tie_word_embeddings": (False,), "rope_interleave": (True,), "lm_head_bias": (False,),

@@ -15,11 +15,11 @@ _METHODS = ("compressed-tensors", "fp8")
 
 
 def quantization(fields: Fields, outer: Fields | None, unread: list[str]) -> QuantizationConfig | None:
-    """Returns the INT4 form of the routed experts, None without.
+    """Returns the INT4 format of the routed experts, None where they are not INT4.
 
-    `quantization_config` stands in text_config, at the top of the file (`outer`), or in both, which then have to agree.
-    FP8 is a form of the stored tensors alone (every Linear has it, experts or not), so a model read from such a file is
-    a dense one. Appends keys that are not known to `unread`. Raises `ConfigError` for any other form.
+    `quantization_config` is in text_config, at the top of the file (`outer`), or in both, which then have to agree. FP8
+    is a format of stored tensors only, of all Linears alike, so the model of such a file is dense. Appends unknown keys
+    to `unread`. Raises `ConfigError` for any other format.
     """
     found = [
         _form(inner, unread)
@@ -64,7 +64,7 @@ def _group(group: Fields, unread: list[str]) -> QuantizationConfig:
     weights.only("num_bits", 4)
     weights.only("dynamic", False)
     weights.only("block_structure")
-    weights.only("actorder", "weight", "static")  # what changes the order of the columns stores that order as tensors
+    weights.only("actorder", "weight", "static")  # other values store the order of columns as tensors
     size = weights.integer("group_size", least=1, most=2**31 - 1)
     weights.check(size == GROUP_SIZE, f"group_size is {size}; only {GROUP_SIZE} is supported")
     unread += [*_named(group, HARMLESS_QUANTIZATION_GROUP), *_named(weights, HARMLESS_QUANTIZATION_WEIGHTS)]

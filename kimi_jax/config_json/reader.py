@@ -1,4 +1,4 @@
-"""Reads whole files: config.json of a folder, a preset or a parsed object, with generation_config.json beside it."""
+"""Reads whole configurations: config.json and generation_config.json, from a folder, a preset or parsed objects."""
 
 import warnings
 from collections.abc import Mapping
@@ -32,17 +32,17 @@ MODEL_TYPES = (*TEXT_MODEL_TYPES, "kimi_k25")
 
 @runtime_checkable
 class Folder(Protocol):
-    """A Path, or what has files like one (a folder behind a URL)."""
+    """Is what `from_folder` needs of a folder: a Path has it, and so has a folder behind a URL."""
 
     def __truediv__(self, name: str) -> Any: ...
 
 
 def from_folder(folder: str | Folder) -> KimiConfig:
-    """Returns the configuration of the checkpoint in `folder`: `config.json`, and `generation_config.json` where there
-    is one.
+    """Reads the configuration of the checkpoint in `folder`: `config.json`, and `generation_config.json` if there is
+    one.
 
     Raises `ConfigError` naming the file and the field for anything missing, impossible, contradictory or not
-    supported, and warns of keys that are not known.
+    supported, and warns of unknown keys.
     """
     folder = Path(folder) if isinstance(folder, str) else folder
     path, beside = folder / "config.json", folder / "generation_config.json"
@@ -75,7 +75,7 @@ def from_dict(
     where: str = "config.json",
     generation_where: str = "generation_config.json",
 ) -> KimiConfig:
-    """Returns the configuration that the parsed contents of config.json and generation_config.json describe.
+    """Returns the configuration of the parsed contents of config.json and generation_config.json.
 
     `where` and `generation_where` name the files in errors and warnings. Raises and warns as `from_folder` does.
     """
@@ -102,7 +102,7 @@ def from_dict(
 def _with_vision(
     config: Mapping[str, Any], where: str, unread: list[str]
 ) -> tuple[TextConfig, VisionConfig, int, tuple[int, ...]]:
-    """Returns the language model, the vision tower, the id that stands for media, and the ids that end a text."""
+    """Returns the language model, the vision tower, the id of the media placeholder, and the ids that end a text."""
     top = Fields(config, where, TOP_ALIASES)
     inner, tower = top.object("text_config", TEXT_ALIASES), top.object("vision_config", VISION_ALIASES)
     if inner is None or tower is None:

@@ -1,5 +1,5 @@
-"""Reads how positions are rotated: `rope_theta` with `rope_scaling`, or transformers 5's `rope_parameters`, which holds
-all of it."""
+"""Reads the rotation of positions: `rope_theta` with `rope_scaling`, or transformers 5's `rope_parameters`, which
+contains both."""
 
 from kimi_jax.config import YarnConfig
 from kimi_jax.config_json.fields import Fields
@@ -9,8 +9,8 @@ DEFAULT_THETA = 10000.0
 
 
 def rope(fields: Fields) -> tuple[float, YarnConfig | None]:
-    """Returns the base of the frequencies and YaRN, None without. Raises `ConfigError` where a key of either spelling
-    is not known, asks for another rotation, or contradicts another key."""
+    """Returns the base of the frequencies, and YaRN or None. Raises `ConfigError` where a key of either spelling is
+    not known, asks for another rotation, or contradicts another key."""
     length = fields.integer("original_max_position_embeddings", 0, least=1, most=MAX_POSITIONS)
     thetas, scalings = [_theta(fields)], []
     for name in ("rope_scaling", "rope_parameters"):
@@ -60,7 +60,7 @@ def _yarn(fields: Fields, length: int) -> YarnConfig:
     fields.check(
         yarn.beta_fast >= yarn.beta_slow, f"beta_fast {yarn.beta_fast} is less than beta_slow {yarn.beta_slow}"
     )
-    # transformers takes m(factor, 1) unless both are given and not 0; DeepSeek's code takes the two as they are.
+    # transformers uses m(factor, 1) unless both are given and not 0; DeepSeek's code uses the two values as given.
     alike = (yarn.mscale > 0 and yarn.mscale_all_dim > 0 and fields.has("mscale")) or (
         yarn.mscale == 1.0 and yarn.mscale_all_dim == 0.0
     )

@@ -1,4 +1,4 @@
-"""Reads the language model's fields, which stand at the top of the file or in `text_config`."""
+"""Reads the language model's fields, which are at the top of the file or in `text_config`."""
 
 from kimi_jax.config import LinearAttnConfig, QuantizationConfig, TextConfig
 from kimi_jax.config_json.fields import Fields
@@ -86,7 +86,7 @@ def _check_attention(fields: Fields, text: TextConfig) -> None:
     )
     fields.check(text.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim {text.qk_rope_head_dim} is odd; RoPE turns pairs")
     fields.only("qk_head_dim", text.qk_head_dim)
-    # transformers turns head_dim channels, older files have hidden_size / num_attention_heads; NoPE reads neither
+    # transformers rotates head_dim channels; older files set it to hidden_size / num_attention_heads; NoPE ignores it
     known = (text.qk_rope_head_dim, text.qk_head_dim, text.hidden_size // text.num_attention_heads)
     if not (fields.has("head_dim") and text.mla_use_nope):
         fields.only("head_dim", *known)
@@ -127,7 +127,7 @@ def _check_experts(fields: Fields, text: TextConfig) -> None:
 
 
 def _dense_layers(fields: Fields, layers: int) -> int:
-    """Returns how many layers come before the first with experts by transformers 5's list, 0 without one."""
+    """Returns the number of layers before the first with experts in transformers 5's list, 0 without the list."""
     if not fields.has("mlp_layer_types"):
         return 0
     kinds = fields.words("mlp_layer_types", ("dense", "sparse"), layers)
@@ -135,8 +135,8 @@ def _dense_layers(fields: Fields, layers: int) -> int:
 
 
 def _linear_attention(fields: Fields, model_type: str, layers: int) -> LinearAttnConfig | None:
-    """Returns the layers of KDA and their heads: of `linear_attn_config`, or of transformers 5's `layer_types` and
-    `linear_...` keys."""
+    """Reads the KDA layers and their heads from `linear_attn_config`, or from transformers 5's `layer_types` and
+    `linear_...` keys. Returns None for a model without KDA."""
     kinds = fields.words("layer_types", (_KDA, _MLA), layers) if fields.has("layer_types") else None
     inner = fields.object("linear_attn_config", LINEAR_ALIASES)
     if inner is None:

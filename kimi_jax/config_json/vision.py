@@ -51,7 +51,7 @@ def vision(fields: Fields, text: TextConfig) -> VisionConfig:
 
 
 def _only_own_rotation(fields: Fields) -> None:
-    """Refuses anything but the tower's rotation along both axes with base 10000, as transformers 5 spells it."""
+    """Refuses any value of transformers 5's `rope_parameters` but the tower's rotation along both axes, base 10000."""
     if (inner := fields.object("rope_parameters")) is not None:
         inner.only("rope_type", "axial", "default")
         inner.only("rope_theta", 10000.0)

@@ -160,7 +160,7 @@ class Runner:
             tokens=np.full((rows, 1), CHOSEN_BEFORE, np.int32),
             positions=positions[:, None],
             choosing=positions >= 0,
-            before=self.chosen if full else self.take(self.chosen, slots),
+            previous=self.chosen if full else self.take(self.chosen, slots),
             slots=None if full else self._local(slots),
             phase="decode",
         )

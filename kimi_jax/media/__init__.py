@@ -1,7 +1,8 @@
-"""Images and video to the patches and grids that MoonViT reads, as Kimi K2.5's own processor makes them.
+"""Turns images and video into the patches and grids that MoonViT reads, by the rules of Kimi K2.5's own processor.
 
-`sources` finds the bytes and `opening` their format, `appearance` shows them as a viewer does, `patches` scales and
-cuts, `video` samples, `conversation` does all this for several at once. Nothing here knows JAX.
+`sources` reads the bytes, `opening` decodes them, `appearance` turns and composites pictures as a viewer does,
+`patches` scales and cuts them, `video` samples frames, `conversation` does all this for several at once. No module here
+imports JAX.
 """
 
 from kimi_jax.media.config import Config as Config

@@ -1,4 +1,4 @@
-"""Frames that are decoded one at a time, when they are asked for: of an animated file, or of one file each."""
+"""Sequences of frames that decode one frame at a time, on access: those of an animated file, or a file for each."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,15 +15,15 @@ NO_DECODER = "; no video decoder comes with kimi-jax; give a GIF, an animated We
 
 
 class Animation(Sequence[Image.Image]):
-    """The frames of an animated GIF, WebP or PNG as a viewer shows them, RGB. Formats that draw each frame upon the one
-    before are decoded in order, so indices should go up.
+    """The frames of an animated GIF, WebP or PNG as a viewer shows them, in RGB. Formats that draw each frame upon the
+    one before are decoded in order, so access is fast with rising indices only.
 
     size: width and height of every frame. fps: the mean rate, 0 where no durations are stated. starts: seconds at which
-    the frames appear, where they last differently, else None.
+    the frames appear; None where all frames last equally long.
     """
 
     def __init__(self, data: bytes, name: str) -> None:
-        """Reads the header and the durations. Raises ValueError where `data` is no animation, or beyond the limits."""
+        """Reads the header and the durations. Raises ValueError where `data` is no animation or exceeds a limit."""
         self.name, self._data = name, data
         self._image = open_header(data, name, NO_DECODER)
         kind = str(self._image.format)
@@ -53,7 +53,7 @@ class Animation(Sequence[Image.Image]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < self._count:
             raise IndexError(index)
-        if index + self._first < self._image.tell():  # opened anew: some plugins of Pillow lose count when they go back
+        if index + self._first < self._image.tell():  # some plugins of Pillow miscount when they seek backwards
             self._image = open_header(self._data, self.name)
         with pillow_errors(self.name):
             self._image.seek(index + self._first)
@@ -61,7 +61,7 @@ class Animation(Sequence[Image.Image]):
 
 
 class Pictures(Sequence[Image.Image]):
-    """Frames of which each is a picture of its own: whatever `open_image` takes."""
+    """Frames that are separate pictures, each a source that `open_image` takes."""
 
     def __init__(self, sources: Sequence[object]) -> None:
         self._sources = sources

@@ -1,7 +1,7 @@
-"""Pictures as a viewer shows them: turned, in 8 bits, on white.
+"""Converts pictures to what a viewer shows: turned as EXIF says, 8-bit RGB, transparency on white.
 
-Orientation is EXIF's tag 0x0112; transparency is composited on white as vLLM does; 16-bit samples keep their high byte,
-as Pillow itself does for 16-bit colour.
+The orientation is EXIF's tag 0x0112. vLLM composites on white too. 16-bit samples keep their high byte, which is
+Pillow's own rule for 16-bit colour.
 """
 
 from collections.abc import Iterator
@@ -28,8 +28,8 @@ _WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # modes of 16-bit grey; "I" ha
 
 @contextmanager
 def pillow_errors(name: str) -> Iterator[None]:
-    """Turns whatever Pillow raises at damaged bytes into a ValueError of one line. Its plugins raise SyntaxError,
-    EOFError, struct.error, IndexError, AssertionError and more, so only calls of Pillow belong inside."""
+    """Turns any exception that Pillow raises for damaged bytes into a ValueError of one line. Its plugins raise
+    SyntaxError, EOFError, struct.error, IndexError, AssertionError and more, so only calls of Pillow belong inside."""
     try:
         yield
     except MemoryError as error:
@@ -40,9 +40,9 @@ def pillow_errors(name: str) -> Iterator[None]:
 
 
 def as_seen(image: Image.Image, name: str = "the picture") -> Image.Image:
-    """Returns the RGB picture that a viewer shows of `image`, decoded. It carries no EXIF, so nobody turns it again.
+    """Decodes `image` and returns the RGB picture that a viewer shows, without EXIF, so that it is not turned again.
 
-    Raises ValueError where `image` is too large, damaged, or of numbers whose range is not known.
+    Raises ValueError where `image` is too large, damaged, or has samples whose range is not known.
     """
     width, height = image.size
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
@@ -63,15 +63,15 @@ def as_seen(image: Image.Image, name: str = "the picture") -> Image.Image:
 
 
 def find_turn(image: Image.Image) -> Image.Transpose | None:
-    """Returns the transposition that EXIF asks for, which stands behind the pixels of some PNGs; None for none."""
+    """Returns the transposition that EXIF asks for, None without; some PNGs have their EXIF after the pixels."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow raises anything at damaged EXIF; the pixels are whole, and viewers show them as stored
+    except Exception:  # Pillow raises anything for damaged EXIF; the pixels are intact, and viewers show them unturned
         return None
 
 
 def _high_bytes(image: Image.Image, name: str) -> Image.Image:
-    """Returns 16-bit grey as mode L, or LA where one value is transparent."""
+    """Returns 16-bit grey in mode L, or in LA where one value is transparent."""
     with pillow_errors(name):
         values = np.asarray(image if image.mode == "I" else image.convert("I"))
     if values.min() < 0 or values.max() > 65535:

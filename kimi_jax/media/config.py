@@ -1,4 +1,4 @@
-"""The numbers in `preprocessor_config.json`: every key is read, known to change nothing, or refused."""
+"""Reads the numbers in `preprocessor_config.json`: every key is read, known to change nothing, or refused."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,18 +9,18 @@ from typing import Any
 from kimi_jax import json_reader
 from kimi_jax.printable import printable
 
-# fields whose other values the published processor takes, but no published checkpoint has
+# fields and the only value of each that published checkpoints have, though the published processor takes others
 _FIXED = {
     "fixed_output_tokens": None,
     "in_patch_limit_video": None,
     "max_num_frames_each_video": None,
     "timestamp_mode": "hh:mm:ss.fff",
 }
-# keys beside media_proc_cfg that name Python classes and no numbers
+# keys beside media_proc_cfg that name Python classes
 _HARMLESS = {"_comment", "auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 _LARGEST = {"patch_size": 256, "merge_kernel_size": 16, "temporal_merge_kernel_size": 1024, "sample_fps": 1000}
 _NO_LIMIT = 10**30  # a patch limit that large limits nothing, and still fits a float
-_STD = (1e-3, 1e3)  # a level of 1/255 divided by less, or more, is no input of a network
+_STD = (1e-3, 1e3)  # divided by less or more, a step of one level (1/255) leaves the range that a network is trained on
 
 
 def _shown(value: Any) -> str:
@@ -67,8 +67,8 @@ class MediaConfig:
     def from_dict(cls, config: Mapping[str, Any], *, name: str = "preprocessor_config") -> "MediaConfig":
         """Reads the contents of `preprocessor_config.json`, which `name` stands for in errors.
 
-        Raises ValueError naming a field of `media_proc_cfg` that is missing, not supported or not known; warns of keys
-        beside it that are not known.
+        Raises ValueError naming a field of `media_proc_cfg` that is missing, not supported or not known; warns of
+        unknown keys beside `media_proc_cfg`.
         """
         found = config.get("media_proc_cfg")
         if not isinstance(found, Mapping):
@@ -83,8 +83,8 @@ class MediaConfig:
                 raise ValueError(
                     f"{name}: media_proc_cfg.{fixed} is {_shown(found[fixed])}; only {only!r} is supported"
                 )
-        if beside := sorted(set(config) - _HARMLESS - {"media_proc_cfg"}):
-            warnings.warn(f"{name}: not read: {printable(', '.join(beside))}", stacklevel=2)
+        if unread := sorted(set(config) - _HARMLESS - {"media_proc_cfg"}):
+            warnings.warn(f"{name}: not read: {printable(', '.join(unread))}", stacklevel=2)
         whole = {entry.name: _positive(found, entry.name, int, name) for entry in fields(cls) if entry.type is int}
         mean, std = _channels(found, "image_mean", 0.0, 1.0, name), _channels(found, "image_std", *_STD, name)
         sample_fps = float(_positive(found, "sample_fps", (int, float), name))
@@ -103,5 +103,5 @@ Config = MediaConfig | Mapping[str, Any]
 
 
 def as_config(config: Config) -> MediaConfig:
-    """Returns `config` itself, or what the contents of a `preprocessor_config.json` say."""
+    """Returns `config` itself, or reads it where it is the contents of a `preprocessor_config.json`."""
     return config if isinstance(config, MediaConfig) else MediaConfig.from_dict(config)

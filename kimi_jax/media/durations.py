@@ -1,4 +1,4 @@
-"""Durations of an animation's frames, read from its blocks or chunks without decoding a pixel.
+"""Reads the durations of an animation's frames from its blocks or chunks, without decoding a pixel.
 
 GIF89a: graphic control extensions. WebP: ANMF chunks (RFC 9649, section 2.7.1). PNG: fcTL chunks (Third Edition,
 section 11.3.6.3).
@@ -14,7 +14,7 @@ from kimi_jax.media.limits import MAX_FRAMES
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame: milliseconds on the screen, and the right and lower edge of what it draws, where that is stated."""
+    """One frame: milliseconds on the screen, and the right and lower edge of what it draws, 0 where not stated."""
 
     duration: float
     right: int = 0
@@ -22,9 +22,9 @@ class Frame:
 
 
 def read_frames(data: bytes, kind: str, name: str) -> list[Frame]:
-    """Returns the frames of a GIF, WEBP or PNG in their order; for a still at most one, for another kind none.
+    """Returns the frames of a GIF, WEBP or PNG in order: at most one for a still picture, none for another format.
 
-    Raises ValueError, naming the file, where there are more than `MAX_FRAMES` or a block is cut.
+    Raises ValueError, naming the file, where there are more than `MAX_FRAMES` or a block is cut off.
     """
     readers = {"GIF": _gif, "WEBP": _webp, "PNG": _png}
     if kind not in readers:
@@ -39,7 +39,7 @@ def read_frames(data: bytes, kind: str, name: str) -> list[Frame]:
 
 
 def first_frame(data: bytes, kind: str) -> int:
-    """Returns the number that Pillow gives the first frame: 1 in a PNG whose own picture is no part of it."""
+    """Returns Pillow's number for the first frame: 1 in a PNG whose own picture is no part of its animation, else 0."""
     chunks = _png_chunks(data) if kind == "PNG" else iter(())
     return int(next((name for name, _ in chunks if name in (b"IDAT", b"fcTL")), b"") == b"IDAT")
 
@@ -59,10 +59,10 @@ def _gif(data: bytes) -> Iterator[Frame]:
             yield Frame(float(duration), left + width, top + height)
             duration = 0
             at += 11 + palette(flags)
-        else:  # decoders skip what is between blocks
+        else:  # decoders skip bytes between blocks
             at += 1
             continue
-        while at < len(data) and data[at]:  # sub-blocks, each after its length
+        while at < len(data) and data[at]:  # sub-blocks, each preceded by its length
             at += 1 + data[at]
         at += 1
 
@@ -84,7 +84,7 @@ def _png(data: bytes) -> Iterator[Frame]:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int]]:
-    """Returns the type of each chunk, and the place of what is in it."""
+    """Yields the type of each chunk and the place where its data begin."""
     at = 8
     while at + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)

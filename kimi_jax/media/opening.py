@@ -1,4 +1,4 @@
-"""Pictures of the formats named here and no others: Pillow would run Ghostscript for an EPS, whatever its name says."""
+"""Opens pictures of the formats named here and no others: Pillow would run Ghostscript for an EPS under any name."""
 
 import io
 
@@ -11,8 +11,8 @@ from kimi_jax.media.limits import MAX_PIXELS
 from kimi_jax.printable import printable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-# first bytes of what people give instead, and of headers too damaged to open
-_OTHERS = (
+# first bytes of other files that people give as pictures, and of formats whose damaged headers Pillow does not open
+_OTHER_FORMATS = (
     (b"\x89PNG", "a damaged PNG"),
     (b"\xff\xd8", "a damaged JPEG"),
     (b"RIFF", "a RIFF file"),
@@ -31,11 +31,11 @@ _OTHERS = (
 
 
 def open_image(source: object) -> Image.Image:
-    """Returns the picture that `source` holds as a viewer shows it, in RGB; the first frame of an animation.
+    """Returns the picture in `source` as a viewer shows it, in RGB; the first frame of an animation.
 
     source: a path, a base64 `data:` URL, the bytes of a file, a uint8 array [height, width], [height, width, 3] (RGB)
-    or [height, width, 4] (RGBA), or a PIL image. A string is opened as the path that it is, so strings of strangers go
-    through `from_message` first. Raises OSError or ValueError naming the source.
+    or [height, width, 4] (RGBA), or a PIL image. Any string but a `data:` URL is opened as a path, so pass strings of
+    strangers through `from_message` first. Raises OSError or ValueError naming the source.
     """
     if isinstance(source, Image.Image | np.ndarray):
         return as_seen(as_image(source))
@@ -44,7 +44,7 @@ def open_image(source: object) -> Image.Image:
 
 
 def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
-    """Returns an array of levels as a PIL image, and a PIL image as it is."""
+    """Converts an array of levels to a PIL image; returns a PIL image unchanged."""
     if isinstance(picture, Image.Image):
         return picture
     shape = picture.shape
@@ -59,8 +59,8 @@ def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
 
 
 def open_header(data: bytes, name: str, hint: str = "") -> Image.Image:
-    """Returns the image that `data` holds, its pixels not decoded yet. Raises ValueError, `hint` at its end where the
-    format is none that is opened."""
+    """Returns the image in `data`, its pixels not decoded yet. Raises ValueError, with `hint` at its end where the
+    format is not one of `FORMATS`."""
     with pillow_errors(name):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -76,15 +76,15 @@ def open_header(data: bytes, name: str, hint: str = "") -> Image.Image:
 
 
 def _other_format(data: bytes) -> str:
-    if data[4:8] == b"ftyp":  # ISO media: a still where the brand says so, else a video
+    if data[4:8] == b"ftyp":  # ISO base media: a still picture if its brand says so, else a video
         brand = data[8:12].decode("latin-1")
         return {"avif": "AVIF", "heic": "HEIC", "mif1": "HEIF"}.get(brand, "MP4")
     start = data[:64].lstrip()
-    return next((kind for first, kind in _OTHERS if start.startswith(first)), f"{len(data):,} other bytes")
+    return next((kind for first, kind in _OTHER_FORMATS if start.startswith(first)), f"{len(data):,} other bytes")
 
 
 def _scale_transparency(image: Image.Image) -> None:
-    """Brings the transparent value of a PNG to 8 bits: Pillow does so with samples of 2, 4 and 16 bits, not with it."""
+    """Scales the transparent value of a PNG to 8 bits; Pillow scales samples of 2, 4 and 16 bits, but not the value."""
     value = image.info.get("transparency")
     tiles = getattr(image, "tile", []) if image.format == "PNG" else []
     raw = tiles[0][3] if tiles else None

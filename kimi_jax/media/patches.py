@@ -1,4 +1,4 @@
-"""Pictures to patches: scaled, padded, normalised and cut as Kimi K2.5's own processor does.
+"""Scales, pads and normalises pictures and cuts them into patches, by the rules of Kimi K2.5's own processor.
 
 The sizes follow `navit_resize` and the values of `media_proc_cfg` in `preprocessor_config.json`: scale down (never
 up) to the patch limits with PIL's bicubic filter on 8-bit RGB, pad right and bottom with black to whole 2 x 2 blocks
@@ -24,7 +24,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Resize:
-    """Size in pixels of the scaled picture, and what is added to the right and at the bottom."""
+    """Size in pixels of the scaled picture, and of the padding to the right and at the bottom."""
 
     width: int
     height: int
@@ -33,12 +33,12 @@ class Resize:
 
     @property
     def padded(self) -> tuple[int, int]:
-        """Width and height with the padding."""
+        """Returns width and height with the padding."""
         return self.width + self.pad_width, self.height + self.pad_height
 
 
 def navit_resize(width: int, height: int, patch_limit: int, config: Config) -> Resize:
-    """Returns the size to which a picture of `width` x `height` pixels goes under a limit of `patch_limit` patches."""
+    """Returns the size to which a picture of `width` x `height` pixels is scaled for at most `patch_limit` patches."""
     config = as_config(config)
     if width < 1 or height < 1:
         raise ValueError(f"a picture of {width} x {height} pixels has nothing in it")
@@ -51,16 +51,16 @@ def navit_resize(width: int, height: int, patch_limit: int, config: Config) -> R
 
 
 def scale(picture: Image.Image, size: Resize) -> np.ndarray:
-    """Returns an RGB picture scaled and padded, uint8 [height, width, 3]."""
+    """Scales and pads an RGB picture; returns uint8 [height, width, 3]."""
     # Pillow rounds to 8 bits between its two passes, width first until version 13, which may begin with the height;
-    # asking for one pass at a time gives the same bytes on all of them
+    # one pass at a time gives the same bytes in all versions
     wide = picture.resize((size.width, picture.height), Image.Resampling.BICUBIC)
     pixels = np.asarray(wide.resize((size.width, size.height), Image.Resampling.BICUBIC))
     return np.pad(pixels, ((0, size.pad_height), (0, size.pad_width), (0, 0)))
 
 
 def scale_image(image: Image.Image | np.ndarray, config: Config) -> np.ndarray:
-    """Returns a still picture as seen, scaled and padded: uint8 [height, width, 3], whole blocks of patches."""
+    """Scales and pads a still picture as a viewer shows it; returns uint8 [height, width, 3] of whole blocks."""
     config = as_config(config)
     picture = as_seen(as_image(image))
     return scale(picture, navit_resize(*picture.size, config.in_patch_limit, config))
@@ -78,9 +78,9 @@ def grid(pixels: Sequence[np.ndarray], config: MediaConfig) -> Grid:
 
 
 def normalize(pixels: Sequence[np.ndarray], config: MediaConfig) -> np.ndarray:
-    """Cuts and normalises scaled pictures, each uint8 [height, width, 3], into one array of patches.
+    """Cuts scaled pictures, each uint8 [height, width, 3], into patches and normalises them.
 
-    Returns float32 [patches, 3, patch, patch], allocated once for all of them.
+    Returns float32 [patches, 3, patch, patch], one array for all pictures.
     """
     mean, std = np.array(config.image_mean, np.float32), np.array(config.image_std, np.float32)
     levels = (np.arange(256, dtype=np.float32)[:, None] / np.float32(255) - mean) / std  # [256, 3]
@@ -96,7 +96,7 @@ def normalize(pixels: Sequence[np.ndarray], config: MediaConfig) -> np.ndarray:
 
 
 def image_patches(image: Image.Image | np.ndarray, config: Config) -> tuple[np.ndarray, Grid]:
-    """Returns the patches, float32 [h*w, 3, patch, patch], of a picture as seen, and its grid (1, h, w).
+    """Returns the patches of a picture as a viewer shows it, float32 [h*w, 3, patch, patch], and its grid (1, h, w).
 
     image: a PIL image of any mode, or uint8 [height, width] with 3 (RGB) or 4 (RGBA) channels or none.
     config: a MediaConfig, or the contents of `preprocessor_config.json`.
@@ -113,10 +113,10 @@ def expand(
     placeholder_id: int = 163605,
     merge_kernel_size: int = 2,
 ) -> list[int]:
-    """Repeats the one placeholder of each media item in `ids` as often as the item has embeddings.
+    """Repeats the placeholder of each media item in `ids` as often as the item has embeddings.
 
     grids: (t, h, w) of each item in the order of the placeholders; frames are pooled, so an item has h*w/4 embeddings.
-    placeholder_id: `media_placeholder_token_id` of config.json, here that of all published models.
+    placeholder_id: `media_placeholder_token_id` of config.json; the default is that of all published models.
     Raises ValueError where there are not as many placeholders as grids.
     """
     tokens = [int(i) for i in ids]

@@ -1,4 +1,4 @@
-"""The bytes of a picture: from a file, a `data:` URL or memory; and the files that a message may name."""
+"""Reads the bytes of a picture from a file, a `data:` URL or memory, and decides which files a message may name."""
 
 import base64
 import binascii
@@ -11,15 +11,16 @@ from kimi_jax.media.limits import MAX_BYTES
 from kimi_jax.printable import printable
 
 _SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-_TAKEN = "a data: URL, a path, bytes, a uint8 array or a PIL image"
+_SOURCES = "a data: URL, a path, bytes, a uint8 array or a PIL image"
 
 
 def from_message(source: object, folder: Path | None) -> object:
-    """Returns the `source` of a message's image or video in a form that `read` may be given.
+    """Returns the `source` of a message's image or video as `read` takes it.
 
-    Messages often come from strangers, and as JSON they hold strings alone. A string that is no `data:` URL is a path
-    within `folder`, symbolic links resolved; None allows no files at all. Every other object (a Path too) was put
-    there by the program and is returned unchanged. Raises ValueError, without looking whether a forbidden file exists.
+    Messages often come from strangers, and a message that came as JSON has strings only. A string that is no `data:`
+    URL must be a path within `folder` once symbolic links are resolved; None allows no files at all. The program itself
+    put every other object there (a Path too), and it is returned unchanged. Raises ValueError for a forbidden path,
+    without looking whether the file exists.
     """
     if isinstance(source, list | tuple):
         return [from_message(one, folder) for one in source]
@@ -41,10 +42,10 @@ def from_message(source: object, folder: Path | None) -> object:
 
 
 def read(source: object) -> tuple[bytes, str]:
-    """Returns the bytes that a path, a base64 `data:` URL or a bytes object holds, and their name for errors.
+    """Returns the bytes of a path, a base64 `data:` URL or a bytes object, and their name for errors.
 
-    Raises FileNotFoundError, another OSError or ValueError naming the source; URLs are refused, since nothing here
-    fetches.
+    Raises FileNotFoundError, another OSError or ValueError naming the source. Other URLs are refused: this package
+    fetches nothing.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         data, name = bytes(source), "the bytes given"
@@ -55,7 +56,7 @@ def read(source: object) -> tuple[bytes, str]:
             _refuse_scheme(source)
         data, name = _from_file(Path(source)), printable(source)
     else:
-        raise ValueError(f"a picture is given as {type(source).__name__}, expected {_TAKEN}")
+        raise ValueError(f"a picture is given as {type(source).__name__}, expected {_SOURCES}")
     if len(data) > MAX_BYTES:
         raise ValueError(f"{name}: more than {MAX_BYTES:,} bytes")
     return data, name
@@ -67,7 +68,7 @@ def is_folder(source: object) -> bool:
         return False
     try:
         return Path(source).is_dir()
-    except (OSError, ValueError):  # no path at all
+    except (OSError, ValueError):  # the string cannot be a path
         return False
 
 

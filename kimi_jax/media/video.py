@@ -1,4 +1,4 @@
-"""Video to chunks of up to four frames: frames are chosen by time, and only the chosen ones are decoded and kept."""
+"""Samples a video's frames by time, decodes and keeps those only, and groups them in chunks of up to four."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _LONGEST = 10**9  # seconds, some thirty years; dates end before ten thousand
 
 @dataclass(frozen=True)
 class VideoChunk:
-    """Up to four sampled frames, which are one media item.
+    """Up to four sampled frames, which make one media item.
 
     patches: float32 [t*h*w, 3, patch, patch]; grid: (t, h, w) in patches; timestamp: `HH:MM:SS.mmm` of the first frame.
     """
@@ -43,37 +43,37 @@ class SampledVideo:
 
     @property
     def grids(self) -> list[Grid]:
-        """The grid of each chunk."""
+        """Returns the grid of each chunk."""
         step = self.config.temporal_merge_kernel_size
         return [grid(self.frames[start : start + step], self.config) for start in range(0, len(self.frames), step)]
 
     def chunks(self, patches: np.ndarray) -> list[VideoChunk]:
-        """Returns the chunks as views of `patches`, which `normalize` made of `frames`."""
+        """Returns the chunks as views of `patches`, the array that `normalize` makes of `frames`."""
         ends = np.cumsum([math.prod(one) for one in self.grids])
         stamps = [_timestamp(seconds) for seconds in self.times[:: self.config.temporal_merge_kernel_size]]
         return [VideoChunk(*chunk) for chunk in zip(np.split(patches, ends[:-1]), self.grids, stamps, strict=True)]
 
 
 def _timestamp(seconds: float) -> str:
-    # through datetime, as published: it rounds to microseconds, the milliseconds are cut off
+    # datetime rounds to microseconds, and milliseconds are cut from those, as the published processor does
     return f"{datetime.fromtimestamp(seconds, tz=UTC):%H:%M:%S}.{int(seconds % 1 * 1000):03d}"
 
 
 def video_patches(frames: Sequence[Any], fps: float, config: Config) -> list[VideoChunk]:
-    """Samples `frames` at `sample_fps` at most, four to a chunk, and cuts them in patches.
+    """Samples at most `sample_fps` frames per second, four to a chunk, and cuts them in patches.
 
     frames: from `open_video`, or PIL images, or uint8 [height, width, 3]. fps: frames per second of `frames`. All
-    frames must have one size, and are scaled to the limit for each frame.
+    frames must have one size, and are scaled to `in_patch_limit_each_frame`.
     """
     video = sample_video(frames, fps, config)
     return video.chunks(normalize(video.frames, video.config))
 
 
 def sample_video(frames: Sequence[Any], fps: float, config: Config, *, max_patches: int | None = None) -> SampledVideo:
-    """Chooses frames as `video_patches` does, and decodes and scales them one after another.
+    """Samples frames for `video_patches`, and decodes and scales them one after another.
 
-    max_patches: of all sampled frames; `MAX_PATCHES` for an animation, none for frames, unless it is given.
-    Raises ValueError, for an animation before it decodes anything, where they come to more.
+    max_patches: a limit for all sampled frames together; by default `MAX_PATCHES` for an animation and none for frames.
+    Raises ValueError where they have more, for an animation before it decodes anything.
     """
     config = as_config(config)
     if not len(frames) or not 0 < fps < math.inf:
@@ -110,8 +110,8 @@ def _picture(frames: Sequence[Any], index: int) -> Image.Image:
 def _sample(frames: Sequence[Any], fps: float, sample_fps: float) -> tuple[list[int], list[float]]:
     """Returns the numbers of the frames to sample, and their times in seconds.
 
-    At a steady rate those are the published processor's: evenly from the first frame to the last, rounded. Where an
-    animation's frames last differently, they are the frames on the screen at evenly spaced times.
+    At a steady rate it chooses the published processor's: evenly from the first frame to the last, rounded. Where the
+    durations of an animation's frames differ, it chooses the frames on the screen at evenly spaced times.
     """
     starts = frames.starts if isinstance(frames, Animation) and fps == frames.fps else None
     count = max(round(len(frames) * min(sample_fps, fps) / fps), 1)
@@ -119,17 +119,17 @@ def _sample(frames: Sequence[Any], fps: float, sample_fps: float) -> tuple[list[
         indices = np.linspace(0, len(frames) - 1, count).round().astype(int).tolist()
         return indices, [index / fps for index in indices]
     times = np.linspace(0, starts[-1], count)
-    indices = (np.searchsorted(starts, times + 1e-6, side="right") - 1).tolist()  # a start is of its own frame
+    indices = (np.searchsorted(starts, times + 1e-6, side="right") - 1).tolist()  # a frame is visible at its start
     return indices, times.tolist()
 
 
 def open_video(source: object, fps: float | None = None) -> tuple[Sequence[Any], float]:
-    """Returns frames (as seen, RGB, decoded when they are asked for) and frames per second.
+    """Returns frames (as a viewer shows them, in RGB, decoded on access) and frames per second.
 
     source: an animated GIF, WebP or PNG (a path, a base64 `data:` URL or bytes), a folder of pictures (in the order of
-    their names), or a list of what `open_image` takes. An animation knows its durations, from which the mean rate
-    comes; pictures need `fps`, which wins where it is given. Anything else is refused: kimi-jax brings no video
-    decoder. Raises OSError or ValueError naming the source.
+    their names), or a list of sources that `open_image` takes. The rate of an animation is the mean of its durations
+    unless `fps` is given; pictures need `fps`. Other videos are refused: kimi-jax brings no video decoder. Raises
+    OSError or ValueError naming the source.
     """
     if isinstance(source, list | tuple) or sources.is_folder(source):
         pictures = source if isinstance(source, list | tuple) else _files(Path(str(source)))

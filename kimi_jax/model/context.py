@@ -64,7 +64,7 @@ class Context:
 
     @property
     def valid(self) -> jax.Array:
-        """A mask of the tokens that are no padding, bool [rows, t]."""
+        """Returns a mask of the tokens that are no padding, bool [rows, t]."""
         return self.positions >= 0
 
     def starts(self) -> Int32[Array, "sequences"]:

@@ -29,7 +29,7 @@ class Kimi(nnx.Module):
     """`Kimi(config, rngs=nnx.Rngs(0))` draws random weights; `checkpoints.load` fills published ones in."""
 
     def __init__(self, config: KimiConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike | None = None):
-        """`dtype` of parameters and activations; config.json's where it is None."""
+        """Draws random weights. `dtype` is that of parameters and activations; None takes config.json's."""
         self.config = config
         init = Init(rngs.params(), jnp.dtype(dtype or config.text.dtype), config.text.initializer_range)
         self.model = Decoder(init, config.text)
@@ -43,12 +43,12 @@ class Kimi(nnx.Module):
 
     @property
     def mesh(self) -> Mesh | AbstractMesh | None:
-        """The mesh that the weights are sharded over; None on a single device."""
+        """Returns the mesh over which the weights are sharded, None on a single device."""
         return self.partition.mesh
 
     @property
     def partition(self) -> Partition:
-        """The partition of the weights, if it is the one for serving."""
+        """Returns the partition of the weights, if they are sharded for serving."""
         return Partition(array_mesh(self.model.embed_tokens.weight.get_value()))
 
     def __call__(self, tokens: ArrayLike, media: Media | None = None, partition: Partition | None = None) -> Logits:

@@ -106,7 +106,7 @@ class Experts(nnx.Module):
 
     @property
     def num_local(self) -> int:
-        """The number of experts on this device."""
+        """Returns the number of experts on this device."""
         return jax.tree.leaves(self.weights())[0].shape[0]
 
     def weights(self) -> ExpertWeights:

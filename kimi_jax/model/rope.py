@@ -39,7 +39,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def softmax_scale(config: TextConfig) -> float:
-    """qk_head_dim^-1/2, times m² under YaRN with `mscale_all_dim`, whatever the sequence's length."""
+    """Returns qk_head_dim^-1/2, times m² under YaRN with `mscale_all_dim`, for sequences of every length."""
     yarn = None if config.mla_use_nope else config.rope_scaling
     m = 1.0 if yarn is None else _mscale(yarn.factor, yarn.mscale_all_dim)
     return config.qk_head_dim**-0.5 * m * m
@@ -65,7 +65,7 @@ def _cos_sin(angles: Float32[jax.Array, "... half"], scale: float) -> tuple[jax.
 
 
 def rotation(positions: Int32[jax.Array, "..."], config: TextConfig) -> tuple[jax.Array, jax.Array] | None:
-    """cos and sin for each position, each pair's twice: float32 [..., qk_rope_head_dim]; None for NoPE models."""
+    """Returns cos and sin of each position, float32 [..., qk_rope_head_dim], each pair's twice; None for NoPE."""
     if config.mla_use_nope:
         return None
     angles = positions[..., None].astype(jnp.float32) * inv_freq(config)

@@ -1,11 +1,11 @@
-"""Token ids as callers give them, checked before anything casts them."""
+"""Checks token ids from callers before anything casts them."""
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
 def integers(name: str, values: int | ArrayLike) -> np.ndarray:
-    """The values as an array of integers, of whatever width they came.
+    """Returns the values as an array of integers, in the width that they came in.
 
     Raises ValueError for anything but whole numbers of at most 64 bits: floats are not rounded, booleans not counted.
     """
@@ -19,7 +19,7 @@ def integers(name: str, values: int | ArrayLike) -> np.ndarray:
 
 
 def token_ids(tokens: ArrayLike, vocab_size: int) -> np.ndarray:
-    """Token ids [b, t] as int32.
+    """Returns token ids [b, t] as int32.
 
     Raises ValueError for another shape, anything but integers, and ids outside the vocabulary.
     """

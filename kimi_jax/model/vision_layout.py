@@ -84,8 +84,8 @@ def _bicubic(h: int, w: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarr
 
 
 def _cubic_taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
-    """The four source cells of each of `out` positions and their cubic convolution weights [out, 4], corners not
-    aligned, not antialiased, clamped at the border. Where `out` equals `size` the weights are 0, 1, 0, 0."""
+    """Returns the four source cells of each of `out` positions and their cubic convolution weights [out, 4], corners
+    not aligned, not antialiased, clamped at the border. Where `out` equals `size` the weights are 0, 1, 0, 0."""
     src = (np.arange(out) + 0.5) * size / out - 0.5
     base = np.floor(src)
     distance = np.abs(src[:, None] - (base[:, None] + np.arange(-1, 3)))
@@ -96,7 +96,7 @@ def _cubic_taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _time(t: int, config: VisionConfig) -> np.ndarray:
-    """[sin | cos] of the frame's number; nothing at all for a single image, not even frame 0's."""
+    """Returns [sin | cos] of the frame's number, but zeros for a single image, which gets not even frame 0's."""
     width = config.vt_hidden_size
     if t == 1:
         return np.zeros((1, width), np.float32)
@@ -106,7 +106,7 @@ def _time(t: int, config: VisionConfig) -> np.ndarray:
 
 
 def _angles(rows: np.ndarray, columns: np.ndarray, config: VisionConfig) -> np.ndarray:
-    """Pair 2i turns by column * θ^(-4i/head_dim), pair 2i+1 by row * the same."""
+    """Returns the angles of RoPE: pair 2i turns by column * θ^(-4i/head_dim), pair 2i+1 by row * θ^(-4i/head_dim)."""
     head_dim = config.vt_hidden_size // config.vt_num_attention_heads
     freq = ROPE_THETA ** -(np.arange(0, head_dim, 4) / head_dim)
     angles = np.stack([columns[:, None] * freq, rows[:, None] * freq], axis=-1)

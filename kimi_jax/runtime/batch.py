@@ -1,5 +1,5 @@
-"""One step's instructions, made by the host with numpy: which tokens, where they stand, in which pages and slots, how
-the next ones are chosen and when they are the last. New values never compile anything; shapes come from few buckets."""
+"""Builds one step's instructions on the host with numpy: the tokens, their positions, pages and slots, the sampling of
+the next tokens and the limits that end a sequence. New values never compile anything; shapes come from few buckets."""
 
 import dataclasses
 import enum
@@ -13,21 +13,21 @@ from kimi_jax.model.context import PAGE, Context, Phase
 from kimi_jax.model.token_ids import integers
 from kimi_jax.runtime.sampling import Sampling, SamplingRows, sampling_rows
 
-# As `Batch.tokens`: the token that the step before chose, which the host need not know.
+# In `Batch.tokens`, stands for the token that the previous step chose, which the host need not know.
 CHOSEN_BEFORE = -1
 
 
 class Finish(enum.IntEnum):
-    """Why a sequence ended, or that it has not."""
+    """Says why a sequence ended, or that it has not ended."""
 
     NOT_YET = 0
-    STOP = 1  # with one of its stop ids, which is part of the answer
-    LENGTH = 2  # it may have no more tokens
-    NOT_FINITE = 3  # its logits held NaN or infinity, of which no token can be chosen
+    STOP = 1  # its last token is one of its stop ids
+    LENGTH = 2  # it reached its length in `Batch.ends`
+    NOT_FINITE = 3  # its logits had NaN or infinity, so no token can be chosen
 
 
 class Chosen(NamedTuple):
-    """The result of a step for each of its sequences: the last token chosen and `Finish`, int32 [b] each."""
+    """A step's result for each of its sequences: the last token chosen, and its `Finish`, int32 [b] each."""
 
     tokens: Any
     finish: Any
@@ -38,19 +38,19 @@ class Chosen(NamedTuple):
 class Batch:
     """Describes one step for b sequences, in rows of t tokens.
 
-    tokens: int32 [rows, t]; CHOSEN_BEFORE is what `before` has of the sequence.
-    positions, page_table, slots, segments, phase: as `model.context.Context` has them. A sequence with
-        `before.finish` set keeps its pages and states as they are, whatever its positions say.
-    sampling: how each sequence's next token is chosen, [b].
-    stop_ids: int32 [b, n], filled up with -1.
-    ends: int32 [b], how many tokens a sequence may have in all; with the last of them it is finished.
+    tokens: int32 [rows, t]; CHOSEN_BEFORE stands for the sequence's token in `previous`.
+    positions, page_table, slots, segments, phase: documented in `model.context.Context`. A sequence with
+        `previous.finish` set does not change its pages and states, whatever its positions say.
+    sampling: the sampling values of each sequence, [b].
+    stop_ids: int32 [b, n], padded with -1.
+    ends: int32 [b], the number of tokens, prompt included, at which a sequence is finished.
     choosing: bool [b], False where this step has no token to choose: a prompt with more tokens to come, or no tokens.
-    before: the step before's `Chosen`, on the device; None where tokens are all given and nobody is finished.
+    previous: the last step's `Chosen`, on the device; None where all tokens are given and no sequence is finished.
     mask: uint32 [b, words / 32], a bit for each token that may be chosen, the lowest first; None allows all.
     media_index, media_tokens: int32 [rows, t] and [m, d], from `splice.media_index` and `Kimi.encode_media_padded`.
 
-    On a mesh rows and sequences are split over `data`, and must divide by it. `None` in place of an array, `phase` and
-    shapes decide what is compiled; nothing else does.
+    On a mesh rows and sequences are sharded over `data`, which must divide their numbers. A program is compiled for
+    each combination of shapes, `phase` and fields that are None, and for nothing else.
     """
 
     tokens: Any
@@ -60,7 +60,7 @@ class Batch:
     stop_ids: Any
     ends: Any
     choosing: Any
-    before: Chosen | None = None
+    previous: Chosen | None = None
     slots: Any = None
     segments: Any = None
     mask: Any = None
@@ -72,14 +72,14 @@ class Batch:
     def context(self) -> Context:
         return Context(self.positions, self.page_table, self.slots, self.segments, self.phase)
 
-    def next_token(self, positions: np.ndarray, before: Chosen | None) -> "Batch":
-        """The decode step of the same sequences that takes the token chosen before, at `positions` [b]; -1 is none."""
+    def next_token(self, positions: np.ndarray, previous: Chosen | None) -> "Batch":
+        """Returns the decode step that runs each sequence's token in `previous` at `positions` [b]; -1 runs none."""
         return dataclasses.replace(
             self,
             tokens=np.full((len(positions), 1), CHOSEN_BEFORE, np.int32),
             positions=positions[:, None].astype(np.int32),
             choosing=positions >= 0,
-            before=before,
+            previous=previous,
             segments=None,
             media_index=None,
             media_tokens=None,
@@ -87,22 +87,22 @@ class Batch:
         )
 
 
-def few(count: int, least: int = 1) -> int:
-    """The next of four numbers an octave, in multiples of `least`, so that few sizes are ever compiled."""
+def bucket(count: int, least: int = 1) -> int:
+    """Rounds `count` up to one of four sizes an octave, multiples of `least`, so that few sizes are ever compiled."""
     step = max(least, 1 << max(0, (count - 1).bit_length() - 3))
     return -(-count // step) * step
 
 
 def pages_in_order(rows: int, tokens: int, data: int = 1, sequence: int = 1) -> np.ndarray:
-    """The page table of a cache that is these rows' alone, one after another: int32 [rows, row_pages] for at least
-    `tokens` tokens each. On a mesh the rows are split over `data`, and pages over `sequence` (see `Context`)."""
-    row_pages = few(-(-tokens // (PAGE * sequence)))
+    """Returns the page table of a cache that only these rows use, each the next pages: int32 [rows, row_pages], for at
+    least `tokens` tokens each. On a mesh rows are sharded over `data`, and pages over `sequence` (see `Context`)."""
+    row_pages = bucket(-(-tokens // (PAGE * sequence)))
     part = np.arange(rows // data * row_pages, dtype=np.int32).reshape(rows // data, row_pages)
     return np.tile(part, (data, sequence))
 
 
 def padded_stop_ids(stop_ids: Iterable[int], rows: int, vocab_size: int) -> np.ndarray:
-    """The same stop ids for every row, int32 [rows, n] with n a power of two, at least 8.
+    """Returns the stop ids, repeated for every row and padded with -1: int32 [rows, n], n a power of two, at least 8.
 
     Raises ValueError for anything but token ids.
     """
@@ -127,11 +127,11 @@ def prompts(
     media_index: np.ndarray | None = None,
     media_tokens: jax.Array | None = None,
 ) -> Iterator[Batch]:
-    """The prefill steps of prompts, int32 [b, t] right-padded, `chunk` tokens at a time; row i has slot i.
+    """Yields the prefill steps of prompts, int32 [b, t] right-padded, `chunk` tokens at a time; row i has slot i.
 
-    A row of length 0 takes no part. `before` is still to be filled in, step by step.
+    A row of length 0 runs no tokens. The caller fills in `previous`, the result of the step before.
     """
-    chunk = min(chunk, few(tokens.shape[1], 16))
+    chunk = min(chunk, bucket(tokens.shape[1], 16))
     padding = [(0, 0), (0, -tokens.shape[1] % chunk)]
     tokens = np.pad(tokens, padding)
     index = None if media_index is None else np.pad(media_index, padding, constant_values=-1)

@@ -1,4 +1,4 @@
-"""Pools of memory on the device that decoding carries from step to step: pages of latents, slots of KDA states.
+"""Allocates the pools of device memory that decoding carries from step to step: pages of latents, slots of KDA states.
 
 A cache does not know its owners: the host says in each step's `Batch` which pages and which slot a sequence uses. It
 is a pytree, donated to each step.
@@ -18,24 +18,25 @@ from sharding import Partition
 
 
 class Cache(NamedTuple):
-    """Each layer's pool: `MLACache` [pages, channels, PAGE], or `KDAState` [slots, ...]. All MLA layers have as many
-    pages, all KDA layers as many slots, so that one page table and one slot serve a sequence in every layer."""
+    """Holds each layer's pool: `MLACache` [pages, channels, PAGE], or `KDAState` [slots, ...]. All MLA layers have the
+    same number of pages and all KDA layers of slots, so one page table and one slot serve a sequence in every layer."""
 
     layers: tuple[LayerCache, ...]
 
     @property
     def pages(self) -> int:
-        """Pages of the pool, over all devices; 0 in a model without MLA layers."""
+        """Returns the number of pages over all devices, 0 in a model without MLA layers."""
         return next((len(layer.pages) for layer in self.layers if isinstance(layer, MLACache)), 0)
 
     @property
     def slots(self) -> int:
-        """Slots of the pool, over all devices; 0 in a model without KDA layers."""
+        """Returns the number of slots over all devices, 0 in a model without KDA layers."""
         return next((len(layer.S) for layer in self.layers if isinstance(layer, KDAState)), 0)
 
 
 def empty(config: KimiConfig, pages: int, slots: int, dtype: jax.typing.DTypeLike) -> Cache:
-    """Pools of zeros: `pages` of PAGE tokens and `slots` states, over all devices; latents and tails in `dtype`."""
+    """Returns pools of zeros: `pages` of PAGE tokens and `slots` states over all devices, latents and tails in `dtype`,
+    KDA states in float32."""
     return Cache(tuple(_layer(config.text, kind, pages, slots, dtype) for kind in config.text.layer_kinds))
 
 
@@ -57,7 +58,7 @@ def states_alone(cache: Cache) -> Cache:
 def specs(cache: Cache, partition: Partition) -> Any:
     """Returns the PartitionSpec of every array of a cache.
 
-    Raises ValueError where a pool does not divide by the mesh's axes.
+    Raises ValueError where the mesh's axes do not divide a pool.
     """
     return Cache(cache_specs(cache.layers, partition))
 
@@ -69,16 +70,16 @@ def pages_within(
     dtype: jax.typing.DTypeLike,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> int:
-    """The pages that a cache of `slots` slots can have, over all devices, if it may take `nbytes` of each device.
+    """Returns how many pages, over all devices, a cache of `slots` slots can have within `nbytes` of each device.
 
-    Raises ValueError where not even one page of every device fits.
+    Raises ValueError where not even one page on every device fits.
     """
     partition = Partition(mesh)
     parts = partition.num_shards("pages")
-    fixed, each = (_bytes_per_device(config, pages * parts, slots, dtype, partition) for pages in (0, 1))
-    count = (nbytes - fixed) // (each - fixed) if each > fixed else 0
+    fixed, least = (_bytes_per_device(config, pages * parts, slots, dtype, partition) for pages in (0, 1))
+    count = (nbytes - fixed) // (least - fixed) if least > fixed else 0
     if count < 1:
-        raise ValueError(f"a cache of {nbytes:,} bytes on each device: {slots} slots and one page take {each:,}")
+        raise ValueError(f"a cache of {nbytes:,} bytes on each device: {slots} slots and one page take {least:,}")
     return int(count) * parts
 
 

@@ -1,4 +1,4 @@
-"""From prompts to tokens: prefill in chunks, then a step per token, of which results are read one step behind."""
+"""Continues prompts: prefill in chunks, then a decode step for each token, whose result is read one step later."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -74,7 +74,7 @@ def generate(
 
 
 class Column(NamedTuple):
-    """One new token of every row: `tokens` int32 [b], `finish` int32 [b], `Finish` so far.
+    """One new token of every row, `tokens` int32 [b], and the row's `Finish` so far, `finish` int32 [b].
 
     A row that was finished before, or whose logits were not finite, has config.json's `pad_token_id`.
     """
@@ -95,28 +95,30 @@ def stream(
     seed: int | ArrayLike = 0,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Iterator[Column]:
-    """`generate`'s columns, as they come; ends when every row is finished. Raises what `generate` raises of arguments
-    before the first is asked for."""
+    """Yields a column of new tokens for each step until every row is finished. Its arguments are those of `generate`.
+
+    Raises `generate`'s errors for arguments at once, before the first column is asked for.
+    """
     config, program = model.config, Program(model)
     ids = token_ids(tokens, config.text.vocab_size)
     lengths = checked_lengths(config, ids, lengths, max_new_tokens)
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
     index = media_index(np.where(np.arange(ids.shape[1]) < lengths[:, None], ids, -1), media, config)
-    rows, more = len(ids), -len(ids) % program.data  # rows of no tokens make the batch divide by the mesh
-    seeds = np.pad(checked_seeds(seed, rows), (0, more))
-    stops = padded_stop_ids(config.stop_ids if stop_ids is None else stop_ids, rows + more, config.text.vocab_size)
-    table = pages_in_order(rows + more, int(lengths.max()) + max_new_tokens, program.data, program.sequence)
+    rows, padding = len(ids), -len(ids) % program.data  # rows without tokens, so that `data` divides the batch
+    seeds = np.pad(checked_seeds(seed, rows), (0, padding))
+    stops = padded_stop_ids(config.stop_ids if stop_ids is None else stop_ids, rows + padding, config.text.vocab_size)
+    table = pages_in_order(rows + padding, int(lengths.max()) + max_new_tokens, program.data, program.sequence)
     steps = prompts(
-        np.pad(ids, [(0, more), (0, 0)]),
-        np.pad(lengths, (0, more)),
+        np.pad(ids, [(0, padding), (0, 0)]),
+        np.pad(lengths, (0, padding)),
         table,
         chunk=prefill_chunk,
         max_new_tokens=max_new_tokens,
-        sampling=[sampling] * (rows + more),
+        sampling=[sampling] * (rows + padding),
         seeds=seeds,
         stop_ids=stops,
-        media_index=None if index is None else np.pad(index, [(0, more), (0, 0)], constant_values=-1),
+        media_index=None if index is None else np.pad(index, [(0, padding), (0, 0)], constant_values=-1),
         media_tokens=None if media is None else model.encode_media_padded(media),
     )
     return _columns(program, steps, table, lengths, max_new_tokens)
@@ -127,12 +129,12 @@ def _columns(
 ) -> Iterator[Column]:
     cache, chosen = program.cache(table.size, len(table)), program.nothing_chosen(len(table))
     for batch in steps:
-        cache, chosen = program.step(cache, dataclasses.replace(batch, before=chosen))
+        cache, chosen = program.step(cache, dataclasses.replace(batch, previous=chosen))
     rows, positions = len(lengths), np.pad(lengths, (0, len(table) - len(lengths)), constant_values=-max_new_tokens)
     finished = np.zeros(rows, bool)
     for i in range(max_new_tokens):
         previous = chosen
-        if i + 1 < max_new_tokens:  # the device goes on while its last tokens are read
+        if i + 1 < max_new_tokens:  # dispatched first, so that the device works while its last tokens are read
             cache, chosen = program.step(cache, batch.next_token(np.maximum(positions + i, -1), previous))
         new, finish = (np.asarray(array)[:rows] for array in previous)
         unusable = finished | (finish == Finish.NOT_FINITE)
@@ -145,7 +147,7 @@ def _columns(
 def checked_lengths(
     config: KimiConfig, tokens: ArrayLike, lengths: ArrayLike | None, max_new_tokens: int
 ) -> np.ndarray:
-    """`lengths` int32 [b], the whole width where None; raises what `generate` raises of tokens and lengths."""
+    """Returns `lengths` as int32 [b], for None the whole width. Raises `generate`'s errors for tokens and lengths."""
     rows, width = token_ids(tokens, config.text.vocab_size).shape
     found = np.full(rows, width) if lengths is None else integers("lengths", lengths)
     if found.shape != (rows,) or found.min() < 1 or found.max() > width:

@@ -1,6 +1,6 @@
-"""The jitted step: what `generate`, the planner, tests and an engine call to run a model over a cache.
+"""Compiles and runs steps of a model over a cache, for `generate`, the planner, tests and an engine.
 
-A model is taken apart once, into arrays and their structure; models of one structure share what is compiled.
+A model is split once into its arrays and their structure; models of one structure share the compiled programs.
 """
 
 import dataclasses
@@ -26,9 +26,10 @@ from sharding import REPLICATED, Partition, choose_layout
 
 
 class Program:
-    """Steps of one model. Every cache given to a step is donated: keep only the one that comes back.
+    """Runs steps of one model. Every cache given to a step is donated: keep only the one that it returns.
 
-    `config`, `dtype` and `mesh` are the model's; a batch's rows must divide by `data`, its tables by `sequence`.
+    `config`, `dtype` and `mesh` are the model's. `data` must divide a batch's rows, and `sequence` the width of its
+    page table.
     """
 
     def __init__(self, model: Kimi):
@@ -42,14 +43,14 @@ class Program:
         self.data, self.sequence = shape["data"], shape["sequence"]
 
     def step(self, cache: Cache, batch: Batch) -> tuple[Cache, Chosen]:
-        """Runs the batch's tokens and chooses the next ones: the cache, and tokens and `Finish` int32 [b] each, on
-        every device. A sequence that chooses nothing, or was finished before, has what `batch.before` has of it."""
+        """Runs the batch's tokens and chooses the next ones. Returns the cache, and tokens and `Finish`, int32 [b]
+        each, on every device. A sequence that chooses nothing, or is finished, keeps its values of `batch.previous`."""
         self.check(batch)
         return self.jitted.step(self.arrays, cache, batch)
 
     def logits(self, cache: Cache, batch: Batch) -> tuple[Cache, LastLogits]:
-        """Runs the batch's tokens: the cache, and float32 logits [b, vocab_size] after each sequence's last token
-        (meaningless where it has none)."""
+        """Runs the batch's tokens. Returns the cache, and float32 logits [b, vocab_size] after each sequence's last
+        token, which mean nothing for a sequence without tokens."""
         self.check(batch)
         return self.jitted.logits(self.arrays, cache, batch)
 
@@ -61,14 +62,14 @@ class Program:
         return self.jitted.copy_slots(cache, source, target, origin)
 
     def cache(self, pages: int, slots: int) -> Cache:
-        """An empty cache, laid out on the model's own devices. On a mesh pages divide by `data * sequence`, slots by
-        `data`; raises ValueError where they do not."""
+        """Allocates an empty cache on the model's own devices. Raises ValueError where `data * sequence` does not
+        divide `pages`, or `data` does not divide `slots`."""
         shardings = jax.tree.map(lambda x: x.sharding, self.cache_shapes(pages, slots))
         leaves, tree = jax.tree.flatten(shardings)
         return _empty(self.config, pages, slots, self.dtype, tuple(leaves), tree)()
 
     def cache_shapes(self, pages: int, slots: int) -> Cache:
-        """`cache`'s shapes, dtypes and shardings."""
+        """Returns the shapes, dtypes and shardings of the arrays that `cache` allocates."""
         shapes = jax.eval_shape(functools.partial(caches.empty, self.config, pages, slots, self.dtype))
         if self.mesh is None:
             shardings = jax.tree.map(lambda _: self.placement, shapes)
@@ -81,15 +82,15 @@ class Program:
         )
 
     def nothing_chosen(self, sequences: int) -> Chosen:
-        """`Batch.before` of a first step: nobody has a token, nobody is finished."""
+        """Returns `Batch.previous` for a first step: no sequence has a chosen token, none is finished."""
         zeros = np.zeros(sequences, np.int32)
         everywhere = self.placement if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         array = jax.make_array_from_callback(zeros.shape, everywhere, zeros.__getitem__)
         return Chosen(array, array)
 
     def batch_shapes(self, phase: Phase, rows: int, tokens: int, row_pages: int, stop_ids: int = 8) -> Batch:
-        """The shapes, dtypes and shardings of a batch of whole rows with tokens of their own, for compiling without
-        values."""
+        """Returns the shapes, dtypes and shardings of a batch without segments, masks and media, whose tokens are all
+        given, to compile a step without values."""
 
         def array(*shape: int, dtype: jax.typing.DTypeLike = jnp.int32, spec: Any = ("data",)) -> Any:
             sharding = self.placement if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(*spec))
@@ -114,7 +115,7 @@ class Program:
         return sum(function._cache_size() for function in (jitted.step, jitted.logits, jitted.copy_slots))
 
     def check(self, batch: Batch) -> None:
-        """Raises ValueError for a batch that the mesh does not divide, and for a decode step of several tokens."""
+        """Raises ValueError for a batch that the mesh does not divide, and for a decode step of several tokens each."""
         rows, tokens = batch.tokens.shape
         if rows % self.data:
             raise ValueError(f"a batch of {rows} rows cannot be sharded over a data axis of {self.data}")
@@ -128,7 +129,7 @@ class Program:
 
 
 class _Jitted:
-    """The jitted functions of all models of a structure; one object for each, so that `jit` compares identities."""
+    """Holds the jitted functions of all models of one structure, one object for each: `jit` compares identities."""
 
     def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: Mesh | None):
         self.graph, self.tree, self.partition = graph, tree, Partition(mesh)
@@ -143,22 +144,22 @@ class _Jitted:
         partition = self.partition
         layout = nnx.merge(self.graph, params).stream_layout(partition, *batch.tokens.shape)
         if batch.segments is not None:
-            # A short convolution reaches back to its own sequence's tokens, which must be on its own device
+            # A short convolution reads earlier tokens of its own sequence, which must be on its own device
             layout = dataclasses.replace(layout, token_axes=())
 
-        places, tree = jax.tree.flatten(batch.context)
+        context, tree = jax.tree.flatten(batch.context)
 
-        def on_device(params: Any, layers: Any, tokens: Any, places: Any, *media: Any) -> tuple[Any, Any]:
-            context = jax.tree.unflatten(tree, places)
-            return nnx.merge(self.graph, params).extend(layers, tokens, context, *media, layout)
+        def run_local(params: Any, layers: Any, tokens: Any, context: Any, *media: Any) -> tuple[Any, Any]:
+            model = nnx.merge(self.graph, params)
+            return model.extend(layers, tokens, jax.tree.unflatten(tree, context), *media, layout)
 
         rows, layers = layout.row_spec(), caches.specs(cache, partition).layers
-        where = [layout.row_spec("row_pages") if array is batch.page_table else rows for array in places]
-        in_specs = (weight_specs(params, partition), layers, rows, where, rows, REPLICATED)
-        run = partition.shard_map(on_device, in_specs, (layout.row_spec("vocab"), layers))
-        inputs = (batch.tokens, places, batch.media_index, batch.media_tokens)
-        logits, after = run(params, cache.layers, *inputs)
-        return Cache(after), logits
+        context_specs = [layout.row_spec("row_pages") if array is batch.page_table else rows for array in context]
+        in_specs = (weight_specs(params, partition), layers, rows, context_specs, rows, REPLICATED)
+        run = partition.shard_map(run_local, in_specs, (layout.row_spec("vocab"), layers))
+        inputs = (batch.tokens, context, batch.media_index, batch.media_tokens)
+        logits, new_layers = run(params, cache.layers, *inputs)
+        return Cache(new_layers), logits
 
     def run_and_choose(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, Chosen]:
         cache, logits = self.run(arrays, cache, batch)
@@ -184,7 +185,7 @@ def _empty(
     shardings: tuple[Sharding, ...],
     tree: jax.tree_util.PyTreeDef,
 ) -> Any:
-    """A jitted function, kept: made anew at every call, it would be compiled at every call."""
+    """Returns a jitted function that allocates a cache. It is cached, since a new function would compile again."""
     make = functools.partial(caches.empty, config, pages, slots, dtype)
     return jax.jit(make, out_shardings=jax.tree.unflatten(tree, shardings))
 
@@ -199,10 +200,11 @@ def _as_returned(spec: PartitionSpec) -> PartitionSpec:
 
 
 def _with_tokens(batch: Batch) -> Batch:
-    """The batch with the tokens chosen before in their places, and no tokens of those who are finished."""
-    if batch.before is None:
+    """Returns the batch with the tokens of `previous` in place of CHOSEN_BEFORE, and positions -1 (padding) for the
+    tokens of finished sequences."""
+    if batch.previous is None:
         return batch
-    token, finish = batch.before
+    token, finish = batch.previous
     if batch.segments is None:
         token, finish = token[:, None], finish[:, None]
     else:
@@ -216,7 +218,7 @@ def _with_tokens(batch: Batch) -> Batch:
 
 
 def choose(logits: LastLogits, batch: Batch) -> Chosen:
-    """Each sequence's next token, and whether it is the last."""
+    """Samples each sequence's next token from its logits, and says whether it is the last."""
     context = batch.context
     finite = jnp.isfinite(logits).all(axis=-1)
     if batch.mask is not None:
@@ -229,7 +231,7 @@ def choose(logits: LastLogits, batch: Batch) -> Chosen:
     finish = jnp.where(last + 2 >= batch.ends, Finish.LENGTH, Finish.NOT_YET)
     finish = jnp.where((token[:, None] == batch.stop_ids).any(axis=1), Finish.STOP, finish)
     finish = jnp.where(finite, finish, Finish.NOT_FINITE).astype(jnp.int32)
-    if batch.before is None:
+    if batch.previous is None:
         return Chosen(token, finish)
-    chooses = batch.choosing & (batch.before.finish == Finish.NOT_YET)
-    return Chosen(jnp.where(chooses, token, batch.before.tokens), jnp.where(chooses, finish, batch.before.finish))
+    chooses = batch.choosing & (batch.previous.finish == Finish.NOT_YET)
+    return Chosen(jnp.where(chooses, token, batch.previous.tokens), jnp.where(chooses, finish, batch.previous.finish))

@@ -1,5 +1,5 @@
-"""Choosing the next token: greedy, or drawn after temperature, top-k, top-p (nucleus sampling, arXiv 1904.09751) and
-min-p (arXiv 2407.01082). Each sequence has values of its own, which are arrays: other values compile nothing."""
+"""Samples the next token: greedy, or drawn after temperature, top-k, top-p (nucleus sampling, arXiv 1904.09751) and
+min-p (arXiv 2407.01082). Each sequence has its own values, which are arrays, so that new values compile nothing."""
 
 import dataclasses
 import math
@@ -24,8 +24,9 @@ MAX_TOP_K = 2**31 - 1  # an int32 on the device
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0 is greedy. The filters apply in the order of the fields: the `top_k` most likely tokens (0: all),
-    then the fewest whose probabilities reach `top_p`, then those with at least `min_p` of the best one's probability.
+    """Says how tokens are drawn; `temperature` 0 is greedy. The filters apply in the order of the fields: they keep the
+    `top_k` most likely tokens (0: all), of these the fewest whose probabilities add up to `top_p`, and of these the
+    tokens with at least `min_p` times the best one's probability.
 
     Raises ValueError for a value outside its range.
     """
@@ -69,7 +70,7 @@ class Sampling:
 
 
 class SamplingRows(NamedTuple):
-    """The values of each sequence of a batch, as `Sampling` has them; `seeds` are two halves, the upper first."""
+    """Holds the `Sampling` of each sequence of a batch as arrays; `seeds` are two halves, the upper first."""
 
     temperature: Float32[AnyArray, "b"]
     top_k: Int32[AnyArray, "b"]
@@ -79,8 +80,8 @@ class SamplingRows(NamedTuple):
 
 
 def sampling_rows(sampling: Sequence[Sampling], seeds: np.ndarray) -> SamplingRows:
-    """Arrays of the values of each sequence, with its seed as `checked_seeds` gives it."""
-    # Within float32's normal numbers: a device flushes smaller ones to zero, which would mean greedy
+    """Returns the values of each sequence as arrays. `seeds`: uint64, one for each, from `checked_seeds`."""
+    # Clipped to float32's normal numbers: a device flushes smaller ones to zero, which would mean greedy
     normal = np.finfo(np.float32)
     temperature = [np.clip(one.temperature, normal.tiny, normal.max) if one.temperature else 0.0 for one in sampling]
     return SamplingRows(
@@ -93,9 +94,9 @@ def sampling_rows(sampling: Sequence[Sampling], seeds: np.ndarray) -> SamplingRo
 
 
 def checked_seeds(seed: int | ArrayLike, rows: int) -> np.ndarray:
-    """One seed for every row alike, or a seed a row -> uint64 [rows].
+    """Returns one seed for all rows, or one for each, as uint64 [rows].
 
-    Raises ValueError for anything but integers from 0 to 2**63 - 1, and for another number of them.
+    Raises ValueError for anything but integers from 0 to 2**63 - 1, and for another number of seeds.
     """
     values = integers("seeds", seed)
     if values.shape not in ((), (rows,)):
@@ -106,24 +107,24 @@ def checked_seeds(seed: int | ArrayLike, rows: int) -> np.ndarray:
 
 
 def filtered(logits: LastLogits, rows: SamplingRows) -> tuple[LastLogits, Int32[jax.Array, "b w"]]:
-    """Logits over the temperature, best first, -inf where a filter drops them; and the tokens they belong to."""
+    """Returns logits divided by the temperature, best first, -inf where a filter drops them; and their tokens."""
     temperature, top_k, top_p, min_p = (values[:, None] for values in rows[:4])
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True).astype(jnp.int32)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
-    # From the best one down, for then no temperature, however small, makes an infinity of it
+    # The best logit is subtracted first, so that no temperature, however small, makes it infinite
     ranked = (ranked - ranked[:, :1]) / jnp.where(temperature > 0, temperature, 1)
     ranked = jnp.where((top_k == 0) | (jnp.arange(ranked.shape[-1]) < top_k), ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranked = jnp.where((top_p >= 1) | (before < top_p), ranked, -jnp.inf)
+    preceding = jnp.cumsum(probabilities, axis=-1) - probabilities
+    ranked = jnp.where((top_p >= 1) | (preceding < top_p), ranked, -jnp.inf)
     return jnp.where(ranked >= jnp.log(min_p), ranked, -jnp.inf), order
 
 
 def sample(logits: LastLogits, rows: SamplingRows, positions: Int32[Array, "b"]) -> Int32[jax.Array, "b"]:
-    """The token of each row that is to stand at `positions` in its sequence.
+    """Chooses a token for each row, the one at `positions` of its sequence.
 
-    A draw's key is made of the row's seed and that position, so that it depends neither on the row's place in a batch
-    nor on its neighbours. Where all rows are greedy nothing is sorted.
+    A draw's key is made of the row's seed and this position, so it depends neither on the row's place in a batch nor on
+    other rows. Where all rows are greedy nothing is sorted.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 

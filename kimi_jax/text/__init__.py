@@ -1,4 +1,4 @@
-"""Text in and out: the tokenizer, chat prompts and tool declarations. No JAX here."""
+"""Turns conversations into token ids and ids into text: tokenizer, chat prompts, tool declarations. Imports no JAX."""
 
 from kimi_jax.text import chat
 from kimi_jax.text.chat import declare_tools, encode, media_parts, render

@@ -1,4 +1,4 @@
-"""Conversations to prompts: `render` shows one as text, `encode` gives its token ids.
+"""Turns conversations into prompts: `render` shows one as text, `encode` gives its token ids.
 
 `model` names the template: "k2.5" and "k2" are built in, anything else is a folder whose own chat template is used.
 Markers (`<|im_user|>`, `<think>`, ...) become special tokens only where the template wrote them: contents, names,
@@ -51,7 +51,7 @@ def render(
     preserve_thinking: bool = False,
     add_generation_prompt: bool = True,
 ) -> str:
-    """The prompt as text, to look at or to send elsewhere; where people's text must be safe, use `encode`.
+    """Returns the prompt as text, to look at or to send elsewhere; where people's text must be safe, use `encode`.
 
     thinking: the answer begins inside `<think>` (K2.5) or after an empty pair. preserve_thinking: keep the reasoning of
     all earlier answers (K2.6). An image is `<|media_begin|>image<|media_content|><|media_pad|><|media_end|>` and a
@@ -64,7 +64,10 @@ def render(
 
 
 def _with_videos(segments: Iterable[Segment], videos: Sequence[Sequence[VideoChunk]]) -> Iterator[Segment]:
-    """Each placeholder becomes its video's chunks: the time of the first frame, then one media item."""
+    """Puts a video's chunks in place of its placeholder, each as the time of its first frame and one media item.
+
+    Raises ValueError where there are not as many placeholders as `videos`.
+    """
     segments = list(segments)
     places = sum(segment == Segment(VIDEO_PLACEHOLDER, True) for segment in segments)
     if places != len(videos):
@@ -90,16 +93,17 @@ def encode(
     add_generation_prompt: bool = True,
     videos: Sequence[Sequence[VideoChunk]] = (),
 ) -> list[int]:
-    """Token ids of the prompt, one `<|media_pad|>` for each media item (`kimi_jax.media.expand` makes the rest).
+    """Returns the prompt's token ids, one `<|media_pad|>` for each media item (`kimi_jax.media.expand` repeats it).
 
-    Arguments as for `render`. videos: for each video of the conversation, in order, its chunks from
-    `kimi_jax.media.video_patches`. Raises ValueError too where `tok` lacks a marker, where the number of videos is
-    another, and where a folder's template does not let its markers be told from people's text.
+    The other arguments are those of `render`. videos: for each video of the conversation, in order, its chunks from
+    `kimi_jax.media.video_patches`. Raises ValueError where `render` does, where `tok` lacks a marker, where `videos`
+    are more or fewer than the conversation has, and where a folder's template does not let its own markers be told
+    from people's text.
     """
     options = {"thinking": thinking, "preserve_thinking": preserve_thinking}
     segments = _segments(messages, tools, model, tok, add_generation_prompt=add_generation_prompt, **options)
     ids: list[int] = []
-    text = ""  # neighbouring plain segments are one text to the tokenizer
+    text = ""  # of neighbouring plain segments, which the tokenizer takes as one text
     for segment in _with_videos(segments, videos):
         if not segment.is_marker:
             text += segment.text

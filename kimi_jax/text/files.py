@@ -1,4 +1,4 @@
-"""Files of a checkpoint's folder that hold text: bounded, and files indeed."""
+"""Reads files of a checkpoint's folder up to a bound, and regular files only."""
 
 import stat
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""Chat templates that lie in a checkpoint's folder: rendered in a bounded process, and taken apart into safe segments.
+"""Renders chat templates of checkpoints' folders in a bounded process, and takes the prompt apart into safe segments.
 
 A rendered template is one string in which people's text and the template's own markers look alike. To tell them
 apart the template is rendered twice, the second time with every character of people's text that occurs in any special
 token exchanged for a private-use character that occurs nowhere else. Special tokens found in the second rendering are
-the template's own; then the rest is exchanged back. Covered are all strings in messages and tools, keys included, but
-for roles, the schemas' keys (`_SCHEMA_KEYS`) and what stands under `type` (`_SCHEMA_TYPES`). A template whose output
+the template's own; then the rest is exchanged back. This covers all strings in messages and tools, keys included,
+except roles, the schemas' keys (`_SCHEMA_KEYS`) and the values of `type` (`_SCHEMA_TYPES`). A template whose output
 depends on the exchanged characters (it searches or changes people's text, or escapes it as ASCII) gives another text
-the second time; that is refused, so what is encoded is always what `render` shows.
+the second time; such a template is refused, so `encode` always encodes the text that `render` shows.
 """
 
 import itertools
@@ -39,10 +39,10 @@ _SCHEMA_TYPES = frozenset(
 
 
 class FolderTemplate:
-    """The chat template in `folder` for a conversation `with_tools` or without; `template_files` says which it is.
+    """Renders the chat template in `folder` for a conversation `with_tools` or without, as `template_files` chooses it.
 
-    Raises ValueError, naming the folder or file, where there is none and where it cannot be read; rendering does where
-    it does not compile, refuses the messages, or meets a limit on time, memory or depth.
+    Raises ValueError, naming the folder or file, where there is none and where it cannot be read. Rendering raises
+    ValueError where it does not compile, refuses the messages, or meets a limit on time, memory or depth.
     """
 
     def __init__(self, folder: str | Path, *, with_tools: bool = False) -> None:
@@ -60,7 +60,7 @@ class FolderTemplate:
         self._now = datetime.now().isoformat()  # read the clock once, or two renderings could differ
 
     def _render(self, messages: Any, tools: Any, tools_ts_str: str, options: Mapping[str, bool]) -> str:
-        # the variable is undefined, not empty, where no tools are declared
+        # without tools the variable is undefined, not empty: templates ask whether it is defined
         declared = {"tools_ts_str": tools_ts_str} if tools_ts_str else {}
         variables = {"messages": messages, "tools": tools, **declared, **self._tokens, **options}
         try:
@@ -82,29 +82,32 @@ class FolderTemplate:
         special_tokens: Collection[str],
         **options: bool,
     ) -> list[Segment]:
-        """Returns the prompt of `render` in segments, of which only what the template itself wrote are markers."""
+        """Returns the prompt of `render` in segments; only markers that the template itself wrote are marked so.
+
+        Raises ValueError where `render` does, and where the template's markers cannot be told from people's text.
+        """
         markers = sorted([*special_tokens, VIDEO_PLACEHOLDER], key=len, reverse=True)
         tools, declared = _sorted(tools), declare_tools(tools)
         plain = self._render(messages, tools, declared, options)
         alphabet = sorted(set("".join(markers)))
         used = set(plain).union(alphabet, self.source, declared, *_strings(messages), *_strings(tools))
         shift = str.maketrans(dict(zip(alphabet, _private(len(alphabet), used), strict=True)))
-        back = str.maketrans({private: chr(code) for code, private in shift.items()})
+        restore = str.maketrans({private: chr(code) for code, private in shift.items()})
         exchange = _Exchange(shift, _without(markers, _SCHEMA_KEYS), _without(markers, _SCHEMA_TYPES))
         people = [{**exchange(message), "role": message["role"]} for message in messages]
         shifted = self._render(people, exchange(tools), declared.translate(shift), options)
-        if shifted.translate(back) != plain:
+        if shifted.translate(restore) != plain:
             raise ValueError(
                 f"{printable(self.folder)}: the chat template looks into or changes people's text, so its own markers "
                 f"cannot be told from theirs; if you trust the text, encode what `render` gives with allow_special=True"
             )
         parts = re.split("(" + "|".join(map(re.escape, markers)) + ")", shifted)
-        return [Segment(part.translate(back), index % 2 == 1) for index, part in enumerate(parts)]
+        return [Segment(part.translate(restore), index % 2 == 1) for index, part in enumerate(parts)]
 
 
 @dataclass(frozen=True)
 class _Exchange:
-    """Translates all strings in a JSON value by `table`, but for `keys`, and `types` where they stand under `type`."""
+    """Translates all strings in a JSON value by `table`, except the keys `keys` and the values `types` of `type`."""
 
     table: Mapping[int, str]
     keys: frozenset[str]
@@ -131,7 +134,7 @@ def _private(count: int, used: set[str]) -> list[str]:
 
 
 def _without(markers: Sequence[str], words: frozenset[str]) -> frozenset[str]:
-    """Returns the `words` in which no marker is spelled."""
+    """Returns the `words` that spell no marker."""
     return frozenset(word for word in words if not any(marker in word for marker in markers))
 
 

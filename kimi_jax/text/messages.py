@@ -1,7 +1,7 @@
-"""Chat messages in OpenAI's schema: what is accepted, and where the media in them are.
+"""Checks chat messages in OpenAI's schema, copies them as plain JSON, and finds the media in them.
 
 A message is a mapping with `role`, `content` (a string, or a list of strings and of parts of type text, image_url or
-video_url; transformers' `image` and `video` are taken too), and where they apply `name`, `reasoning_content`,
+video_url; transformers' `image` and `video` are accepted too), and optionally `name`, `reasoning_content`,
 `tool_calls` and `tool_call_id`. `reasoning` (vLLM, OpenRouter) and `thinking` are other names of `reasoning_content`.
 """
 
@@ -18,7 +18,7 @@ VIDEO_TYPES = ("video_url", "video")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _READ = {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING}
-# What answers are stored with: it says nothing to the model.
+# Keys that clients store with answers, and that say nothing to the model.
 _HARMLESS = frozenset(
     {"id", "index", "object", "model", "created", "created_at", "timestamp", "finish_reason", "stop_reason", "usage"}
     | {"logprobs", "token_ids", "weight", "annotations", "metadata", "cache_control"}
@@ -28,13 +28,16 @@ _READ_OF_CALL = {"id", "type", "index", "function"}
 _READ_OF_FUNCTION = {"name", "arguments"}
 
 Message = Mapping[str, Any]
-Messages = Sequence[Message] | Any  # from outside, and looked at by `read_messages` alone
+Messages = Sequence[Message] | Any  # any value a client sends; `read_messages` checks it
 
 
 @dataclass(frozen=True)
 class MediaPart:
-    """One image or video of a conversation: `kind` is "image" or "video"; `source` is what the part holds (a URL, a
-    path, a PIL image, frames), or None where the caller passes the media by other means."""
+    """One image or video of a conversation.
+
+    kind: "image" or "video". source: the value in the message (a URL, a path, a PIL image, frames), or None where the
+    caller passes the media by other means.
+    """
 
     kind: str
     source: Any
@@ -57,7 +60,7 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         if not isinstance(part.get("text"), str):
             raise _wrong(f"{where}.text", part.get("text"), "a string")
         return plain(part, where)
-    # Templates ask whether there is a picture, never which: it may be megabytes, or no JSON at all.
+    # Templates ask whether a part is a picture and never read it; it may have megabytes, or be no JSON at all.
     return plain({key: "" if key in (kind, "url", "path") else value for key, value in part.items()}, where)
 
 
@@ -94,14 +97,14 @@ def _tool_calls(message: Message, where: str) -> list[dict[str, Any]]:
 
 def _reasoning(message: Message, where: str) -> dict[str, str]:
     """Returns the reasoning under each of its names, so that every template finds it."""
-    given = {field: message[field] for field in REASONING if message.get(field) is not None}
-    for field, value in given.items():
+    fields = {field: message[field] for field in REASONING if message.get(field) is not None}
+    for field, value in fields.items():
         if not isinstance(value, str):
             raise _wrong(f"{where}.{field}", value, "a string")
-    said = {value: field for field, value in given.items() if value}
-    if len(said) > 1:
-        raise ValueError(f"{where} has {' and '.join(sorted(said.values()))}, which differ; give one of them")
-    return dict.fromkeys(REASONING, next(iter(said), "")) if given else {}
+    texts = {value: field for field, value in fields.items() if value}
+    if len(texts) > 1:
+        raise ValueError(f"{where} has {' and '.join(sorted(texts.values()))}, which differ; give one of them")
+    return dict.fromkeys(REASONING, next(iter(texts), "")) if fields else {}
 
 
 def _read_message(message: Any, where: str) -> dict[str, Any]:
@@ -116,18 +119,18 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
         raise _wrong(f"{where}.tool_call_id", message.get("tool_call_id"), "the id of the call it answers")
     if message.get("function_call") is not None:
         raise ValueError(f"{where}.function_call: Kimi's templates do not read it, expected tool_calls")
-    more = {key: value for key, value in message.items() if value is not None and key not in _HARMLESS}
-    changed = {"content": _content(message, where), "tool_calls": _tool_calls(message, where)}
-    kept = {key: value for key, value in changed.items() if key in message}
-    return plain({**more, **kept, **_reasoning(message, where)}, where)
+    fields = {key: value for key, value in message.items() if value is not None and key not in _HARMLESS}
+    checked = {"content": _content(message, where), "tool_calls": _tool_calls(message, where)}
+    fields.update((key, value) for key, value in checked.items() if key in message)
+    return plain({**fields, **_reasoning(message, where)}, where)
 
 
 def read_messages(messages: Messages) -> list[dict[str, Any]]:
-    """Returns a checked copy of a conversation in plain JSON types, whatever clients write differently written one way.
+    """Returns a checked copy of a conversation in plain JSON types, in which every message is written in one way.
 
-    Strings in a list of parts become text parts, reasoning stands under all of its names, a call without arguments has
-    `{}`, and null fields other than `content` and media's sources are left out. Raises ValueError, naming the message's
-    index and the field, where `messages` is not a conversation.
+    Strings in a list of parts become text parts, reasoning appears under all of its names, a call without arguments
+    gets `{}`, and null fields other than `content` and the sources of media are left out. Raises ValueError, naming the
+    message's index and the field, where `messages` is not a conversation.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise _wrong("messages", messages, "a list of at least one message")
@@ -135,7 +138,7 @@ def read_messages(messages: Messages) -> list[dict[str, Any]]:
 
 
 def unread_keys(messages: Sequence[Message]) -> list[str]:
-    """Returns the keys in `messages`, from `read_messages`, that our templates do not read, each as its path, once."""
+    """Returns the paths of the keys in `messages` (from `read_messages`) that the built-in templates do not read."""
 
     def found() -> Iterator[str]:
         for message in messages:
@@ -160,7 +163,7 @@ def _source(part: Mapping[str, Any]) -> Any:
 def media_parts(messages: Messages) -> list[MediaPart]:
     """Returns the images and videos of a conversation in the order in which their placeholders appear in the prompt.
 
-    An image becomes one media item, a video one for each of its chunks. Raises ValueError as rendering does.
+    An image becomes one media item, a video one for each of its chunks. Raises ValueError where `read_messages` does.
     """
     read_messages(messages)
     found = []

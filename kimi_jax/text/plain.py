@@ -1,4 +1,4 @@
-"""Messages and tools from outside, copied as plain JSON types that everything behind can rely on."""
+"""Copies messages and tools from outside as plain JSON types, so that the code after it need not check them again."""
 
 import math
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ from kimi_jax.json_reader import MAX_DEPTH
 from kimi_jax.printable import printable
 
 MAX_VALUES = 1_000_000  # a conversation of a million tokens has some ten thousand
-_MAX_INT = 10**400  # float64 ends at 1.8e308; longer ones cost quadratic time to print
+_MAX_INT = 10**400  # past the end of float64, 1.8e308; longer integers take quadratic time to print
 
 
 def plain(value: Any, name: str) -> Any:
-    """Returns a copy of `value` in which all is None, bool, int, float, str, list or dict with strings as keys.
+    """Returns a copy of `value` made of None, bool, int, float, str, list, and dict with strings as keys.
 
-    Raises ValueError, naming `name`, where something is of another type, nests deeper than `MAX_DEPTH` (as a value that
-    holds itself does), is one of more than `MAX_VALUES`, holds half of a surrogate pair, or is a number that is not
-    finite.
+    Raises ValueError, naming `name`, where a value is of another type, nests deeper than `MAX_DEPTH` (a value that
+    contains itself does), holds half of a surrogate pair, or is a number that is not finite, and where there are more
+    than `MAX_VALUES` values.
     """
     values = 0
 
@@ -49,7 +49,7 @@ def plain(value: Any, name: str) -> Any:
 
 
 def plain_text(text: str, name: str) -> str:
-    """Returns `text` as a `str` proper. Raises ValueError, naming `name`, for half of a surrogate pair."""
+    """Returns `text` as a plain `str`. Raises ValueError, naming `name`, where it holds half of a surrogate pair."""
     try:
         if not text.isascii():
             text.encode("utf-8")

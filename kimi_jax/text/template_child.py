@@ -1,8 +1,8 @@
 """Renders chat templates in a process of its own, bounded in time and memory; `template_process` runs this file.
 
-Imports jinja2 and the standard library only, and takes what jinja2's sandbox gives strangers' templates. A request is
-8 bytes of length and JSON: the template's `source`, its `variables`, and `now`. An answer is 8 bytes of length, one
-byte that says what it is (`T`: the text, `E`: the template's error, `L`: a limit was met), and UTF-8 text.
+Imports jinja2 and the standard library only, and renders in jinja2's sandbox. A request is 8 bytes of length and JSON:
+the template's `source`, its `variables`, and `now`. An answer is 8 bytes of length, one byte for its kind (`T`: the
+prompt, `E`: the template's error, `L`: a limit was met), and UTF-8 text.
 """
 
 import functools
@@ -18,14 +18,14 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_SECONDS = 4  # of the processor; K2.5's template takes a millisecond
+MAX_SECONDS = 4  # of processor time; K2.5's template takes a millisecond
 MAX_MEMORY = 2**30  # address space; a prompt of a million tokens takes some 50 MB
 MAX_FRAME = 2**26  # a prompt of a million tokens has 4 MB
-_MAX_ERROR = 2000  # characters of the template's own error, which the reader of it cuts shorter
+_MAX_ERROR = 2000  # characters of the template's own error; the parent process shortens it for its message
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`, around what the model wrote: marks for training, none here."""
+    """Renders the body of `{% generation %}...{% endgeneration %}`, which marks the model's own text for training."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
@@ -41,7 +41,7 @@ class _Generation(Extension):
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, **options: Any) -> str:
-    # jinja2's own filter escapes HTML and sorts keys; transformers replaces it by this one
+    # jinja2's own filter escapes HTML and sorts keys; transformers replaces it, and this filter writes what that does
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **options)
 
 
@@ -60,7 +60,7 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def _text(source: str, variables: dict[str, Any], now: str) -> tuple[bytes, str]:
-    """Returns what an answer is, and its text."""
+    """Renders one request; returns the answer's kind and its text."""
     doing = "does not compile"
     try:
         template = _compiled(source)
@@ -74,7 +74,7 @@ def _text(source: str, variables: dict[str, Any], now: str) -> tuple[bytes, str]
         return b"L", "nests or recurses too deep"
     except UnicodeEncodeError:
         return b"E", "writes half of a surrogate pair"
-    except Exception as error:  # a stranger's program may raise anything
+    except Exception as error:  # a stranger's template may raise anything
         kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
         return b"E", f"{doing}: {kind}{str(error)[:_MAX_ERROR]}"
 
@@ -88,7 +88,7 @@ def _limit(kind: int, soft: int) -> None:
 
 
 def main(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answers each request; ends where there are no more, which is also when the parent is gone."""
+    """Answers requests until standard input ends, which it also does when the parent process is gone."""
     _limit(resource.RLIMIT_AS, MAX_MEMORY)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)

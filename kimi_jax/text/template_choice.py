@@ -1,9 +1,9 @@
-"""Decides whether a K2.5 folder's own chat template says the same as the one that is built in.
+"""Decides whether a K2.5 folder's own chat template writes the prompts of the built-in one.
 
-K2.6, K2.7-Code and the community's corrections bring templates that write other prompts. Texts of templates change
-without their meaning (comments, white space), so the prompts are compared: of a few conversations that hold everything
-on which the published revisions agree. Left out is what they print differently from revision to revision though K2.5's
-own rules are built in: calls without an id, and what follows a video.
+K2.6, K2.7-Code and the community's corrections bring templates that write other prompts. The text of a template may
+change without its meaning (comments, white space), so prompts are compared instead: those of a few conversations with
+everything on which the published revisions of K2.5's template agree. The conversations leave out the two things on
+which they differ: calls without an id, and the text after a video.
 """
 
 import functools
@@ -54,17 +54,16 @@ _CONVERSATIONS: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
 
 
 def follows_k25(folder: str | Path) -> bool:
-    """Returns whether the chat template in `folder` writes the prompts of the built-in one.
+    """Says whether the chat template in `folder` writes the prompts of the built-in one.
 
-    Raises ValueError where its files cannot be read; a template that does not take a conversation writes another.
+    Returns False for a template that refuses a conversation. Raises ValueError where its files cannot be read.
     """
-    with_tools, without = FolderTemplate(folder, with_tools=True), FolderTemplate(folder)
-    return _follows_k25(str(folder), with_tools.source, without.source)
+    return _follows_k25(str(folder), *(FolderTemplate(folder, with_tools=tools).source for tools in (True, False)))
 
 
 @functools.lru_cache(maxsize=32)
 def _follows_k25(folder: str, *sources: str) -> bool:
-    """Keeps the answer for `sources`, which stand in `folder` now."""
+    """Compares prompts, once for each `folder` and `sources`, the texts of its templates with tools and without."""
     for messages, tools in _CONVERSATIONS:
         template = FolderTemplate(folder, with_tools=bool(tools))
         for thinking in (True, False):

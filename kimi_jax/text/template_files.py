@@ -1,4 +1,4 @@
-"""Where a checkpoint's folder keeps its chat templates, and which of them is used, as transformers 5 decides it.
+"""Finds the chat templates in a checkpoint's folder and chooses one of them by the rules of transformers 5.
 
 `chat_template.jinja` (with `additional_chat_templates/*.jinja` beside it) wins over `chat_template.json`, which older
 processors wrote, and that over `chat_template` in `tokenizer_config.json`. Templates may have names: `tool_use` is
@@ -21,7 +21,7 @@ _MAX_TEMPLATES = 16
 
 @dataclass(frozen=True)
 class TemplateFiles:
-    """Chat templates, name -> source, and the tokenizer's named tokens (`bos_token` and the like), which they print."""
+    """Holds chat templates, name -> source, and the tokenizer's named tokens (`bos_token`, ...), which they print."""
 
     templates: dict[str, str]
     tokens: dict[str, str]
@@ -53,7 +53,7 @@ class TemplateFiles:
 
 
 def has_template(folder: str | Path) -> bool:
-    """Returns whether a chat template lies in `folder`. Raises what `TemplateFiles.from_folder` raises."""
+    """Says whether `folder` has a chat template. Raises what `TemplateFiles.from_folder` raises."""
     return bool(TemplateFiles.from_folder(Path(folder)).templates)
 
 
@@ -67,7 +67,7 @@ def _jinja_files(folder: Path) -> dict[str, str]:
 
 
 def _stored(folder: Path, config: Mapping[str, Any], config_file: Path) -> tuple[Any, Path]:
-    """Returns what stands under `chat_template` in one of the JSON files, or None, and the file."""
+    """Returns the value of `chat_template` in the first JSON file that has it, or None, and that file."""
     file = folder / "chat_template.json"
     if file.exists():
         stored = json_reader.parse_object(read_bounded(file, _MAX_TEMPLATES * MAX_TEMPLATE_BYTES), str(file))

@@ -1,8 +1,9 @@
-"""The process that renders strangers' chat templates: started when it is first needed, kept, ended with this one.
+"""Runs a process that renders strangers' chat templates: started when it is first needed, ended with this process.
 
-A template is a program. jinja2's sandbox keeps it from Python's objects, not from a loop of 1e10 or a string of 10 GB;
-an operating system does (`template_child` sets its own limits, and a clock here ends it where it hangs). A process
-of its own works from any thread, beside JAX's threads (it is spawned, never forked), and a crash of it harms nobody.
+A template is a program. jinja2's sandbox keeps it from Python's objects, but not from a loop of 1e10 steps or a string
+of 10 GB; the operating system does (`template_child` sets its own limits, and a clock here ends it where it hangs). A
+separate process can be used from any thread, beside JAX's threads (it is spawned, never forked), and may crash without
+harm.
 """
 
 import atexit
@@ -18,22 +19,22 @@ from typing import Any
 from kimi_jax.text import template_child
 from kimi_jax.text.template_child import MAX_FRAME, MAX_MEMORY, MAX_SECONDS
 
-MAX_WALL_SECONDS = 30  # for a machine on which the process gets little of the processor
+MAX_WALL_SECONDS = 30  # well over `MAX_SECONDS`, for a busy machine on which the process gets little processor time
 
 
 class RenderError(ValueError):
-    """A template that fails or meets a limit; the message goes on from "the chat template ..."."""
+    """Is raised for a template that fails or meets a limit; the message continues "the chat template ..."."""
 
 
 class TemplateProcess:
-    """One child process, used by one thread at a time; made anew where a template has brought it down."""
+    """Owns one child process, which one thread at a time uses and which is started again where a template ends it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
     def render(self, source: str, variables: dict[str, Any], now: str) -> str:
-        """Returns the text of the template `source`. `now`, in ISO format, is what it is told the time is.
+        """Returns the text that the template `source` writes. `now` is the time that it is told, in ISO format.
 
         Raises `RenderError` where the template does not compile, refuses its variables, or meets a limit.
         """
@@ -56,7 +57,7 @@ class TemplateProcess:
                 kind, text = _exchange(child, request)
             except (OSError, EOFError):  # the child is gone
                 text = _reason(child.wait(), late.is_set())
-            finally:  # whatever happened, an interrupt too: a child that still renders would answer the next request
+            finally:  # after an interrupt too: a child that still renders would send its answer to the next request
                 clock.cancel()
                 clock.join()
                 if kind == b"L" or late.is_set():
@@ -66,7 +67,7 @@ class TemplateProcess:
         return text
 
     def close(self) -> None:
-        """Ends the child process, where there is one, whatever it is at."""
+        """Ends the child process, where there is one, even while it renders."""
         if (child := self._child) is not None:
             child.kill()
         with self._lock:
@@ -82,18 +83,18 @@ class TemplateProcess:
             child.wait()
 
     def forget(self) -> None:
-        """Lets go of the parent's child in a process that was forked from it."""
+        """Closes this process's ends of the pipes after a fork; the child process belongs to the parent."""
         self._lock = threading.Lock()
         child, self._child = self._child, None
         if child is not None:
             for pipe in (child.stdin, child.stdout):
                 assert pipe is not None
                 pipe.close()
-            child.returncode = 0  # it is not ours to wait for
+            child.returncode = 0  # only its parent can wait for it
 
 
 def _start() -> "subprocess.Popen[bytes]":
-    # Started without `site`, which takes half of the time; all paths are given.
+    # -S leaves out `site`, which takes half of the starting time; PYTHONPATH has the paths that it would add.
     return subprocess.Popen(
         [sys.executable, "-S", "-P", str(Path(template_child.__file__))],
         bufsize=0,
@@ -101,7 +102,7 @@ def _start() -> "subprocess.Popen[bytes]":
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        start_new_session=True,  # Ctrl-C is for the parent
+        start_new_session=True,  # so that Ctrl-C reaches the parent only
     )
 
 

@@ -1,7 +1,7 @@
-"""The built-in chat templates of Kimi K2 and K2.5, as segments of which each is a special token or plain text.
+"""Writes the prompts of Kimi K2 and K2.5 as segments, each of which is one special token or plain text.
 
-Both give the text of the published `chat_template.jinja`. Only what a template writes itself is ever a marker,
-so that a prompt encoded from segments (`kimi_jax.chat.encode`) cannot be forged by what people or tools wrote.
+Both write the text of the published `chat_template.jinja`. Only text that the template itself writes is ever a marker,
+so people and tools cannot forge a marker in a prompt that is encoded from segments (`kimi_jax.chat.encode`).
 """
 
 import json
@@ -20,15 +20,15 @@ _ROLE_MARKERS = {"user": "<|im_user|>", "assistant": "<|im_assistant|>"}
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a prompt. A marker is one special token (or the video placeholder, which stands for several); the
-    rest is text in which special tokens have no meaning."""
+    """A piece of a prompt: a marker, which is one special token (or the video placeholder, which stands for several),
+    or text in which special tokens have no meaning."""
 
     text: str
     is_marker: bool = False
 
 
 def media_segments(kind: str) -> list[Segment]:
-    """`<|media_begin|>{kind}<|media_content|><|media_pad|><|media_end|>`: one placeholder for one media item."""
+    """Returns `<|media_begin|>{kind}<|media_content|><|media_pad|><|media_end|>`, the placeholder of one media item."""
     return [
         Segment("<|media_begin|>", True),
         Segment(kind),
@@ -75,7 +75,7 @@ def _think(reasoning: str) -> list[Segment]:
 
 
 def _turns(messages: Sequence[Message], reasoning: Sequence[str] | None) -> Iterator[Segment]:
-    """All turns. `reasoning`, one string for each message, is put before an answer; with None there is no `<think>`."""
+    """Yields all turns. `reasoning` has a string for each message, put before an answer; None writes no `<think>`."""
     calls_so_far = 0
     for index, message in enumerate(messages):
         body = [*_content(message)]
@@ -95,7 +95,7 @@ def _generation(*markers: str) -> list[Segment]:
 
 
 def _kept_reasoning(messages: Sequence[Message], thinking: bool, preserve_thinking: bool) -> list[str]:
-    """Reasoning is kept through a chain of tool calls and dropped once an answer without calls has ended the chain."""
+    """Keeps reasoning through a chain of tool calls and drops it once an answer without calls has ended the chain."""
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and not m.get("tool_calls")]
     last = answers[-1] if answers else -1
     kept = [preserve_thinking or (thinking and index > last) for index in range(len(messages))]
@@ -110,7 +110,8 @@ def k25(
     preserve_thinking: bool,
     add_generation_prompt: bool,
 ) -> list[Segment]:
-    """Kimi K2.5, and K2.6 with `preserve_thinking`: tools as TypeScript, no default system prompt, always `<think>`."""
+    """Writes the prompt of Kimi K2.5 (with `preserve_thinking` K2.6's): TypeScript tools, no default system prompt,
+    always `<think>`."""
     segments = []
     if tools:
         segments += _turn("system", "tool_declare", [Segment(declare_tools(tools) or compact_json(tools))])
@@ -123,7 +124,10 @@ def k25(
 def k2(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, *, add_generation_prompt: bool
 ) -> list[Segment]:
-    """Kimi K2 Instruct: tools as compact JSON, a default system prompt, neither reasoning nor media."""
+    """Writes the prompt of Kimi K2 Instruct: tools as compact JSON, a default system prompt, no reasoning.
+
+    Raises ValueError for media, which K2 does not read.
+    """
     for index, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, list | tuple) and any(part["type"] != "text" for part in content):

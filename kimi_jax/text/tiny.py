@@ -1,6 +1,6 @@
-"""A synthetic tokenizer in the published file layout, small enough for tests, the demo and toy checkpoints.
+"""Writes a synthetic tokenizer in the published file layout, small enough for tests, the demo and toy checkpoints.
 
-512 base ranks (the 256 bytes, in the order of GPT-2's byte table as in Kimi's own file, then 256 merges learned by
+It has 512 base ranks (the 256 bytes, in the order of GPT-2's byte table as in Kimi's own file, then 256 merges by
 byte-pair encoding from the text below) and 256 special slots at the offsets from the base that the real tokenizer
 uses (`tokenizer_config.json` of Kimi-K2.5): `[BOS]` 512, `[EOS]` 513, `<|im_end|>` 514, `<|media_pad|>` 533, `[PAD]`
 767.
@@ -59,7 +59,8 @@ Because the model reads one token after another, every word that comes later can
 
 
 def _byte_order() -> list[int]:
-    """GPT-2's `bytes_to_unicode` order: printable Latin-1 first, then the rest; Kimi's ranks 0..255 follow it."""
+    """Returns bytes in the order of GPT-2's `bytes_to_unicode`, which Kimi's ranks 0..255 follow: printable Latin-1
+    first, then the rest."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return printable + [byte for byte in range(256) if byte not in printable]
 
@@ -93,9 +94,9 @@ def _ranks() -> dict[bytes, int]:
 
 
 def write_tiny_tokenizer(folder: str | Path) -> None:
-    """Write `tiktoken.model` and `tokenizer_config.json` into `folder` (made if it is not there).
+    """Writes `tiktoken.model` and `tokenizer_config.json` into `folder`, which is created if missing.
 
-    The files are the same bytes each time. The tokenizer has 768 ids: 512 base ranks and 256 special slots.
+    Every call writes the same bytes. The tokenizer has 768 ids: 512 base ranks and 256 special slots.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Kimi's tiktoken tokenizer, read from the published files `tiktoken.model` and `tokenizer_config.json`.
+"""Encodes and decodes text with Kimi's tokenizer, from the published `tiktoken.model` and `tokenizer_config.json`.
 
 The pattern, the 256 special slots after the base ranks and the two limits on what reaches tiktoken at once are those of
 Moonshot's `tokenization_kimi.py`. `&&` in the pattern is set intersection, which tiktoken's Rust regex knows.
@@ -33,7 +33,7 @@ MAX_RUN_CHARS = 25_000
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """`text` in pieces tiktoken can take: at most 400,000 characters, no run of (non-)whitespace beyond 25,000."""
+    """Cuts `text` into pieces that tiktoken can take: at most 400,000 characters, no run of (non-)space over 25,000."""
     for start in range(0, len(text), MAX_ENCODE_CHARS):
         piece = text[start : start + MAX_ENCODE_CHARS]
         begin = 0
@@ -47,7 +47,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back. Build it with `from_folder`.
+    """Turns text into ids and ids into text. Build it with `from_folder`.
 
     special_tokens: content -> id, all 256 slots (unnamed ones are `<|reserved_token_{id}|>`).
     bos_id, eos_id, pad_id: ids of `bos_token`, `eos_token`, `pad_token`, None where the file says null; no BOS is ever
@@ -62,7 +62,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """Read `tiktoken.model` and `tokenizer_config.json` in the folder `path`.
+        """Reads `tiktoken.model` and `tokenizer_config.json` in the folder `path`.
 
         Raises FileNotFoundError where one is missing and ValueError where one is damaged, both naming the file.
         """
@@ -84,18 +84,21 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Base ranks and special slots together; the highest id is one less."""
+        """Returns the number of base ranks and special slots together; the highest id is one less."""
         return self.encoding.n_vocab
 
     def encode(self, text: str, allow_special: bool = True) -> list[int]:
-        """Ids of `text`. With `allow_special`, as published, special tokens written in it become their ids: never let
-        people's text through so (`kimi_jax.chat.encode` does not); without, they are spelled out as ordinary text."""
+        """Returns the ids of `text`.
+
+        With `allow_special`, the published tokenizer's behaviour, special tokens spelled in it become their ids: never
+        encode people's text so (`kimi_jax.chat.encode` does not). Without it they are encoded as ordinary text.
+        """
         if allow_special:
             return [i for piece in _pieces(text) for i in self.encoding.encode(piece, allowed_special="all")]
         return [i for piece in _pieces(text) for i in self.encoding.encode_ordinary(piece)]
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
-        """The bytes of `ids`, which may begin or end inside a character. ValueError on an id beyond the vocabulary."""
+        """Returns the bytes of `ids`, which may begin or end inside a character. Raises ValueError for unknown ids."""
         tokens = [int(i) for i in ids]
         for i in tokens:
             if not 0 <= i < self.vocab_size:
@@ -103,14 +106,14 @@ class Tokenizer:
         return self.encoding.decode_bytes(tokens)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, as published."""
+        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD, as in the published tokenizer."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
 class StreamDecoder:
-    """Text of ids that come one at a time: holds back the bytes of a character that is not complete yet.
+    """Decodes ids that come one at a time, and holds back the bytes of a character that is not complete yet.
 
-    The pieces, joined with what `finish` returns, equal `tokenizer.decode` of all the ids.
+    The texts that `push` and `finish` return, joined, equal `tokenizer.decode` of all the ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -118,9 +121,9 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text that `ids` complete; may be empty."""
+        """Returns the text that `ids` complete, which may be empty."""
         return self._utf8.decode(self._tokenizer.decode_bytes(ids))
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        """Returns the rest at the end: U+FFFD for an unfinished character, else an empty text."""
         return self._utf8.decode(b"", final=True)

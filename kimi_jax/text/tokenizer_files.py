@@ -1,4 +1,4 @@
-"""The tokenizer's published files, `tiktoken.model` and `tokenizer_config.json`: read, bounded and checked."""
+"""Reads and checks the tokenizer's published files, `tiktoken.model` and `tokenizer_config.json`, up to a bound."""
 
 import base64
 import binascii
@@ -13,10 +13,10 @@ from kimi_jax.text.files import read_bounded
 
 NUM_SPECIAL_SLOTS = 256
 _MAX_RANKS_BYTES = 2**25  # Kimi's has 2.8 MB
-_MAX_CONFIG_BYTES = 2**23  # Kimi's has 5 KB, chat templates may lie in it
+_MAX_CONFIG_BYTES = 2**23  # Kimi's has 5 KB; a file may contain chat templates too
 _MAX_CONTENT = 1000  # characters of a special token
 
-# Keys of tokenizer_config.json beside these are named in a warning. `..._token` are looked up where templates ask.
+# A warning names keys of tokenizer_config.json other than these. Keys `..._token` are read where templates print them.
 _READ = frozenset({"added_tokens_decoder", "chat_template"})
 _HARMLESS = frozenset(
     {"additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens", "tokenizer_class"}
@@ -25,15 +25,15 @@ _HARMLESS = frozenset(
     | {"stride", "truncation_strategy", "errors", "use_fast", "name_or_path", "special_tokens_map_file", "is_local"}
     | {"tokenizer_file", "vocab_file", "local_files_only", "transformers_version", "return_token_type_ids"}
 )
-# These change the ids of a text where they are true, as no Kimi release has them.
+# These change the ids of a text where they are true; no Kimi release sets them.
 _REFUSED = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "split_special_tokens")
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Returns token -> rank from tiktoken's text format, `base64(token) rank` a line.
 
-    It is read here because tiktoken's own reader caches files by path. Raises ValueError, naming the file, where a line
-    is anything else, where ranks are not 0, 1, 2, ..., and where one of the 256 bytes has none.
+    tiktoken's own reader is not used because it caches files by path. Raises ValueError, naming the file, where a line
+    has another form, where ranks are not 0, 1, 2, ..., and where one of the 256 bytes has none.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_bounded(path, _MAX_RANKS_BYTES).splitlines(), start=1):
@@ -62,15 +62,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def token_content(value: Any) -> Any:
-    """Returns the text of a token, which tokenizer_config.json writes as a string or as an AddedToken's object."""
+    """Returns the text of a token, a string or an AddedToken's object in tokenizer_config.json."""
     return value.get("content") if isinstance(value, Mapping) else value
 
 
 def special_tokens(config: Mapping[str, Any], base: int, path: Path) -> dict[str, int]:
     """Returns content -> id of the 256 slots from `base` on, unnamed ones as `<|reserved_token_{id}|>`.
 
-    Raises ValueError, naming `path` and the field, where a slot or content cannot be, and where a setting would change
-    the ids of texts. Warns of keys that are not known.
+    Raises ValueError, naming `path` and the field, where a slot or content is not possible, and where a setting would
+    change the ids of texts. Warns of unknown keys.
     """
     for key in _REFUSED:
         if config.get(key):
@@ -99,7 +99,7 @@ def special_tokens(config: Mapping[str, Any], base: int, path: Path) -> dict[str
 
 
 def named_ids(config: Mapping[str, Any], special: Mapping[str, int], path: Path) -> dict[str, int | None]:
-    """Returns `bos_id`, `eos_id` and `pad_id`; None where the token is null. Raises ValueError for unknown tokens."""
+    """Returns `bos_id`, `eos_id` and `pad_id`, None where the token is null. Raises ValueError for unknown tokens."""
     ids: dict[str, int | None] = {}
     for kind in ("bos", "eos", "pad"):
         token = token_content(config.get(f"{kind}_token", f"[{kind.upper()}]"))

@@ -1,7 +1,7 @@
-"""Tool declarations as TypeScript, the form in which Kimi K2.5 and later see their tools.
+"""Declares tools as TypeScript, the form in which Kimi K2.5 and later read their tools.
 
-The rules are those of Moonshot's `tool_declaration_ts.py`; what they cannot express (an unknown `$ref`, an enum
-whose values do not have the declared type) raises there, and the declaration falls back to compact JSON.
+The rules are those of Moonshot's `tool_declaration_ts.py`. It raises for schemas that they cannot express (an unknown
+`$ref`, an enum whose values do not have the declared type), and the declaration falls back to compact JSON.
 """
 
 import json
@@ -13,7 +13,7 @@ from kimi_jax.printable import printable
 from kimi_jax.text.plain import plain
 
 INDENT = "  "
-Tools = Sequence[Mapping[str, Any]] | Any  # from outside, and looked at by `read_tools` alone
+Tools = Sequence[Mapping[str, Any]] | Any  # any value a client sends; `read_tools` checks it
 
 _CONSTRAINTS = {
     "string": ("maxLength", "minLength", "pattern"),
@@ -36,8 +36,7 @@ _ENUM: dict[str, type | tuple[type, ...]] = {"string": str, "number": (int, floa
 def read_tools(tools: Tools) -> list[dict[str, Any]]:
     """Returns a copy of `tools`, which may be None, in plain JSON types.
 
-    Raises ValueError, naming the tool, where `tools` is not a list of objects, and where one is not JSON, nests deeper
-    than `json_reader.MAX_DEPTH`, or holds what no text can.
+    Raises ValueError, naming the tool, where `tools` is not a list of objects, and where `plain` refuses one of them.
     """
     if not isinstance(tools, list | tuple | None):
         raise ValueError(f"tools is a {type(tools).__name__}, expected a list")
@@ -52,7 +51,7 @@ def read_tools(tools: Tools) -> list[dict[str, Any]]:
 
 
 def deep_sorted(value: Any) -> Any:
-    """`value` with the keys of every dict in it sorted; lists keep their order."""
+    """Returns `value` with the keys of every dict in it sorted; lists keep their order."""
     if isinstance(value, Mapping):
         return {key: deep_sorted(value[key]) for key in sorted(value)}
     if isinstance(value, list):
@@ -61,7 +60,7 @@ def deep_sorted(value: Any) -> Any:
 
 
 def compact_json(tools: Sequence[Mapping[str, Any]]) -> str:
-    """Deep-sorted tools as JSON without spaces, which is how K2 and the fallback declare them."""
+    """Returns deep-sorted tools as JSON without spaces, the declaration of K2 and of the fallback."""
     return json.dumps(deep_sorted(list(tools)), ensure_ascii=False, separators=(",", ":"))
 
 
@@ -70,11 +69,11 @@ def _comment(text: str, indent: str) -> str:
 
 
 def _comments(schema: Any, indent: str) -> str:
-    """The description and the constraints of a schema, each line ended."""
+    """Returns the description and the constraints of a schema as comment lines, each ended by a line feed."""
     if not isinstance(schema, Mapping):
         return ""
     lines = _comment(schema["description"], indent) if schema.get("description") else ""
-    # of these only a description is kept, whatever `type` says beside them
+    # a schema with one of these keys keeps its description only, even where it has a type too
     if not any(key in schema for key in ("$ref", "anyOf", "enum")) and isinstance(schema.get("type"), str):
         kept = [f"{key}: {schema[key]}" for key in _CONSTRAINTS.get(schema["type"], ()) if key in schema]
         if kept:
@@ -95,7 +94,7 @@ def _enum(schema: Mapping[str, Any]) -> str:
 
 
 class _Function:
-    """One function's parameters; collects the definitions and self-references met on the way."""
+    """Writes one function's parameters, and collects the definitions and self-references in them."""
 
     def __init__(self) -> None:
         self.definitions: dict[str, Any] = {}
@@ -137,7 +136,7 @@ class _Function:
         return name
 
     def fields(self, schema: Mapping[str, Any], indent: str) -> list[tuple[bool, str, str]]:
-        """(optional, name, text) of each property, in the order of the schema."""
+        """Returns (optional, name, text) of each property, in the order of the schema."""
         properties = schema.get("properties", {})
         optional = set(properties) - set(schema.get("required", []))
         found = []
@@ -189,9 +188,9 @@ def _declare(function: Mapping[str, Any]) -> str:
 def declare_tools(tools: Tools) -> str:
     """Returns the TypeScript declaration of OpenAI-style tools (`{"type": "function", "function": {...}}`).
 
-    Keys are deep-sorted first and tools of another type left out; empty where no function is left. A schema the rules
-    cannot express gives a warning and the compact JSON of all tools instead; a tool that says it is a function and has
-    none is left out with a warning. Raises ValueError as `read_tools` does.
+    Keys are deep-sorted first and tools of another type left out; without functions the text is empty. For a schema
+    that the rules cannot express it warns and returns the compact JSON of all tools instead; a tool of type function
+    without a function object is left out with a warning. Raises ValueError where `read_tools` does.
     """
     tools = deep_sorted(read_tools(tools))
     for index, tool in enumerate(tools):
@@ -201,7 +200,7 @@ def declare_tools(tools: Tools) -> str:
         functions = [
             _declare(tool["function"]) for tool in tools if tool.get("type") == "function" and tool.get("function")
         ]
-    except Exception as error:  # whatever the schema did, the published code catches it and falls back
+    except Exception as error:  # the published code, too, falls back to JSON on any exception
         warnings.warn(f"tools cannot be declared as TypeScript, declared as JSON: {printable(error)}", stacklevel=2)
         return compact_json(tools)
     if not functions:

@@ -1,4 +1,5 @@
-"""Small configurations, and checkpoints as libraries and the specification have them, without the code under test."""
+"""Reads checkpoints as the published formats define them, without the code under test, and lists small
+configurations."""
 
 import re
 from collections.abc import Iterator
@@ -15,14 +16,14 @@ from checkpoints.toy import toy_config
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SMALL = {"hidden_size": 128, "intermediate_size": 96, "moe_intermediate_size": 64}
 LINEAR = toy_config("kimi-linear")["linear_attn_config"] | {"kda_layers": [1, 2], "full_attn_layers": [3]}
-# INT4 experts and vision; dense and without prefix; Kimi Linear with experts after both of its mixers.
+# INT4 experts and vision; dense experts without prefix; Kimi Linear with experts after both of its mixers.
 CONFIGS = {
     "k2.5": toy_config("k2.5", num_hidden_layers=2, vt_num_hidden_layers=1, n_routed_experts=8, **SMALL),
     "k2": toy_config("k2", num_hidden_layers=2, n_routed_experts=8, quantization_config=None, **SMALL),
     "kimi-linear": toy_config("kimi-linear", num_hidden_layers=3, linear_attn_config=LINEAR, num_experts=8, **SMALL),
 }
 
-# One form of weights each; widths that the blocks of FP8 do not divide, in the last block and in the only one.
+# A format of weights each; widths that the blocks of FP8 do not divide, in the last block and in the only one.
 ODD = {"num_hidden_layers": 2, "n_routed_experts": 6, "hidden_size": 192, "moe_intermediate_size": 160}
 FORMS = {
     "int4": toy_config("k2.5", vt_num_hidden_layers=1, **ODD),
@@ -31,13 +32,13 @@ FORMS = {
 }
 
 
-# The library's own reader of arrays does not know e4m3.
+# safetensors' own reader of arrays does not know e4m3.
 _DTYPES = {"BF16": BF16, "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F16": np.dtype(np.float16)}
 _DTYPES |= {"F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a published folder, by the safetensors library."""
+    """Returns every tensor of a published folder, read by the safetensors library."""
     return {
         name: np.frombuffer(bytearray(found["data"]), _DTYPES[found["dtype"]]).reshape(found["shape"])
         for file in sorted(folder.glob("*.safetensors"))
@@ -46,11 +47,11 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
 
 
 def in_tree(tree: dict[str, Any], name: str) -> np.ndarray:
-    """The published tensor `name` in a restored tree: the nested keys are the name's own, the prefix off, Kimi
-    Linear's experts under DeepSeek-V3's names, an expert's number the index of the leading axis."""
+    """Returns the published tensor `name` from a restored tree. The nested keys are the parts of the name without its
+    prefix, with DeepSeek-V3's names for Kimi Linear's experts; an expert's number is the index of the leading axis."""
     name = name.removeprefix("language_model.").replace("block_sparse_moe", "mlp")
-    for theirs, ours in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
-        name = name.replace(f".{theirs}.", f".{ours}.")
+    for published, stored in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        name = name.replace(f".{published}.", f".{stored}.")
     expert = re.search(r"\.experts\.(\d+)\.", name)
     node: Any = tree
     for key in re.sub(r"(\.experts)\.\d+\.", r"\1.", name).split("."):
@@ -64,7 +65,7 @@ def same_bytes(found: Any, expected: np.ndarray) -> bool:
 
 
 def same_folders(one: Path, other: Path) -> bool:
-    """Whether two checkpoints have the same files with the same bytes."""
+    """Says whether two checkpoints have the same files with the same bytes."""
     a, b = (
         {file.relative_to(root): file.read_bytes() for file in root.rglob("*") if file.is_file()}
         for root in (one, other)
@@ -78,7 +79,8 @@ def leaves(tree: dict[str, Any]) -> Iterator[np.ndarray]:
 
 
 def codes(words: np.ndarray) -> np.ndarray:
-    """int32 [out, in/8] -> int8 [in, out]: low nibble first along the inputs, offset 8 (specification 3.3)."""
+    """Unpacks compressed-tensors' INT4, int32 [out, in/8], to int8 [in, out]: low nibble first along the inputs, offset
+    8."""
     out, columns = words.shape
     result = np.empty((columns * 8, out), np.int8)
     for j in range(8):

@@ -1,4 +1,4 @@
-"""Small published folders, made once, and a way to spoil copies of them."""
+"""Makes small published folders once, and damaged copies of them."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from checkpoints.toy import write_toy
 
 @pytest.fixture(scope="session", autouse=True)
 def abstract_once() -> Iterator[None]:
-    """The abstract model of a configuration takes a second to trace, and these tests ask for few of them often."""
+    """Caches abstract models: to trace one takes a second, and these tests ask for few of them often."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(names, "abstract", functools.cache(names.abstract))
         yield
@@ -26,14 +26,14 @@ def abstract_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A published folder of every family in `CONFIGS`."""
+    """Returns a published folder of every family in `CONFIGS`."""
     root = tmp_path_factory.mktemp("published")
     return {like: write_toy(root / like, config) for like, config in CONFIGS.items()}
 
 
 @pytest.fixture(scope="session")
 def converted(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same as Orbax checkpoints."""
+    """Returns the folders of `published` converted to Orbax checkpoints."""
     root = tmp_path_factory.mktemp("converted")
     return {like: convert(folder, root / like).destination for like, folder in published.items()}
 
@@ -43,8 +43,8 @@ Spoil = Callable[..., Path]
 
 @pytest.fixture
 def spoiled(published: dict[str, Path], tmp_path: Path) -> Spoil:
-    """`spoiled(like, change)`: a copy in a single file, after `change(tensors)` had its way with the arrays by name;
-    `config` replaces fields at the top of config.json."""
+    """Returns `spoil(like, change)`, which writes a copy in a single file after `change(tensors)` has changed the
+    arrays by name; `config` replaces fields at the top of config.json."""
 
     def spoil(like: str, change: Callable[[dict[str, Any]], Any], **config: Any) -> Path:
         folder = tmp_path / "source" / like
@@ -61,7 +61,7 @@ def spoiled(published: dict[str, Path], tmp_path: Path) -> Spoil:
 
 @pytest.fixture
 def copy(published: dict[str, Path], tmp_path: Path) -> Spoil:
-    """`copy(like)`: a copy with all its files, to damage."""
+    """Returns `copy(like)`, which copies all files of a converted checkpoint, to damage them."""
 
     def copied(like: str) -> Path:
         return shutil.copytree(published[like], tmp_path / "source" / like)

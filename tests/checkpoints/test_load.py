@@ -21,17 +21,17 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoints import CheckpointError, convert, load
-from checkpoints.published.reading import read_into
+from checkpoints.files.place import digest, read_into
 from checkpoints.published.safetensors import Published
-from checkpoints.stored import layout, sources
-from checkpoints.stored.journal import digest
+from checkpoints.stored import chunk_grid
+from checkpoints.stored import source as source_module
 from checkpoints.toy import toy_config, write_toy
 from kimi_jax.model.kimi import Kimi
 from sharding import make_mesh
 
 FAMILIES = ["k2.5", "k2", "kimi-linear"]
 FLOAT32 = ("A_log", "dt_bias", "e_score_correction_bias")
-orbax = importlib.import_module("checkpoints.load")
+loading = importlib.import_module("checkpoints.load")
 
 
 def variables(model: Kimi) -> dict[tuple[Any, ...], jax.Array]:
@@ -39,8 +39,8 @@ def variables(model: Kimi) -> dict[tuple[Any, ...], jax.Array]:
 
 
 def expected(folder: Path) -> dict[tuple[Any, ...], np.ndarray]:
-    """The variables of the model in `folder`, by the specification: names are paths; experts are stacked and turned
-    to [in, out]; a word is eight codes; three small tensors are float32."""
+    """Derives the variables of the model in `folder` from the published layout: names are paths; experts are stacked
+    and transposed to [in, out]; a word is eight codes; three small tensors are float32."""
     values: dict[tuple[Any, ...], Any] = {}
     for name, tensor in read_all(folder).items():
         *path, last = name.removeprefix("language_model.").replace("block_sparse_moe", "mlp").split(".")
@@ -79,8 +79,8 @@ def test_holds_what_was_published(request: pytest.FixtureRequest, like: str, kin
         assert found[path].devices() == {jax.devices()[0]}
 
 
-def lies(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Over which mesh axes the dimensions of a parameter lie, of a mesh of experts and tensors."""
+def expected_spec(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the mesh axes over which the dimensions of a parameter are sharded, on a mesh of experts and tensors."""
     both, names = ("expert", "tensor"), [str(part) for part in path]
     if "experts" in names:
         return (both, None, None)
@@ -105,7 +105,7 @@ def test_either_kind_lies_on_the_mesh_as_asked(
         found = variables(load(folder, mesh))
         assert found.keys() == alone.keys()
         for path, value in found.items():
-            sharding = NamedSharding(mesh, PartitionSpec(*lies(path)))
+            sharding = NamedSharding(mesh, PartitionSpec(*expected_spec(path)))
             assert value.sharding.is_equivalent_to(sharding, value.ndim), path
             assert value.dtype == alone[path].dtype
             np.testing.assert_array_equal(np.asarray(value), np.asarray(alone[path]), err_msg=str(path))
@@ -140,14 +140,15 @@ def test_small_batches_give_the_same(
 ) -> None:
     whole = variables(load(published["k2.5"]))
     held: list[int] = []
-    arrays = orbax._Reader.arrays
+    batches = loading._batches
 
-    def counting(self: Any, leaves: Any) -> Any:
-        held.append(sum(leaf.nbytes for leaf in leaves))
-        return arrays(self, leaves)
+    def counting(leaves: Any) -> Any:
+        for batch in batches(leaves):
+            held.append(sum(leaf.nbytes for leaf in batch))
+            yield batch
 
-    monkeypatch.setattr(orbax._Reader, "arrays", counting)
-    monkeypatch.setattr(orbax, "BATCH_BYTES", 20_000)
+    monkeypatch.setattr(loading, "_batches", counting)
+    monkeypatch.setattr(loading, "BATCH_BYTES", 20_000)
     largest = 2 * (384 * 384 + 384)  # the projector's first layer, more than a batch, goes alone
     for folder in (published["k2.5"], converted["k2.5"]):
         held.clear()
@@ -157,17 +158,21 @@ def test_small_batches_give_the_same(
 
 
 def test_replicas_do_not_read_twice(published: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: Counter[tuple[Any, ...]] = Counter()
-    read = Published.read
+    """Rows that several devices hold, or some columns of, are read once."""
+    tensors = Published.open(published["k2.5"]).tensors.values()
+    counts = {tensor.file.name: np.zeros(tensor.file.stat().st_size, int) for tensor in tensors}
+    expected = {name: np.zeros_like(count) for name, count in counts.items()}
+    for tensor in tensors:
+        if not tensor.name.endswith("weight_shape"):  # which tells nothing that is not known
+            expected[tensor.file.name][tensor.offset : tensor.offset + tensor.nbytes] = 1
 
-    def counting(self: Published, *args: Any) -> np.ndarray:
-        counts[args[:3]] += 1  # name, first row, end
-        return read(self, *args)
+    def counting(file: Path, offset: int, into: memoryview) -> int:
+        counts[file.name][offset : offset + len(into)] += 1
+        return read_into(file, offset, into)
 
-    monkeypatch.setattr(Published, "read", counting)
+    monkeypatch.setattr(source_module, "read_into", counting)
     load(published["k2.5"], make_mesh("1x2x2x2"))
-    # Rows that lie on several devices, or columns of them, are read once
-    assert set(counts.values()) == {1} and {name for name, *_ in counts} == set(read_all(published["k2.5"]))
+    assert all(np.array_equal(counts[name], expected[name]) for name in expected)
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
@@ -206,14 +211,14 @@ def test_a_damaged_orbax_checkpoint(converted: dict[str, Path], tmp_path: Path, 
 
 @pytest.fixture
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Bytes read by `ConvertedSource`, by leaf."""
+    """Bytes read of a converted folder, by leaf."""
     counts: Counter[str] = Counter()
 
     def counting(file: Path, offset: int, into: memoryview) -> int:
         counts[file.parent.name] += len(into)
         return read_into(file, offset, into)
 
-    monkeypatch.setattr(sources, "read_into", counting)
+    monkeypatch.setattr(source_module, "read_into", counting)
     return counts
 
 
@@ -229,6 +234,7 @@ def test_every_byte_is_read_once(converted: dict[str, Path], bytes_read: Counter
 
 def test_parts_of_a_model(published: dict[str, Path], converted: dict[str, Path], bytes_read: Counter[str]) -> None:
     whole = variables(load(published["k2.5"]))
+    bytes_read.clear()
     part = variables(load(converted["k2.5"], only=("model.layers.1.mlp", "lm_head")))
     for path, value in part.items():
         if path[:4] == ("model", "layers", 1, "mlp") or path[0] == "lm_head":
@@ -267,10 +273,10 @@ def test_any_box_by_its_own_bytes(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_read: Counter[str], like: str
 ) -> None:
     """Parts cut along rows and columns, and boxes of tensor parallelism over 2, 4 and 8, and ones of no mesh."""
-    monkeypatch.setattr(layout, "PART_BYTES", 64)
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 30_000)
-    source = sources.open_checkpoint(convert(published[like], tmp_path / "out").destination)
-    plain = sources.open_checkpoint(published[like])
+    monkeypatch.setattr(chunk_grid, "PART_BYTES", 64)
+    monkeypatch.setattr(chunk_grid, "CHUNK_BYTES", 30_000)
+    source = source_module.open_source(convert(published[like], tmp_path / "out").destination)
+    plain = source_module.open_source(published[like])
     random = np.random.default_rng(0)
     for leaf in {(leaf.shape, leaf.axes, leaf.dtype): leaf for leaf in source.contents.leaves}.values():
         axis = next((i for i, name in enumerate(leaf.axes) if name not in (None, "embed", "expert")), 0)
@@ -286,7 +292,8 @@ def test_any_box_by_its_own_bytes(
                 bytes_read.clear()
                 exact = [tuple(box) for box in own]
                 _filled(source, leaf, exact)
-                cut = source.layouts[leaf.path].part[axis] <= size or source.layouts[leaf.path].verbatim
+                grid = source.manifest.leaves[leaf.path].grid
+                cut = grid.part[axis] <= size or grid.verbatim
                 assert not cut or bytes_read[leaf.path] == leaf.nbytes, (leaf.path, split)
                 boxes += exact
         found, right = _filled(source, leaf, boxes), _filled(plain, leaf, boxes)
@@ -295,17 +302,17 @@ def test_any_box_by_its_own_bytes(
 
 
 def _filled(source: Any, leaf: Any, boxes: Any) -> dict[Any, np.ndarray]:
-    blocks, reads = source.blocks(leaf, set(boxes))
-    for read in reads:
-        read()
-    return blocks
+    reads = source_module.plan_reads(source, leaf, set(boxes))
+    for found in reads.ranges:
+        reads.fill(found)
+    return reads.arrays
 
 
 def test_two_processes_read_half_each(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a mesh whose `data` axis parts the processes, which hold alike what is not split over it."""
-    monkeypatch.setattr(layout, "PART_BYTES", 16)  # a toy's columns are shorter than a read is worth
+    monkeypatch.setattr(chunk_grid, "PART_BYTES", 16)  # a toy's columns are shorter than a read is worth
     folder = convert(published["k2"], tmp_path / "fine").destination
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -316,7 +323,7 @@ def test_two_processes_read_half_each(
     outputs = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
-    total = sum(leaf.nbytes for leaf in sources.open_checkpoint(folder).contents.leaves)
+    total = sum(leaf.nbytes for leaf in source_module.open_source(folder).contents.leaves)
     for found in (first, second):
         assert sum(found["by_leaf"].values()) == total // 2
     model = variables(load(published["k2"], make_mesh("2x4")))

@@ -1,14 +1,14 @@
-"""Make the goldens: what transformers computes on the toy checkpoints of cases.py.
+"""Makes the goldens: transformers' outputs on the toy checkpoints of cases.py.
 
     pip install -e .[oracle]
     python tests/golden/make.py [case ...]
 
 The reference is transformers' native code (deepseek_v3, kimi_k25, kimi_linear) with eager attention and experts, in
 float32, on the dequantised weights under their official names. Each case is run again with everything in float64;
-`error_X` is the largest difference between the two for X, that is, how far the reference itself can be trusted.
+`error_X` is the largest difference between the two for X, which is the error of the reference itself.
 
 Every case stores (T padded with the pad id, P positions, V the whole vocabulary):
-    text_tokens [8, T] int32, text_lengths [8], text_positions [8, P], text_logits [8, P, V]; each row was run alone
+    text_tokens [8, T] int32, text_lengths [8], text_positions [8, P], text_logits [8, P, V]; each row run alone
     greedy_prompts [4, T] int32, greedy_lengths [4], greedy_tokens [4, 24], greedy_margins [4, 24] (top 1 - top 2)
     sha256 of the checkpoint, transformers (its version)
 kimi-linear: long_tokens [200], long_positions [P], long_logits [P, V], long_argmax [200], long_margins [200]
@@ -41,12 +41,12 @@ from checkpoints.toy import published_tensors
 
 Logits = Callable[..., np.ndarray]
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
-# float32 rounding through a few layers; a router that chose differently would show as far more.
+# of float32 rounding through a few layers; a router that chose other experts would show a far larger difference
 REFERENCE_ERROR = 3e-5
 
 
 class _Float64Torch:
-    """torch, except that what calls itself float32 is float64 (the models upcast norms, router and state)."""
+    """Wraps torch so that `float32` is float64, since the models upcast norms, router and state to it."""
 
     float32 = float = torch.float64
 
@@ -56,7 +56,7 @@ class _Float64Torch:
 
 @contextmanager
 def precision(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, transformers' own upcasts go to `dtype`."""
+    """Makes transformers' own upcasts go to `dtype` while in this context."""
     modules = (modeling_rope_utils, modeling_deepseek_v3, modeling_kimi_k25, modeling_kimi_linear)
     single = torch.Tensor.float
     if dtype == torch.float64:
@@ -78,7 +78,7 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 
 
 def dequantized(name: str) -> dict[str, torch.Tensor]:
-    """The tensors of a case as plain weights under official names; our unpacking is checked against the library's."""
+    """Returns the tensors of a case as plain weights under official names; the library checks our unpacking."""
     published = dict(published_tensors(config(name), CASES[name].seed))
     tensors = {}
     for key, array in published.items():
@@ -98,7 +98,7 @@ def dequantized(name: str) -> dict[str, torch.Tensor]:
 
 
 def native_config(name: str) -> dict[str, Any]:
-    """The case's config.json in the field names of transformers' own classes."""
+    """Returns the case's config.json in the field names of transformers' own classes."""
     c = config(name)
     text = c.get("text_config", c)
     text.pop("quantization_config", None)
@@ -116,7 +116,7 @@ def native_config(name: str) -> dict[str, Any]:
 
 
 def load(name: str, dtype: torch.dtype, **fields: Any) -> torch.nn.Module:
-    """The case's model in transformers, `fields` replaced at the top of its config.json."""
+    """Loads the case's model in transformers, with `fields` replaced at the top of its config.json."""
     kinds = {"k2.5": "Kimi_K25ForConditionalGeneration", "kimi-linear": "KimiLinearForCausalLM"}
     model_class = getattr(transformers, kinds.get(name, "DeepseekV3ForCausalLM"))
     with tempfile.TemporaryDirectory() as folder, precision(dtype):
@@ -128,7 +128,7 @@ def load(name: str, dtype: torch.dtype, **fields: Any) -> torch.nn.Module:
 
 
 def runner(model: torch.nn.Module, dtype: torch.dtype) -> Logits:
-    """tokens [T] -> logits float64 [T, V]."""
+    """Returns a function from tokens [T] to logits, float64 [T, V]."""
 
     def logits(tokens: np.ndarray, **media_inputs: torch.Tensor) -> np.ndarray:
         ids = torch.from_numpy(tokens.astype(np.int64))[None]
@@ -139,7 +139,7 @@ def runner(model: torch.nn.Module, dtype: torch.dtype) -> Logits:
 
 
 def spread(length: int, count: int) -> np.ndarray:
-    """`count` positions over a prompt, its first and last among them."""
+    """Returns `count` positions over a prompt, its first and last among them."""
     return np.linspace(0, length - 1, count).round().astype(np.int32)
 
 
@@ -158,10 +158,10 @@ def padded(rows: list[np.ndarray], pad: int) -> np.ndarray:
 def greedy(
     logits: Logits, prompt: np.ndarray, *, placeholder: int = -1, **media_inputs: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """24 tokens and their margins, each from a whole forward pass without a cache.
+    """Returns 24 tokens and their margins, each from a whole forward pass without a cache.
 
-    None where a step is decided by no more than MARGIN, or chooses the placeholder (the reference, given it once more,
-    would ask for its image).
+    Returns None where a step is decided by no more than MARGIN, or chooses the placeholder (the reference, given it
+    once more, would ask for its image).
     """
     tokens, gaps = prompt, []
     for _ in range(NEW_TOKENS):
@@ -174,7 +174,7 @@ def greedy(
 
 
 class Maker:
-    """One case, run in both precisions. `out` gathers what is stored."""
+    """Runs one case in both precisions, and gathers the arrays to store in `out`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -195,7 +195,7 @@ class Maker:
         self.out[f"error_{key}"] = np.array(error)
 
     def prompt(self, length: int) -> np.ndarray:
-        """Ordinary tokens only: the last 256 are special."""
+        """Draws ordinary tokens; the last 256 of the vocabulary are special."""
         vocab = self.config.get("text_config", self.config)["vocab_size"]
         return self.random.randint(0, vocab - 256, length).astype(np.int32)
 
@@ -214,7 +214,7 @@ class Maker:
     def long(self) -> None:
         tokens = self.prompt(200)
         single, double = self.logits32(tokens), self.logits64(tokens)
-        # Around the chunk boundaries (16 and 64) that implementations use, and the ends.
+        # Positions around the chunk boundaries (16 and 64) that implementations use, and at both ends.
         at = np.array([0, 1, 2, 3, 4, 14, 15, 16, 17, 31, 32, 62, 63, 64, 65, 100, 127, 128, 129, 191, 192, 199])
         self.out |= {"long_tokens": tokens, "long_positions": at.astype(np.int32)}
         self.keep("long_logits", single[at], double[at])
@@ -222,7 +222,7 @@ class Maker:
         self.out |= {"long_argmax": double.argmax(-1).astype(np.int32), "long_margins": margins(double)}
 
     def continuation(self) -> None:
-        """The first prompts drawn whose every step is decided by more than MARGIN."""
+        """Draws prompts until every greedy step of a continuation is decided by more than MARGIN, and stores both."""
         prompts, tokens, gaps = [], [], []
         for length in (9, 21, 5, 14):
             result = None
@@ -241,7 +241,7 @@ class Maker:
         self.out["greedy_tokens"], self.out["greedy_margins"] = np.stack(tokens), np.stack(gaps)
 
     def features(self, key: str, grids: np.ndarray) -> None:
-        """One item at a time: transformers' tower refuses items of different t in one call."""
+        """Runs one item at a time, since transformers' tower refuses items of different t in one call."""
         results = []
         for model, dtype in ((self.single, torch.float32), (self.double, torch.float64)):
             rows = []

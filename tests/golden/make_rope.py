@@ -1,4 +1,4 @@
-"""Makes rope.npz: what transformers computes on the "k2" checkpoint under the `rope_parameters` of cases.py.
+"""Makes rope.npz: transformers' logits on the "k2" checkpoint with the `rope_parameters` of cases.py.
 
     pip install -e .[oracle]
     python tests/golden/make_rope.py

@@ -15,7 +15,7 @@ MEAN_STD = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
 def picture(width: int, height: int, seed: int) -> np.ndarray:
-    """Smooth colours with some noise, uint8 [height, width, 3]."""
+    """Draws smooth colours with some noise, uint8 [height, width, 3]."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / 9
     smooth = np.stack([np.sin(x + c) * np.cos(y * (c + 1) / 2) for c in range(3)], axis=-1)

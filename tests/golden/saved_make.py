@@ -1,4 +1,4 @@
-"""Make saved.json: the tensors, and config.json, of folders that transformers' `save_pretrained` writes.
+"""Makes saved.json: the tensors, and config.json, of folders that transformers' `save_pretrained` writes.
 
     pip install -e .[oracle]
     python tests/golden/saved_make.py
@@ -32,7 +32,7 @@ def saved(name: str, original: bool) -> tuple[dict[str, list[int]], dict[str, An
 
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
-    cases.CASES = make.CASES = {name: cases.Case(name, cases.SAVED[name]) for name in FAMILIES}
+    cases.CASES = make.CASES = {name: cases.Toy(name, cases.SAVED[name]) for name in FAMILIES}
     values: dict[str, Any] = {"transformers": transformers.__version__}
     for name in FAMILIES:
         values[name] = {kind: saved(name, kind == "original") for kind in ("original", "own")}

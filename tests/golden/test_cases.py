@@ -77,7 +77,7 @@ def test_golden_holds_what_its_maker_says(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_reference_is_certain_enough_to_be_compared_with(name):
-    """Its own float32 error is a tenth of the 2e-4 allowed to us, and no greedy step is a toss of a coin."""
+    """The reference's own float32 error is a tenth of the 2e-4 allowed to ours, and no greedy step is a near tie."""
     stored = golden(name)
     errors = {key: array.item() for key, array in stored.items() if key.startswith("error_")}
     assert errors and all(0 < error < 2e-5 for error in errors.values()), errors

@@ -1,4 +1,4 @@
-"""The golden checkpoints, written and loaded once."""
+"""Writes and loads the golden checkpoints, each once."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import kimi_jax
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory):
-    """name -> the folder of that golden's published checkpoint."""
+    """Returns a function from a golden's name to the folder of its published checkpoint."""
     folder, written = tmp_path_factory.mktemp("goldens"), {}
 
     def write(name: str) -> Path:
@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def model(checkpoint):
-    """name -> that golden's model in float32, on one device."""
+    """Returns a function from a golden's name to its model in float32, on one device."""
     loaded = {}
 
     def load(name: str) -> kimi_jax.Kimi:

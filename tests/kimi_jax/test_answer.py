@@ -29,7 +29,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A K2.5 of two layers in the published layout."""
+    """Writes a K2.5 of two layers in the published layout."""
     return write_toy(tmp_path_factory.mktemp("answer") / "k2.5", toy_config("k2.5", **SIZES))
 
 
@@ -44,7 +44,7 @@ def processor(folder):
 
 
 def tokens_of(kimi, prompt, **options):
-    """What `generate` answers, up to its end."""
+    """Returns `generate`'s answer, up to its end."""
     new = kimi_jax.generate(kimi, prompt.tokens, media=prompt.media, **options)[0].tolist()
     end = next((place for place, token in enumerate(new) if token in kimi.config.stop_ids), len(new))
     return tuple(new[: end + 1])
@@ -129,7 +129,7 @@ def test_logits_that_are_not_finite_are_no_answer(kimi, processor, monkeypatch):
 
 
 def says(monkeypatch, ids, end):
-    """The model gives the tokens `ids` from here on, the last of them with the reason `end`."""
+    """Makes the model give the tokens `ids` from here on, the last of them with the reason `end`."""
 
     def stream(model, tokens, **_):
         for place, token in enumerate(ids):

@@ -11,7 +11,7 @@ from kimi_jax.config_json import ConfigError, from_dict, from_folder, preset
 
 
 def test_k25_reads_every_field_from_its_three_objects():
-    # Given the values of the specification's tables
+    # Given the published values
     config = preset("kimi-k2.5")
     text, vision = config.text, config.vision
     # Then they are in the dataclasses

@@ -19,7 +19,7 @@ WEIGHTS = "text_config.quantization_config.config_groups.group_0.weights"
 
 
 def changed(like, **values):
-    """The toy's config.json with values set at paths ("a__b" for b inside a)."""
+    """Returns the toy's config.json with values set at paths ("a__b" for b inside a)."""
     raw = copy.deepcopy(toy_config(like))
     for where, value in values.items():
         *path, last = where.split("__")
@@ -31,7 +31,7 @@ def changed(like, **values):
 
 
 def yarn_inside(raw):
-    """`raw` with rope_theta and rope_scaling as transformers 5 spells them."""
+    """Returns `raw` with rope_theta and rope_scaling as transformers 5 spells them."""
     text = raw.get("text_config", raw)
     scaling = text.pop("rope_scaling")
     text["rope_parameters"] = scaling | {"rope_type": "yarn", "rope_theta": text.pop("rope_theta")}
@@ -67,7 +67,7 @@ def test_every_key_of_yarn_is_read():
 def test_what_transformers_saves_is_the_release(name):
     saved = from_dict(json.loads((HERE / "configs" / f"{name}.json").read_text()))
     released = preset(name)
-    # transformers calls Kimi K2's architecture by DeepSeek's name; generation_config.json lies beside neither
+    # transformers gives Kimi K2's architecture DeepSeek's name; neither folder has a generation_config.json
     assert saved.text == dataclasses.replace(released.text, model_type=saved.text.model_type)
     assert saved.vision == released.vision
     assert saved.media_placeholder_token_id == released.media_placeholder_token_id
@@ -77,16 +77,16 @@ def test_what_transformers_saves_is_the_release(name):
 def test_transformers_own_kimi_linear():
     own = from_dict(json.loads((HERE / "configs" / "kimi-linear-own.json").read_text())).text
     released = preset("kimi-linear-48b").text
-    # its default pattern begins with four KDA layers
+    # the default pattern of transformers begins with four KDA layers
     assert own.linear_attn.full_attn_layers == (5, 9, 13, 17, 21, 25)
     assert own == dataclasses.replace(released, linear_attn=own.linear_attn)
 
 
 def test_transformers_own_vision_names():
     raw = json.loads((HERE / "configs" / "kimi-k2.5.json").read_text())
-    theirs = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "pos_emb_height")
-    theirs += ("pos_emb_time", "pos_emb_width", "patch_size", "merge_kernel_size", "hidden_act", "rope_parameters")
-    raw["vision_config"] = {name: raw["vision_config"][name] for name in theirs}
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "pos_emb_height")
+    names += ("pos_emb_time", "pos_emb_width", "patch_size", "merge_kernel_size", "hidden_act", "rope_parameters")
+    raw["vision_config"] = {name: raw["vision_config"][name] for name in names}
     del raw["media_placeholder_token_id"]
     assert from_dict(raw).vision == preset("kimi-k2.5").vision
     raw["projection_layer_norm_eps"] = 1e-6

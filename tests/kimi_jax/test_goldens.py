@@ -1,6 +1,6 @@
-"""Ours against transformers' outputs on the same published checkpoints, in float32 (`tests/golden/make.py` made them).
+"""Models against transformers' outputs on the same published checkpoints, in float32 (from `tests/golden/make.py`).
 
-The reference's own float32 error against float64 is about 1e-5 on logits of unit scale; the issue's bound is 2e-4.
+The reference's own float32 error against float64 is about 1e-5 on logits of unit scale; ours may be five times that.
 """
 
 import cases
@@ -54,11 +54,11 @@ def test_prefill_in_chunks_and_decoding_give_the_logits_of_one_pass(model, name,
     kimi, golden = model(name), cases.golden(name)
     tokens = np.resize(golden["text_tokens"], (1, 200)) if "long_tokens" not in golden else golden["long_tokens"][None]
     whole = np.asarray(kimi(jnp.asarray(tokens)))[0]
-    # When all but the last four tokens go in as a prompt, and those one at a time
+    # When all but the last four tokens are a prompt, and those four come one at a time
     rows = WholeRows(kimi, 1, 200)
     steps = [rows.prefill(tokens[:, :196], np.array([196]), chunk)[0]]
     steps += [rows.step(tokens[:, i])[0] for i in range(196, 200)]
-    # Then the logits are the same
+    # Then the logits are those of one pass
     np.testing.assert_allclose(np.stack(steps), whole[195:], rtol=0, atol=ATOL)
 
 
@@ -70,7 +70,7 @@ def test_kimi_linear_over_200_tokens(model):
 
 
 def test_kimi_linear_recurrent_over_200_tokens(model):
-    # One token at a time from the start, every KDA layer runs its recurrent step
+    # Every KDA layer runs its recurrent step, since tokens come one at a time from the start
     kimi, golden = model("kimi-linear"), cases.golden("kimi-linear")
     rows = WholeRows(kimi, 1, 200)
     logits = np.stack([rows.step([token])[0] for token in golden["long_tokens"]])

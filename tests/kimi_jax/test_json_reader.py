@@ -1,4 +1,4 @@
-"""JSON from elsewhere is read whole and finite, or refused in one line that names its file."""
+"""JSON from outside is read whole and finite, or refused in one line that names its file."""
 
 import io
 import json
@@ -104,12 +104,14 @@ def test_printable_text_steers_no_terminal_and_has_an_end(text, shown):
 
 @pytest.mark.parametrize(("size", "limit"), [(0, 10), (PIECE, PIECE), (PIECE + 1, PIECE), (3 * PIECE, 10)])
 def test_a_read_asks_for_no_more_than_the_file_has(size: int, limit: int) -> None:
-    """A reader that asks for the limit at once allocates all of it, for a file of ten bytes too."""
+    """A reader that asks for `limit` bytes at once allocates them all, even for a file of ten bytes."""
 
-    class File(io.BytesIO):
-        def read(self, count: int | None = -1) -> bytes:
-            assert count is not None and 0 < count <= PIECE
-            return super().read(count)
+    class File:
+        def __init__(self, data: bytes):
+            self.stream = io.BytesIO(data)
 
-    data = read_at_most(File(b"x" * size), limit)
-    assert len(data) == size if size <= limit else len(data) > limit
+        def read(self, count: int, /) -> bytes:
+            assert 0 < count <= PIECE
+            return self.stream.read(count)
+
+    assert len(read_at_most(File(b"x" * size), limit)) == min(size, limit + 1)

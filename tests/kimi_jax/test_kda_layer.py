@@ -1,5 +1,5 @@
-"""The layer around the delta rule: short convolutions, gates, output gate, and all of it against section 4.3 of the
-specification in float64 (Kimi Linear, arXiv 2510.26692)."""
+"""The layer around the delta rule: short convolutions, gates, output gate, and the whole layer against the formulas of
+Kimi Linear (arXiv 2510.26692) in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def weight(module):
 
 
 def taps(layer):
-    """[3 * channels, 4] of q, k and v."""
+    """Returns the taps of q, k and v, [3 * channels, 4]."""
     return np.concatenate([weight(c)[:, 0] for c in (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d)])
 
 
@@ -55,7 +55,7 @@ def silu(x):
 
 
 def convolved(raw, layer, tail):
-    """y_t = sum_j w[j] u_{t-3+j} of one row, u continued to the left by `tail`; then SiLU."""
+    """Computes y_t = sum_j w[j] u_{t-3+j} for one row, u continued to the left by `tail`; then SiLU."""
     u, w = np.concatenate([tail, raw]).astype(np.float64), taps(layer)
     return silu(np.array([sum(w[:, j] * u[i + j] for j in range(4)) for i in range(len(raw))]))
 
@@ -68,7 +68,7 @@ def state(tail, batch):
 
 
 def test_the_last_tap_meets_the_current_token(layer):
-    # Given one token that is not zero, its echo in the next three has the taps from the last to the first
+    # Given one token that is not zero, the next three have its echo with the taps from the last to the first
     raw = np.zeros((1, 6, 3 * WIDTH), np.float32)
     raw[0, 1] = random(3 * WIDTH)
     y, _ = layer.convolve(jnp.asarray(raw), valid([6], 6), None)
@@ -79,7 +79,7 @@ def test_the_last_tap_meets_the_current_token(layer):
 
 @pytest.mark.parametrize("carried", [False, True], ids=["start", "carried"])
 def test_convolution_and_tail_of_ragged_rows(layer, carried):
-    # Given rows of 7, 2, 1 and 5 valid tokens, with and without raw values from before
+    # Given rows of 7, 2, 1 and 5 valid tokens, with and without raw values of earlier tokens
     raw = random(4, 7, 3 * WIDTH)
     before = random(4, 3, 3 * WIDTH, seed=1) if carried else np.zeros((4, 3, 3 * WIDTH), np.float32)
     y, tail = layer.convolve(jnp.asarray(raw), valid(LENGTHS, 7), state(before, 4) if carried else None)
@@ -99,7 +99,7 @@ def test_a_row_without_tokens_keeps_its_tail(layer):
 
 
 def gates(x, layer):
-    """g [t, heads, dim] and beta [t, heads] of one row, in float64."""
+    """Computes g [t, heads, dim] and beta [t, heads] of one row, in float64."""
     f = x @ weight(layer.f_a_proj).T @ weight(layer.f_b_proj).T + np.asarray(layer.dt_bias[...], np.float64)
     decay = np.exp(np.asarray(layer.A_log[...], np.float64))
     g = -decay[:, None] * np.logaddexp(0, f.reshape(-1, HEADS, DIM))
@@ -122,7 +122,7 @@ def test_gates(layer):
 
 
 def test_initial_gates_are_those_of_the_recipe():
-    # A_log = log U(1, 16); softplus(dt_bias) is log-uniform on [0.001, 0.1] (section 4.6)
+    # A_log = log U(1, 16); softplus(dt_bias) is log-uniform on [0.001, 0.1]
     linear = LINEAR | {"num_heads": 64, "head_dim": 32}
     config = from_dict(toy_config("kimi-linear", hidden_size=4, num_hidden_layers=2, linear_attn_config=linear)).text
     kda = KDA(Init(jax.random.key(1), jnp.dtype(jnp.bfloat16)), config)
@@ -131,14 +131,14 @@ def test_initial_gates_are_those_of_the_recipe():
     dt = np.logaddexp(0, np.asarray(kda.dt_bias[...], np.float64))
     assert decay.shape == (64,) and 1 <= decay.min() < 3 and 14 < decay.max() <= 16
     assert dt.shape == (2048,) and 1e-3 * (1 - 1e-3) <= dt.min() < 1.1e-3 and 0.09 < dt.max() <= 0.1 * (1 + 1e-3)
-    assert np.median(dt) == pytest.approx(0.01, rel=0.15)  # uniform would have its median at 0.05
+    assert np.median(dt) == pytest.approx(0.01, rel=0.15)  # a uniform distribution would have its median at 0.05
 
 
 # --- output and the whole ---------------------------------------------------------------------------------------------
 
 
 def gated(o, x, layer):
-    """W_o concat(RMSNorm(o) * sigmoid(z)) of one row."""
+    """Computes W_o concat(RMSNorm(o) * sigmoid(z)) for one row."""
     z = (x @ weight(layer.g_a_proj).T @ weight(layer.g_b_proj).T).reshape(-1, HEADS, DIM)
     normed = o / np.sqrt((o**2).mean(-1, keepdims=True) + TEXT.rms_norm_eps) * weight(layer.o_norm)
     return (normed * sigmoid(z)).reshape(-1, WIDTH) @ weight(layer.o_proj).T
@@ -151,7 +151,7 @@ def test_the_output_gate_comes_after_the_norm(layer):
 
 
 def mixed(x, layer):
-    """The whole of section 4.3 for one row from its start: outputs [t, hidden] and the final state."""
+    """Computes the whole layer for one row from its start: outputs [t, hidden] and the final state."""
     x = x.astype(np.float64)
     raw = np.concatenate([x @ weight(p).T for p in (layer.q_proj, layer.k_proj, layer.v_proj)], axis=1)
     q, k, v = convolved(raw, layer, np.zeros((3, 3 * WIDTH))).reshape(-1, 3, HEADS, DIM).swapaxes(0, 1)
@@ -166,7 +166,7 @@ def mixed(x, layer):
     return gated(np.array(outputs), x, layer), S
 
 
-def test_the_layer_is_the_specification(layer):
+def test_the_layer_follows_the_formulas_of_the_paper(layer):
     x = random(4, 7, HIDDEN, seed=2)
     run = nnx.jit(lambda layer, x, valid, state, phase: layer(x, valid, state, phase), static_argnums=4)
     begin = state(np.zeros((4, 3, 3 * WIDTH), np.float32), 4)
@@ -178,7 +178,7 @@ def test_the_layer_is_the_specification(layer):
         np.testing.assert_allclose(y[row, :length], want, rtol=0, atol=1e-5)
         np.testing.assert_allclose(stateless[row, :length], want, rtol=0, atol=1e-5)
         np.testing.assert_allclose(after.S[row], S, rtol=0, atol=5e-6)
-    # One more token takes the recurrent step, from where each row stopped
+    # One more token takes the recurrent step, after the last token of each row
     token = random(4, 1, HIDDEN, seed=3)
     y, after = run(layer, jnp.asarray(token), valid(np.ones(4), 1), after, "decode")
     for row, length in enumerate(LENGTHS):

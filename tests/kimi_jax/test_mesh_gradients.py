@@ -13,8 +13,8 @@ from kimi_jax.config_json import from_dict
 from kimi_jax.model.param import weight_shardings
 from sharding import SERVE, TRAIN, Partition, expert_dispatch, make_mesh
 
-# Eight heads, experts and key channels, so that every mesh divides them; every expert is chosen: where a choice
-# changes, a loss jumps and has no slope.
+# Eight heads, experts and key channels, so that every mesh divides them. Every expert is chosen, since a loss jumps
+# where a choice changes, and has no slope there.
 SIZES = {
     "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "num_attention_heads": 8,
     "num_key_value_heads": 8, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
@@ -28,11 +28,12 @@ CONFIGS = {
     ),
 }
 ROWS, TOKENS = 2, 32
-ATOL = 7e-6  # of the largest gradient of an array; 2.4e-6 was measured
+ATOL = 7e-6  # of the largest gradient of an array; the largest measured is 2.4e-6
 
 
 def loss_and_gradients(name, partition, params, tokens, targets):
-    """Next-token cross-entropy, as a trainer computes it: outside of what runs on each device."""
+    """Computes next-token cross-entropy and its gradients as a trainer does, outside of the code that runs on each
+    device."""
     graph, _ = nnx.split(make_model(name))
 
     @jax.jit
@@ -57,8 +58,8 @@ def batch():
 
 
 @pytest.fixture(scope="module")
-def alone(batch):
-    """name -> the parameters, and their loss and gradients on a single device."""
+def single_device(batch):
+    """Returns a function from a name to the parameters, and their loss and gradients on a single device."""
     found = {}
 
     def compute(name):
@@ -78,12 +79,12 @@ def alone(batch):
         ("kimi-linear", "1x2x2x2", SERVE, False),
     ],
 )
-def test_gradients_on_a_mesh(monkeypatch, alone, batch, name, shape, rules, dispatches):
+def test_gradients_on_a_mesh(monkeypatch, single_device, batch, name, shape, rules, dispatches):
     # Given a model whose weights are sharded over eight devices
     if dispatches:
         monkeypatch.setattr(expert_dispatch, "MIN_BYTES_SAVED", -1e9)
     mesh = make_mesh(shape)
-    params, expected_loss, expected = alone(name)
+    params, expected_loss, expected = single_device(name)
     shardings = weight_shardings(params, mesh, rules)
     loss, gradients = loss_and_gradients(name, Partition(mesh, rules), jax.device_put(params, shardings), *batch)
     # Then loss and gradients are those of one device
@@ -106,7 +107,7 @@ def test_training_keeps_an_eighth_of_attention_on_each_device(name):
         shardings = weight_shardings(shapes, mesh, rules)
         shards = jax.tree.map(lambda x, at: np.prod(at.shard_shape(x.shape)) / x.size, shapes, shardings)
         shares[key] = {path: float(shard[...]) for path, shard in nnx.to_flat_state(shards)}
-    # Then each device has an eighth of every projection, for training only
+    # Then each device has an eighth of every projection, with the rules for training only
     matrices = [path for path in shares["train"] if "self_attn" in path and path[-2].endswith("_proj")]
     assert len(matrices) >= 8
     assert {shares["train"][path] for path in matrices} == {1 / 8}

@@ -1,5 +1,5 @@
-"""The golden models on meshes: what one device computes, wherever heads, experts, tokens and the cache lie; and what a
-decode step sends between devices, a few activations a layer and no weight, state or cache."""
+"""The golden models on meshes compute the logits of one device, however heads, experts, tokens and the cache are
+sharded. A decode step sends a few activations a layer between devices, and no weight, state or cache."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from kimi_jax.plan.hlo import parse
 from kimi_jax.plan.traffic import collectives
 from sharding import make_mesh
 
-ATOL = 5e-5  # of logits of unit scale; the issue's bound is 2e-4
+ATOL = 5e-5  # of logits of unit scale, five times the reference's own float32 error
 BATCH, TOKENS, CHUNK = 8, 144, 128
 # data x expert x tensor x sequence, and the messages that a layer of K2.5 may send in a decode step
 MESHES = [("1x8x1x1", 2), ("2x4x1x1", 2), ("1x2x4x1", 3), ("2x2x2x1", 3), ("1x1x1x8", 5), ("1x2x2x2", 5)]
@@ -22,24 +22,25 @@ NAMES = ["k2.5", "kimi-linear"]
 
 @pytest.fixture(scope="module")
 def prompts():
-    """Rows that end in the first and second page of the cache, at their ends and with their first tokens."""
+    """Returns prompts that end in the first and second page of the cache, at the ends of pages and at first tokens."""
     random = np.random.RandomState(0)
     lengths = np.array([144, 1, 129, 33, 130, 127, 128, 5], np.int32)
     return random.randint(0, 500, (BATCH, TOKENS)).astype(np.int32), lengths
 
 
 def prefill_and_steps(model, tokens, lengths):
-    """Logits after the prompts, which take two calls, and after one more token; and the compiled step's text."""
+    """Returns the logits after the prompts, which take two calls, and after one more token; and the compiled step's
+    text."""
     rows = WholeRows(model, BATCH, 300)
     logits = rows.prefill(tokens, lengths, CHUNK)
     program, more = rows.program, tokens[:, 0]
     step = program.jitted.logits.lower(program.arrays, rows.cache, rows.next_batch(more)).compile().as_text()
-    return np.stack([logits, rows.step(more)]), step  # does not compile again
+    return np.stack([logits, rows.step(more)]), step  # the step is compiled already
 
 
 @pytest.fixture(scope="module")
-def alone(model, prompts):
-    """name -> the logits on one device (which test_goldens.py holds to the reference)."""
+def single_device(model, prompts):
+    """Returns a function from a name to the logits on one device, which test_goldens.py compares with the reference."""
     found = {}
 
     def of(name):
@@ -51,12 +52,12 @@ def alone(model, prompts):
 
 
 def check_messages(hlo, text, mesh, most):
-    """A step of `text` sends one message for the embeddings and at most `most` a layer, of activations alone."""
+    """Checks that a step sends one message for the embeddings and at most `most` a layer, of activations only."""
     messages = collectives(parse(hlo), dict(mesh.shape))
     sent = [(message.kind, message.nbytes) for message in messages for _ in range(message.count)]
     assert 1 + text.num_hidden_layers <= len(sent) <= 1 + most * text.num_hidden_layers, sent
-    # None is larger than the batch's hidden vectors, but the partial softmaxes of the heads of a sequence group, and in
-    # this narrow model the queries of a device's heads
+    # No message is larger than the batch's hidden vectors, except the partial softmaxes of the heads of a sequence
+    # group and, in this narrow model, the queries of a device's heads
     rows, heads = BATCH // mesh.shape["data"], text.num_attention_heads // mesh.shape["tensor"]
     hidden = BATCH * text.hidden_size * 4
     queries = rows * heads // mesh.shape["sequence"] * (text.kv_lora_rank + text.qk_rope_head_dim) * 4
@@ -68,14 +69,14 @@ def check_messages(hlo, text, mesh, most):
 
 @pytest.mark.parametrize(("shape", "most"), MESHES)
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_and_decoding_on_a_mesh(checkpoint, alone, prompts, name, shape, most):
+def test_prefill_and_decoding_on_a_mesh(checkpoint, single_device, prompts, name, shape, most):
     mesh = make_mesh(shape)
     model = kimi_jax.load(checkpoint(name), mesh=mesh, dtype=jnp.float32)
     logits, step = prefill_and_steps(model, *prompts)
-    np.testing.assert_allclose(logits, alone(name), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(logits, single_device(name), rtol=0, atol=ATOL)
     if name == "k2.5":
         check_messages(step, model.config.text, mesh, most)
-    # And each device holds its share: two of 16 experts, its heads' part of the attention, its words
+    # And each device has its share: two of 16 experts, its heads' part of the attention, its words
     attention = next(layer.self_attn for layer in model.model.layers if isinstance(layer.self_attn, MLA))
     down = model.model.layers[1].mlp.experts.down_proj
     of_heads = mesh.shape["tensor"] * mesh.shape["sequence"]
@@ -92,18 +93,18 @@ def test_prefill_and_decoding_on_a_mesh(checkpoint, alone, prompts, name, shape,
 
 
 def test_a_whole_pass_and_odd_numbers_on_a_mesh(checkpoint, model):
-    # Given three rows of 31 tokens (neither divides by two), continued by two tokens
+    # Given three rows of 31 tokens (two divides neither number), continued by two tokens
     name = "kimi-linear"
     tokens = jnp.asarray(np.random.RandomState(1).randint(0, 500, (3, 31)), jnp.int32)
     meshed = kimi_jax.load(checkpoint(name), mesh=make_mesh("2x1x2x2"), dtype=jnp.float32)
     new = kimi_jax.generate(meshed, np.asarray(tokens), max_new_tokens=2, stop_ids=())
     longer = jnp.concatenate([tokens, new[:, :1]], axis=1)
-    alone = np.asarray(model(name)(longer))
-    # Then a whole pass has the logits of one device, and so does one with two rows of 32, which are split
-    np.testing.assert_allclose(meshed(tokens), alone[:, :31], rtol=0, atol=ATOL)
-    np.testing.assert_allclose(meshed(longer[:2]), alone[:2], rtol=0, atol=ATOL)
-    # And the new tokens are one device's
-    np.testing.assert_array_equal(new, alone[:, 30:].argmax(-1))
+    single_device = np.asarray(model(name)(longer))
+    # Then a whole pass has the logits of one device, and so has one with two rows of 32, which are sharded
+    np.testing.assert_allclose(meshed(tokens), single_device[:, :31], rtol=0, atol=ATOL)
+    np.testing.assert_allclose(meshed(longer[:2]), single_device[:2], rtol=0, atol=ATOL)
+    # And the new tokens are those of one device
+    np.testing.assert_array_equal(new, single_device[:, 30:].argmax(-1))
 
 
 def test_a_batch_that_cannot_be_sharded(checkpoint):

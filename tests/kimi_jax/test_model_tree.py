@@ -1,4 +1,4 @@
-"""The tree of a whole model: its names against the published tables, its sizes, its random start and its gradients."""
+"""The tree of a whole model: its names against the released tensors, its sizes, its random start and its gradients."""
 
 import time
 from functools import cache
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints.stored.names import stored
+from checkpoints.stored.names import stored_leaves
 from checkpoints.toy import toy_config
 from kimi_jax import Kimi
 from kimi_jax.config_json import from_dict, preset
@@ -54,7 +54,7 @@ def mla(prefix, hidden, heads):
 
 
 def k2_tensors(*, int4):
-    """Section 3.1 of the specification, without `weight_shape` and without prefix."""
+    """Returns the names and shapes of K2's released tensors, without `weight_shape` and without prefix."""
     tensors = ends(163840, 7168)
     for i in range(61):
         layer = f"model.layers.{i}"
@@ -77,7 +77,7 @@ def k2_tensors(*, int4):
 
 
 def vision_tensors():
-    """The rest of section 3.1: 329 + 6 tensors."""
+    """Returns the names and shapes of K2.5's released vision tower and projector: 329 + 6 tensors."""
 
     def biased(name, out, *rest):
         return {f"{name}.weight": (out, *rest), f"{name}.bias": (out,)}
@@ -95,7 +95,7 @@ def vision_tensors():
 
 
 def kimi_linear_tensors():
-    """Section 4.2, with `A_log` in its newer shape [32]."""
+    """Returns the names and shapes of Kimi Linear's released tensors, with `A_log` in its newer shape [32]."""
     tensors = ends(163840, 2304)
     for i in range(27):
         layer = f"model.layers.{i}"
@@ -136,7 +136,7 @@ PUBLISHED = {
 def test_the_tree_is_the_published_table(name):
     expected = PUBLISHED[name]()
     found: dict[str, tuple[int, ...]] = {}
-    for leaf in stored(abstract_preset(name)):
+    for leaf in stored_leaves(abstract_preset(name)):
         found |= dict.fromkeys(leaf.names, leaf.shape[1:] if leaf.stacked else leaf.shape)
     assert sorted(expected.keys() ^ found.keys())[:5] == []
     assert [(tensor, shape, found[tensor]) for tensor, shape in expected.items() if found[tensor] != shape] == []
@@ -159,8 +159,8 @@ def test_float32_where_the_published_files_have_it():
         assert {str(v.dtype) for _, v in flat} == {"bfloat16", "float32"} | ({"int4"} if name == "kimi-k2.5" else set())
 
 
-# Weights and stored bytes: the specification's sections 3.1, 3.3 and 4.2. K2 holds the same text model in bf16, two
-# bytes a weight; K2-Thinking is K2.5 without its vision tower of 0.47e9 weights in bf16.
+# Weights and stored bytes of the releases. K2 is K2.5's text model in bf16, two bytes a weight; K2-Thinking is K2.5
+# without its vision tower of 0.47e9 weights in bf16.
 SIZES = {
     "kimi-k2.5": (1.027e12, 595e9),
     "kimi-k2-thinking": (1.027e12 - 0.47e9, 595e9 - 0.9e9),
@@ -195,7 +195,7 @@ SMALL = {
     "num_key_value_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
     "initializer_range": 0.2,
 }  # fmt: skip
-# Every expert is chosen: where a choice changes, a loss jumps and has no slope.
+# Every expert is chosen, since a loss jumps where a choice changes, and has no slope there.
 TOYS = {
     "k2": toy_config("k2", **SMALL, q_lora_rank=12, num_hidden_layers=2, n_routed_experts=4, num_experts_per_tok=4),
     "kimi-linear": toy_config(
@@ -233,7 +233,7 @@ def test_gradients_reach_every_parameter(name):
 
     gradients = dict(nnx.to_flat_state(jax.jit(jax.grad(loss))(params, TOKENS)))
     assert len(gradients) == len(jax.tree.leaves(params))
-    # Then all that takes part has one, and each expert, head and tap of it (the bias chooses, and takes no part)
+    # Then every weight in use has one, for each expert, head and tap (the bias only chooses, and has none)
     for path, variable in gradients.items():
         gradient = np.asarray(variable)
         assert np.isfinite(gradient).all(), path
@@ -245,7 +245,7 @@ def test_gradients_reach_every_parameter(name):
             assert np.abs(gradient).max() > 1e-6, path
             assert gradient.reshape(len(gradient), -1).any(axis=1).all(), path
     assert any("conv" in str(path) for path in gradients) == (name == "kimi-linear")
-    # And each is what a small step along it gains
+    # And each gradient is the gain of a small step along it
     value, flat = jax.jit(loss), dict(nnx.to_flat_state(params))
     for path, variable in gradients.items():
         gradient = np.asarray(variable, np.float64)

@@ -40,7 +40,8 @@ def sigmoid(x):
 
 
 def route(x, weight, bias, config):
-    """Specification 1.5, one token at a time: {expert: weight} of each."""
+    """Routes by DeepSeek-V3's formulas (arXiv 2412.19437, section 2.1.2), one token at a time: {expert: weight} of
+    each."""
     routes = []
     for token in x.astype(np.float64):
         scores = sigmoid(weight.astype(np.float64) @ token)
@@ -77,7 +78,7 @@ BIAS = np.linspace(0.5, -0.5, EXPERTS, dtype=np.float32)[[3, 0, 6, 1, 7, 4, 2, 5
         {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 3, "routed_scaling_factor": 1.0},
     ],
 )
-def test_router_follows_the_specification(overrides):
+def test_router_follows_the_formulas_of_deepseek_v3(overrides):
     config = text(**overrides)
     router = Router(init(), config)
     router.e_score_correction_bias[...] = jnp.asarray(BIAS)
@@ -85,7 +86,8 @@ def test_router_follows_the_specification(overrides):
 
 
 def test_groups_change_what_is_chosen():
-    # Given random tokens, groups of two experts must exclude for some token an expert that would have been chosen
+    # Given random tokens, masked groups of two experts must exclude, for some token, an expert with one of its best
+    # scores
     free, grouped = text(num_experts_per_tok=3), text(num_experts_per_tok=3, n_group=4, topk_group=2)
     router = Router(init(), free)
     weight, bias, x = np.asarray(router.weight[...]), np.zeros(EXPERTS), rows(40)
@@ -99,7 +101,7 @@ def test_the_bias_chooses_and_does_not_weigh():
     before, _ = router(jnp.asarray(x))
     router.e_score_correction_bias[...] = jnp.asarray(10 * BIAS)
     chosen, weights = router(jnp.asarray(x))
-    # The bias is larger than any difference of scores, so every token has its two favourites
+    # The bias is larger than any difference of scores, so every token chooses the two experts that it favours
     favourites = set(np.argsort(BIAS)[-2:].tolist())
     assert all(set(one) == favourites for one in chosen.tolist())
     assert any(set(one) != favourites for one in before.tolist())
@@ -117,13 +119,14 @@ def test_router_scores_bf16_activations_in_float32():
 
 
 def swiglu(x, gate, up, down):
-    """gate, up [width, hidden], down [hidden, width], in float64."""
+    """Computes SwiGLU in float64; gate, up [width, hidden], down [hidden, width]."""
     g = gate @ x
     return down @ (g * sigmoid(g) * (up @ x))
 
 
 def matrices(projection):
-    """[experts, out, in] in float64 of dense or INT4 experts: bf16(code * scale), as the reference model rounds."""
+    """Returns the matrices [experts, out, in] in float64 of dense or INT4 experts: bf16(code * scale), rounded as in
+    the reference model."""
     if hasattr(projection, "weight"):
         return np.asarray(projection.weight[...], np.float64)
     codes, scales = (np.asarray(v[...]).astype(np.float32) for v in (projection.codes, projection.scales))
@@ -210,7 +213,7 @@ def test_dense_mlp_is_swiglu():
 
 @pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])
 def test_pairs_in_blocks_give_the_same(int4, monkeypatch):
-    # Given 66 pairs of a token and an expert, and blocks of 16 that groups begin and end anywhere in
+    # Given 66 pairs of a token and an expert, and blocks of 16 pairs, in which groups begin and end anywhere
     layer, x = MoE(init(), text(int4=int4)), rows(33)
     monkeypatch.setattr(moe, "BLOCK", 16)
     monkeypatch.setattr(moe, "fits", lambda *_: False)

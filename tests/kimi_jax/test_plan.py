@@ -1,4 +1,4 @@
-"""Plans: bytes against closed forms, the choice of a mesh, what is refused, and a step compiled for a TPU slice."""
+"""Plans: bytes against closed forms, the choice of a mesh, refused jobs, and a step compiled for a TPU slice."""
 
 import dataclasses
 import io
@@ -37,42 +37,43 @@ def job(config, slice_, mesh, batch=64, context=8192, phase="decode", chunk=1):
 
 
 def test_every_weight_of_k25_is_counted_once():
-    """Against the published shapes: see the tensors that config.json's fields give."""
-    held = analytic.memory(job(K25, "v6e:8x8", "data=8,tensor=8"))
+    """The bytes are those of the published shapes, which follow from config.json's fields."""
+    memory = analytic.memory(job(K25, "v6e:8x8", "data=8,tensor=8"))
     # INT4 codes and a bf16 scale for 32 of them, over all 64 devices
-    assert held.experts == 60 * 384 * 3 * 7168 * 2048 * (4 / 8 + 2 / 32) / 64
-    # 64 heads of which a device has 8: their parts of four projections, of the two low-rank ones, and the norms
+    assert memory.experts == 60 * 384 * 3 * 7168 * 2048 * (4 / 8 + 2 / 32) / 64
+    # a device has 8 of 64 heads: their parts of four projections; and whole low-rank projections and norms
     heads = 12288 * 1536 + 16384 * 512 + 7168 * 8192 + 1536 * 7168 + 576 * 7168
-    assert held.attention == 61 * 2 * (heads // 8 + 1536 + 512)
-    assert held.embeddings == 2 * 163840 * 7168 * 2 // 8
+    assert memory.attention == 61 * 2 * (heads // 8 + 1536 + 512)
+    assert memory.embeddings == 2 * 163840 * 7168 * 2 // 8
     shared, dense, router = 3 * 7168 * 2048 // 64, 3 * 7168 * 18432 // 8, 384 * 7168
     norms = 61 * 2 * 7168 + 7168
-    assert held.other_weights == 2 * (60 * (shared + router) + dense + norms) + 60 * 384 * 4
-    assert held.headroom == held.available - sum(
-        (held.experts, held.attention, held.embeddings, held.other_weights, held.vision, held.cache, held.temporaries)
+    assert memory.other_weights == 2 * (60 * (shared + router) + dense + norms) + 60 * 384 * 4
+    assert memory.headroom == memory.available - sum(
+        getattr(memory, part)
+        for part in ("experts", "attention", "embeddings", "other_weights", "vision", "cache", "temporaries")
     )
 
 
 @pytest.mark.parametrize(("mesh", "devices_with_a_token"), [("sequence=64", 64), ("tensor=8,sequence=8", 8)])
 def test_the_cache_of_k25_at_full_length(mesh, devices_with_a_token):
-    held = analytic.memory(job(K25, "v6e:8x8", mesh, batch=1, context=262_144))
-    assert held.cache * devices_with_a_token == 262_144 * 576 * 2 * 61
+    memory = analytic.memory(job(K25, "v6e:8x8", mesh, batch=1, context=262_144))
+    assert memory.cache * devices_with_a_token == 262_144 * 576 * 2 * 61
 
 
 def test_the_cache_of_kimi_linear_at_full_length():
-    held = analytic.memory(job(LINEAR, "v5e:2x4", "tensor=2,sequence=4", batch=1, context=1_048_576))
+    memory = analytic.memory(job(LINEAR, "v5e:2x4", "tensor=2,sequence=4", batch=1, context=1_048_576))
     latents = 1_048_576 * 576 * 2 * 7 // 4
     states = 20 * (32 * 128 * 128 * 4 + 3 * 3 * 4096 * 2) // 2
-    assert held.cache == latents + states
+    assert memory.cache == latents + states
 
 
 def test_a_layer_of_k25_on_64_chips():
-    """The targets beside jax-llm-examples' 0.469 GB resident (docs/planner.md)."""
+    """The bounds are well below jax-llm-examples' 0.469 GB resident (docs/planner.md)."""
     whole, split = (job(K25, "v6e:8x8", mesh) for mesh in ("data=8,tensor=8", "data=8,sequence=8"))
     assert analytic.per_layer(whole).resident <= 0.26e9 and analytic.per_layer(split).resident <= 0.20e9
     messages = [sum(one.count for one in analytic.expected_collectives(j)) for j in (whole, split)]
     assert messages == [3 * 61 + 1, 5 * 61 + 1]  # and the embeddings' sum
-    # the experts that 64 tokens choose, if any choice is as likely: 1 - (1 - 8/384)^64 of them
+    # the experts that 64 tokens choose, if all choices are equally likely: 1 - (1 - 8/384)^64 of them
     share = 1 - (1 - 8 / 384) ** 64
     experts = 384 * 3 * 7168 * 2048 * 0.5625 / 64
     unread = analytic.per_layer(whole).resident - analytic.per_layer(whole).read
@@ -80,14 +81,14 @@ def test_a_layer_of_k25_on_64_chips():
 
 
 def test_a_step_reads_and_multiplies_at_least():
-    # Given one row on one mesh axis, so that nothing is shared out but by heads and experts
-    alone = job(LINEAR, "v6e:2x2", "tensor=4", batch=1, context=128)
-    step = analytic.step(alone, [])
-    held = analytic.memory(alone)
-    unread = held.experts * (1 - 8 / 256) + 163840 * 2304 * 2 / 4  # seven of eight experts, and the embedding's table
-    states = 20 * (32 * 128 * 128 * 4 + 3 * 3 * 4096 * 2) / 4  # written back as well
-    assert math.isclose(step.hbm_bytes, held.weights - unread + held.cache + states, rel_tol=1e-9)
-    # Then two FLOPs for each of the 3e9 weights that a token meets, over four chips, and the cache's products
+    # Given one row on one mesh axis, so that heads and experts are sharded and nothing else is
+    one_row = job(LINEAR, "v6e:2x2", "tensor=4", batch=1, context=128)
+    step = analytic.step(one_row, [])
+    memory = analytic.memory(one_row)
+    unread = memory.experts * (1 - 8 / 256) + 163840 * 2304 * 2 / 4  # seven of eight experts, and the embeddings
+    states = 20 * (32 * 128 * 128 * 4 + 3 * 3 * 4096 * 2) / 4  # read and written
+    assert math.isclose(step.hbm_bytes, memory.weights - unread + memory.cache + states, rel_tol=1e-9)
+    # Then a step has two FLOPs for each of the 3e9 weights that a token uses, over four chips, and the cache's products
     assert 2 * 2.6e9 / 4 < step.flops < 2 * 3.6e9 / 4
     assert step.hbm_seconds == step.hbm_bytes / 1640e9 and step.bound_by == "HBM"
     # and a prefill is bound by products
@@ -96,17 +97,17 @@ def test_a_step_reads_and_multiplies_at_least():
 
 
 def test_the_largest_that_fit():
-    here = job(K25, "v6e:8x8", "data=8,tensor=8")
-    batch, context = analytic.largest_batch(here), analytic.largest_context(here)
+    wanted = job(K25, "v6e:8x8", "data=8,tensor=8")
+    batch, context = analytic.largest_batch(wanted), analytic.largest_context(wanted)
     for change, fits in [
         ({"batch": batch}, True), ({"batch": batch + 8}, False),
         ({"context": context}, True), ({"context": context + 128}, False),
     ]:  # fmt: skip
-        assert (analytic.memory(dataclasses.replace(here, **change)).headroom >= 0) is fits
+        assert (analytic.memory(dataclasses.replace(wanted, **change)).headroom >= 0) is fits
     assert batch % 8 == 0 and context % 128 == 0
-    # what the compiler needed beside the arguments counts
-    assert analytic.largest_batch(here, temporaries=10 * 2**30) < batch
-    # a model's own length is the end, whatever the memory
+    # the compiler's temporaries leave less room
+    assert analytic.largest_batch(wanted, temporaries=10 * 2**30) < batch
+    # a model's own length is the limit, whatever the memory
     assert analytic.largest_context(job(K25, "v6e:8x8", "sequence=64", batch=1)) == 262_144
 
 
@@ -123,7 +124,7 @@ def test_the_best_mesh_fits_and_is_the_fastest():
 
 
 def test_every_mesh_that_divides_is_considered():
-    # 8 devices, a batch of 2, 32 heads: 2^3 over four axes in 20 ways, of which data may be 1 or 2
+    # 8 devices, a batch of 2, 32 heads: 2^3 over four axes in 20 ways, in which data is 1 or 2
     assert len(search.candidates(job(LINEAR, "v5e:2x4", "1x8", batch=2))) == sum(
         data * expert * tensor * sequence == 8
         for data in (1, 2) for expert in (1, 2, 4, 8) for tensor in (1, 2, 4, 8) for sequence in (1, 2, 4, 8)
@@ -131,47 +132,48 @@ def test_every_mesh_that_divides_is_considered():
 
 
 def test_a_plan_shows_the_whole_cache_and_the_split_one():
-    made = plan.plan("K2.5", job(K25, "v6e:8x8", "1x64"))
-    kinds = [made.job.mesh["sequence"] > 1] + [other.mesh["sequence"] > 1 for other in made.alternatives]
+    planned = plan.plan("K2.5", job(K25, "v6e:8x8", "1x64"))
+    kinds = [planned.job.mesh["sequence"] > 1] + [other.mesh["sequence"] > 1 for other in planned.alternatives]
     assert sorted(kinds) == [False, True]
-    assert made.step.lower_bound_seconds <= made.alternatives[0].lower_bound_seconds
-    assert made.compiled is None and made.confirmed is None
+    assert planned.step.lower_bound_seconds <= planned.alternatives[0].lower_bound_seconds
+    assert planned.compiled is None and planned.confirmed is None
 
 
-def fake(made):
-    """A compiler that says the same of every job, but has no room for more than 100 rows."""
+def fake(compiled):
+    """Returns a compiler that reports the same for every job, but has no room for more than 100 rows."""
 
-    def compile_step(asked):
-        if asked.batch > 100:
+    def compile_step(job):
+        if job.batch > 100:
             raise DoesNotFitError("Ran out of memory in memory space hbm")
-        return made
+        return compiled
 
     return compile_step
 
 
 def test_what_the_compiler_says_is_told():
-    here = job(K25, "v6e:8x8", "1x64")
+    wanted = job(K25, "v6e:8x8", "1x64")
     sizes = mesh_sizes("data=8,tensor=8")
-    held = analytic.memory(dataclasses.replace(here, sizes=sizes))
-    made = Compiled(
-        arguments=held.weights + held.cache, results=10, in_place=4, temporaries=2**30, program=2**20, hbm_bytes=1,
+    memory = analytic.memory(dataclasses.replace(wanted, sizes=sizes))
+    compiled = Compiled(
+        arguments=memory.weights + memory.cache, results=10, in_place=4, temporaries=2**30, program=2**20, hbm_bytes=1,
         accessed=1.0, small_cycles=3_500_000, collectives=(), moved=(MovedWeight("all-gather", "gather.1", 2**22),),
         seconds=1.0, cpu_seconds=1.0,
     )  # fmt: skip
-    told = plan.plan("K2.5", here, sizes=sizes, compile_step=fake(made))
-    assert told.warnings == ("a gather of weights: all-gather gather.1 of 4.2 MB",)
-    assert told.memory.temporaries == 2**30 + 2**20 + 6 and told.collectives == ()
-    assert told.confirmed is False and told.largest_batch > 100
+    planned = plan.plan("K2.5", wanted, sizes=sizes, compile_step=fake(compiled))
+    assert planned.warnings == ("a gather of weights: all-gather gather.1 of 4.2 MB",)
+    assert planned.memory.temporaries == 2**30 + 2**20 + 6 and planned.collectives == ()
+    assert planned.confirmed is False and planned.largest_batch > 100
     out = io.StringIO()
-    report.show_all(Console(file=out, width=1000), [told], {})
+    report.show_all(Console(file=out, width=1000), [planned], {})
     # 3.5e6 cycles at v6e's 1.75 GHz
     assert "takes 3,500,000 cycles by the compiler's estimate, 2.000 ms" in out.getvalue()
-    # and where its count is not ours
-    other = dataclasses.replace(made, arguments=int(1.04 * made.arguments), moved=(MovedWeight("copy", "c.1", 2**22),))
-    said = plan.plan("K2.5", here, sizes=sizes, compile_step=fake(other)).warnings
-    assert said[0] == "a copy in HBM of weights: copy c.1 of 4.2 MB" and "the compiler counts" in said[1]
+    # and a notice says so where its count differs from the plan's
+    copies = (MovedWeight("copy", "c.1", 2**22),)
+    miscounted = dataclasses.replace(compiled, arguments=int(1.04 * compiled.arguments), moved=copies)
+    notices = plan.plan("K2.5", wanted, sizes=sizes, compile_step=fake(miscounted)).warnings
+    assert notices[0] == "a copy in HBM of weights: copy c.1 of 4.2 MB" and "the compiler counts" in notices[1]
     with pytest.raises(ValueError, match="should fit on v6e:8x8 with mesh data=8,tensor=8, but the compiler says: Ran"):
-        plan.plan("K2.5", dataclasses.replace(here, batch=128), sizes=sizes, compile_step=fake(made))
+        plan.plan("K2.5", dataclasses.replace(wanted, batch=128), sizes=sizes, compile_step=fake(compiled))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def test_a_plan_in_json(capsys, tmp_path):
         for message in one["collectives"]:
             assert set(message) == {"kind", "axes", "group", "nbytes", "count", "in_loop", "sent"}
         assert one["largest"]["batch"] >= 4 and one["compiled"] is None
-    # and the picture has a bar for each, the experts' part as long as they are
+    # and the picture has a bar for each, whose part for experts is as long as their bytes
     with Image.open(image) as picture:
         row = [picture.getpixel((x, 110 + 20)) for x in range(picture.width)]
         length = row.count((0x31, 0x68, 0x8E))
@@ -215,16 +217,16 @@ def test_a_plan_in_json(capsys, tmp_path):
 def test_a_plan_in_words(capsys):
     mesh = ["--mesh", "data=2,tensor=4", "--batch", "2"]
     out, _ = asked(capsys, "--model", "kimi-linear-48b", "--topology", "v5e:2x4", *mesh)
-    said = " ".join(out.split())
-    assert "kimi-linear-48b, decode of 2 x 8,192 tokens on v5e:2x4 (8 devices) mesh data=2,tensor=4: given or " in said
-    held = analytic.memory(job(LINEAR, "v5e:2x4", "data=2,tensor=4", batch=2))
-    for kind, size in (("experts", held.experts), ("cache", held.cache), ("headroom", held.headroom)):
-        assert re.search(rf"{kind} │ +{size / 2**30:.3f} │", said), said
-    assert "(lower bound, HBM)" in said and "Not compiled" in said and "all-reduce │ data, tensor │ 8 │" in said
+    words = " ".join(out.split())
+    assert "kimi-linear-48b, decode of 2 x 8,192 tokens on v5e:2x4 (8 devices) mesh data=2,tensor=4: given or " in words
+    memory = analytic.memory(job(LINEAR, "v5e:2x4", "data=2,tensor=4", batch=2))
+    for kind, size in (("experts", memory.experts), ("cache", memory.cache), ("headroom", memory.headroom)):
+        assert re.search(rf"{kind} │ +{size / 2**30:.3f} │", words), words
+    assert "(lower bound, HBM)" in words and "Not compiled" in words and "all-reduce │ data, tensor │ 8 │" in words
 
 
 def test_every_slice_that_is_known(capsys, tmp_path, monkeypatch):
-    # Given two kinds of chips of two slices each, which is as good as all
+    # Given two kinds of chips with two slices each, which stand for all
     monkeypatch.setattr(
         "sharding.topologies.SHAPES",
         {name: SHAPES[name][:2] for name in ("v5e", "tpu7x")},
@@ -261,23 +263,23 @@ def test_what_is_refused(arguments, reason, capsys):
 
 @LIBTPU
 def test_a_step_compiled_through_the_command(capsys, tmp_path):
-    # Given a small K2 with a long cache, so that the largest batch is small too, and a mesh that splits all there is
+    # Given a small K2 with a long cache, so that the largest batch is small too, and a mesh that shards every dimension
     (tmp_path / "config.json").write_text(json.dumps(toy_config("k2", **TOY)))
     mesh = ["--mesh", "data=2,tensor=2,sequence=2", "--batch", "8", "--context", "131072"]
     assert main(["plan", "--model", str(tmp_path), "--topology", "v5e:2x4", *mesh, "--json"]) == 0
     out, err = capsys.readouterr()
-    (made,) = json.loads(out)
+    (planned,) = json.loads(out)
 
     # Then the compiler counts what the plan counts, and moves no weight
-    compiled, memory = made["compiled"], made["memory"]
+    compiled, memory = planned["compiled"], planned["memory"]
     weights = sum(memory[kind] for kind in ("experts", "attention", "embeddings", "other_weights"))
     assert abs(compiled["arguments"] - weights - memory["cache"]) < 0.03 * weights
-    assert made["largest"]["confirmed"] is True and 8 < made["largest"]["batch"] < 300
-    assert made["warnings"] == [] and compiled["moved"] == []
+    assert planned["largest"]["confirmed"] is True and 8 < planned["largest"]["batch"] < 300
+    assert planned["warnings"] == [] and compiled["moved"] == []
     assert err.count("compiling decode of ") == 2
-    # and messages are activations, five a layer with a split cache, beside the embeddings' sum
-    assert sum(message["count"] for message in made["collectives"]) <= 5 * 2 + 1
-    for message in made["collectives"]:
+    # and messages are activations, five a layer with a sharded cache, beside the embeddings' sum
+    assert sum(message["count"] for message in planned["collectives"]) <= 5 * 2 + 1
+    for message in planned["collectives"]:
         merge = message["kind"] == "all-to-all" and message["axes"] == ["sequence"]
         assert message["nbytes"] <= (4 * 4 * 514 * 4 if merge else 8 * 1024 * 4), message
         assert message["axes"] and set(message["axes"]) <= {"data", "tensor", "sequence"}

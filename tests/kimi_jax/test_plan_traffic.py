@@ -1,4 +1,4 @@
-"""What a compiled program's text says of messages and of weights: recorded pieces, and a program compiled here."""
+"""Messages and weight traffic in a compiled program's text: recorded pieces, and a program compiled here."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from kimi_jax.plan.hlo import nbytes, parse, small_cycles
 from kimi_jax.plan.traffic import Collective, MovedWeight, collectives, moved_weights
 
 MESH = {"data": 2, "expert": 1, "tensor": 2, "sequence": 2}
-# libtpu 0.0.42.1's text, shortened: an INT4 stack sliced into VMEM, weights gathered and copied, a loop, a conditional.
+# Text of libtpu 0.0.42.1, shortened: an INT4 stack sliced into VMEM, weights gathered and copied, a loop, a
+# conditional.
 TEXT = """\
 HloModule jit__step, is_scheduled=true, input_output_alias={ {1}: (2, {}, may-alias) }
 
@@ -128,7 +129,7 @@ def test_bytes_of_a_shape(shape, size):
      ("mesh['data'=2,'tensor'=2,'sequence'=2] {'data','sequence'}", ("data", "sequence"))],
 )  # fmt: skip
 def test_every_way_to_write_groups(groups, axes):
-    # Given one message alone
+    # Given one message
     lines = [line for line in TEXT.splitlines() if "channel_id" not in line or "%all.1" in line]
     text = "\n".join(lines).replace("%psum.2)", "%param.2)").replace("replica_groups={}", f"replica_groups={groups}")
     (found,) = collectives(parse(text), MESH)
@@ -171,7 +172,7 @@ def test_a_program_compiled_here():
     arrays = [place((512, 1024), "tensor"), place((1024, 64))]
     program = parse(jax.jit(step).lower(arrays, place((16, 512), "data")).compile().as_text())
 
-    # Then all of it is found
+    # Then the analysis finds all of it
     found = collectives(program, dict(mesh.shape))
     assert Collective("all-gather", ("tensor",), 4, 512 * 1024, 1) in found
     assert Collective("all-reduce", ("data", "tensor"), 8, 8 * 64 * 4, 1) in found
@@ -184,10 +185,10 @@ def test_a_program_compiled_here():
 def test_what_goes_to_and_from_hbm():
     # the INT4 stack into VMEM; weights transposed, then gathered to twice as much; sums of a block; loops as they stand
     block, weights = 8 * 128 * 4, 2**21
-    loops = 2 * 2 * (block + 4) + 4  # the first loop's tuple has a number more
+    loops = 2 * 2 * (block + 4) + 4  # the first loop's tuple has one more number
     sums = 3 * 2 * block
     choice, scatter, fusion = 3 * block + 4, block + block // 4, 5 * block
-    ragged = (4 * block + 4) + (4 * 4 + 4) + (9 * block + 4 * 4 * 4)  # with the room and the places that it is given
+    ragged = (4 * block + 4) + (4 * 4 + 4) + (9 * block + 4 * 4 * 4)  # its output and offsets too
     others = sums + loops + choice + scatter + ragged + fusion
     assert hbm_bytes(parse(TEXT)) == 2**21 + 2 * weights + 3 * weights + others
 

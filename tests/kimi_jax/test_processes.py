@@ -1,4 +1,5 @@
-"""Several processes, each with devices of its own: the tokens of one, a part of the checkpoint each, one common end."""
+"""Several processes, each with devices of its own: they give the tokens of one, each reads a part of the checkpoint,
+and all end together."""
 
 import os
 import re
@@ -25,8 +26,9 @@ def folder(tmp_path_factory):
     return write_toy(tmp_path_factory.mktemp("processes") / "k2", toy_config("k2", **SIZES))
 
 
-def together(*folders):
-    """One process with four devices for each folder, all in one job -> (exit code, standard output, error) of each."""
+def run_job(*folders):
+    """Runs a process with four devices for each folder, all in one job, and returns (exit code, standard output, error)
+    of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
@@ -49,24 +51,24 @@ def together(*folders):
         for process in running:
             process.kill()
             process.wait()
-    # XLA's collectives on CPUs write of their meeting to standard output, wherever it stands
+    # XLA's collectives on CPUs log to standard output when they connect, which is not the command's output
     return [(code, re.sub(r"\[Gloo\].*\n", "", out), err) for (out, err), code in ended]
 
 
 def test_two_processes_give_the_tokens_of_one(folder, capsys):
-    # Given what one process with eight devices says
+    # Given the answer of one process with eight devices
     assert main(["generate", str(folder), *OPTIONS]) == 0
-    alone = capsys.readouterr().out
-    assert len(alone) > 3
+    single = capsys.readouterr().out
+    assert len(single) > 3
 
-    # When two with four each do the same
-    first, second = together(folder, folder)
+    # When two processes with four devices each run the command
+    first, second = run_job(folder, folder)
 
-    # Then the first says it, the second nothing
+    # Then the first prints the answer, and the second nothing
     assert (first[0], second[0]) == (0, 0), (first, second)
-    assert (first[1], second[1]) == (alone, "")
+    assert (first[1], second[1]) == (single, "")
     assert "8 tokens; the first after" in first[2] and "tokens" not in second[2]
-    # and each has read its half of the experts, and what is everybody's
+    # and each has read its half of the experts, and all other weights
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     experts = 8 * 3 * 64 * 32 * 2
     for _, _, err in (first, second):
@@ -75,7 +77,7 @@ def test_two_processes_give_the_tokens_of_one(folder, capsys):
 
 
 def test_one_that_fails_ends_all_with_its_reason(folder, tmp_path):
-    first, second = together(folder, tmp_path / "nowhere")
+    first, second = run_job(folder, tmp_path / "nowhere")
     for code, out, err in (first, second):
         assert (code, out) == (1, "")
         assert re.findall("^kimi-jax: .*", err, re.M) == [
@@ -97,16 +99,16 @@ def test_flags_that_do_not_go_together(folder, flags, reason, capsys):
 
 
 @pytest.mark.parametrize(
-    "said", ["coordinator_address should be defined.", "distributed.initialize should only be called once."]
+    "reason", ["coordinator_address should be defined.", "distributed.initialize should only be called once."]
 )
-def test_processes_that_do_not_meet(folder, said, monkeypatch, capsys):
-    # (this process has its devices already, and JAX can therefore not join anything)
-    def initialize(*who):
-        assert who == ("host:1", 2, 0)
-        raise ValueError(said)
+def test_processes_that_do_not_meet(folder, reason, monkeypatch, capsys):
+    # (this process has initialised its devices, so JAX cannot connect it to others)
+    def initialize(*arguments):
+        assert arguments == ("host:1", 2, 0)
+        raise ValueError(reason)
 
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     job = ["--distributed", "--coordinator", "host:1", "--num-processes", "2", "--process-id", "0"]
     assert main(["generate", str(folder), *OPTIONS, *job]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"kimi-jax: the processes did not meet ({said}); on a TPU pod") and "--process-id I" in err
+    assert err.startswith(f"kimi-jax: the processes did not meet ({reason}); on a TPU pod") and "--process-id I" in err

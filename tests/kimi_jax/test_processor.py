@@ -22,13 +22,13 @@ RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 @pytest.fixture(scope="module")
 def k25(checkpoint):
-    """The processor of the K2.5 golden."""
+    """Returns the processor of the K2.5 golden."""
     return Processor.from_folder(checkpoint("k2.5"))
 
 
 @pytest.fixture
 def own(checkpoint, tmp_path):
-    """A copy of the small files of the golden `name`, to change."""
+    """Copies the small files of the golden `name`, to change."""
 
     def copy(name):
         for file in ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json"):

@@ -1,4 +1,5 @@
-"""RoPE and YaRN against the specification's published values and float64 complex numbers."""
+"""RoPE and YaRN against numbers worked out from their formulas and the published configurations, and against float64
+complex numbers."""
 
 import dataclasses
 
@@ -25,8 +26,8 @@ def test_yarn_ramps_between_the_published_pairs(config, low, high, factor):
 
 @pytest.mark.parametrize(("beta", "corr"), [(1.0, 19.1646), (32.0, 8.9145)])
 def test_yarn_corrections_are_the_published_numbers(beta, corr):
-    # With a context of 4096 * 2^x the corrections move by x * 64 ln 2 / (2 ln 50000); the published number says at
-    # which x it meets the next whole number, where `low` jumps.
+    # With a context of 4096 * 2^x the corrections move by x * 64 ln 2 / (2 ln 50000), so the number says at which x it
+    # reaches the next whole number, where `low` jumps.
     per_doubling = 64 * np.log(2) / (2 * np.log(50000.0))
     to_next = (np.ceil(corr) - corr) / per_doubling
 
@@ -38,7 +39,7 @@ def test_yarn_corrections_are_the_published_numbers(beta, corr):
         freq = rope.inv_freq(dataclasses.replace(K25, rope_scaling=yarn))
         return int(np.argmax(freq < BASE * (1 - 1e-6)))
 
-    margin = 5e-4  # of a pair: the numbers are published to four places, and lengths are whole
+    margin = 5e-4  # of a pair: the numbers have four decimals, and lengths are whole
     assert first_slowed(to_next - margin) == np.floor(corr) + 1
     assert first_slowed(to_next + margin) == np.ceil(corr) + 1
 
@@ -66,7 +67,7 @@ def test_amplitude_is_one_for_published_models_and_a_ratio_otherwise():
 
 
 def complex_rotation(x, angles):
-    """Interleaved pairs as complex numbers, turned in float64: [real parts | imaginary parts]."""
+    """Rotates interleaved pairs as complex numbers in float64: [real parts | imaginary parts]."""
     z = (x[..., 0::2].astype(np.float64) + 1j * x[..., 1::2]) * np.exp(1j * angles.astype(np.float64))
     return np.concatenate([z.real, z.imag], axis=-1)
 

@@ -11,12 +11,13 @@ import pytest
 import kimi_jax
 from kimi_jax.config_json import from_folder
 
-ATOL = 5e-5  # as for the other goldens; the reference's own float32 error is 6e-6
+ATOL = 5e-5  # the tolerance of the other goldens; the reference's own float32 error is 6e-6
 
 
 @pytest.fixture
 def respelt(checkpoint, tmp_path):
-    """case -> the "k2" checkpoint with that case's `rope_parameters` in place of rope_theta and rope_scaling."""
+    """Returns a function from a case to the "k2" checkpoint with that case's `rope_parameters` in place of rope_theta
+    and rope_scaling."""
 
     def write(case):
         folder = shutil.copytree(checkpoint("k2"), tmp_path / case)

@@ -1,4 +1,5 @@
-"""A decode step on TPU meshes, compiled without them: kernels under shard_map, states in place, no weight moved."""
+"""A decode step compiled for TPU meshes that this machine does not have: kernels under shard_map, states updated in
+place, no weight moved."""
 
 import importlib.util
 import json
@@ -15,11 +16,11 @@ KERNELS = {
         "kda_step": 1, "mla_query": 1, "mla_write": 1, "mla_decode": 1, "mla_output": 1, "mixture": 1
     },
 }  # fmt: skip
-# Each layer's two sums and the embeddings' one; low ranks and queries are gathered, the merge is an all-to-all.
+# Each layer has two sums, the embeddings one; low ranks and queries are gathered, and partials merged by all-to-all.
 MESHES = [
     ("kimi-k2.5", "v5e:2x4", "data=2,tensor=4", 8, {"all-reduce": 5, "all-gather": 2}),
     ("kimi-linear-48b", "v5e:2x4", "data=2,tensor=4", 8, {"all-reduce": 5, "all-gather": 1}),
-    # so many devices together that XLA gathers by sums
+    # XLA gathers by sums over so many devices
     ("kimi-k2.5", "v6e:8x8", "sequence=64", 1, {"all-reduce": 5 + 2, "ragged-all-to-all": 2, "all-to-all": 2}),
 ]
 

@@ -1,4 +1,4 @@
-"""The grid arithmetic of the vision tower: against torch's bicubic and the specification's rules in float64."""
+"""The grid arithmetic of the vision tower: against torch's bicubic filter and MoonViT's rules in float64."""
 
 import cases
 import numpy as np
@@ -30,7 +30,7 @@ def grids(*items):
 
 
 def dense_taps(where, patches, cells):
-    """The layout's taps as one matrix, patch by cell of the flattened table."""
+    """Returns the layout's taps as one matrix, patch by cell of the flattened table."""
     matrix = np.zeros((patches, cells))
     for patch in range(patches):
         np.add.at(matrix[patch], where.taps_index[patch], where.taps_weight[patch].astype(np.float64))
@@ -38,7 +38,7 @@ def dense_taps(where, patches, cells):
 
 
 def cubic(x, a=-0.75):
-    """Keys' cubic convolution kernel (1981)."""
+    """Computes Keys' cubic convolution kernel (1981)."""
     x = abs(x)
     if x <= 1:
         return (a + 2) * x**3 - (a + 3) * x**2 + 1
@@ -46,7 +46,7 @@ def cubic(x, a=-0.75):
 
 
 def resampling(size, out):
-    """[out, size] of the specification's rule: src = (dst + 0.5) * size / out - 0.5, four taps, clamped."""
+    """Returns the matrix [out, size] of bicubic resizing: src = (dst + 0.5) * size / out - 0.5, four taps, clamped."""
     matrix = np.zeros((out, size))
     for dst in range(out):
         src = (dst + 0.5) * size / out - 0.5
@@ -131,25 +131,25 @@ def test_merge_order_and_mean_over_frames():
 
 def test_packed_items_are_the_items_one_after_another():
     config, items = vision(8, 8), [(1, 4, 6), (3, 2, 4), (1, 8, 8)]
-    together = lay_out_patches(grids(*items), config)
+    packed = lay_out_patches(grids(*items), config)
     first_patch = first_token = 0
     for number, (t, h, w) in enumerate(items):
-        alone = lay_out_patches(grids((t, h, w)), config)
+        single = lay_out_patches(grids((t, h, w)), config)
         n, m = t * h * w, h * w // 4
         for name in ("taps_index", "taps_weight", "time", "angles"):
-            packed = getattr(together, name)[first_patch : first_patch + n]
-            np.testing.assert_array_equal(packed, getattr(alone, name)[:n], err_msg=name)
-        assert set(together.segment[first_patch : first_patch + n]) == {number}
+            part = getattr(packed, name)[first_patch : first_patch + n]
+            np.testing.assert_array_equal(part, getattr(single, name)[:n], err_msg=name)
+        assert set(packed.segment[first_patch : first_patch + n]) == {number}
         tokens = slice(first_token, first_token + m)
-        np.testing.assert_array_equal(together.merge_weight[tokens], alone.merge_weight[:m])
-        seen = alone.merge_weight[:m] > 0  # frames that an item does not have carry no weight
-        np.testing.assert_array_equal(together.merge_index[tokens][seen], alone.merge_index[:m][seen] + first_patch)
+        np.testing.assert_array_equal(packed.merge_weight[tokens], single.merge_weight[:m])
+        seen = single.merge_weight[:m] > 0  # frames that an item does not have carry no weight
+        np.testing.assert_array_equal(packed.merge_index[tokens][seen], single.merge_index[:m][seen] + first_patch)
         first_patch, first_token = first_patch + n, first_token + m
-    # What follows is padding: nobody's segment, no weight
-    assert len(together.segment) == padded_size(first_patch) > first_patch
-    assert set(together.segment[first_patch:]) == {-1}
-    assert len(together.merge_weight) * 4 == len(together.segment)
-    assert not together.merge_weight[first_token:].any() and not together.taps_weight[first_patch:].any()
+    # The rest is padding: no item's segment, no weight
+    assert len(packed.segment) == padded_size(first_patch) > first_patch
+    assert set(packed.segment[first_patch:]) == {-1}
+    assert len(packed.merge_weight) * 4 == len(packed.segment)
+    assert not packed.merge_weight[first_token:].any() and not packed.taps_weight[first_patch:].any()
 
 
 def test_padded_sizes_are_four_per_octave_and_never_smaller():
@@ -165,11 +165,11 @@ def test_padded_sizes_are_four_per_octave_and_never_smaller():
 def test_items_encoded_together_equal_items_encoded_alone(model):
     kimi, items = model("k2.5"), grids((1, 4, 6), (3, 2, 4), (1, 2, 2))
     patches = [cases.media(grid) for grid in items]
-    together = np.asarray(kimi.encode_media(kimi_jax.Media(np.concatenate(patches), items)))
-    alone = [
+    packed = np.asarray(kimi.encode_media(kimi_jax.Media(np.concatenate(patches), items)))
+    single = [
         np.asarray(kimi.encode_media(kimi_jax.Media(part, grid[None])))
         for part, grid in zip(patches, items, strict=True)
     ]
-    assert [len(part) for part in alone] == [6, 2, 1]
-    np.testing.assert_allclose(together, np.concatenate(alone), rtol=0, atol=1e-5)
-    assert np.abs(together).mean() > 0.01
+    assert [len(part) for part in single] == [6, 2, 1]
+    np.testing.assert_allclose(packed, np.concatenate(single), rtol=0, atol=1e-5)
+    assert np.abs(packed).mean() > 0.01

@@ -1,5 +1,5 @@
-"""Compiles a decode step of a small model of a preset's kind for a mesh of TPU cores that are not here, and prints what
-is in it. Its arguments: the preset, the slice, the mesh, the batch.
+"""Compiles a decode step of a small model of a preset's kind for a mesh of TPU cores that this machine does not have,
+and prints what is in it. Its arguments: the preset, the slice, the mesh, the batch.
 
 Run by test_tpu_decode_step.py in a process of its own: libtpu reads flags that the tests set for simulated devices.
 """
@@ -24,7 +24,7 @@ from sharding import make_mesh, mesh_sizes
 
 LATENTS = 576  # of both models
 CAPACITY = 512  # tokens, at least
-# Less than any weight or state, more than anything else that a step makes.
+# Fewer bytes than any weight or state, more than anything else that a step makes.
 LARGE = 2**18
 
 
@@ -75,8 +75,8 @@ def main(preset: str, slice_: str, shape: str, batch: int) -> None:
 
 
 def _copies(instruction: Instruction) -> bool:
-    """Whether it writes something large to HBM, and not in place. (A KDA state may go to VMEM and back whole, which is
-    how a step uses it; the pages of a cache may not.)"""
+    """Says whether an instruction writes something large to HBM, and not in place. (A step may copy a KDA state to VMEM
+    and back whole, but not the pages of a cache.)"""
     between_memories = instruction.op == "copy-start" and "S(1)" in instruction.shape
     state = between_memories and f"{LATENTS},{PAGE}]" not in instruction.shape
     if instruction.op in FREE or instruction.op.endswith(("-done", "-update")) or state:

@@ -1,4 +1,5 @@
-"""Rows that have a cache of their own, for tests that want logits: prompts in chunks, then a token at a time."""
+"""Runs rows that have a cache of their own, for tests that compare logits: prompts in chunks, then a token at a
+time."""
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from kimi_jax.runtime.sampling import Sampling
 
 
 class WholeRows:
-    """`rows` rows of up to `capacity` tokens, row i in slot i, its pages in order."""
+    """Holds a cache for `rows` rows of up to `capacity` tokens, row i in slot i, pages in order."""
 
     def __init__(self, model, rows, capacity):
         self.program = Program(model)
@@ -25,7 +26,7 @@ class WholeRows:
         )  # fmt: skip
 
     def prefill(self, tokens, lengths, chunk=2048):
-        """Logits after each row's last token."""
+        """Runs prompts, and returns the logits after each row's last token."""
         logits = np.zeros((len(lengths), self.program.config.text.vocab_size), np.float32)
         for batch in self.batches(tokens, lengths, chunk):
             self.cache, new = self.program.logits(self.cache, batch)
@@ -34,14 +35,14 @@ class WholeRows:
         return logits
 
     def next_batch(self, tokens):
-        """The decode step that takes these tokens, [rows]."""
+        """Returns the decode step that takes these tokens, [rows]."""
         template = next(self.batches(np.zeros((len(self.lengths), 1)), self.lengths))
         step = template.next_token(self.lengths, None)
         step.tokens[:, 0] = tokens
         return step
 
     def step(self, tokens):
-        """Logits after one more token of each row."""
+        """Runs one more token of each row, and returns the logits after it."""
         self.cache, logits = self.program.logits(self.cache, self.next_batch(tokens))
         self.lengths = self.lengths + 1
         return np.asarray(logits)

@@ -26,7 +26,7 @@ PUBLISHED: dict[str, Any] = {
     }
 }
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "media.npz")
-ULP = 2.4e-7  # two steps of float32 just below 2: what dividing and scaling may round
+ULP = 2.4e-7  # two steps of float32 just below 2: the rounding of dividing and scaling
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The bytes of `image` as a file."""
+    """Returns the bytes of `image` as a file."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()

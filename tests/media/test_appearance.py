@@ -1,4 +1,4 @@
-"""Pictures as a viewer shows them: what is expected is written from EXIF's and PNG's definitions."""
+"""Pictures as a viewer shows them; expected pictures follow from EXIF's and PNG's definitions."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ from PIL import Image
 
 from kimi_jax.media import image_patches, open_image, open_video
 
-# EXIF 2.3, 4.6.4: where row 0 and column 0 of the stored picture are seen
+# EXIF 2.3, 4.6.4: the sides on which row 0 and column 0 of the stored picture are seen
 SEEN = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -32,7 +32,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG with its samples as given, and `chunks` before the first of them."""
+    """Returns a PNG with these samples, and `chunks` before the first of them."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -48,7 +48,7 @@ def test_orientation(kind: str, orientation: int):
     plain = np.asarray(Image.open(io.BytesIO(encode(stored, kind, **options))).convert("RGB"))
     seen = open_image(encode(stored, kind, exif=exif(orientation), **options))
     np.testing.assert_array_equal(np.asarray(seen), SEEN[orientation](plain))
-    np.testing.assert_array_equal(np.asarray(open_image(seen)), np.asarray(seen))  # and is not turned again
+    np.testing.assert_array_equal(np.asarray(open_image(seen)), np.asarray(seen))  # and the result is not turned again
 
 
 def test_a_pil_image_is_turned_as_its_file_is():

@@ -1,4 +1,4 @@
-"""Damaged pictures of every format: one line of ours, whatever Pillow raises."""
+"""Damaged pictures of every format give one line of ours, whatever Pillow raises."""
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +22,7 @@ WHOLE += [
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """A small file with bytes replaced (most of them near its start), cut, and with a piece doubled."""
+    """Draws a small file with bytes replaced (most of them near its start), cut, and with a piece doubled."""
     data = bytearray(draw(st.sampled_from(WHOLE)))
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, min(len(data) - 1, draw(st.sampled_from([40, 200, 10**6])))))

@@ -1,4 +1,4 @@
-"""A few kilobytes that ask for gigabytes: refused from their headers, or read within a bound of memory."""
+"""Files of a few kilobytes that ask for gigabytes are refused by their headers, or read within a bound of memory."""
 
 import struct
 import subprocess
@@ -12,7 +12,7 @@ from kimi_jax.media import open_image, open_video, sample_video, video_patches
 
 
 def gif(width: int, height: int, frames: int, extent: tuple[int, int] = (1, 1)) -> bytes:
-    """A GIF of frames of 100 ms, of which each draws one pixel; `extent` is what the last one says that it draws."""
+    """Returns a GIF of frames of 100 ms, each of which draws one pixel; the last one says that it draws `extent`."""
     start = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
 
     def frame(size: tuple[int, int]) -> bytes:
@@ -76,7 +76,7 @@ def test_more_bytes_than_are_read_are_refused(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_a_small_file_of_large_frames_takes_little_memory():
-    # 100 frames of 1,500 x 1,500 are 675 MB of RGB; sampled are 20, in 64 x 64 patches 49 MB of 8 bits
+    # 100 frames of 1,500 x 1,500 are 675 MB of RGB; 20 are sampled, in 64 x 64 patches 49 MB of 8 bits
     script = (
         "import resource, sys; from kimi_jax import media\n"
         "resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))\n"
@@ -85,4 +85,4 @@ def test_a_small_file_of_large_frames_takes_little_memory():
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     done = subprocess.run([sys.executable, "-c", script], input=gif(1500, 1500, 100), capture_output=True, check=True)
-    assert int(done.stdout) < 200_000  # kilobytes: those, and some copies of a frame
+    assert int(done.stdout) < 200_000  # kilobytes: the samples, and some copies of a frame

@@ -1,4 +1,4 @@
-"""Where pictures may come from, which formats are opened, and what is said of the others."""
+"""The places of pictures, the formats that are opened, and the errors for others."""
 
 import base64
 from pathlib import Path

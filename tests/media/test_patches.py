@@ -25,7 +25,8 @@ def test_scaled_image_is_transformers_but_for_its_other_bicubic_filter():
 
 
 def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """Keys' cubic kernel with a = -1/2, widened by the factor when shrinking, cut at the border and normalised."""
+    """Returns Keys' cubic kernel with a = -1/2, widened by the factor when shrinking, cut at the border and
+    normalised."""
     scale = size_in / size_out
     centres = (np.arange(size_out)[:, None] + 0.5) * scale
     x = np.abs(np.arange(size_in) + 0.5 - centres) / max(scale, 1.0)
@@ -54,7 +55,7 @@ def test_scaling_padding_and_patches_in_float64(width: int, height: int, limit: 
     patches, grid = image_patches(Image.fromarray(pixels), config(in_patch_limit=limit))
     assert grid == (1, grid_h, grid_w)
     steps = np.abs(patches - normalised(expected)) * 255 / 2
-    # PIL's weights have 22 bits: a value may round to the other side of a half
+    # PIL's weights have 22 bits, so a value near a half may round to the other side
     assert steps.max() < 1.01 and (steps > 0.01).mean() < 0.002
 
 
@@ -94,7 +95,7 @@ def test_navit_resize_keeps_its_limits(width: int, height: int, limit: int):
     assert 1 <= found.width <= min(width, 7168) and 1 <= found.height <= min(height, 7168)
     assert 0 <= found.pad_width < 28 and (found.width + found.pad_width) % 28 == 0
     assert 0 <= found.pad_height < 28 and (found.height + found.pad_height) % 28 == 0
-    # no more than the limit beyond what whole pixels and the padded border can add
+    # at most the limit and what whole pixels and the padded border can add
     columns, rows = (found.width + found.pad_width) // 14, (found.height + found.pad_height) // 14
     shortest = 14 * min(columns, rows) < 56
     assert shortest or (columns - 3) * (rows - 3) <= limit

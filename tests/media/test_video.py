@@ -1,4 +1,4 @@
-"""Which frames of a video are sampled, when, and what is read of animations."""
+"""The frames of a video that are sampled, their times, and how much of an animation is decoded."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_video_equals_transformers():
 
 
 def first_levels(chunk: media.VideoChunk) -> list[int]:
-    """The red level of each frame's first pixel."""
+    """Returns the red level of each frame's first pixel."""
     t, h, w = chunk.grid
     return [round((float(chunk.patches[i * h * w, 0, 0, 0]) + 1) * 127.5) for i in range(t)]
 
@@ -36,7 +36,7 @@ def first_levels(chunk: media.VideoChunk) -> list[int]:
             np.linspace(0, 99, 20).round().astype(int).tolist(),
             ["00.000", "02.100", "04.200", "06.299", "08.300"],
         ),
-        (3, 1.0, [0, 1, 2], ["00.000"]),  # never more frames than there are
+        (3, 1.0, [0, 1, 2], ["00.000"]),  # never more samples than frames
         (9, 2.0, list(range(9)), ["00.000", "02.000", "04.000"]),
         (1, 30.0, [0], ["00.000"]),
         (5, 30.0, [0], ["00.000"]),
@@ -62,8 +62,8 @@ def test_video_frames_have_their_own_limit():
     frames = [Image.fromarray(noise(90, 60, seed)) for seed in range(2)]
     chunk = video_patches(frames, 2.0, config(in_patch_limit_each_frame=8))[0]
     assert chunk.grid == (2, 4, 4)
-    alone = [image_patches(frame, config(in_patch_limit=8))[0] for frame in frames]
-    np.testing.assert_array_equal(chunk.patches, np.concatenate(alone))
+    stills = [image_patches(frame, config(in_patch_limit=8))[0] for frame in frames]
+    np.testing.assert_array_equal(chunk.patches, np.concatenate(stills))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_no_video_file(tmp_path: Path):
 
 
 def moving(kind: str, durations: list[int], size: tuple[int, int] = (28, 28)) -> bytes:
-    """An animation of flat frames whose red levels are 0, 20, 40 ..."""
+    """Returns an animation of flat frames whose red levels are 0, 20, 40 ..."""
     frames = [Image.new("RGB", size, (20 * i, 0, 0)) for i in range(len(durations))]
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
     return encode(frames[0], kind, save_all=True, append_images=frames[1:], duration=durations, **options)
@@ -139,8 +139,9 @@ def sampled(source: object, fps: float | None = None, **changes: Any) -> tuple[l
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_frames_that_last_differently_are_sampled_by_time(kind: str):
-    # Given a frame of three seconds and five of 200 ms: 4 s, sampled six times (no more often than it has frames) from
-    # 0 to the last frame's start at 3.8 s, every 760 ms: the first frame is on the screen at the first four of them
+    # Given a frame of three seconds and five of 200 ms: 4 s, sampled six times (never more often than it has frames)
+    # from 0 to the last frame's start at 3.8 s, every 760 ms, of which the first frame is on the screen at the first
+    # four
     data = moving(kind, [3000, 200, 200, 200, 200, 200])
     assert sampled(data) == ([0, 0, 0, 0, 1, 5], ["00:00:00.000", "00:00:03.040"])
     # but by index where a rate is given

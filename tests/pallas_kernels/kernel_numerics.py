@@ -1,4 +1,4 @@
-"""How far a kernel's result is from the float64 one, and what it multiplies."""
+"""Measures a kernel's error against a float64 result, and lists its products."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from jax.extend.core import jaxprs_in_params
 
 
 def relative_rmse(found: Any, expected: Any) -> float:
-    """Root mean square of the difference over that of the expected values; 0 for empty arrays."""
+    """Returns the root mean square of the difference over that of the expected values; 0 for empty arrays."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape, (found.shape, expected.shape)
     if not expected.size:
@@ -19,7 +19,7 @@ def relative_rmse(found: Any, expected: Any) -> float:
 
 
 def dots(jaxpr):
-    """Every dot_general in a jaxpr and those within it."""
+    """Yields every dot_general of a jaxpr and of those in it."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield equation

@@ -1,4 +1,4 @@
-"""Every op at every listed shape lowers for CUDA on a host without one, and takes no TPU kernel with it."""
+"""Every op at every listed shape lowers for CUDA on a host without a GPU, and without any TPU kernel."""
 
 from functools import partial
 
@@ -130,7 +130,7 @@ def test_lowers_for_cuda(op, shape):
     function, arguments = op(shape)
     choices = [{}] if op is mla_write else [{"implementation": None}, {"implementation": "xla"}]
     for choice in choices:
-        # A function of its own: jit would remember the other choice's trace
+        # A new function each time: jit would return the trace of the other choice
         lowered = jax.jit(lambda *arrays, choice=choice: function(*arrays, **choice)).trace(*arguments)
         text = lowered.lower(lowering_platforms=("cuda",)).as_text()
         assert "func.func public @main" in text and "tpu_custom_call" not in text

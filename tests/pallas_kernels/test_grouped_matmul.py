@@ -22,7 +22,7 @@ from pallas_kernels.int4_grouped_matmul import reference as int4_reference
 
 
 def cases(shapes):
-    """Every shape in float32, and the last in bf16."""
+    """Returns every shape in float32, and the last in bf16."""
     return [
         *(pytest.param(shape, jnp.float32, 2e-6, id=shape.name) for shape in shapes),
         pytest.param(shapes[-1], jnp.bfloat16, 3e-3, id=f"bf16, {shapes[-1].name}"),
@@ -34,7 +34,7 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def int4(weights):
-    """Codes and scales of [E, N, K] in the kernels' layout."""
+    """Returns codes and scales of [E, N, K] in the kernels' layout."""
     return quantize_int4(jnp.swapaxes(weights, 1, 2))
 
 
@@ -82,12 +82,12 @@ def test_any_group_sizes(cuts):
     sizes = np.diff(np.sort(cuts), prepend=0).astype(np.int32)
     expected = reference.grouped_matmul(ROWS, MATRICES, sizes)
     np.testing.assert_allclose(GROUPED(ROWS, MATRICES, sizes), expected, rtol=0, atol=2e-6)
-    # Halves of the experts, as two devices would hold them: each does its rows, and leaves the other's at zero.
+    # Halves of the experts, as on two devices: each computes its rows, and leaves those of the other zero.
     for offset in (0, 3):
-        held = slice(sizes[:offset].sum(), sizes[: offset + 3].sum())
+        local = slice(sizes[:offset].sum(), sizes[: offset + 3].sum())
         part = np.asarray(GROUPED_AT(ROWS, MATRICES[offset : offset + 3], sizes, offset))
-        np.testing.assert_allclose(part[held], expected[held], rtol=0, atol=2e-6)
-        assert not part[: held.start].any() and not part[held.stop :].any()
+        np.testing.assert_allclose(part[local], expected[local], rtol=0, atol=2e-6)
+        assert not part[: local.start].any() and not part[local.stop :].any()
 
 
 def test_int4_at_an_offset():
@@ -132,18 +132,18 @@ def test_dense_gradients(offset):
 
     # SwiGLU: the dense computation of each row with its own matrices, differentiated by JAX in float64.
     group = np.searchsorted(ends, np.arange(ROOM), side="right") - offset
-    held = ((group >= 0) & (group < 4))[:, None]
+    local = ((group >= 0) & (group < 4))[:, None]
 
     def dense(x, gate, up):
         gated, risen = (jnp.einsum("tk,tnk->tn", x, w[np.clip(group, 0, 3)]) for w in (gate, up))
-        return jnp.where(held, jax.nn.silu(gated) * risen, 0)
+        return jnp.where(local, jax.nn.silu(gated) * risen, 0)
 
     with jax.enable_x64(True):
         wide = [jnp.asarray(array, jnp.float64) for array in (ROWS, weights, up)]
         expected = jax.vjp(dense, *wide)[1](jnp.asarray(dy, jnp.float64))
     found = jax.vjp(lambda *a: grouped_swiglu(*a, sizes, group_offset=offset), ROWS, weights, up)[1](dy)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert relative_rmse(mine, theirs) <= 1e-6
+    for gradient, exact in zip(found, expected, strict=True):
+        assert relative_rmse(gradient, exact) <= 1e-6
 
 
 @pytest.mark.parametrize("sizes", [(1, 0, 2), (5, 7, 4), (0, 20, 9)])
@@ -167,8 +167,8 @@ def test_int4_gradients_with_respect_to_x():
         (lambda x: int4_grouped_matmul(x, *gate, sizes), lambda x: grouped_matmul(x, wide[0], sizes)),
         (lambda x: int4_grouped_swiglu(x, gate, up, sizes), lambda x: grouped_swiglu(x, *wide, sizes)),
     ):
-        (mine,), (theirs,) = (jax.vjp(op, ROWS)[1](dy) for op in (found, expected))
-        assert np.any(theirs) and relative_rmse(mine, theirs) <= 1e-6
+        (gradient,), (exact,) = (jax.vjp(op, ROWS)[1](dy) for op in (found, expected))
+        assert np.any(exact) and relative_rmse(gradient, exact) <= 1e-6
 
 
 def test_the_form_for_other_platforms_agrees():

@@ -23,11 +23,11 @@ MATMUL, SWIGLU = (
 )
 
 
-def check(sizes, tokens, dtype, tolerance, first=0, held=EXPERTS):
+def check(sizes, tokens, dtype, tolerance, first=0, experts=EXPERTS):
     edges = np.concatenate([[0], np.cumsum(sizes)])
     x = jnp.asarray(RNG.normal(size=(tokens, K)), dtype)
-    gate, up = (jnp.asarray(weights[:held], dtype) for weights in (GATE, UP))
-    own = ((edges[first] <= jnp.arange(tokens)) & (jnp.arange(tokens) < edges[first + held]))[:, None]
+    gate, up = (jnp.asarray(weights[:experts], dtype) for weights in (GATE, UP))
+    own = ((edges[first] <= jnp.arange(tokens)) & (jnp.arange(tokens) < edges[first + experts]))[:, None]
     poisoned, exact = jnp.where(own, x, jnp.nan), jnp.where(own, x, 0)
     sizes = jnp.asarray(sizes, jnp.int32)
     found = MATMUL(poisoned, gate, sizes, group_offset=first)
@@ -51,7 +51,7 @@ def test_several_blocks():
 
 @pytest.mark.parametrize("first", [0, 2, 5])
 def test_groups_held_elsewhere_give_zeros(first):
-    check([4, 7, 0, 9, 2, 11, 3], 40, jnp.float32, 2e-6, first, held=2)
+    check([4, 7, 0, 9, 2, 11, 3], 40, jnp.float32, 2e-6, first, experts=2)
 
 
 @settings(max_examples=12, deadline=None)

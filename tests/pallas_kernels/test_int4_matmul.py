@@ -55,18 +55,18 @@ def test_published_weights_are_a_fixed_point_of_the_quantiser():
 
 
 def test_every_scale_of_a_binade():
-    # All 128 significands of bf16, each with all codes; the largest is 7, as in any group the quantiser makes.
+    # All 128 significands of bf16, each with all codes; the largest code is 7, as in every group of the quantiser.
     scales = bf16(list(range(15328, 15328 + 128)))[None]
     codes = np.tile(np.concatenate([np.arange(-7, 8), np.arange(-7, 8), [7, 0]]), (128, 1)).T
     dequantised = dequantize_int4(codes.astype(ml_dtypes.int4), scales)
     again_codes, again_scales = quantize_int4(dequantised)
     np.testing.assert_array_equal(np.asarray(again_codes, np.int8), codes)
     moved = bits(again_scales) != scales.view(np.uint16)
-    # bf16(bf16(7 s) / 7) is not s for these, by the definition of the quantiser.
+    # By the definition of the quantiser, bf16(bf16(7 s) / 7) is not s for these.
     largest = (7 * scales.astype(np.float32)).astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(moved, (largest / np.float32(7)).astype(ml_dtypes.bfloat16) != scales)
     assert moved.sum() == 14
-    # Nor can the quantiser make them, so what it does make is a fixed point.
+    # Nor can the quantiser make them: its own results are fixed points.
     once_more = quantize_int4(dequantize_int4(again_codes, again_scales))
     np.testing.assert_array_equal(bits(once_more[1]), bits(again_scales))
     np.testing.assert_array_equal(np.asarray(once_more[0], np.int8), codes)
@@ -74,7 +74,7 @@ def test_every_scale_of_a_binade():
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_what_the_quantiser_makes_is_a_fixed_point(dtype):
-    # 4,096 groups, so that every significand comes up
+    # 4,096 groups, so that every significand occurs
     weights = np.random.RandomState(0).normal(size=(32 * 64, 64)).astype(dtype)
     codes, scales = quantize_int4(weights)
     again_codes, again_scales = quantize_int4(dequantize_int4(codes, scales, jnp.float32))
@@ -89,8 +89,8 @@ def test_packing_inverts_unpacking(words):
     codes, kernel_scales = unpack_int4(words, scales)
     assert codes.shape == (words.shape[0], words.shape[2] * 8, words.shape[1])
     np.testing.assert_array_equal(kernel_scales, scales.swapaxes(1, 2))
-    again, published = pack_int4(codes, kernel_scales)
-    np.testing.assert_array_equal(again, words)
+    packed, published = pack_int4(codes, kernel_scales)
+    np.testing.assert_array_equal(packed, words)
     np.testing.assert_array_equal(published, scales)
 
 

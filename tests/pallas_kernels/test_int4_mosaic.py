@@ -26,15 +26,15 @@ GATE, UP = (quantize_int4(jnp.asarray(RNG.normal(size=(EXPERTS, K, N)), jnp.floa
 V5 = CHIPS["v5e"].facts
 
 
-def rows(tokens, own, dtype, inputs=K):
-    """x whose rows that are not `own` are poison, and the same in float64 with zeros there."""
+def rows(tokens, span, dtype, inputs=K):
+    """Draws x with NaN in the rows outside `span`, and returns it and its float64 copy with zeros there."""
     x = jnp.asarray(RNG.normal(size=(tokens, inputs)), dtype)
-    mine = ((own.start <= jnp.arange(tokens)) & (jnp.arange(tokens) < own.stop))[:, None]
-    return jnp.where(mine, x, jnp.nan), np.asarray(jnp.where(mine, x, 0), np.float64)
+    inside = ((span.start <= jnp.arange(tokens)) & (jnp.arange(tokens) < span.stop))[:, None]
+    return jnp.where(inside, x, jnp.nan), np.asarray(jnp.where(inside, x, 0), np.float64)
 
 
 def compiled():
-    """The two ops; their compiled code is kept for as long as the kernel is built for one chip."""
+    """Returns the two ops, jitted anew, since their compiled code is for one chip."""
     return [
         jax.jit(functools.partial(op, implementation="mosaic_tpu")) for op in (int4_grouped_matmul, int4_grouped_swiglu)
     ]
@@ -43,13 +43,13 @@ def compiled():
 OPS = compiled()
 
 
-def check(sizes, tokens, dtype, tolerance, first=0, held=EXPERTS, ops=OPS, draws=1):
-    """Both ops against float64, over `draws` of x."""
+def check(sizes, tokens, dtype, tolerance, first=0, experts=EXPERTS, ops=OPS, draws=1):
+    """Compares both ops with float64, over `draws` of x."""
     edges = np.concatenate([[0], np.cumsum(sizes)])
     sizes = jnp.asarray(sizes, jnp.int32)
-    gate, up = (tuple(array[:held] for array in pair) for pair in (GATE, UP))
+    gate, up = (tuple(array[:experts] for array in pair) for pair in (GATE, UP))
     xs, exacts = zip(
-        *[rows(tokens, slice(edges[first], edges[first + held]), dtype) for _ in range(draws)], strict=True
+        *[rows(tokens, slice(edges[first], edges[first + experts]), dtype) for _ in range(draws)], strict=True
     )
     for op, exact_op, weights in (
         (ops[0], reference.int4_grouped_matmul, gate),
@@ -70,7 +70,7 @@ def check(sizes, tokens, dtype, tolerance, first=0, held=EXPERTS, ops=OPS, draws
         (40, [0, 0, 1, 0]),  # one row
         (40, [0, 0, 0, 9]),  # rows past the last group
         (1100, [0, 513, 1, 580]),  # several blocks, a group in two of them
-        (1100, [0, 0, 0, 3]),  # blocks that no group has rows in
+        (1100, [0, 0, 0, 3]),  # blocks in which no group has rows
     ],
 )
 def test_ragged_groups(tokens, sizes, dtype, tolerance):
@@ -79,19 +79,19 @@ def test_ragged_groups(tokens, sizes, dtype, tolerance):
 
 @pytest.mark.parametrize("first", [0, 2, 5])
 def test_groups_held_elsewhere_give_zeros(first):
-    check([4, 7, 0, 9, 2, 11, 3], 40, jnp.float32, 1e-5, first, held=2)
+    check([4, 7, 0, 9, 2, 11, 3], 40, jnp.float32, 1e-5, first, experts=2)
 
 
 def test_few_rows_on_a_chip_without_bf16_arithmetic(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "chip", lambda: V5)
-    # Never for float32, whose weights are to be rounded to bf16 first.
+    # Never for float32, which needs the weights rounded to bf16 first.
     tile = mosaic_tpu.tiles(40, K, N, EXPERTS, jnp.float32)
     assert mosaic_tpu.uses_block_diagonal(tile, jnp.bfloat16) and not mosaic_tpu.uses_block_diagonal(tile, jnp.float32)
     ops = compiled()
-    # Groups of few rows in one window of 8 or not, one in several windows of 16; then one row, and the last window.
+    # Groups of few rows within a window of 8 or across two, one in several windows of 16; one row; the last window.
     for sizes in ([3, 0, 20, 17], [1, 6, 8, 12], [32, 0, 1, 7]):
         check(sizes, 40, jnp.bfloat16, 3e-3, ops=ops)
-    # The 128 products of a single row with gate and up scatter: a quarter of all draws would be beyond the tolerance.
+    # The 128 products of a single row with gate and up vary: a quarter of all draws would exceed the tolerance.
     check([0, 0, 0, 1], 40, jnp.bfloat16, 3e-3, ops=ops, draws=32)
     check([0, 2, 3, 2], 7, jnp.bfloat16, 3e-3, ops=ops)
 

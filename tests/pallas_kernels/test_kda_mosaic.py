@@ -21,7 +21,8 @@ SMALL = jax.jit(KERNEL)
 
 
 def tokens(batch, length, heads, decay=0.1, cosine=0.5, seed=0):
-    """q, k, v, g, beta: keys of one direction in part, decays around a magnitude or a mixture of several."""
+    """Draws q, k, v, g, beta: keys that partly have one direction, decays around a magnitude or a mixture of
+    several."""
     rng = np.random.default_rng(seed)
     k = np.sqrt(cosine) * rng.standard_normal((1, 1, heads, 128))
     k = k + np.sqrt(1 - cosine) * rng.standard_normal((batch, length, heads, 128))
@@ -52,28 +53,28 @@ def exact(*arrays):
 
 
 def packed_ids(lengths, gap=2):
-    """Segments one after another, each followed by padding."""
+    """Returns segment ids, one segment after another, each followed by padding."""
     return np.concatenate([np.repeat([n, -1], [length, gap]) for n, length in enumerate(lengths)]).astype(np.int32)
 
 
 def check_packed(run, dtype, arrays, initial, ids, tolerances):
-    """Outputs and state of each row, segment and head against the recurrence over its tokens; padding holds NaN."""
-    # Given the tokens of each segment as a row of its own, followed by tokens that do nothing
+    """Compares outputs and state of each row, segment and head with the recurrence over its tokens; padding has NaN."""
+    # Given the tokens of each segment as a row of its own, padded with tokens that change nothing
     rows, segments = initial.shape[:2]
     for array in arrays:
         array[:, ids < 0] = np.nan
-    given = rounded(arrays, dtype)
-    alone = [np.zeros((segments, *array.shape), np.float64) for array in given]
-    for array, placed in zip(given, alone, strict=True):
+    inputs = rounded(arrays, dtype)
+    padded = [np.zeros((segments, *array.shape), np.float64) for array in inputs]
+    for array, placed in zip(inputs, padded, strict=True):
         for n in range(segments):
             placed[n, :, : np.sum(ids == n)] = np.asarray(array, np.float64)[:, ids == n]
-    alone = [placed.reshape(segments * rows, *placed.shape[2:]) for placed in alone]
-    expected_o, expected = exact(*alone, np.moveaxis(initial, 1, 0).reshape(segments * rows, *initial.shape[2:]))
+    padded = [placed.reshape(segments * rows, *placed.shape[2:]) for placed in padded]
+    expected_o, expected = exact(*padded, np.moveaxis(initial, 1, 0).reshape(segments * rows, *initial.shape[2:]))
 
     # When the kernel takes the packed rows
-    o, after = run(*given, jnp.asarray(initial), jnp.asarray(np.tile(ids, (rows, 1))))
+    o, after = run(*inputs, jnp.asarray(initial), jnp.asarray(np.tile(ids, (rows, 1))))
 
-    # Then it finds what the recurrence finds, and leaves padding and empty segments alone
+    # Then it computes the recurrence, and does not change padding and empty segments
     assert o.dtype == dtype and after.dtype == jnp.float32
     o, after = np.asarray(o, np.float64), np.asarray(after)
     assert not o[:, ids < 0].any()
@@ -93,7 +94,7 @@ def check_packed(run, dtype, arrays, initial, ids, tolerances):
     [(None, (0.01, 0.1, 2, 20, 60, (0.01, 0.1, 2, 20, 60), (0.01, 60))), (-5.0, (0.01, 3, (0.01, 3)))],
 )
 def test_every_decay_and_length_with_unlike_and_alike_keys(lower_bound, decays, dtype, tolerances):
-    # Given a row for each kind of decay, a head for each likeness, and segments of awkward lengths that begin anywhere
+    # Given a row for each kind of decay, a head for each likeness of keys, and segments of awkward lengths anywhere
     ids = packed_ids((1, 63, 0, 64, 65, 200))
     rows = [[tokens(1, len(ids), 1, decay, cosine) for cosine in (0.5, 0.99)] for decay in decays]
     rows = [[np.concatenate(heads, axis=2) for heads in zip(*row, strict=True)] for row in rows]
@@ -129,7 +130,7 @@ def test_visits_meet_every_chunk_and_every_segment_in_order(lengths, gap):
     # When the visits are listed
     found = jitted_visits(jnp.asarray(ids)[None], segments, 64)
 
-    # Then both numbers go up one at a time, so that no state or output block is come back to; the rest repeat the last
+    # Then both numbers rise one at a time, so that no state or output block is visited twice; the rest repeat the last
     count, pairs = int(found.total[0]), [*zip(*(array[0].tolist() for array in found[:2]), strict=True)]
     assert count <= len(pairs) == chunks + segments - 1
     assert set(pairs[count:]) <= {pairs[count - 1]}
@@ -192,9 +193,10 @@ def test_products_of_float32_are_full_and_of_bf16_single(dtype):
     arrays = (*rounded(tokens(1, 64, 2), dtype), jnp.asarray(states(1, 1, 2)), None)
     found = list(dots(jax.make_jaxpr(KERNEL)(*arrays)))
     operands = [{operand.aval.dtype for operand in dot.invars} for dot in found]
-    # Sums of decays, six levels of halves and the diagonal, six steps of the inverse, and three with the state.
+    # Sums of decays, six levels of halves and the diagonal, six steps of the inverse, and three products with the
+    # state.
     assert len(found) == 1 + 7 + 6 + 3
-    # In either case those over bf16 parts: the sums, and the inverse.
+    # In either case the sums and the inverse are over bf16 parts.
     assert operands.count({jnp.dtype(jnp.bfloat16)}) == (7 if dtype == jnp.float32 else len(found))
     for dot, types in zip(found, operands, strict=True):
         full = types == {jnp.dtype(jnp.float32)}

@@ -20,7 +20,7 @@ SMALL = KdaShape("small", 1, 200, 2, 16, 24)
 
 
 def arguments(shape, decay, cosine=0.5, seed=0):
-    """q, k, v, g, beta and a state; `decay` is a magnitude, or several that g mixes along time and channels."""
+    """Draws q, k, v, g, beta and a state; `decay` is a magnitude, or several that g mixes along time and channels."""
     rng = np.random.default_rng(seed)
     tokens = (shape.B, shape.T, shape.H)
     k = np.sqrt(cosine) * rng.standard_normal((1, 1, shape.H, shape.Dk))
@@ -56,7 +56,8 @@ COSINES = (0.5, 0.99)
 
 
 def every_kind(tokens, dtype, seed=0):
-    """Arguments of a row for each of COSINES and a head for each of DECAYS; the last mix all of them."""
+    """Draws arguments with a row for each of COSINES and a head for each of DECAYS, the last of which mixes all of
+    them."""
     shape = KdaShape("", len(COSINES), tokens, len(DECAYS), 16, 24)
     rng = np.random.default_rng(seed)
     rows = [arguments(shape._replace(B=1), 1, cosine, seed) for cosine in COSINES]
@@ -68,7 +69,7 @@ def every_kind(tokens, dtype, seed=0):
 
 
 def check_every_kind(found, expected, tolerance):
-    """Each row's and head's error alone; heads are axis 2 of outputs, 1 of states."""
+    """Checks the error of each row and head; heads are axis 2 of outputs, 1 of states."""
     axis = found.ndim - 2 if found.shape[-2] == len(DECAYS) else 1
     for row, cosine in enumerate(COSINES):
         for head, decay in enumerate(DECAYS):
@@ -149,7 +150,7 @@ PACKED_FORMS = {name: jax.jit(getattr(xla, name)) for name in FORMS}
 @settings(deadline=None, max_examples=8, derandomize=True)
 @given(cuts=st.lists(st.integers(0, PACKED), min_size=5, max_size=5))
 def test_packed_rows_are_their_sequences(cuts):
-    # Given five spans of which the first is padding, some perhaps empty, boundaries anywhere
+    # Given five spans, the first of them padding, some perhaps empty, with boundaries anywhere
     edges = [0, *sorted(cuts)]
     ids = np.full((1, PACKED), -1, np.int32)
     for segment in range(4):
@@ -159,7 +160,7 @@ def test_packed_rows_are_their_sequences(cuts):
     ]
     for form in PACKED_FORMS.values():
         o, states = form(*map(jnp.asarray, inputs), jnp.asarray(PACKED_STATES), jnp.asarray(ids))
-        # Then each is what it is alone
+        # Then each has the result that it has in a row of its own
         for segment in range(4):
             state = PACKED_STATES[:, segment].astype(np.float64)
             for t in range(edges[segment + 1], edges[segment + 2]):
@@ -197,7 +198,7 @@ def exact_gradients(weights, *arrays):
 
 
 def check_gradients(found, expected, tolerance):
-    """As RMSE over RMS; dg's against at least a thousandth of the largest other RMS."""
+    """Checks RMSE over RMS of each gradient; for dg, over at least a thousandth of the largest other RMS."""
     found, expected = ([np.asarray(array, np.float64) for array in arrays] for arrays in (found, expected))
     assert all(np.isfinite(array).all() for array in found)
     sizes = [np.sqrt(np.mean(array**2)) for array in expected]
@@ -208,7 +209,7 @@ def check_gradients(found, expected, tolerance):
 
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-3)])
 def test_gradients_of_every_decay(dtype, tolerance, monkeypatch):
-    # Given two groups of a chunk
+    # Given two groups of one chunk each
     monkeypatch.setattr(xla, "GROUP", 1)
     inputs = every_kind(100, dtype)
     rng = np.random.default_rng(1)
@@ -219,7 +220,7 @@ def test_gradients_of_every_decay(dtype, tolerance, monkeypatch):
     expected = exact_gradients(weights, *inputs)
     for row in range(len(COSINES)):
         for head in range(len(DECAYS)):
-            # The state's heads are axis 1, the others' axis 2
+            # Heads are axis 1 of the state, axis 2 of the others
             one, other = (
                 [array[row, :, head] for array in arrays[:5]] + [arrays[5][row, head]] for arrays in (found, expected)
             )
@@ -238,7 +239,7 @@ def test_gradients_of_packed_rows_with_poisoned_padding(monkeypatch):
         jax.grad(partial(loss, lambda *arrays: run(*arrays[:5], initial_state=arrays[5]), weights), argnums=range(6))
     )(*poisoned, initial)
 
-    # Then each has the gradients that it has alone, and padding has zeros
+    # Then each has the gradients of a row of its own, and padding has zeros
     def normed(q, k, *rest):
         q, k = (x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6) for x in (q, k))
         return reference.kda(0.3 * q, k, *rest)
@@ -248,8 +249,8 @@ def test_gradients_of_packed_rows_with_poisoned_padding(monkeypatch):
         with jax.enable_x64(True):
             wide = [jnp.asarray(array[:, tokens], jnp.float64) for array in PACKED_INPUTS[:5]]
             state = jnp.asarray(initial[:, segment], jnp.float64)
-            alone = partial(loss, normed, [weights[0][:, tokens], weights[1][:, segment]])
-            expected = jax.jit(jax.grad(alone, argnums=range(6)))(*wide, state)
+            exact_loss = partial(loss, normed, [weights[0][:, tokens], weights[1][:, segment]])
+            expected = jax.jit(jax.grad(exact_loss, argnums=range(6)))(*wide, state)
         check_gradients([*(array[:, tokens] for array in found[:5]), found[5][:, segment]], expected, 1e-5)
     np.testing.assert_array_equal(found[5][:, 1], weights[1][:, 1])
     assert not any(np.asarray(array)[ids < 0].any() for array in found[:5])
@@ -264,7 +265,7 @@ def test_a_broken_lower_bound_is_an_error_under_checkify():
     error, _ = checked(q, k, v, g, beta, segment_ids=ids)
     error.throw()
     g[0, 3, 0, 2] = -7.5
-    run(q, k, v, g, beta, segment_ids=ids)  # undefined, not refused
+    run(q, k, v, g, beta, segment_ids=ids)  # the result is undefined, and the call not refused
     error, _ = checked(q, k, v, g, beta, segment_ids=ids)
     with pytest.raises(checkify.JaxRuntimeError, match=r"kda: g goes down to -7\.5, lower_bound promises -5\.0 <= g"):
         error.throw()

@@ -21,7 +21,7 @@ RUN = {
 
 
 def arguments(shape, dtype, decays=(0.01, 0.1, 2, 20, 60), seed=0):
-    """Keys and queries of length one; decays mixed over channels; beta near 0 and 1 too."""
+    """Draws keys and queries of length one, decays mixed over channels, and beta near 0 and 1 too."""
     rng = np.random.default_rng(seed)
     q, k = rng.standard_normal((2, shape.B, shape.H, shape.Dk))
     q, k = (array / np.linalg.norm(array, axis=-1, keepdims=True) for array in (q, k))
@@ -85,14 +85,14 @@ def test_poison_stays_with_its_sequence():
     arrays = [np.array(array) for array in arguments(STEP[2], jnp.float32)]
     for array in arrays:
         array[1] = np.nan
-    others = np.array([0, 2, 3, 4])
+    clean = np.array([0, 2, 3, 4])
     found = RUN["mosaic_tpu"](*arrays)
-    check([array[others] for array in found], [array[others] for array in arrays], 1e-6)
+    check([array[clean] for array in found], [array[clean] for array in arrays], 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_kernel_has_no_product_that_a_matrix_unit_would_round(dtype):
-    # Vector units do not round float32: as exact as interpreted, it is on a TPU too
+    # Vector units do not round float32: the kernel is as exact on a TPU as interpreted
     jaxpr = jax.make_jaxpr(partial(mosaic_step.kda_step, interpret=True))(*arguments(STEP[0], dtype))
     assert "pallas_call" in str(jaxpr) and not list(dots(jaxpr))
 
@@ -127,4 +127,4 @@ def test_the_kernel_says_why_it_cannot_serve(shape, dtype, reason):
     arrays = arguments(shape, dtype)
     with pytest.raises(ValueError, match=reason):
         kda_step(*arrays, implementation="mosaic_tpu")
-    check(kda_step(*arrays), arrays, 1e-3)  # and without being asked for it leaves the call to XLA
+    check(kda_step(*arrays), arrays, 1e-3)  # and by default the call uses XLA

@@ -57,7 +57,7 @@ def test_layers_that_call_a_kernel_alike_share_it():
         text = lowered(lambda x: model(x, scales), jnp.ones(3), platforms=("tpu",))
         return text.count("stablehlo.multiply"), text.count("call @scaled")
 
-    # Then one function serves all that are alike, and others have theirs
+    # Then one function serves all calls with equal options, and another serves the rest
     assert kernels(2.0, 2.0, 2.0) == (1, 3)
     assert kernels(2.0, 3.0, 2.0) == (2, 3)
 

@@ -33,7 +33,7 @@ def on(chip, monkeypatch):
 
 
 def experts(rng, shape, dtype, int4):
-    """gate, up and down."""
+    """Draws gate, up and down."""
 
     def matrix(out, in_):
         values = jnp.asarray(rng.normal(size=(shape.num_local, out, in_)), jnp.float32)
@@ -117,7 +117,7 @@ def test_a_row_that_is_not_finite_stays_alone(int4):
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_choices(data):
-    # Given tokens each with up to three experts of seven, of which four are here
+    # Given tokens with up to three of seven experts each, four of which are on this device
     shape = shapes.MixtureShape("", 20, 3, 128, 128, 7, 2, 4)
     x, _, weights, *matrices = arguments(shape, jnp.float32, int4=True)
     one = st.lists(st.integers(0, 6), max_size=3, unique=True).map(lambda experts: [*experts, -1, -1, -1][:3])
@@ -170,7 +170,7 @@ def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised(chip, int4, mon
 
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
 def test_gradient(implementation):
-    # Given a mixture, in float64 one number of x and one weight moved a little
+    # Given a mixture, and in float64 a small change of x and of one weight
     shape = shapes.MixtureShape("", 3, 2, 128, 128, 4, 1, 2)
     x, chosen, weights, *matrices = arguments(shape, jnp.float32, int4=True)
     cotangent = np.random.default_rng(1).normal(size=x.shape)

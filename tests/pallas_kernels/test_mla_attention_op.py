@@ -44,7 +44,7 @@ def test_prefill(shape, dtype, tolerance):
 
 
 def packed(seed=0, tokens=530):
-    """Three images in a row of patches, seen both ways, with padding in front, between and behind."""
+    """Returns three images in a row of patches, seen both ways, with padding before, between and after them."""
     q, k, v = (normal(seed + i, 1, tokens, 2, 9) for i in range(3))
     segments = np.full((1, tokens), -1, np.int32)
     for segment, (start, end) in enumerate([(3, 40), (40, 300), (310, 520)]):
@@ -108,7 +108,7 @@ def test_decode(shape, dtype, tolerance):
     needed = [-(-length // shape.page) for length in shape.lengths]
     pages = sum(needed) + 1
     order = np.random.default_rng(0).permutation(pages)
-    table = np.full((batch, max(needed) + 1), 10**6, np.int32)  # entries that no length reaches name nothing
+    table = np.full((batch, max(needed) + 1), 10**6, np.int32)  # no length reaches these entries
     cache = normal(1, pages, shape.latent + shape.rope, shape.page)
     cache[order[-1]] = np.nan
     for b, count in enumerate(needed):
@@ -136,7 +136,7 @@ def test_write_puts_rows_in_their_pages():
     expected[4, :, 3], expected[1, :, 0] = latents[1, 0], latents[1, 2]
     write = jax.jit(mla_write, donate_argnums=0)
     np.testing.assert_array_equal(write(jnp.asarray(cache), latents, table, positions), expected)
-    # One row per sequence; and what cannot be placed is dropped, also where it would count from the end.
+    # One row per sequence. Rows without a place are dropped, also where their index would count from the end.
     once = np.asarray(write(jnp.asarray(cache), latents[:, 0], np.array([[-1, 0], [1, 4]], np.int32), np.array([2, 9])))
     np.testing.assert_array_equal(once, cache)
 

@@ -27,7 +27,7 @@ def normal(seed, *shape):
 
 
 def paged(lengths, dtype=jnp.float32, max_pages=12, seed=0):
-    """Queries, and a cache whose pages lie in any order; NaN wherever no sequence has a token, wild table entries."""
+    """Draws queries, and a cache with pages in any order, NaN where no sequence has a token, and wild table entries."""
     used = [-(-length // PAGE) for length in lengths]
     order = np.random.default_rng(seed).permutation(sum(used) + 2)
     cache = np.full((len(order), LATENT + ROPE, PAGE), np.nan, np.float32)
@@ -62,12 +62,12 @@ def test_decode(lengths, max_pages, dtype, tolerance):
 
 @pytest.mark.parametrize("dtype,tolerance", TOLERANCES)
 def test_decode_of_two_halves_merged(dtype, tolerance):
-    # Given a sequence whose pages lie half in one table, half in another
+    # Given a sequence with half of its pages in one table, half in another
     arguments = paged((700,), dtype, max_pages=6)
     q_latent, q_rope, cache, table, _ = arguments
     halves = [(table[:, :3], 3 * PAGE), (table[:, 3:], 700 - 3 * PAGE)]
 
-    # When each half is attended to and the two are merged
+    # When attention runs over each half and the two are merged
     parts = [DECODE_JIT(q_latent, q_rope, cache, rows, jnp.array([length], jnp.int32)) for rows, length in halves]
     out, lse = merge_partials(*parts)
 
@@ -116,7 +116,7 @@ WIDTHS = {"q": 192, "k": 192, "v": 128}
 
 
 def prompt(dtype, queries=140, keys=600, heads=2, batch=1):
-    """The last queries of rows of three segments with padding between, and what of it nobody may look at as NaN."""
+    """Draws the last queries of rows of three segments with padding between; keys that no query may see are NaN."""
     lengths = {"q": queries, "k": keys, "v": keys}
     q, k, v = (normal(i, batch, lengths[name], heads, width) for i, (name, width) in enumerate(WIDTHS.items()))
     kv_positions = np.tile(np.arange(keys, dtype=np.int32), (batch, 1))
@@ -140,7 +140,7 @@ def expected_prefill(arrays, marks):
 
 
 def close_to(found, expected, tolerance):
-    """Both the output and, where a row saw anything, the log-sum-exp."""
+    """Compares the output and, where a row sees any key, the log-sum-exp."""
     (out, lse), (expected_out, expected_lse) = found, expected
     some = np.isfinite(expected_lse)
     assert relative_rmse(out, expected_out) <= tolerance
@@ -160,12 +160,12 @@ def test_prefill(queries, keys, heads, dtype, tolerance):
 
 
 def test_prefill_without_segments_of_a_later_chunk():
-    # Given queries that see the first block wholly, parts of the next, and of the last nothing
+    # Given queries that see the first block whole, parts of the next, and nothing of the last
     (q, k, v), marks = prompt(jnp.bfloat16, 256, 2100)
     k, v = (jnp.nan_to_num(array) for array in (k, v))
     positions = {"q_positions": marks["q_positions"] - 500, "kv_positions": marks["kv_positions"]}
 
-    # When keys beyond the last query are anything at all
+    # When keys after the last query are arbitrary
     unseen = jnp.asarray(marks["kv_positions"] > positions["q_positions"].max())[..., None, None]
     found = PREFILL(q, jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v), **positions)
 
@@ -265,14 +265,14 @@ WRITES = {
 
 
 def rows_and_cache(positions, dtype=jnp.float32, page=PAGE, table=((2, 0), (3, 9))):
-    """Rows at these positions and dropped ones up to 270; NaN in all that is dropped."""
+    """Returns rows at these positions and dropped ones, up to 270 rows, with NaN in the dropped ones."""
     positions = jnp.array([row + [-1] * (270 - len(row)) for row in positions], jnp.int32)
     cache, latents = jnp.asarray(normal(1, 4, 32, page), dtype), jnp.asarray(normal(2, *positions.shape, 32))
     return cache, jnp.where((positions < 0)[..., None], jnp.nan, latents), jnp.array(table, jnp.int32), positions
 
 
 def written_in_turn(cache, latents, table, positions):
-    """The cache with one row after another put in: of two for one token the later stays."""
+    """Writes one row after another into the cache: of two rows for one token the later stays."""
     rows, cache = np.asarray(latents.astype(cache.dtype)), np.array(cache)
     pages, _, page = cache.shape
     for b, s in np.ndindex(positions.shape):
@@ -299,7 +299,7 @@ def test_one_row_each_is_written_where_the_plain_form_writes_it(dtype):
     cache, latents = jnp.asarray(normal(1, 30, 32, PAGE), dtype), jnp.asarray(normal(2, 200, 1, 32))
     arguments = cache, latents, jnp.asarray(table), jnp.asarray(places)
 
-    # When they are written, then it is as the plain form writes them
+    # When they are written, then the cache is that of the plain form
     np.testing.assert_array_equal(WRITE_JIT(*arguments), xla.mla_write(*arguments))
 
 

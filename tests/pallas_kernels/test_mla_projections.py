@@ -23,15 +23,15 @@ IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"
 
 
 def query_arguments(shape, dtype):
-    """mla_query's arguments, and the reference's, with angles in radians for their cos and sin."""
+    """Returns mla_query's arguments and the reference's, which have angles in radians for their cos and sin."""
     rng = np.random.default_rng(0)
 
     def random(*size):
         return jnp.asarray(rng.normal(size=size), dtype)
 
     angles = rng.uniform(0, 100, size=(shape.B, shape.R // 2)) if shape.rotates else None
-    twice = None if angles is None else np.concatenate([angles, angles], axis=1)
-    rotation = None if twice is None else tuple(jnp.asarray(f(twice), jnp.float32) for f in (np.cos, np.sin))
+    doubled = None if angles is None else np.concatenate([angles, angles], axis=1)
+    rotation = None if doubled is None else tuple(jnp.asarray(f(doubled), jnp.float32) for f in (np.cos, np.sin))
     low = random(shape.B, shape.C), random(shape.B, shape.L + shape.R)
     norms = (1 + 0.1 * random(shape.C) if shape.norms else None), 1 + 0.1 * random(shape.L)
     weights = random(shape.H * (shape.N + shape.R), shape.C), random(shape.H * 2 * shape.N, shape.L)
@@ -88,7 +88,7 @@ def test_rotation_keeps_the_products_of_two_tokens_at_one_distance(implementatio
         _, q_rope, latents = query(shape, implementation)(*same, turn, *rest)
         return float(q_rope[3, 0] @ latents[0, shape.L :]), float(q_rope[1, 0] @ latents[0, shape.L :])
 
-    # When both move, then their product stays; at another distance it is another one
+    # When both move, then their product stays; at another distance it changes
     for near, far in zip(products(0), products(1000), strict=True):
         assert near == pytest.approx(far, rel=1e-3)
     assert abs(products(0)[0] - products(0)[1]) > 1e-2 * abs(products(0)[0])
@@ -97,7 +97,7 @@ def test_rotation_keeps_the_products_of_two_tokens_at_one_distance(implementatio
 def test_output_on_two_cores_and_in_tiles(monkeypatch):
     monkeypatch.setattr(KERNEL, "chip", lambda: V5P)
     monkeypatch.setattr(KERNEL, "STEP_BYTES", 2**16)
-    for columns in (768, 384):  # three tiles for each core; tiles that two cores cannot share
+    for columns in (768, 384):  # three tiles for each core; tiles that two cores cannot divide
         given = output_arguments(shapes.ProjectionShape("", 9, 128, 128, 128, 64, 2, columns), jnp.bfloat16)
         assert relative_rmse(output("mosaic_tpu")(*given), reference.mla_output(*given)) <= 5e-3
 
@@ -153,7 +153,7 @@ def test_float32_is_multiplied_as_float32(dtype, precision):
 
 @IMPLEMENTATIONS
 def test_gradient(implementation):
-    # Given one head of three tokens, and in float64 all that it depends on moved a little
+    # Given one head of three tokens, and in float64 a small change of every argument
     shape = shapes.ProjectionShape("", 3, 128, 128, 128, 64, 1, 128)
     given, (q_a, kv_a, angles, q_norm, *rest) = query_arguments(shape, jnp.float32)
     cotangents = [np.random.default_rng(2).normal(size=size) for size in ((3, 1, 128), (3, 1, 64), (3, 192))]

@@ -1,4 +1,4 @@
-"""Reading libtpu's dump: loops, and the bundles that lie in each."""
+"""Reading libtpu's dump: loops, and the bundles in each."""
 
 import pytest
 from tpu.schedule import read_kernel
@@ -43,7 +43,7 @@ def test_bundles_are_counted_per_loop(tmp_path):
 
     loops = read_kernel(tmp_path, "mine")
 
-    # The empty bundle, printed without its depth, belongs where it stands.
+    # The empty bundle, printed without its depth, belongs to the loop around its place.
     assert [(loop.depth, loop.bundles, loop.spills) for loop in loops] == [(0, 2, 0), (1, 5, 1), (2, 2, 0), (2, 1, 0)]
     assert loops[2].use == {"VALU": 0.75, "VLOAD:FILL": 0.0}
 

@@ -1,4 +1,4 @@
-"""The kernels compiled for TPUs that are not here, held to the budget recorded for the installed libtpu."""
+"""The kernels compiled for TPUs that this machine does not have stay within the budget of the installed libtpu."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "benchmarks" / "tpu_schedule.py"
 BUDGETS = ROOT / "benchmarks" / "tpu" / "budgets"
-# Their code is in others too, and they take the compiler long.
+# Other kernels contain their code, and the compiler takes long for them.
 REST = {"int4_grouped_swiglu 7168x2048 M=8 x 8", "mla_write 1 sequences, 2048 rows from 64"}
 
 pytestmark = pytest.mark.skipif(
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # Its own flags: those that the tests set for this process's devices are not the compiler's.
+    # The compiler has its own flags, without those that the tests set for this process's devices.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, str(TOOL), *arguments], capture_output=True, text=True, env=environment, check=False
@@ -60,7 +60,7 @@ def test_a_kernel_beyond_its_budget_is_named(tmp_path):
         json.dumps({case: {chip: limit | {"bundles_per_unit": 0.9 * limit["bundles_per_unit"]}}, "x": {chip: {}}})
     )
 
-    # When the tool holds the kernels to it
+    # When the tool compares the kernels with it
     done = run("--budget", str(path))
 
     # Then it fails and names both

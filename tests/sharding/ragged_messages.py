@@ -1,12 +1,12 @@
-"""`jax.lax.ragged_all_to_all` from other messages, after its documentation: XLA has none for CPU."""
+"""Emulates `jax.lax.ragged_all_to_all` with other collectives, by its documentation: XLA has none for CPU."""
 
 import jax.numpy as jnp
 from jax import lax
 
 
 def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """Rows [input_offsets[r], + send_sizes[r]) of each device's operand lie in device r's output from that device's
-    output_offsets[r] on. A row with another count than `recv_sizes` says is written over with NaN."""
+    """Sends rows [input_offsets[r], + send_sizes[r]) of each device's operand to device r, whose output has them from
+    that device's output_offsets[r] on. Overwrites rows with NaN where their count is not that of `recv_sizes`."""
     me = lax.axis_index(axis_name)
     operands = lax.all_gather(operand, axis_name)
     begins, counts, places = (lax.all_gather(x, axis_name)[:, me] for x in (input_offsets, send_sizes, output_offsets))

@@ -1,4 +1,4 @@
-"""Experts split over a mesh give each token the same sum as all of them on one device."""
+"""Experts sharded over a mesh give each token the sum that one device gives it."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ TEXT = from_dict(
         "k2.5", hidden_size=HIDDEN, moe_intermediate_size=WIDTH, n_routed_experts=EXPERTS, num_experts_per_tok=CHOSEN
     )
 ).text
-# The bias that sends tokens where a test wants them
+# The bias that sends tokens to the experts that a test wants
 BIAS = {
     "spread": np.zeros(EXPERTS),
     "all to one": 10 * (np.arange(EXPERTS) == 3),
@@ -52,7 +52,7 @@ def layer(choice="spread", int4=False):
 
 
 def on_mesh(moe, x, shape, dispatches):
-    """The mixture of x with the experts on a mesh, and x laid out as the residual stream of such a call."""
+    """Computes the mixture of x with the experts on a mesh, with x sharded like the residual stream of such a call."""
     graph, params = nnx.split(moe)
     mesh = make_mesh(shape)
     partition = Partition(mesh)
@@ -64,7 +64,7 @@ def on_mesh(moe, x, shape, dispatches):
         y = mix_experts(nnx.merge(graph, params), layout.slice_rows(x), layout)
         return layout.gather_rows(layout.take_local(y))
 
-    # the stream of a decode step has all rows everywhere
+    # in a decode step's stream every device has all rows
     spec = REPLICATED if isinstance(layout, ReplicatedStream) else layout.row_spec()
     run = partition.shard_map(on_device, (weight_specs(params, partition), spec), layout.row_spec())
     return jax.jit(run)(*jax.device_put((params, x), NamedSharding(mesh, REPLICATED)))
@@ -88,7 +88,7 @@ def test_each_token_gets_the_sum_over_its_experts(monkeypatch, shape, rows, toke
         monkeypatch.setattr(expert_dispatch, "combine_in_rounds", expert_dispatch.combine_ragged)
         monkeypatch.setattr(expert_dispatch, "LANES", HIDDEN // expert_dispatch.SUBLANES)
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
-        if tokens > 1:  # by the way of many
+        if tokens > 1:  # by dispatching tokens
             monkeypatch.setattr(moe_module, "fits", lambda *_: False)
     moe = layer(choice)
     x = jnp.asarray(np.random.RandomState(0).standard_normal((rows, tokens, HIDDEN)), jnp.float32)
@@ -98,7 +98,7 @@ def test_each_token_gets_the_sum_over_its_experts(monkeypatch, shape, rows, toke
 
 
 def test_experts_and_their_width_split_together():
-    # Given four INT4 experts on eight devices, which share each, two or four of them
+    # Given four INT4 experts on eight devices, over which each is sharded in two or four parts
     config = dataclasses.replace(TEXT, n_routed_experts=4, moe_intermediate_size=128)
     moe = MoE(Init(jax.random.key(0), jnp.dtype(jnp.float32), std=0.2), config)
     x = jnp.asarray(np.random.RandomState(0).standard_normal((4, 8, HIDDEN)), jnp.float32)

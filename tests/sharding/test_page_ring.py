@@ -34,7 +34,7 @@ def on_devices(compute, in_specs, out_specs, *arguments):
 
 
 def test_every_token_lies_on_one_device_and_first_in_its_pages():
-    # Given rows that end before, at and after the borders of pages and of turns over the devices
+    # Given rows that end before, at and after the ends of pages and of rounds over the devices
     lengths = np.array([0, 1, 4, 5, 15, 16, 17, 31, 32], np.int32)
     positions = np.where(np.arange(32) < lengths[:, None], np.arange(32), -1).astype(np.int32)
     own, count, numbers = on_devices(
@@ -52,11 +52,11 @@ def test_every_token_lies_on_one_device_and_first_in_its_pages():
     np.testing.assert_array_equal(numbers, np.arange(8).reshape(2, 4).T)
     for row, length in enumerate(lengths):
         for device in range(DEVICES):
-            here = [position for position in range(length) if position // PAGE % DEVICES == device]
-            assert count[device, row] == len(here)
-            expected = [position // PAGE // DEVICES * PAGE + position % PAGE for position in here]
-            assert own[device, row][own[device, row] >= 0].tolist() == expected == list(range(len(here)))
-            assert np.flatnonzero(own[device, row] >= 0).tolist() == here
+            local = [position for position in range(length) if position // PAGE % DEVICES == device]
+            assert count[device, row] == len(local)
+            expected = [position // PAGE // DEVICES * PAGE + position % PAGE for position in local]
+            assert own[device, row][own[device, row] >= 0].tolist() == expected == list(range(len(local)))
+            assert np.flatnonzero(own[device, row] >= 0).tolist() == local
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_all_devices_have_in_their_order(monkeypatch, gather, batch, rows):
 
 
 def test_partial_softmaxes_are_merged_as_if_over_all_tokens():
-    # Given scores of 3 rows and 8 heads over 5 tokens on each device; one device sees nothing of a row, none of another
+    # Given scores of 3 rows and 8 heads over 5 tokens on each device; row 0 is masked on one, row 2 on all
     random = np.random.RandomState(0)
     scores, values = 5 * random.standard_normal((DEVICES, 3, 8, 5)), random.standard_normal((DEVICES, 3, 8, 5, 6))
     scores[1, 0], scores[:, 2] = -np.inf, -np.inf
@@ -83,7 +83,7 @@ def test_partial_softmaxes_are_merged_as_if_over_all_tokens():
         weights = np.exp(scores)
         expected = np.einsum("dbht,dbhtv->bhv", weights, values) / weights.sum((0, 3))[..., None]
 
-    # When each device has its own two heads of all
+    # When each device has two heads of its own, of all tokens
     found = on_devices(
         lambda out, lse: merge_shards(out[0], lse[0], PARTITION),
         (PARTS, PARTS),

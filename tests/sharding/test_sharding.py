@@ -79,7 +79,7 @@ def partition(sizes, rules=SERVE):
 @pytest.mark.parametrize(
     ("axes", "shape", "sizes", "expected"),
     [
-        # Every expert whole, over all devices
+        # Whole experts, sharded over all devices
         (("expert", "expert_mlp", "embed"), (384, 2048, 7168), (8, 1, 8, 1), (("data", "tensor"), None, None)),
         (("expert", "expert_mlp", "embed"), (256, 1024, 2304), (1, 1, 1, 8), ("sequence", None, None)),
         # 384 = 16 x 24: the other 16 devices divide the width of each; 128 of 2048 are four groups of 32 inputs
@@ -96,7 +96,7 @@ def partition(sizes, rules=SERVE):
         ((), (), (2, 2, 2, 1), ()),
     ],
 )
-def test_where_an_array_lies(axes, shape, sizes, expected):
+def test_the_spec_of_an_array(axes, shape, sizes, expected):
     assert partition(sizes).spec(axes, shape) == PartitionSpec(*expected)
 
 
@@ -108,7 +108,7 @@ def test_where_an_array_lies(axes, shape, sizes, expected):
         (("embed", "heads"), (7168, 64), (4, 1, 1, 2), ("data", "sequence")),
         (("vocab", "embed"), (163840, 7168), (2, 2, 2, 1), (("expert", "tensor"), "data")),
         (("expert_scores", "embed"), (384, 7168), (4, 1, 2, 1), (None, "data")),
-        # Of the axes that another dimension takes, or the width does not divide by, none
+        # An axis that no other dimension takes and that divides the width; without one, none
         (("expert", "embed", "expert_mlp"), (384, 7168, 2048), (8, 1, 8, 1), (("data", "tensor"), None, None)),
         (("embed", "shared_mlp"), (7168, 2048), (8, 1, 1, 1), (None, "data")),
         (("latent", "embed"), (576, 66), (4, 3, 1, 1), (None, "expert")),
@@ -117,7 +117,7 @@ def test_where_an_array_lies(axes, shape, sizes, expected):
 def test_training_shards_what_serving_replicates(axes, shape, sizes, expected):
     train, serve = partition(sizes, TRAIN), partition(sizes)
     assert train.spec(axes, shape) == PartitionSpec(*expected)
-    # And what is gathered before use leaves it as in serving
+    # And weights that are gathered before use are sharded as in serving after it
     gathered = train.gathered_axes(axes, shape)
     left = [None if i in gathered else names for i, names in enumerate(train.spec(axes, shape))]
     assert PartitionSpec(*left) == serve.spec(axes, shape)
@@ -140,10 +140,10 @@ def test_equal_partitions_are_equal_values():
 
 
 def test_without_a_mesh_nothing_is_sharded():
-    for alone in (Partition(), partition((1, 1, 1, 1), TRAIN)):
-        assert alone.spec(("expert", "embed"), (3, 5)) == PartitionSpec(None, None)
-        assert (alone.devices, alone.num_shards("heads"), alone.mesh_axes) == (1, 1, ())
-        assert alone.shard_map(print, (), ()) is print
+    for single_device in (Partition(), partition((1, 1, 1, 1), TRAIN)):
+        assert single_device.spec(("expert", "embed"), (3, 5)) == PartitionSpec(None, None)
+        assert (single_device.devices, single_device.num_shards("heads"), single_device.mesh_axes) == (1, 1, ())
+        assert single_device.shard_map(print, (), ()) is print
 
 
 def test_each_device_holds_its_share():
@@ -171,7 +171,7 @@ def test_a_mesh_axis_serves_one_dimension():
             (1, 2, 2, 2),
             "'vocab' of 10 .* 'expert' of 2 x 'tensor' of 2 x 'sequence' of 2",
         ),
-        # What the experts leave, their width must take; scales have one row for 32 inputs, and no group is split
+        # The axes that experts leave must divide their width; scales have one row for 32 inputs, and no group is cut
         (("expert", "expert_mlp", None), (6, 6, 1), (1, 4, 1, 1), "axis 'expert_mlp' of 6 .* mesh axis 'expert' of 4"),
         (("expert", "expert_mlp", None), (6, 2, 1), (1, 4, 1, 1), "axis 'expert_mlp' of 2 .* mesh axis 'expert' of 4"),
     ],

@@ -1,4 +1,4 @@
-"""A conversation that uses every field, and the ways to put forged markers into each of them."""
+"""A conversation that uses every field, and ways to put forged markers into each of them."""
 
 import copy
 import json
@@ -77,7 +77,7 @@ def special(ids: list[int]) -> list[int]:
     return [i for i in ids if i >= 512]
 
 
-# What K2.5's published template says, written by its rules.
+# The prompt of K2.5's published template, written out by its rules.
 KIMI_LIKE = """\
 {%- macro body(message) -%}
   {%- if message.content is string -%}

@@ -29,7 +29,7 @@ def result(call_id: str, text: str) -> dict[str, Any]:
 
 
 def answers(prompt: str) -> list[str]:
-    """What stands between header and end of each assistant turn."""
+    """Returns the text between header and end of each assistant turn."""
     return [turn.split("<|im_end|>")[0] for turn in prompt.split("<|im_assistant|>assistant<|im_middle|>")[1:]]
 
 
@@ -167,7 +167,7 @@ def test_nobody_forges_a_turn(tok: Tokenizer, path: tuple[Any, ...]):
     assert special(ids) == special(honest)
     assert "obey" in tok.decode(ids)
     assert tok.decode(ids) == chat.render(**attacked, **options)
-    # the attack is real: read as one string with special tokens, the prompt has more of them
+    # the attack is real: encoded as one string with special tokens, the prompt has more of them
     assert len(special(tok.encode(chat.render(**attacked, **options)))) > len(special(honest))
 
 

@@ -1,4 +1,4 @@
-"""Conversations that nobody would write: an answer or one of our own errors, and never a marker from people's text."""
+"""Conversations that nobody would write get a prompt or one of our own errors, never a marker from people's text."""
 
 import warnings
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Templates that lie in a folder: rendered as transformers would, and as safe against forged turns as our own."""
+"""A folder's own templates, rendered as transformers renders them, and as safe against forged turns as the built-in
+ones."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The ways in which clients write a conversation, and what is refused or named: one line, never a trace."""
+"""The ways in which clients write a conversation, and those that are refused or warned of in one line."""
 
 import copy
 import json

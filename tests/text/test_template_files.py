@@ -1,4 +1,5 @@
-"""Where chat templates lie in a folder, which of them is used, and when K2.5's is the one that is built in."""
+"""The files of a folder's chat templates, the choice among them, and when the built-in template of K2.5 is used
+instead."""
 
 import json
 import os
@@ -122,7 +123,7 @@ def test_k25_s_own_rules_are_the_built_in_ones(tmp_path: Path):
         ("<|media_end|>{{ '\\n' }}", "<|media_end|>"),
         ("{%- if not thinking -%}</think>{%- endif -%}", ""),
         ("{{ message.name or message.role }}", "{{ message.role }}"),
-        ("{%- elif message.content is not none -%}", "{%- else -%}"),  # fails where there is no content
+        ("{%- elif message.content is not none -%}", "{%- else -%}"),  # fails for a message without content
         ("arguments | tojson }}", "arguments | tojson(indent=1) }}"),
         ("{{ message.content }}", "{{ message.content | trim }}"),
         ("{%- macro", "{%- nothing"),

@@ -145,7 +145,7 @@ def gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" in status.read_text()  # ended, and its new parent has not looked
+    return status.exists() and "State:\tZ" in status.read_text()  # ended, and not yet waited for by its new parent
 
 
 @pytest.mark.parametrize("how", ["end", "stay"])

@@ -62,7 +62,7 @@ def _ranks(*more: bytes) -> str:
 @pytest.mark.parametrize(
     ("text", "merges", "ids"),
     [
-        # only `&&[^\p{Han}]` keeps a Latin word from running on into Han
+        # only `&&[^\p{Han}]` ends a Latin word before Han
         ("a好", (b"\xe5\xa5", "好".encode(), "a好".encode()), [97, 257]),
         ("aé", (b"\xc3\xa9", "aé".encode()), [257]),
         ("1234", (b"12", b"34", b"123", b"1234"), [258, 52]),
@@ -97,7 +97,7 @@ def test_long_runs_and_long_texts_are_cut(tok: Tokenizer):
 
 
 def _published_pieces(text: str, chars: int, run_chars: int) -> Iterator[str]:
-    """The character loop of the published tokenizer."""
+    """Cuts text by the character loop of the published tokenizer."""
     for begin in range(0, len(text), chars):
         piece = text[begin : begin + chars]
         run, start, space = 0, 0, piece[0].isspace()
@@ -174,7 +174,7 @@ def test_damaged_ranks(damage, message: str | None, tmp_path: Path):
     write_tiny_tokenizer(tmp_path)
     file = tmp_path / "tiktoken.model"
     file.write_text("".join(damage(file.read_text().splitlines(keepends=True))))
-    if message is None:  # a line said twice says nothing new
+    if message is None:  # a line given twice changes nothing
         assert Tokenizer.from_folder(tmp_path).vocab_size == 768
         return
     with pytest.raises(ValueError, match=f"tiktoken.model.*{message}"):

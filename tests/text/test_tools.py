@@ -10,7 +10,7 @@ from kimi_jax.text import declare_tools
 
 
 def declare(parameters: Any, **function: Any) -> str:
-    """The declaration of one function `f`, without the lines around it."""
+    """Returns the declaration of one function `f`, without the lines around it."""
     text = declare_tools([{"type": "function", "function": {"name": "f", "parameters": parameters, **function}}])
     head, tail = "# Tools\n\n## functions\nnamespace functions {\n", "\n}\n"
     assert text.startswith(head) and text.endswith(tail)
@@ -18,7 +18,7 @@ def declare(parameters: Any, **function: Any) -> str:
 
 
 def field(schema: Any, required: bool = True) -> str:
-    """How a property `x` of this schema is declared."""
+    """Returns the declaration of a property `x` with this schema."""
     text = declare({"type": "object", "properties": {"x": schema}, "required": ["x"] if required else []})
     head, tail = "type f = (_: {\n", "\n}) => any;"
     assert text.startswith(head) and text.endswith(tail)

@@ -1,1 +1,1 @@
-"""The cases of each op, built from its `shapes`."""
+"""Lists the cases of each op, a module for each."""

@@ -1,4 +1,5 @@
-"""Dense grouped matmuls: Kimi Linear's experts in bf16, few rows and many; HBM bytes are those of the matrices."""
+"""Lists cases of dense grouped matmuls: Kimi Linear's experts in bf16, few rows and many. HBM bytes are those of the
+matrices."""
 
 import functools
 from typing import Any
@@ -14,7 +15,7 @@ GROUPS = 32
 
 
 def _case(op: Any, K: int, N: int, rows: int) -> Case:
-    """`rows` a group, which fill whole windows or lie in one."""
+    """Returns the case with `rows` rows in each group, which fill whole windows or are within one."""
     of_a_group = 2 if op is grouped_swiglu else 1
 
     def build() -> tuple[Any, tuple[Any, ...]]:

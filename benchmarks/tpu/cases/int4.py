@@ -1,4 +1,5 @@
-"""INT4 matmul and its grouped forms: K2's expert shapes, few and many rows; HBM bytes are those of codes and scales."""
+"""Lists cases of the INT4 matmul and its grouped forms: K2's expert shapes, few and many rows. HBM bytes are those of
+codes and scales."""
 
 import functools
 from collections.abc import Callable
@@ -24,9 +25,10 @@ def _arguments(K: int, N: int, rows: int, groups: int | None) -> tuple[Any, tupl
 
 
 def _trips(K: int, N: int, rows: int, groups: int, matrices: int) -> tuple[int, ...]:
-    """The grid; windows of a block to zero; the parts of a step whose group has few rows, by their number; of one that
-    lies in one window; of one that does not, and its windows; windows of a block to write.
+    """Returns the trips of the kernel's loops.
 
+    The loops are: the grid; windows of a block to zero; parts of a step for a group of few rows, by their number; parts
+    for a group within one window; parts for a group in several windows, and those windows; windows of a block to write.
     A group's rows begin at a multiple of their number here, so that all visits are of one kind.
     """
     tile = mosaic_tpu.tiles(rows * groups, K, N, groups, jnp.bfloat16)

@@ -1,4 +1,5 @@
-"""KDA over a prompt at Kimi Linear's sizes, projections as they come; the gate unbounded, and bounded as K3's."""
+"""Lists cases of KDA over a prompt at Kimi Linear's sizes, with inputs in the layout of the projections: one with any
+gate, one with a gate bounded like K3's."""
 
 from functools import partial
 
@@ -42,7 +43,7 @@ def _case(lower_bound: float | None) -> Case:
         name=f"kda H={HEADS} {TOKENS // 1024}k tokens, {gate}",
         kernel="kda",
         build=build,
-        # Steps (and those that fill and drain the pipeline), and the heads whose states begin a segment.
+        # Grid steps, with two to fill and drain the pipeline; and the heads whose states begin a segment.
         trips=lambda: (steps + 2, HEADS),
         units=TOKENS // CHUNK * HEADS,
         unit="chunk of a head",

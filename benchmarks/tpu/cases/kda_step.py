@@ -1,4 +1,4 @@
-"""One KDA token of a batch: Kimi Linear's 32 heads of 128 x 128, projections as they come."""
+"""Lists cases of one KDA token of a batch: Kimi Linear's 32 heads of 128 x 128, inputs in the layout of projections."""
 
 from functools import partial
 
@@ -9,8 +9,6 @@ from pallas_kernels import kda_step
 from tpu.case import Case
 
 HEADS, WIDTH = 32, 128
-# By batch: grid steps (and those that fill and drain the pipeline), and loops over eight states within them.
-TRIPS = {64: (64 + 2, 64 * 4), 1: (4 + 2,)}
 
 
 def _case(batch: int) -> Case:
@@ -38,7 +36,7 @@ def _case(batch: int) -> Case:
         name=f"kda_step H={HEADS} batch {batch}",
         kernel="kda_step",
         build=build,
-        # Steps of eight sequences and four heads (and those that fill and drain the pipeline), and the heads.
+        # Grid steps of eight sequences and four heads, with two to fill and drain the pipeline; and the heads.
         trips=lambda: (batch // 8 * HEADS // 4 + 2, batch // 8 * HEADS),
         units=batch * HEADS,
         unit="head of a sequence",

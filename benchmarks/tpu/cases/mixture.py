@@ -1,5 +1,5 @@
-"""A decode step's mixture: 64 tokens, experts of K2 (INT4) and of Kimi Linear (bf16) with two rows each, and 256 tokens
-with 16; HBM bytes are those of the experts."""
+"""Lists cases of a decode step's mixture: 64 tokens and two rows an expert for K2 (INT4) and Kimi Linear (bf16), and
+256 tokens and 16 rows an expert for K2. HBM bytes are those of the experts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,18 +12,19 @@ from pallas_kernels.int4_grouped_matmul.product import FEW_ROWS
 from pallas_kernels.mixture.stages import Int4Stage, choose_stage
 from tpu.case import Case
 
-CHOICES, HELD = 8, 8
+CHOICES, EXPERTS = 8, 8
 
 
 def _weight(in_: int, out: int, int4: bool) -> Any:
     if not int4:
-        return jax.ShapeDtypeStruct((HELD, out, in_), jnp.bfloat16)
-    codes = jax.ShapeDtypeStruct((HELD, in_, out), jnp.int4)
-    return codes, jax.ShapeDtypeStruct((HELD, in_ // 32, out), jnp.bfloat16)
+        return jax.ShapeDtypeStruct((EXPERTS, out, in_), jnp.bfloat16)
+    codes = jax.ShapeDtypeStruct((EXPERTS, in_, out), jnp.int4)
+    return codes, jax.ShapeDtypeStruct((EXPERTS, in_ // 32, out), jnp.bfloat16)
 
 
 def _products(of: Any, steps: int, rows: int) -> list[int]:
-    """Parts of the steps for groups of few rows, on chips that take them apart; windows of others, and their parts."""
+    """Returns the trips of a stage's products: parts of a step for groups of few rows, on chips that treat those apart;
+    windows of other groups, and their parts."""
     if not isinstance(of, Int4Stage):
         return [steps]
     windows = [steps, steps * of.inputs // of.tiles.K_part]
@@ -33,15 +34,15 @@ def _products(of: Any, steps: int, rows: int) -> list[int]:
 
 
 def _trips(K: int, N: int, int4: bool, tokens: int, rows: int) -> tuple[int, ...]:
-    """The grid; windows of the sums to zero; rows to gather; of gate and up, windows to zero, products and windows to
-    write; of down, windows to zero, products, and rows to add."""
+    """Returns the trips of the kernel's loops: the grid; windows of the sums to zero; rows to gather; for gate and up,
+    windows to zero, products and windows to write; for down, windows to zero, products and rows to add."""
     into, out_of = (choose_stage(_weight(*size, int4), jnp.bfloat16, n) for size, n in (((K, N), 2), ((N, K), 1)))
-    steps = HELD * N // into.tile, HELD * K // out_of.tile
+    steps = EXPERTS * N // into.tile, EXPERTS * K // out_of.tile
     into_loops, out_loops = _products(into, steps[0], rows), _products(out_of, steps[1], rows)
     return (
         sum(steps),
         tokens // 16,
-        HELD * rows,
+        EXPERTS * rows,
         *[steps[0]] * 2,
         *into_loops,
         steps[0],
@@ -60,7 +61,7 @@ def _case(name: str, K: int, N: int, int4: bool, tokens: int, rows: int) -> Case
         routes = [jax.ShapeDtypeStruct((tokens, CHOICES), dtype) for dtype in (jnp.int32, jnp.float32)]
         return run, (jax.ShapeDtypeStruct((tokens, K), jnp.bfloat16), *routes, into, into, out_of)
 
-    moved = HELD * 3 * K * N * (0.5625 if int4 else 2.0)
+    moved = EXPERTS * 3 * K * N * (0.5625 if int4 else 2.0)
     return Case(
         name=name,
         kernel="mixture",
@@ -69,12 +70,12 @@ def _case(name: str, K: int, N: int, int4: bool, tokens: int, rows: int) -> Case
         units=moved / 1024,
         unit="KiB of weights",
         hbm_bytes=moved,
-        flops=2.0 * HELD * rows * 3 * K * N,
+        flops=2.0 * EXPERTS * rows * 3 * K * N,
     )
 
 
 CASES = [
-    _case(f"mixture of {HELD} INT4 experts, 7168x2048", 7168, 2048, True, 64, 2),
-    _case(f"mixture of {HELD} INT4 experts of 16 rows, 7168x2048", 7168, 2048, True, 256, 16),
-    _case(f"mixture of {HELD} experts, 2304x1024", 2304, 1024, False, 64, 2),
+    _case(f"mixture of {EXPERTS} INT4 experts, 7168x2048", 7168, 2048, True, 64, 2),
+    _case(f"mixture of {EXPERTS} INT4 experts of 16 rows, 7168x2048", 7168, 2048, True, 256, 16),
+    _case(f"mixture of {EXPERTS} experts, 2304x1024", 2304, 1024, False, 64, 2),
 ]

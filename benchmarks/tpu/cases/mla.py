@@ -1,5 +1,5 @@
-"""Latent attention at Kimi's widths: decode for all 64 heads and for the 8 that eight devices leave, prefill for groups
-of heads (of whose number it is the multiple), and writes."""
+"""Lists cases of latent attention at Kimi's widths: decode for all 64 heads and for the 8 of one of eight devices,
+prefill (whose cost is a multiple of one group of heads), and writes."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ def _decode(heads: int, batch: int, tokens: int) -> Case:
         name=f"mla_decode H={heads} {batch} sequences of {_thousands(tokens)}",
         kernel="mla_decode",
         build=build,
-        # Sequences (and the steps that fill and drain the pipeline), their blocks, and pages to blank: all are full.
+        # Sequences, with two to fill and drain the pipeline; their blocks; and pages to blank: none, all are full.
         trips=lambda: (batch + 2, batch * blocks, 0),
         units=batch * tokens / 1024,
         unit="1,024 tokens of one sequence",
@@ -45,7 +45,7 @@ def _decode(heads: int, batch: int, tokens: int) -> Case:
 
 
 def _prefill(heads: int, queries: int, keys: int) -> Case:
-    """The last `queries` of `keys` tokens of one sequence, from and to the layout of projections."""
+    """Returns the case of the last `queries` of `keys` tokens of one sequence, arrays in the layout of projections."""
     width, values = NOPE + ROPE, VALUES
     bf16 = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
@@ -82,11 +82,11 @@ def _prefill(heads: int, queries: int, keys: int) -> Case:
             masked += -(-last // size.keys) - wholly_seen
             masked_parts += -(-last // size.part) - wholly_seen * parts
         return (
-            # Steps (and those that fill and drain the pipeline); the span of the first; blocks of a step.
+            # Grid steps, with two to fill and drain the pipeline; the span of the first step; blocks of all steps.
             groups * q_blocks + 2,
             blocks * parts,
             groups * (whole + masked),
-            # Within: the span of the next step; whole blocks; parts of others, and the rows of their masks.
+            # In a step: the span of the next step; whole blocks; parts of other blocks, and the rows of their masks.
             groups * q_blocks * blocks * parts,
             groups * whole,
             groups * masked_parts,
@@ -107,13 +107,14 @@ def _prefill(heads: int, queries: int, keys: int) -> Case:
 
 
 def _write(batch: int, rows: int, tokens: int, start: int = 0) -> Case:
-    """`rows` consecutive tokens from `start` on of each of `batch` sequences, whose pages `tokens` would fill."""
+    """Returns the case of writing `rows` consecutive tokens from `start` on to each of `batch` sequences, which have
+    pages for `tokens`."""
     max_pages = -(-tokens // PAGE)
     width = LATENT + ROPE
     pages = batch * (-(-(start + rows) // PAGE))
     blocks = -(-batch * rows // PAGE)
     runs = batch if rows == 1 else blocks * (2 if start else 1)
-    whole = rows > 1 and start == 0  # pages are written, and not read before
+    whole = rows > 1 and start == 0  # whole pages are written without being read first
 
     def build():
         bf16 = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -130,8 +131,8 @@ def _write(batch: int, rows: int, tokens: int, start: int = 0) -> Case:
         name=f"mla_write {batch} sequences, {rows} rows" + (f" from {start}" if start else ""),
         kernel="mla_write",
         build=build,
-        # Blocks of rows (and the steps that fill and drain the pipeline), a loop where there are several; their runs,
-        # and the looks ahead.
+        # Blocks of rows, with two to fill and drain the pipeline, a loop only for several; their runs of rows in one
+        # page; and searches for the next run.
         trips=lambda: (*([blocks + 2] if blocks > 1 else []), runs, runs),
         units=batch * rows,
         unit="rows",

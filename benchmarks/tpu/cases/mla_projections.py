@@ -1,5 +1,5 @@
-"""The projections around K2's decode attention for 8 and 64 tokens and the 8 heads that eight devices leave; HBM bytes
-are those of the weights."""
+"""Lists cases of the projections around K2's decode attention: 8 and 64 tokens, and the 8 heads of one of eight
+devices. HBM bytes are those of the weights."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Calls of the command, and what should come of them."""
+"""Calls the command in tests and checks the results."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def generate(folder, *arguments):
 
 
 def answer(kimi, folder, messages, *, tools=None, thinking=True, **options):
-    """What the command should print: the text of `kimi_jax.generate`'s tokens, up to the stop."""
+    """Returns the text that the command should print: that of `kimi_jax.generate`'s tokens, up to the stop."""
     processor = kimi_jax.Processor.from_folder(folder)
     prompt = processor(messages, tools, thinking, files=Path("/"))
     stops = kimi.config.stop_ids
@@ -25,7 +25,7 @@ def user(content):
 
 
 def refused(capsys, code):
-    """The one line that a refusal writes, and nothing on standard output but what a progress bar leaves."""
+    """Returns the one line that a refusal writes, and checks that standard output has at most a progress bar."""
     assert code == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("kimi-jax: "), lines

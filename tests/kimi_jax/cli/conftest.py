@@ -1,4 +1,4 @@
-"""A small K2.5 for the command, whole, loaded and spoiled."""
+"""Makes a small K2.5 for the command, whole, loaded and damaged."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A K2.5 of two layers in the published layout."""
+    """Returns a K2.5 of two layers in the published layout."""
     return write_toy(tmp_path_factory.mktemp("cli") / "k2.5", toy_config("k2.5", **SIZES))
 
 
@@ -32,8 +32,8 @@ def kimi(published):
 
 @pytest.fixture
 def loads(kimi, monkeypatch):
-    """What `checkpoints.load` is asked for from here on; it gives the model that is there, and nothing is compiled
-    twice."""
+    """Replaces `checkpoints.load` by one that records its arguments and returns a loaded model, so that nothing
+    compiles twice."""
     asked = []
 
     def load(path, mesh, dtype, verify):
@@ -46,7 +46,7 @@ def loads(kimi, monkeypatch):
 
 @pytest.fixture
 def damaged(published, tmp_path):
-    """A copy to spoil."""
+    """Returns a copy of the checkpoint, to damage."""
     return Path(shutil.copytree(published, tmp_path / "damaged"))
 
 

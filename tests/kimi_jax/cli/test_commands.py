@@ -1,4 +1,4 @@
-"""The `kimi-jax` command, in process: what it prints, where, and its exit codes."""
+"""The `kimi-jax` command, in process: its output, on which stream, and its exit codes."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def test_convert_inspect_and_generate_from_what_was_converted(published, kimi, t
     out, err = capsys.readouterr()
     tensors = [n for file in published.glob("*.safetensors") for n in load_file(file) if not n.endswith("weight_shape")]
     assert f"{target}: {len(tensors)} tensors in " in out and err == ""
-    assert main(["convert", str(published), str(target), "--json"]) == 0  # once more: it is there
+    assert main(["convert", str(published), str(target), "--json"]) == 0  # the second time it is there
     event = json.loads(capsys.readouterr().out)
     assert (event["event"], event["whole"], event["made_bytes"]) == ("converted", True, 0)
     assert event["tensors"] == len(tensors) and event["found_bytes"] > 0
@@ -39,7 +39,7 @@ def test_convert_inspect_and_generate_from_what_was_converted(published, kimi, t
         tables.append([line for line in table.splitlines() if line.startswith("│")])
     assert tables[0] == tables[1]
     assert any("routed experts" in line and f"{3 * 4 * 64 * 32:,}" in line for line in tables[0])
-    # Then what was converted answers as the published folder does
+    # Then the converted folder answers as the published one does
     assert generate(target, "--prompt", "Hello", "--max-new-tokens", 6, "--dtype", "float32") == 0
     assert capsys.readouterr().out == answer(kimi, published, user("Hello"), max_new_tokens=6)[0]
 
@@ -67,7 +67,7 @@ def test_generate_prints_the_answer_and_keeps_the_rest_for_stderr(published, kim
     assert f"the prompt has {tokens.shape[1]} tokens" in log and f" {count} tokens; the first after " in log
     assert log.startswith("loaded in ") and log.endswith("tokens per second")
     assert loads == [(published, None, "float32")]
-    # Instant mode is another prompt
+    # Instant mode has another prompt
     assert generate(published, "--prompt", "Hello", "--no-thinking", *options) == 0
     assert capsys.readouterr().out == answer(kimi, published, user("Hello"), thinking=False, max_new_tokens=6)[0] != out
 
@@ -121,7 +121,7 @@ def test_generate_looks_at_an_image_and_reads_a_chat(published, kimi, loads, pic
     image, text = {"type": "image_url", "image_url": {"url": str(picture)}}, {"type": "text", "text": "Describe."}
     messages = user([image, text])
     assert seen == answer(kimi, published, messages, max_new_tokens=4)[0]
-    # The same conversation from a file, as a list and with tools beside it
+    # The same conversation from a file, as a list and as an object with tools
     chat = tmp_path / "chat.json"
     chat.write_text(json.dumps(messages))
     assert generate(published, "--chat", chat, *options) == 0
@@ -163,17 +163,17 @@ def make_toy(folder, *flags):
 
 
 def test_a_toy_is_made_converted_exported_and_verified(tmp_path, capsys):
-    toy, orbax, back = (str(tmp_path / name) for name in ("toy", "orbax", "back"))
+    toy, orbax, exported = (str(tmp_path / name) for name in ("toy", "orbax", "back"))
     assert make_toy(toy, "--form", "fp8", "--shard-size", "300KB") == 0
     size = sum(file.stat().st_size for file in (tmp_path / "toy").iterdir())
     assert capsys.readouterr().out == f"{toy}: {size:,} bytes\n"
     assert len(list((tmp_path / "toy").glob("*.safetensors"))) > 1
     assert main(["convert", toy, orbax, "--experts", "int4", "--dtype", "float32"]) == 0
-    assert main(["export", orbax, back]) == 0
+    assert main(["export", orbax, exported]) == 0
     out = capsys.readouterr().out.splitlines()[-1]
-    assert out.startswith(f"{back}: ") and "bytes in 1 shards; carried along: config.json, generation_" in out
+    assert out.startswith(f"{exported}: ") and "bytes in 1 shards; carried along: config.json, generation_" in out
 
-    assert main(["verify", orbax]) == main(["verify", orbax, back]) == 0
+    assert main(["verify", orbax]) == main(["verify", orbax, exported]) == 0
     assert main(["verify", orbax, toy, "--tolerance", "0.08"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("tensors, none differs from their checksums") and "none differs from" in lines[1]
@@ -185,7 +185,7 @@ def test_a_toy_is_made_converted_exported_and_verified(tmp_path, capsys):
     )
     assert re.fullmatch(rf"kimi-jax: {orbax}: 12 of \d+ differ from {toy}\n", err)
 
-    assert main(["verify", orbax, back, "--json"]) == 0
+    assert main(["verify", orbax, exported, "--json"]) == 0
     *events, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert last == {"event": "tensor", "name": last["name"], "problem": "", "max_error": 0.0, "rms_error": 0.0}
     assert events[0]["event"] == "verifying"

@@ -1,4 +1,4 @@
-"""The end of a command: every error in one line, warnings too, signals, and a reader that goes away."""
+"""Ends of commands: every error in one line, warnings too, signals, and a reader that goes away."""
 
 import json
 import os
@@ -20,7 +20,7 @@ KIMI = (sys.executable, "-m", "kimi_jax.cli")
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Lets `kimi-jax inspect` raise an error."""
+    """Makes `kimi-jax inspect` raise an error."""
 
     def fail(error):
         def summary(path):

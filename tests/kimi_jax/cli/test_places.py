@@ -1,4 +1,4 @@
-"""Folders that are named by URLs, and files that are not what they should be."""
+"""Folders named by URLs, and files of another kind than their names say."""
 
 from pathlib import Path
 

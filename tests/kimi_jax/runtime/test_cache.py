@@ -1,4 +1,4 @@
-"""Pools: what they hold, how large they are, what is copied in them."""
+"""Pools: their contents, their sizes, and copies of slots."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_capacity_comes_in_few_sizes():
 
 
 def test_pages_in_order_on_a_mesh():
-    # Four rows of two pages on each of two devices of `sequence`; each device of `data` numbers its two rows' own
+    # Four rows of two pages on each of two devices of `sequence`; each device of `data` numbers its own two rows' pages
     table = pages_in_order(4, 3 * PAGE, data=2, sequence=2)
     np.testing.assert_array_equal(table, [[0, 1, 0, 1], [2, 3, 2, 3]] * 2)
 

@@ -1,4 +1,4 @@
-"""The decode loop: ragged batches, stops, seeds, rows that fail, memory, compilation, and what it refuses."""
+"""The decode loop: ragged batches, stops, seeds, rows that fail, memory, compilation, and refused arguments."""
 
 import dataclasses
 
@@ -27,14 +27,14 @@ def prompts():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_does_not_see_its_neighbours_or_its_padding(model, prompts, name):
     prompts, lengths = prompts[:, :16], np.array([16, 1, 7])
-    together = kimi_jax.generate(model(name), prompts, lengths=lengths, max_new_tokens=6, stop_ids=())
+    batched = kimi_jax.generate(model(name), prompts, lengths=lengths, max_new_tokens=6, stop_ids=())
     scribbled = np.where(np.arange(16) < lengths[:, None], prompts, 499)
     np.testing.assert_array_equal(
-        kimi_jax.generate(model(name), scribbled, lengths=lengths, max_new_tokens=6, stop_ids=()), together
+        kimi_jax.generate(model(name), scribbled, lengths=lengths, max_new_tokens=6, stop_ids=()), batched
     )
     for row, length in enumerate(lengths):
-        alone = kimi_jax.generate(model(name), prompts[row : row + 1, :length], max_new_tokens=6, stop_ids=())
-        np.testing.assert_array_equal(alone[0], together[row])
+        single = kimi_jax.generate(model(name), prompts[row : row + 1, :length], max_new_tokens=6, stop_ids=())
+        np.testing.assert_array_equal(single[0], batched[row])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +96,7 @@ def test_a_seed_belongs_to_a_prompt_wherever_it_stands(model, prompts):
     np.testing.assert_array_equal(one, kimi_jax.generate(model("k2.5"), same, seed=1, **drawing))
     np.testing.assert_array_equal(one[0], one[2])
     assert (one != two).any(axis=1).all()
-    # and a seed of each row's own: in another order, beside other rows, in chunks, the same
+    # a seed for each row draws the same tokens in another order, beside other rows, and in chunks
     each = kimi_jax.generate(model("k2.5"), same, seed=[1, 2, 2**40], **drawing)
     np.testing.assert_array_equal(each[:2], [one[0], two[1]])
     assert (each[2] != each[0]).any()
@@ -133,7 +133,7 @@ def test_values_of_a_call_compile_nothing(model, prompts, name):
     for call in calls:
         kimi_jax.generate(model(name), prompts, **asked | call)
     assert program.compiled == before + 2
-    # A prompt of another length in the same bucket neither
+    # and a prompt of another length in the same bucket compiles nothing either
     kimi_jax.generate(model(name), prompts[:, :17], **asked)
     assert program.compiled == before + 2
 
@@ -160,7 +160,7 @@ def test_a_row_that_is_not_finite_ends_with_that_reason(checkpoint, model, promp
         bad = prompts.copy()
         bad[1, 3] = 600
         good = kimi_jax.generate(kimi, prompts, max_new_tokens=4, stop_ids=())
-        # Then that row ends at once, and the others go on as without it
+        # Then that row ends at once, and the other rows have the tokens that they have without it
         columns = list(stream(kimi, bad, max_new_tokens=4, stop_ids=()))
         found = np.stack([column.tokens for column in columns], axis=1)
         np.testing.assert_array_equal(found[[0, 2]], good[[0, 2]])
@@ -180,33 +180,33 @@ def test_batches_of_1_to_9_rows_on_eight_devices(checkpoint, model, name):
     random = np.random.RandomState(3)
     lengths = np.array([33, 3, 8, 40, 1, 17, 16, 5, 29])
     tokens = random.randint(0, 500, (9, 40))
-    asked = {"max_new_tokens": 5, "stop_ids": ()}
-    expected = kimi_jax.generate(model(name), tokens, lengths=lengths, **asked)
-    # Then any number of them, on a mesh that splits the batch, and in chunks, have the tokens that they have there
+    options = {"max_new_tokens": 5, "stop_ids": ()}
+    expected = kimi_jax.generate(model(name), tokens, lengths=lengths, **options)
+    # Then any number of them, on a mesh that shards the batch, and in chunks, have the same tokens
     meshed = kimi_jax.load(checkpoint(name), dtype=jnp.float32, mesh=make_mesh("8x1"))
     for count in range(1, 10):
-        new = kimi_jax.generate(meshed, tokens[:count], lengths=lengths[:count], **asked)
+        new = kimi_jax.generate(meshed, tokens[:count], lengths=lengths[:count], **options)
         np.testing.assert_array_equal(new, expected[:count])
-    chunked = kimi_jax.generate(meshed, tokens, lengths=lengths, prefill_chunk=16, **asked)
+    chunked = kimi_jax.generate(meshed, tokens, lengths=lengths, prefill_chunk=16, **options)
     np.testing.assert_array_equal(chunked, expected)
-    # and a row of NaN reaches no other device's
+    # and a row of NaN changes no row of another device
     words = meshed.model.embed_tokens.weight
     words.set_value(words.get_value().at[600].set(jnp.nan))
     tokens[2, 3] = 600
-    columns = list(stream(meshed, tokens, lengths=lengths, **asked))
+    columns = list(stream(meshed, tokens, lengths=lengths, **options))
     assert np.flatnonzero(columns[0].finish == Finish.NOT_FINITE).tolist() == [2]
     rest = np.arange(9) != 2
     np.testing.assert_array_equal(np.stack([column.tokens for column in columns], axis=1)[rest], expected[rest])
 
 
 def test_in_bf16_a_batch_repeats_and_a_row_does_not_see_its_neighbours_tokens(checkpoint, prompts):
-    # (Alone, or in chunks, sums are made in another order and rounded to 8 bits: tokens near a tie may differ there.)
+    # (Single rows and chunks sum in another order before rounding to 8 bits, so tokens near a tie may differ.)
     kimi = kimi_jax.load(checkpoint("kimi-linear"), dtype=jnp.bfloat16)
-    asked = {"max_new_tokens": 8, "stop_ids": ()}
-    first = kimi_jax.generate(kimi, prompts, **asked)
-    np.testing.assert_array_equal(first, kimi_jax.generate(kimi, prompts, **asked))
-    others = kimi_jax.generate(kimi, np.stack([prompts[0], 499 - prompts[1], 499 - prompts[2]]), **asked)
-    np.testing.assert_array_equal(first[0], others[0])
+    options = {"max_new_tokens": 8, "stop_ids": ()}
+    first = kimi_jax.generate(kimi, prompts, **options)
+    np.testing.assert_array_equal(first, kimi_jax.generate(kimi, prompts, **options))
+    changed = kimi_jax.generate(kimi, np.stack([prompts[0], 499 - prompts[1], 499 - prompts[2]]), **options)
+    np.testing.assert_array_equal(first[0], changed[0])
 
 
 def test_a_step_writes_its_cache_in_place(model, prompts):

@@ -16,7 +16,7 @@ from sharding import make_mesh
 ATOL = 1e-6  # of float32 logits of unit scale, in batches of one shape
 OTHER_SHAPE_ATOL = 1e-5  # a product of another shape adds up in another order
 LENGTHS = (150, 5, 131)
-MESH_ATOL = 5e-5  # as test_meshes.py has it
+MESH_ATOL = 5e-5  # the tolerance of test_meshes.py
 PAGES, SLOTS = 9, 6
 NAMES = ["k2.5", "kimi-linear"]
 RANDOM = np.random.RandomState(0)
@@ -25,7 +25,7 @@ PLAIN_TABLE = np.array([[0, 1], [2, 3], [4, 5]], np.int32)
 
 
 def batch(tokens, positions, table, slots, **more):
-    """A batch that chooses greedily and never stops."""
+    """Returns a batch that chooses greedily and never stops."""
     count = len(table)
     return Batch(
         np.asarray(tokens, np.int32),
@@ -41,7 +41,7 @@ def batch(tokens, positions, table, slots, **more):
 
 
 def prefill(sequences, table, slots, begin=0, width=160):
-    """The step that takes all but the last token of each, from `begin` on."""
+    """Returns the step that takes all but the last token of each sequence, from `begin` on."""
     tokens, positions = np.zeros((len(sequences), width)), np.full((len(sequences), width), -1)
     for row, sequence in enumerate(sequences):
         here = sequence[begin:-1]
@@ -50,13 +50,13 @@ def prefill(sequences, table, slots, begin=0, width=160):
 
 
 def decode(sequences, table, slots):
-    """The step that takes the last token of each."""
+    """Returns the step that takes the last token of each sequence."""
     tokens = [[sequence[-1]] for sequence in sequences]
     return batch(tokens, [[len(sequence) - 1] for sequence in sequences], table, slots, phase="decode")
 
 
 def run(program, *batches, cache=None):
-    """The logits of each step, in turn."""
+    """Runs the steps, and returns the cache and the logits of each step."""
     cache = program.cache(PAGES, SLOTS) if cache is None else cache
     found = []
     for step in batches:
@@ -67,7 +67,8 @@ def run(program, *batches, cache=None):
 
 @pytest.fixture(scope="module")
 def plain(model):
-    """name -> the program, and the logits of prefill and decode in the plain case: pages and slots in order."""
+    """Returns a function from a name to the program and the logits of prefill and decode in the plain case, with pages
+    and slots in order."""
     known = {}
 
     def of(name):
@@ -84,16 +85,16 @@ def plain(model):
 def test_pages_slots_and_neighbours_change_no_logits(plain, name):
     program, expected = plain(name)
     compiled = program.compiled
-    # Given pages scattered over the pool, slots permuted, and the rows in another order; and used memory, not clean
+    # Given pages scattered over a used pool, slots permuted, and the rows in another order
     table, slots, order = np.array([[8, 1], [5, 7], [0, 6]]), [4, 0, 3], [2, 0, 1]
     cache, _ = run(program, prefill([sequence[::-1] for sequence in SEQUENCES], PLAIN_TABLE, [4, 0, 3]))
     turned = [SEQUENCES[i] for i in order]
     _, found = run(program, prefill(turned, table, slots), decode(turned, table, slots), cache=cache)
     for got, want in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, want[order], rtol=0, atol=ATOL)
-    # Given one of them beside others, one of whom is nobody
-    others = [SEQUENCES[1][::-1], SEQUENCES[0], np.zeros(1, np.int32)]
-    steps = [make(others, table, [4, 0, -1]) for make in (prefill, decode)]
+    # Given one sequence beside others, one of which is padding
+    mixture = [SEQUENCES[1][::-1], SEQUENCES[0], np.zeros(1, np.int32)]
+    steps = [make(mixture, table, [4, 0, -1]) for make in (prefill, decode)]
     steps[1].positions[2] = -1
     for got, want in zip(run(program, *steps)[1], expected, strict=True):
         np.testing.assert_allclose(got[1], want[0], rtol=0, atol=ATOL)
@@ -121,11 +122,11 @@ def test_a_prefix_that_sequences_share(plain, name):
         return prefill(whole, table, [0, 1, 2], begin=PAGE), decode(whole, table, [0, 1, 2])
 
     _, (_, *expected) = run(program, prefill([prefix] * 3, PLAIN_TABLE, [0, 1, 2]), *rest(PLAIN_TABLE))
-    # Given its page computed once, by a row that has it alone, and its states copied
+    # Given its page computed once, by a row of its own, and its states copied
     nobody = np.zeros(1, np.int32)
     cache, _ = run(program, prefill([prefix, nobody, nobody], [[8, 7]] * 3, [5, -1, -1]))
     cache = program.copy_slots(cache, np.full(3, 5, np.int32), np.arange(3, dtype=np.int32))
-    # Then three that name it and go on alone have the logits of three that computed it themselves
+    # Then three rows that name the page and continue have the logits of three that computed it themselves
     _, found = run(program, *rest([[8, 0], [8, 1], [8, 2]]), cache=cache)
     for got, want in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
@@ -153,15 +154,15 @@ def test_prompts_and_decode_steps_packed_in_one_row(plain, name):
     # Then one more token of the last two packed, and of the first by a decode step
     cache, (packed,) = run(program, pack([(1, 5, 6), (2, 131, 132)]), cache=cache)
     np.testing.assert_allclose(packed[1:], expected[1][1:], rtol=0, atol=OTHER_SHAPE_ATOL)
-    _, (alone,) = run(program, decode(SEQUENCES[:1], table[:1], slots[:1]), cache=cache)
-    np.testing.assert_allclose(alone[0], expected[1][0], rtol=0, atol=OTHER_SHAPE_ATOL)
+    _, (decoded,) = run(program, decode(SEQUENCES[:1], table[:1], slots[:1]), cache=cache)
+    np.testing.assert_allclose(decoded[0], expected[1][0], rtol=0, atol=OTHER_SHAPE_ATOL)
 
 
 def test_ends_stops_masks_and_those_who_are_finished(plain):
     program, (logits, _) = plain("k2.5")
     best = logits.argmax(-1)
     step = prefill(SEQUENCES, PLAIN_TABLE, [0, 1, 2])
-    # Given a row that may have one token more, one whose token is a stop id, and one that may have only token 70
+    # Given a row that may have one more token, one whose token is a stop id, and one that may choose token 70 only
     all_words = np.full((3, 24), 2**32 - 1, np.uint32)
     step = dataclasses.replace(step, ends=np.array([151, 1000, 1000], np.int32), mask=all_words)
     step.stop_ids[1, 3] = best[1]
@@ -169,7 +170,7 @@ def test_ends_stops_masks_and_those_who_are_finished(plain):
     cache, chosen = program.step(program.cache(PAGES, SLOTS), step)
     assert chosen.tokens.tolist() == [best[0], best[1], 70]
     assert chosen.finish.tolist() == [Finish.LENGTH, Finish.STOP, Finish.NOT_YET]
-    # Then only the last goes on, and what the others hold stays as it is
+    # Then only the last row continues, and the caches of the others do not change
     before = np.asarray(cache.layers[0].pages)
     positions = np.array(LENGTHS, np.int32)
     cache, after = program.step(cache, dataclasses.replace(step, mask=None).next_token(positions, chosen))
@@ -197,7 +198,7 @@ def test_pages_slots_and_packed_rows_on_a_mesh(checkpoint, plain, name):
     cache, found = run(program, *steps, cache=program.cache(12, 6))
     for got, want in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, want[order], rtol=0, atol=MESH_ATOL)
-    # Then the sequences of each part packed in a row of its own, over what others left, have the same
+    # Then the sequences of each part, packed in one row over used pages, have the same logits
     tokens, positions, segments = np.zeros((2, 320)), np.full((2, 320), -1), np.full((2, 320), -1, np.int32)
     for row, (first, second) in enumerate([(0, 1), (2, 3)]):
         joined = [sequences[first][:-1], sequences[second][:-1]]

@@ -14,7 +14,7 @@ LOGITS = np.random.RandomState(0).normal(size=(4, 50)).astype(np.float32) * 2
 
 
 def expected(row, sampling):
-    """The probabilities of all tokens after the filters, one token at a time."""
+    """Returns the probabilities of all tokens after the filters, one token at a time."""
     p = np.exp(row.astype(np.float64) / sampling.temperature)
     best_first = sorted(range(len(p)), key=lambda i: -p[i])
     if sampling.top_k:
@@ -30,7 +30,7 @@ def expected(row, sampling):
 
 
 def rows(sampling, n, seeds=0):
-    """The same values for n rows."""
+    """Returns the same values for n rows."""
     return sampling_rows([sampling] * n, checked_seeds(seeds, n))
 
 
@@ -56,17 +56,17 @@ def test_filters_keep_what_their_definitions_keep(sampling):
 
 
 def test_rows_of_one_batch_have_values_of_their_own():
-    # Given each setting for another row, greedy between them, all at once
+    # Given each setting in another row of one batch, with a greedy row among them
     mixed = [Sampling(), *SETTINGS]
     logits = jnp.asarray(np.resize(LOGITS, (len(mixed), 50)))
-    together = sampling_rows(mixed, checked_seeds(np.arange(len(mixed)), len(mixed)))
+    batched = sampling_rows(mixed, checked_seeds(np.arange(len(mixed)), len(mixed)))
     at = jnp.arange(len(mixed), dtype=jnp.int32)
-    drawn = sample(logits, together, at)
+    drawn = sample(logits, batched, at)
     assert drawn[0] == logits[0].argmax()
-    # Then each draws what it draws alone
+    # Then each row draws the token that it draws in a batch of its own
     for i, one in enumerate(mixed):
-        alone = sample(logits[i : i + 1], rows(one, 1, i), at[i : i + 1])
-        assert alone[0] == drawn[i]
+        single = sample(logits[i : i + 1], rows(one, 1, i), at[i : i + 1])
+        assert single[0] == drawn[i]
 
 
 def test_top_k_keeps_exactly_k_of_equals():
@@ -78,7 +78,7 @@ def test_draws_have_the_right_frequencies():
     sampling, n = Sampling(1.0, top_k=6), 4000
     logits, positions = jnp.broadcast_to(jnp.asarray(LOGITS[0]), (n, 50)), jnp.zeros(n, jnp.int32)
     drawn = np.asarray(sample(logits, rows(sampling, n, np.arange(n)), positions))
-    # one seed at one place after another draws as independently
+    # draws of one seed at successive positions are as independent
     later = np.asarray(sample(logits, rows(sampling, n), jnp.arange(n, dtype=jnp.int32)))
     p = expected(LOGITS[0], sampling)
     for found in (drawn, later):
@@ -116,7 +116,7 @@ def test_bad_seeds_are_refused(seed, message):
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e30, float("inf")])
 def test_no_temperature_makes_a_token_of_nothing(temperature):
-    # The coldest are greedy but for ties, the hottest uniform, and none is NaN
+    # The coldest are greedy except for ties, the hottest uniform, and none is NaN
     drawn = np.asarray(sample(jnp.asarray(LOGITS), rows(Sampling(temperature), 4), jnp.zeros(4, jnp.int32)))
     if temperature < 1:
         np.testing.assert_array_equal(drawn, LOGITS.argmax(-1))
@@ -130,7 +130,7 @@ def test_greedy_is_the_best_token_whatever_the_filters():
 
 
 def test_greedy_rows_alone_sort_nothing():
-    # The only sort is in the branch that a drawing row asks for
+    # The only sort is in the branch that runs for a row that draws
     values = rows(Sampling(), 4)
     jaxpr = jax.make_jaxpr(sample)(jnp.asarray(LOGITS), values, jnp.zeros(4, jnp.int32)).jaxpr
     assert [eqn.primitive.name for eqn in jaxpr.eqns].count("cond") == 1
