@@ -58,7 +58,7 @@ Side = Callable[[np.ndarray], Timing]
 
 
 def peer_side(folder: Path, config: dict[str, Any]) -> Side:
-    """transformers' own model, with eager attention and the experts' implementation that is faster in a batch."""
+    """Returns transformers' own model, with the experts' implementation that is faster in a batch."""
     import torch
     import transformers
 
@@ -125,7 +125,7 @@ def our_side(folder: Path) -> Iterator[Side]:
 
 
 def measure(family: str, rounds: int, only: str | None) -> list[Result]:
-    """Both sides in turn, `rounds` times after one that does not count, each time with other prompts."""
+    """Runs both sides in turn, `rounds` times after one that does not count, each time with other prompts."""
     config = FAMILIES[family]
     random = np.random.RandomState(0)
     best: dict[tuple[str, int], Timing] = {}

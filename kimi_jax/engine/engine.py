@@ -19,7 +19,7 @@ import numpy as np
 
 from kimi_jax.engine.pages import PagePool, Placeholders
 from kimi_jax.engine.requests import Event, FinishReason, QueueFullError, Request, Result, Times, Usage
-from kimi_jax.engine.runner import STOP_IDS, Dispatched, MediaTokens, Runner
+from kimi_jax.engine.runner import PACKED, STOP_IDS, Dispatched, MediaTokens, Runner
 from kimi_jax.engine.scheduler import Scheduler, Shard, message_ends
 from kimi_jax.engine.sequence import Sequence, Status, Step
 from kimi_jax.engine.sizes import Sizes, pool_sizes
@@ -111,7 +111,7 @@ class Engine:
             )
             for _ in range(data)
         ]
-        self.scheduler = Scheduler(shards, sizes.chunks[-1])
+        self.scheduler = Scheduler(shards, sizes.chunks[-1], PACKED if self.runner.packed_chunks else 1)
         for name in self.runner.warm():
             if progress is not None:
                 progress(name)

@@ -1,4 +1,5 @@
-"""Who uses which page of the device's pools, and which pages hold the start of a text that may come again.
+"""Records which sequences use which pages of the device's pools, and which pages hold the start of a text that may
+come again.
 
 A pool belongs to one data shard. On a mesh with a `sequence` axis a sequence's page i is on part i mod S of the pool
 (`model.context`), so that each part has its own numbers. Pages are shared by content: the key of a full page is a hash

@@ -1,4 +1,4 @@
-"""What is asked of an engine, and what it answers: tokens in, events out."""
+"""Requests to an engine and its answers: tokens in, events out."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence

@@ -25,6 +25,8 @@ from kimi_jax.runtime.sampling import Sampling, SamplingRows, sampling_rows
 
 # The width of `Batch.stop_ids`, and so the most stop ids of a request.
 STOP_IDS = 16
+# The most prompts in one row of a prefill step.
+PACKED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Dispatched:
 
 class Runner:
     """`slots` sequences over all data shards, `pages` and `places` (for snapshots) as well; a sequence has at most
-    `row_pages` pages. `chunks` are the lengths of a piece of prefill, ascending, `decode_rows` the numbers of rows of a
+    `row_pages` pages. `chunks` are the lengths of a step's prefill, ascending, `decode_rows` the numbers of rows of a
     decode step, ascending, of which the last is `slots`."""
 
     def __init__(
@@ -67,6 +69,7 @@ class Runner:
     ):
         self.model, self.program = model, Program(model)
         self.chunks, self.decode_rows = tuple(chunks), tuple(decode_rows)
+        self.packed_chunks = self.chunks[1:]  # in the shortest there is hardly room for two
         self.data, self.slots = self.program.data, slots
         self.cache = self.program.cache(pages, slots)
         self.snapshots = states_alone(self.program.cache(0, places)) if places else None
@@ -111,7 +114,9 @@ class Runner:
             self._copy_states(load, into_slot=True)
         parts = [self._decode(step.decode)] if step.decode else []
         if step.pieces:
-            parts.append(self._prefill(step.pieces))
+            shards = {piece.sequence.shard for piece in step.pieces}
+            run = self._prefill if len(shards) == len(step.pieces) else self._prefill_packed
+            parts.append(run(step.pieces))
         for save in step.saves:
             self._copy_states(save, into_slot=False)
         for _, _, chosen in parts:
@@ -130,6 +135,10 @@ class Runner:
                 self.compiled += 1
                 yield f"prefill, {tokens} tokens{' with media' if media else ''}"
                 self._prefill((), tokens, media)
+        for tokens in self.packed_chunks:
+            self.compiled += 1
+            yield f"prefill, {tokens} tokens of several prompts"
+            self._prefill_packed((), tokens)
         if self.snapshots is not None:
             for into_slot in (True, False):
                 self.compiled += 1
@@ -203,6 +212,40 @@ class Runner:
         self.chosen = self.place(self.chosen, chosen, last)
         chosen_for = [piece.sequence for piece in pieces if piece.last]
         return tuple(chosen_for), tuple(sequence.shard for sequence in chosen_for), chosen
+
+    def _prefill_packed(self, pieces: tuple[Piece, ...], tokens: int | None = None) -> Any:
+        """Dispatches several pieces of a data shard, one after another in a row; row i is data shard i's."""
+        rows: list[list[Piece]] = [[] for _ in range(self.data)]
+        for piece in pieces:
+            rows[piece.sequence.shard].append(piece)
+        longest = max(sum(piece.stop - piece.first for piece in row) for row in rows)
+        tokens = tokens or next(count for count in self.packed_chunks if count >= longest)
+        ids, positions = np.zeros((self.data, tokens), np.int32), np.full((self.data, tokens), -1, np.int32)
+        segments, slots = np.full((self.data, tokens), -1, np.int32), np.full((self.data, PACKED), -1, np.int32)
+        choosing, chosen_for, places = np.zeros((self.data, PACKED), bool), [], []
+        for number, row in enumerate(rows):
+            begin = 0
+            for nth, piece in enumerate(row):
+                end = begin + piece.stop - piece.first
+                ids[number, begin:end] = piece.sequence.tokens[piece.first : piece.stop]
+                positions[number, begin:end] = np.arange(piece.first, piece.stop)
+                segments[number, begin:end] = nth
+                slots[number, nth], choosing[number, nth] = self.slot_number(piece.sequence), piece.last
+                if piece.last:
+                    chosen_for.append(piece.sequence)
+                    places.append(number * PACKED + nth)
+                begin = end
+        batch = dataclasses.replace(
+            self._rows(slots.reshape(-1)),
+            tokens=ids,
+            positions=positions,
+            segments=segments,
+            choosing=choosing.reshape(-1),
+            slots=self._local(slots.reshape(-1)),
+        )
+        self.cache, chosen = self.program.step(self.cache, batch)
+        self.chosen = self.place(self.chosen, chosen, np.where(choosing, slots, -1).reshape(-1))
+        return tuple(chosen_for), tuple(places), chosen
 
     def _side_by_side(self, embeddings: dict[int, jax.Array], tokens: int) -> jax.Array:
         """Returns the media embeddings of a piece of each data shard, [data * tokens, d]."""

@@ -2,9 +2,9 @@
 
 One notion carries prefill, chunks of it, decoding and resuming: a sequence has tokens that are known and tokens that
 are computed, and a step brings the second number nearer to the first. Every step decodes all sequences that can, beside
-at most one piece of prefill a data shard. Pages for a whole prompt are taken at admission, one page at a time
-afterwards; where none is left, the least urgent and newest sequence gives up its pages and waits to be computed again,
-which the pages that are still found by their keys make short.
+at most `chunk` tokens of prefill a data shard, of one prompt or of several short ones. Pages for a whole prompt are
+taken at admission, one page at a time afterwards; where none is left, the least urgent and newest sequence gives up its
+pages and waits to be computed again, which the pages that are still found by their keys make short.
 """
 
 from collections.abc import Iterable
@@ -42,10 +42,10 @@ class Shard:
 
 
 class Scheduler:
-    """`chunk` is the most tokens of a piece of prefill, a multiple of PAGE where the model has recurrent states."""
+    """`chunk` is the most tokens of a step's prefill of a data shard, `packed` the most sequences that share them."""
 
-    def __init__(self, shards: list[Shard], chunk: int):
-        self.shards, self.chunk = shards, chunk
+    def __init__(self, shards: list[Shard], chunk: int, packed: int = 1):
+        self.shards, self.chunk, self.packed = shards, chunk, packed
         self.waiting: list[Sequence] = []
         self.step = 0
 
@@ -199,24 +199,35 @@ class Scheduler:
         return sorted(cut for cut in wanted if cut > sequence.dispatched)
 
     def _cut_pieces(self) -> tuple[list[Piece], list[Snapshot]]:
-        """Returns the next piece of prefill of each shard, and the states to copy at their ends."""
+        """Returns the next pieces of prefill of each shard, and the states to copy at their ends.
+
+        A sequence with media has a step's prefill to itself: its pictures' embeddings go with the step.
+        """
         pieces: list[Piece] = []
         saves: list[Snapshot] = []
         for shard in self.shards:
             prefilling = [sequence for sequence in shard.running if sequence.status is Status.PREFILL]
-            if not prefilling:
-                continue
-            sequence = min(prefilling, key=self.urgency)
-            first = sequence.dispatched
-            stop = min(first + self.chunk, sequence.prefill, *(cut for cut in sequence.cuts if cut > first))
-            pieces.append(Piece(sequence, first, stop, stop == sequence.prefill))
-            sequence.dispatched = stop
-            self._publish(sequence)
-            if (place := self._snapshot_place(shard, sequence)) is not None:
-                saves.append(Snapshot(sequence, place))
-            if pieces[-1].last:
-                sequence.status = Status.DECODE
+            prefilling = sorted(prefilling, key=self.urgency)[: self.packed]
+            if any(sequence.media for sequence in prefilling):
+                prefilling = prefilling[:1]
+            room = self.chunk
+            for sequence in prefilling:
+                if not room:
+                    break
+                pieces.append(self._cut_piece(sequence, room))
+                room -= pieces[-1].stop - pieces[-1].first
+                if (place := self._snapshot_place(shard, sequence)) is not None:
+                    saves.append(Snapshot(sequence, place))
         return pieces, saves
+
+    def _cut_piece(self, sequence: Sequence, room: int) -> Piece:
+        first = sequence.dispatched
+        stop = min(first + room, sequence.prefill, *(cut for cut in sequence.cuts if cut > first))
+        sequence.dispatched = stop
+        self._publish(sequence)
+        if stop == sequence.prefill:
+            sequence.status = Status.DECODE
+        return Piece(sequence, first, stop, stop == sequence.prefill)
 
     def _snapshot_place(self, shard: Shard, sequence: Sequence) -> int | None:
         """Returns the place for a copy of the state at a piece's end: where one is wanted, or costs nobody else's."""

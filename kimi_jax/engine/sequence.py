@@ -52,7 +52,7 @@ class Sequence:
 
     @property
     def has_more(self) -> bool:
-        """Whether a decode step is left to dispatch: the token at `ends - 1` is chosen, never computed."""
+        """True while a decode step is left to dispatch: the token at `ends - 1` is chosen, never computed."""
         return self.dispatched < self.ends - 1
 
     def update_keys(self) -> list[Key]:
@@ -85,8 +85,8 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What the device does next, in this order: fill slots from snapshots, decode one token of each of `decode`, one
-    piece of prefill a data shard, and copy states at the pieces' ends. `admitted` have new slots and pages."""
+    """Work of the device, in this order: fill slots from snapshots, decode one token of each of `decode`, the
+    pieces of prefill, and copy states at the pieces' ends. `admitted` have new slots and pages."""
 
     admitted: tuple[Sequence, ...] = ()
     loads: tuple[Snapshot, ...] = ()

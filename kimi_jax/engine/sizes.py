@@ -1,4 +1,4 @@
-"""How large an engine's pools and programs are: bytes to pages, lengths of pieces, numbers of rows."""
+"""Sizes of an engine's pools and programs: pages for a number of bytes, lengths of pieces, numbers of rows."""
 
 import math
 import re

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-# Up to so many rows are multiplied one by one: a decode step has about one row for each group.
-FEW_ROWS = 16
+# Up to so many rows in all, or on average for each group, are multiplied one by one. A block copies a group's weights
+# before it multiplies, which takes as long as seven single rows (48M-parameter toy, two cores).
+FEW_ROWS, FEW_ROWS_EACH = 16, 4
 # Larger blocks multiply faster, smaller ones waste less on a group's last rows.
 BLOCK_SIZES = (128, 64, 16)
 
@@ -85,7 +86,7 @@ def map_rows(
     starts, ends = group_edges
     num_rows = x.shape[0]
     out = jnp.zeros((num_rows, out_width), x.dtype)
-    if num_rows <= FEW_ROWS:
+    if num_rows <= max(FEW_ROWS, FEW_ROWS_EACH * starts.shape[0]):
         return _row_by_row(x, out, group_edges, lambda row, group: compute(row, load(group))) if num_rows else out
 
     def group(index: Array, start: Array, end: Array, out: Array) -> Array:

@@ -20,7 +20,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def engine(model):
-    """name -> an engine of three slots, too few for all requests at once."""
+    """Maps a name to an engine of three slots, too few for all requests at once."""
     made = {}
 
     def of(name):
@@ -35,7 +35,7 @@ def engine(model):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """name -> what `generate` answers to each of PROMPTS."""
+    """Maps a name to the answers of `generate` to PROMPTS."""
     known = {}
 
     def of(name):
@@ -50,7 +50,7 @@ def expected(model):
 
 
 async def read(engine, request):
-    """All tokens of a request, and its last event."""
+    """Returns all tokens of a request, and its last event."""
     tokens = []
     async for event in engine.submit(request):
         tokens += event.tokens

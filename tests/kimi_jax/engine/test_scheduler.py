@@ -17,12 +17,12 @@ from kimi_jax.model.context import PAGE
 CHUNK = 2 * PAGE
 
 
-def make_scheduler(pages=8, slots=3, shards=1, parts=1, places=None):
+def make_scheduler(pages=8, slots=3, shards=1, parts=1, places=None, packed=1):
     pools = [
         Shard(PagePool(pages, parts), list(range(slots)), None if places is None else SnapshotPool(places))
         for _ in range(shards)
     ]
-    return Scheduler(pools, CHUNK)
+    return Scheduler(pools, CHUNK, packed)
 
 
 class Run:
@@ -46,7 +46,7 @@ class Run:
         return step
 
     def check(self):
-        """Every page is free or owned as often as it counts users; every slot is free or one sequence's."""
+        """Asserts that every page is free or owned as often as it counts users; every slot is free or of one sequence."""
         for number, shard in enumerate(self.scheduler.shards):
             owned = Counter(every_page(shard.running))
             users = {(number, page.part, page.number): page.users for s in shard.running for page in s.pages}
@@ -63,7 +63,7 @@ class Run:
 
 
 def sequence(number, length, new, prefix=0, priority=0):
-    """A sequence whose first `prefix` tokens all such sequences share."""
+    """Returns a sequence whose first `prefix` tokens all such sequences share."""
     tokens = [1 + i % 40 for i in range(prefix)] + [1 + (7 * number + i * i) % 40 for i in range(length - prefix)]
     return Sequence(tokens, length + new, number, priority)
 
@@ -72,7 +72,7 @@ def sequence(number, length, new, prefix=0, priority=0):
 @given(st.integers(0, 2**32), st.sampled_from([(1, 1, None), (1, 1, 3), (2, 2, 2), (1, 3, None), (2, 1, 0)]))
 def test_any_requests_in_any_order(seed, shape):
     random, (shards, parts, places) = Random(seed), shape
-    scheduler = make_scheduler(pages=9 if parts == 1 else 4, shards=shards, parts=parts, places=places)
+    scheduler = make_scheduler(9 if parts == 1 else 4, 3, shards, parts, places, packed=random.choice([1, 2]))
     run, asked, cancelled = Run(scheduler), [], set()
     room = (9 if parts == 1 else 4 * parts) * PAGE
     for number in range(14):
