@@ -1,6 +1,7 @@
-"""The golden models on meshes: what one device computes, wherever heads, experts, tokens and the cache lie; and what a
+"""Models on meshes: what one device computes, wherever heads, experts, tokens and the cache lie; and what a
 decode step sends between devices, a few activations a layer and no weight, state or cache."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ BATCH, TOKENS, CHUNK = 8, 144, 128
 # data x expert x tensor x sequence, and the messages that a layer of K2.5 may send in a decode step
 MESHES = [("1x8x1x1", 2), ("2x4x1x1", 2), ("1x2x4x1", 3), ("2x2x2x1", 3), ("1x1x1x8", 5), ("1x2x2x2", 5)]
 NAMES = ["k2.5", "kimi-linear"]
+WHOLE = "1x2x2x2"  # the mesh of the golden models; others have two layers of them, which are compiled in half the time
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +40,29 @@ def prefill_and_steps(model, tokens, lengths):
 
 
 @pytest.fixture(scope="module")
-def alone(model, prompts):
-    """name -> the logits on one device (which test_goldens.py holds to the reference)."""
+def folder(checkpoint, tmp_path_factory):
+    """(name, shape) -> the checkpoint that is loaded on a mesh of that shape."""
+    cut, written = tmp_path_factory.mktemp("two_layers"), {}
+
+    def write(name, shape):
+        if shape == WHOLE:
+            return checkpoint(name)
+        if name not in written:
+            written[name] = cases.two_layers(name, cut)
+        return written[name]
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def alone(prompts):
+    """folder -> the logits on one device (which test_goldens.py holds to the reference)."""
     found = {}
 
-    def of(name):
-        if name not in found:
-            found[name], _ = prefill_and_steps(model(name), *prompts)
-        return found[name]
+    def of(folder):
+        if folder not in found:
+            found[folder], _ = prefill_and_steps(kimi_jax.load(folder, dtype=jnp.float32), *prompts)
+        return found[folder]
 
     return of
 
@@ -68,11 +85,11 @@ def check_messages(hlo, text, mesh, most):
 
 @pytest.mark.parametrize(("shape", "most"), MESHES)
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_and_decoding_on_a_mesh(checkpoint, alone, prompts, name, shape, most):
+def test_prefill_and_decoding_on_a_mesh(folder, alone, prompts, name, shape, most):
     mesh = make_mesh(shape)
-    model = kimi_jax.load(checkpoint(name), mesh=mesh, dtype=jnp.float32)
+    model = kimi_jax.load(folder(name, shape), mesh=mesh, dtype=jnp.float32)
     logits, step = prefill_and_steps(model, *prompts)
-    np.testing.assert_allclose(logits, alone(name), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(logits, alone(folder(name, shape)), rtol=0, atol=ATOL)
     if name == "k2.5":
         check_messages(step, model.config.text, mesh, most)
     # And each device holds its share: two of 16 experts, its heads' part of the attention, its words
