@@ -19,7 +19,6 @@ BATCH, TOKENS, CHUNK = 8, 144, 128
 # data x expert x tensor x sequence, and the messages that a layer of K2.5 may send in a decode step
 MESHES = [("1x8x1x1", 2), ("2x4x1x1", 2), ("1x2x4x1", 3), ("2x2x2x1", 3), ("1x1x1x8", 5), ("1x2x2x2", 5)]
 NAMES = ["k2.5", "kimi-linear"]
-WHOLE = "1x2x2x2"  # the mesh of the golden models; others have two layers of them, which are compiled in half the time
 
 
 @pytest.fixture(scope="module")
@@ -40,29 +39,21 @@ def prefill_and_steps(model, tokens, lengths):
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoint, tmp_path_factory):
-    """(name, shape) -> the checkpoint that is loaded on a mesh of that shape."""
-    cut, written = tmp_path_factory.mktemp("two_layers"), {}
-
-    def write(name, shape):
-        if shape == WHOLE:
-            return checkpoint(name)
-        if name not in written:
-            written[name] = cases.two_layers(name, cut)
-        return written[name]
-
-    return write
+def two_layers(tmp_path_factory):
+    """name -> a checkpoint of the golden model's kinds of layers, one of each, which are compiled in half the time."""
+    folder = tmp_path_factory.mktemp("two_layers")
+    return {name: cases.two_layers(name, folder) for name in NAMES}
 
 
 @pytest.fixture(scope="module")
-def alone(prompts):
-    """folder -> the logits on one device (which test_goldens.py holds to the reference)."""
+def alone(two_layers, prompts):
+    """name -> the logits on one device (as test_goldens.py holds those of the whole model to the reference)."""
     found = {}
 
-    def of(folder):
-        if folder not in found:
-            found[folder], _ = prefill_and_steps(kimi_jax.load(folder, dtype=jnp.float32), *prompts)
-        return found[folder]
+    def of(name):
+        if name not in found:
+            found[name], _ = prefill_and_steps(kimi_jax.load(two_layers[name], dtype=jnp.float32), *prompts)
+        return found[name]
 
     return of
 
@@ -85,11 +76,11 @@ def check_messages(hlo, text, mesh, most):
 
 @pytest.mark.parametrize(("shape", "most"), MESHES)
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_and_decoding_on_a_mesh(folder, alone, prompts, name, shape, most):
+def test_prefill_and_decoding_on_a_mesh(two_layers, alone, prompts, name, shape, most):
     mesh = make_mesh(shape)
-    model = kimi_jax.load(folder(name, shape), mesh=mesh, dtype=jnp.float32)
+    model = kimi_jax.load(two_layers[name], mesh=mesh, dtype=jnp.float32)
     logits, step = prefill_and_steps(model, *prompts)
-    np.testing.assert_allclose(logits, alone(folder(name, shape)), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(logits, alone(name), rtol=0, atol=ATOL)
     if name == "k2.5":
         check_messages(step, model.config.text, mesh, most)
     # And each device holds its share: two of 16 experts, its heads' part of the attention, its words
@@ -130,11 +121,11 @@ def test_a_batch_that_cannot_be_sharded(checkpoint):
         rows.program.step(rows.cache, batch)
 
 
-def test_one_device_as_a_mesh(checkpoint, model):
+def test_one_device_as_a_mesh(two_layers):
     mesh = make_mesh("1x1", devices=jax.devices()[:1])
-    meshed = kimi_jax.load(checkpoint("k2"), mesh=mesh, dtype=jnp.float32)
+    plain, meshed = (kimi_jax.load(two_layers["k2.5"], mesh=on, dtype=jnp.float32) for on in (None, mesh))
     tokens = np.random.RandomState(2).randint(0, 500, (2, 9))
     np.testing.assert_array_equal(
         kimi_jax.generate(meshed, tokens, max_new_tokens=2, stop_ids=()),
-        kimi_jax.generate(model("k2"), tokens, max_new_tokens=2, stop_ids=()),
+        kimi_jax.generate(plain, tokens, max_new_tokens=2, stop_ids=()),
     )

@@ -1,19 +1,26 @@
-"""The golden models cut to two layers, a dense one and one of experts: a test of the loop compiles half as much."""
+"""The golden models cut to two layers, a dense one and one of experts: a test of the loop compiles half as much.
 
-from pathlib import Path
+Both fixtures replace those of the folder above, since `model` is cached for the session with the checkpoint that it
+first had.
+"""
+
+import functools
 
 import cases
+import jax.numpy as jnp
 import pytest
+
+import kimi_jax
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory):
-    """name -> the folder of that golden's published checkpoint without its later layers; `model` loads from it."""
-    folder, written = tmp_path_factory.mktemp("two_layers"), {}
+    """name -> the folder of that golden's published checkpoint without its later layers."""
+    folder = tmp_path_factory.mktemp("two_layers")
+    return functools.cache(lambda name: cases.two_layers(name, folder))
 
-    def write(name: str) -> Path:
-        if name not in written:
-            written[name] = cases.two_layers(name, folder)
-        return written[name]
 
-    return write
+@pytest.fixture(scope="session")
+def model(checkpoint):
+    """name -> its model in float32, on one device."""
+    return functools.cache(lambda name: kimi_jax.load(checkpoint(name), dtype=jnp.float32))
