@@ -95,7 +95,7 @@ def mixture(
     def down_tile(c: Array, v: Array, s: Array, experts: Any, *_: Any) -> tuple[Array, Array]:
         waits = s < steps[0]
         tile = jnp.where(v > 0, steps[1] - 1, 0)
-        return expert(c, v - waits, experts), jnp.where(waits, tile, s - steps[0])
+        return expert(c, v - waits.astype(jnp.int32), experts), jnp.where(waits, tile, s - steps[0])
 
     out = pl.pallas_call(
         functools.partial(

@@ -35,7 +35,7 @@ def test_a_decode_step_compiles_for_a_tpu_mesh(preset, slice_, mesh, batch, mess
     environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
 
     # When two layers, one dense (of Kimi Linear: a KDA layer) and one mixture, are compiled
-    script = Path(__file__).with_name("tpu_decode_step.py")
+    script = Path(__file__).parents[2] / "support" / "tpu_decode_step.py"
     done = subprocess.run(
         [sys.executable, str(script), preset, slice_, mesh, str(batch)],
         capture_output=True,

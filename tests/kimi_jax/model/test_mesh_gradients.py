@@ -34,7 +34,7 @@ ATOL = 7e-6  # of the largest gradient of an array; the largest measured is 2.4e
 def loss_and_gradients(name, partition, params, tokens, targets):
     """Computes next-token cross-entropy and its gradients as a trainer does, outside of the code that runs on each
     device."""
-    graph, _ = nnx.split(make_model(name))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make_model(name)))  # weights come as arguments
 
     @jax.jit
     def run(params):

@@ -1,6 +1,7 @@
-"""The golden models on meshes compute the logits of one device, however heads, experts, tokens and the cache are
-sharded. A decode step sends a few activations a layer between devices, and no weight, state or cache."""
+"""Models on meshes compute the logits of one device, however heads, experts, tokens and the cache are sharded. A
+decode step sends a few activations a layer between devices, and no weight, state or cache."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,13 +40,22 @@ def prefill_and_steps(model, tokens, lengths):
 
 
 @pytest.fixture(scope="module")
-def single_device(model, prompts):
-    """Returns a function from a name to the logits on one device, which test_goldens.py compares with the reference."""
+def two_layers(tmp_path_factory):
+    """Returns, for each name, a checkpoint with one of each of the golden model's kinds of layers: they are compiled in
+    half the time."""
+    folder = tmp_path_factory.mktemp("two_layers")
+    return {name: cases.two_layers(name, folder) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def single_device(two_layers, prompts):
+    """Returns a function from a name to the logits on one device; test_goldens.py compares those of the whole model
+    with the reference."""
     found = {}
 
     def of(name):
         if name not in found:
-            found[name], _ = prefill_and_steps(model(name), *prompts)
+            found[name], _ = prefill_and_steps(kimi_jax.load(two_layers[name], dtype=jnp.float32), *prompts)
         return found[name]
 
     return of
@@ -69,9 +79,9 @@ def check_messages(hlo, text, mesh, most):
 
 @pytest.mark.parametrize(("shape", "most"), MESHES)
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_and_decoding_on_a_mesh(checkpoint, single_device, prompts, name, shape, most):
+def test_prefill_and_decoding_on_a_mesh(two_layers, single_device, prompts, name, shape, most):
     mesh = make_mesh(shape)
-    model = kimi_jax.load(checkpoint(name), mesh=mesh, dtype=jnp.float32)
+    model = kimi_jax.load(two_layers[name], mesh=mesh, dtype=jnp.float32)
     logits, step = prefill_and_steps(model, *prompts)
     np.testing.assert_allclose(logits, single_device(name), rtol=0, atol=ATOL)
     if name == "k2.5":
@@ -114,11 +124,11 @@ def test_a_batch_that_cannot_be_sharded(checkpoint):
         rows.program.step(rows.cache, batch)
 
 
-def test_one_device_as_a_mesh(checkpoint, model):
+def test_one_device_as_a_mesh(two_layers):
     mesh = make_mesh("1x1", devices=jax.devices()[:1])
-    meshed = kimi_jax.load(checkpoint("k2"), mesh=mesh, dtype=jnp.float32)
+    plain, meshed = (kimi_jax.load(two_layers["k2.5"], mesh=on, dtype=jnp.float32) for on in (None, mesh))
     tokens = np.random.RandomState(2).randint(0, 500, (2, 9))
     np.testing.assert_array_equal(
         kimi_jax.generate(meshed, tokens, max_new_tokens=2, stop_ids=()),
-        kimi_jax.generate(model("k2"), tokens, max_new_tokens=2, stop_ids=()),
+        kimi_jax.generate(plain, tokens, max_new_tokens=2, stop_ids=()),
     )
