@@ -1,7 +1,7 @@
 """A model's configuration as frozen dataclasses; `config_json` reads them from a published config.json.
 
-Field names are the file's own. Kimi Linear's file spells some of DeepSeek-V3's fields otherwise (`num_experts` for
-`n_routed_experts`, and so on); both land in the one `TextConfig`, whose names are DeepSeek-V3's.
+Field names are DeepSeek-V3's, which the files of Kimi K2 have. `families` says how other files spell them, and what
+the names in `family` stand for; `model_type` is the file's own word, to be printed and never asked.
 """
 
 import dataclasses
@@ -50,6 +50,7 @@ class TextConfig:
     whatever `rms_norm_eps` says; a config.json may name another."""
 
     model_type: str
+    family: str
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -128,6 +129,7 @@ class KimiConfig:
     """A whole model. `stop_ids` is the union of what config.json, its text_config and generation_config.json name."""
 
     model_type: str
+    family: str
     text: TextConfig
     stop_ids: tuple[int, ...]
     vision: VisionConfig | None = None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ import numpy as np
 
 from kimi_jax import media as media_files
 from kimi_jax.config import KimiConfig
+from kimi_jax.families.chat import template_for
 from kimi_jax.model.splice import Media
 from kimi_jax.printable import printable
 from kimi_jax.text import Tokenizer, chat
 from kimi_jax.text.messages import MediaPart
-from kimi_jax.text.template_choice import follows_k25
-from kimi_jax.text.template_files import has_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,21 +23,6 @@ class Prompt:
 
     tokens: np.ndarray
     media: Media | None
-
-
-def template_for(folder: str | Path, config: KimiConfig) -> str:
-    """Returns the name of the chat template for the checkpoint in `folder`: "k2.5", "k2", or `folder` for its own.
-
-    A text model's own is used where it has one, K2.5's where it writes other prompts than the one built in, with a
-    warning. Raises ValueError, naming the file, where a template cannot be read.
-    """
-    if not has_template(folder):
-        return "k2.5" if config.model_type == "kimi_k25" else "k2"
-    if config.model_type == "kimi_k25":
-        if follows_k25(folder):
-            return "k2.5"
-        warnings.warn(f"{printable(folder)}: its own chat template is used, which differs from K2.5's", stacklevel=2)
-    return str(folder)
 
 
 def prepare(

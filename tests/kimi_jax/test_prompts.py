@@ -181,27 +181,12 @@ def test_preprocessor_and_vision_tower_agree(k25, tmp_path):
         prepare((tmp_path, *k25[1:]), user(image(picture(tmp_path / "a.png", (28, 28), RED))))
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "expected"),
-    [
-        ("k2.5", None, "k2.5"),
-        ("k2", None, "k2"),
-        ("k2", "chat_template.jinja", "its own"),
-        ("kimi-linear", "chat_template.jinja", "its own"),
-    ],
-)
-def test_template_for(checkpoint, tmp_path, name, file, expected):
-    config = from_folder(checkpoint(name))
-    if file is not None:
-        (tmp_path / file).write_text("{}")
-    assert prompts.template_for(tmp_path, config) == (str(tmp_path) if expected == "its own" else expected)
-
-
 def test_a_folder_s_own_template_is_used(checkpoint, tmp_path):
     config = from_folder(checkpoint("k2"))
     tokenizer = Tokenizer.from_folder(checkpoint("k2"))
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<|im_user|>{{ m.content }}{% endfor %}")
-    prompt = prompts.prepare(tmp_path, config, tokenizer, [{"role": "user", "content": "Hello"}])
+    with pytest.warns(UserWarning, match=r"its own chat template is used, which differs from K2's"):
+        prompt = prompts.prepare(tmp_path, config, tokenizer, [{"role": "user", "content": "Hello"}])
     assert prompt.tokens.tolist() == [[IM_USER, *tokenizer.encode("Hello")]]
 
 
