@@ -22,7 +22,6 @@ from checkpoints.published.sizes import check_sizes
 from checkpoints.stored.layout import Layout
 from checkpoints.stored.names import (
     PACKED,
-    PREFIX,
     SHAPE,
     Contents,
     Leaf,
@@ -33,6 +32,7 @@ from checkpoints.stored.names import (
     with_prefix,
 )
 from kimi_jax import config_json, json_reader
+from kimi_jax.families import prefix_of
 from kimi_jax.printable import printable
 
 MANIFEST = "kimi_manifest.json"
@@ -83,7 +83,7 @@ class Manifest:
         if wrong := sorted(expected.keys() ^ self.leaves.keys()):
             first = ", ".join(printable(path) for path in wrong[:3])
             raise CheckpointError(f"{self.folder}: {len(wrong)} leaves are missing or not of this model: {first}")
-        prefix = PREFIX if any(entry.published.startswith(PREFIX) for entry in self.leaves.values()) else ""
+        prefix = prefix_of(entry.published for entry in self.leaves.values())
         found = []
         for path, entry in self.leaves.items():
             leaf = with_prefix(expected[path], prefix)

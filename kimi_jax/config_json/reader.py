@@ -121,7 +121,7 @@ def _nested(
     file that holds the language model in an object of its own."""
     home, keys = family.config.text_config, family.config
     assert home is not None
-    top = Fields(config, where, TOP_ALIASES | keys.top_keys)
+    top = Fields(config, where, {**TOP_ALIASES, **keys.top_keys})
     tower = None if keys.vision_config is None else _object(top, keys.vision_config, keys.vision_keys)
     if tower is not None:
         tower.adopt(top, keys.projector_keys)

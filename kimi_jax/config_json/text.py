@@ -23,8 +23,8 @@ _KDA, _MLA = "linear_attention", "full_attention"
 
 
 def text(fields: Fields, family: Family, quantization: QuantizationConfig | None) -> TextConfig:
-    """Returns the configuration of a language model of `family`. Raises `ConfigError` for a missing or impossible field, and for one
-    that asks for another model."""
+    """Returns the configuration of a language model of `family`. Raises `ConfigError` for a missing or impossible
+    field, and for one that asks for another model."""
     for name, values in ONLY_TEXT.items():
         fields.only(name, *values)
     fields.neutral(NEUTRAL_SAMPLING)

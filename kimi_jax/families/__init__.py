@@ -6,7 +6,7 @@ A file is of the family whose class its `architectures` names; where that class 
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from kimi_jax.config import KimiConfig
 from kimi_jax.families.family import ConfigSpelling, Family, SavedSpelling, TensorNames
@@ -27,6 +27,8 @@ __all__ = [
     "text_families",
     "text_fields",
 ]
+
+_Object = TypeVar("_Object", bound=Mapping[str, Any])
 
 # The first that recognises a file is its family.
 FAMILIES: tuple[Family, ...] = (K2, KIMI_LINEAR, K25)
@@ -50,7 +52,7 @@ def by_name(name: str) -> Family:
     return {family.name: family for family in FAMILIES}[name]
 
 
-def text_fields(config: dict[str, Any]) -> dict[str, Any]:
+def text_fields(config: _Object) -> _Object:
     """Returns the object of a parsed config.json that holds the language model's fields: one inside it, or itself."""
     family = family_of(config)
     home = None if family is None else family.config.text_config

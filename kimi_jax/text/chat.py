@@ -28,14 +28,13 @@ def _segments(
 ) -> list[Segment]:
     """Returns the conversation in `model`'s template; without a tokenizer a folder's prompt is one piece."""
     messages, tools = read_messages(messages), read_tools(tools)
-    built_in = templates.BUILT_IN.get(model) if isinstance(model, str) else None
-    folder = None if built_in is not None else FolderTemplate(model, with_tools=bool(tools))
+    folder = None if model in templates.BUILT_IN else FolderTemplate(model, with_tools=bool(tools))
     unread = [key for key in unread_keys(messages) if folder is None or key.split(".")[-1] not in folder.source]
     if unread:
         text = f"{printable(', '.join(unread))} in messages: not read by the chat template of {printable(model)}"
         warnings.warn(text, stacklevel=3)
-    if built_in is not None:
-        return built_in.write(messages, tools, **options)
+    if folder is None:
+        return templates.BUILT_IN[str(model)].write(messages, tools, **options)
     if tok is None:
         return [Segment(folder.render(messages, tools, **options))]
     return folder.segments(messages, tools, tok.special_tokens, **options)
