@@ -105,12 +105,12 @@ def _family(fields: Fields, config: Mapping[str, Any], choices: Sequence[Family]
     return family
 
 
-def _text_keys(family: Family) -> dict[str, str]:
+def _text_keys(*own: Family) -> dict[str, str]:
     """Returns the spellings of the language model's keys. Tools mix the families', so those of all are read; where two
-    families mean different things by a key, it is read as `family` means it."""
+    families mean different things by a key, the file's `own`, the last before the first, decide."""
     keys = dict(TEXT_ALIASES)
-    for other in (*families.FAMILIES, family):
-        keys |= other.config.text_keys
+    for family in (*families.FAMILIES, *own):
+        keys |= family.config.text_keys
     return keys
 
 
@@ -126,7 +126,7 @@ def _nested(
     if tower is not None:
         tower.adopt(top, keys.projector_keys)
     inner_family = _family(_object(top, home, {}), top.raw(home), families.text_families())
-    inner_keys = _text_keys(inner_family)
+    inner_keys = _text_keys(inner_family, family)
     inner = _object(top, home, inner_keys)
     language = text(inner, inner_family, quantization(inner, top, unread))
     top.only("tie_word_embeddings", False)
