@@ -1,5 +1,8 @@
-"""Which family a file is of."""
+"""Which family a file is of, and that nothing else tells releases apart."""
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,3 +75,44 @@ def test_a_language_model_in_a_nested_file_has_its_own_family_s_names() -> None:
 def test_the_prefix_is_seen_in_the_names() -> None:
     assert prefix_of(["mm_projector.x", "language_model.lm_head.weight"]) == "language_model."
     assert prefix_of(["lm_head.weight", "language_modelling.x"]) == ""
+
+
+ROOT = Path(__file__).parents[3]
+MODEL_TYPE = """
+config.model_type == "kimi_k2"
+"kimi_k2" != config["model_type"]
+config.get("model_type") in ("kimi_k2",)
+TABLE[text.model_type]
+TABLE.get(model_type)
+match config.model_type:
+    case "kimi_k2": ...
+"""
+
+
+def decisions(source: str) -> Iterator[int]:
+    """Yields the lines that compare a model_type, or look something up by it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.Subscript):
+            asked = [node.slice]
+        elif isinstance(node, ast.Match):
+            asked = [node.subject]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            asked = node.args[:1]
+        else:
+            continue
+        if any(ast.unparse(one).rstrip("\"')]").endswith("model_type") for one in asked if not is_key(one)):
+            yield node.lineno
+
+
+def is_key(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant)
+
+
+def test_no_module_but_the_families_asks_for_a_model_type() -> None:
+    assert sorted(decisions(MODEL_TYPE)) == [2, 3, 4, 5, 6, 7]
+    files = [file for package in ("kimi_jax", "checkpoints", "sharding") for file in (ROOT / package).rglob("*.py")]
+    others = [file for file in files if ROOT / "kimi_jax" / "families" not in file.parents]
+    assert len(others) > 100
+    assert not [f"{file}:{line}" for file in others for line in decisions(file.read_text())]
