@@ -22,6 +22,7 @@ from checkpoints.published.quantization_config import Form
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.stored.chunk_grid import chunk_grid
 from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Contents, Leaf, stored_leaves, with_fp8
+from kimi_jax.families import text_fields
 
 Rest = Literal["bfloat16", "float32"]
 
@@ -154,7 +155,7 @@ def _described(config: Mapping[str, Any], leaves: Sequence[Leaf], dtype: Rest | 
         form = "fp8"
     not_converted = [name.removesuffix(".weight") for leaf in plain for name in leaf.names]
     described = quantization_config.describe_form(config, form, not_converted)
-    for part in (described, described.get("text_config", {})):
+    for part in (described, text_fields(described)):
         part.update({name: dtype for name in ("dtype", "torch_dtype") if dtype and name in part})
     return described
 

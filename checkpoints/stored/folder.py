@@ -20,7 +20,6 @@ from checkpoints.stored.chunk_grid import Box, ByteRange
 from checkpoints.stored.manifest import MANIFEST, LeafRecord, Manifest
 from checkpoints.stored.names import (
     PACKED,
-    PREFIX,
     SHAPE,
     Contents,
     Leaf,
@@ -31,6 +30,7 @@ from checkpoints.stored.names import (
     with_prefix,
 )
 from kimi_jax import config_json
+from kimi_jax.families import prefix_of
 from kimi_jax.printable import printable
 
 
@@ -67,7 +67,7 @@ class Converted:
         if wrong := sorted(expected.keys() ^ records.keys()):
             first = ", ".join(printable(path) for path in wrong[:3])
             raise CheckpointError(f"{self.folder}: {len(wrong)} leaves are missing or not of this model: {first}")
-        prefix = PREFIX if any(record.published.startswith(PREFIX) for record in records.values()) else ""
+        prefix = prefix_of(record.published for record in records.values())
         found = []
         for path, record in records.items():
             leaf = with_prefix(expected[path], prefix)

@@ -1,4 +1,4 @@
-"""Maps published tensor names to paths of the model's tree and back, by one small table of rules.
+"""Maps published tensor names to paths of the model's tree and back; `kimi_jax.families` has each family's rules.
 
 A *stored leaf* is what an Orbax checkpoint of ours holds: published words, shapes and orientation, with a layer's
 experts stacked on a leading axis. Its path is the tree's own, except that INT4 experts keep their published endings
@@ -20,23 +20,15 @@ from checkpoints.published.numerics import BLOCK, CODES_PER_WORD, F32, FP8
 from checkpoints.published.safetensors import CheckpointError, Published, Tensor
 from checkpoints.published.sizes import check_sizes
 from kimi_jax.config import KimiConfig, QuantizationConfig
+from kimi_jax.families import prefix_of, published_name
 from kimi_jax.model.kimi import Kimi, abstract
 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 SCALE_INV = "weight_scale_inv"
 _STORED_ENDINGS = {"codes": PACKED, "scales": SCALE}
 _TEXT = ("model.", "lm_head.")
-PREFIX = "language_model."
 _MTP = "eh_proj.weight"  # joins the last hidden state and the next token's embedding
 _FLOATS = ("bfloat16", "float32", "float16")
-
-# Kimi Linear, path of the tree -> published name.
-_LINEAR = (
-    (re.compile(r"\.mlp\.(?=gate\.|experts\.|shared_experts\.)"), ".block_sparse_moe."),
-    (re.compile(r"(\.experts\.\{\}\.)gate_proj\."), r"\1w1."),
-    (re.compile(r"(\.experts\.\{\}\.)up_proj\."), r"\1w3."),
-    (re.compile(r"(\.experts\.\{\}\.)down_proj\."), r"\1w2."),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,21 +108,14 @@ def _leaf(config: KimiConfig, path: tuple[str, ...], variable: nnx.Variable) -> 
     name = ".".join([*parents, _STORED_ENDINGS.get(ending, ending)])
     shape, dtype, axes = tuple(variable.shape), np.dtype(variable.dtype), variable.get_metadata()["axes"]
     if ".mlp.experts." not in name:
-        return Leaf(name, shape, dtype, _published(config, name), axes)
-    pattern = _published(config, name.replace(".experts.", ".experts.{}."))
+        return Leaf(name, shape, dtype, published_name(config, name), axes)
+    pattern = published_name(config, name.replace(".experts.", ".experts.{}."))
     if ending == "weight":
         return Leaf(name, shape, dtype, pattern, axes)
     experts, in_, out = shape
     if ending == "codes":
         in_, dtype = in_ // CODES_PER_WORD, np.dtype(np.int32)
     return Leaf(name, (experts, out, in_), dtype, pattern, (axes[0], axes[2], axes[1]))
-
-
-def _published(config: KimiConfig, name: str) -> str:
-    if config.text.model_type == "kimi_linear":
-        for pattern, replacement in _LINEAR:
-            name = pattern.sub(replacement, name)
-    return name
 
 
 def contents(config: KimiConfig, published: Published) -> Contents:
@@ -149,7 +134,7 @@ def contents(config: KimiConfig, published: Published) -> Contents:
         warnings.warn(f"{published.folder}: {len(skipped)} tensors of MTP layers are left out", stacklevel=2)
     check_sizes(config, {name: tensor.shape for name, tensor in tensors.items()}, str(published.folder))
     model = abstract_of_form(config, tensors)
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
+    prefix = prefix_of(tensors)
     leaves = [with_prefix(leaf, prefix) for leaf in stored_leaves(model)]
     leaves = with_fp8(leaves, lambda leaf: f"{leaf.names[0]}_scale_inv" in tensors)
     _check_names(published, leaves, tensors)
@@ -188,7 +173,7 @@ def as_stored(leaf: Leaf, shape: tuple[int, ...], dtype: np.dtype, where: str) -
 
 def with_prefix(leaf: Leaf, prefix: str) -> Leaf:
     """Returns `leaf` under the published name that it has where the text model's names begin with `prefix`."""
-    return dataclasses.replace(leaf, pattern=prefix + leaf.pattern) if leaf.pattern.startswith(_TEXT) else leaf
+    return dataclasses.replace(leaf, pattern=prefix + leaf.pattern) if leaf.path.startswith(_TEXT) else leaf
 
 
 def _mtp(config: KimiConfig, tensors: Mapping[str, Tensor], published: Published) -> tuple[str, ...]:
@@ -198,13 +183,14 @@ def _mtp(config: KimiConfig, tensors: Mapping[str, Tensor], published: Published
     layers = range(first, first + config.text.num_nextn_predict_layers)
     if not layers:
         return ()
-    layer = re.compile(rf"(?:{re.escape(PREFIX)})?model\.layers\.(\d+)\.(.*)")
+    before, joint = published_name(config, f"model.layers.{{}}.{_MTP}").split("{}.")
+    layer = re.compile(rf"(?:{re.escape(prefix_of(tensors))})?{re.escape(before)}(\d+)\.(.*)")
     found = [(name, int(match[1]), match[2]) for name in tensors if (match := layer.match(name))]
     skipped = {name: number for name, number, _ in found if number in layers}
-    joined = {number for _, number, rest in found if rest == _MTP}
+    joined = {number for _, number, rest in found if rest == joint}
     for number in sorted(set(skipped.values()) - joined):
         raise CheckpointError(
-            f"{published.folder}: layer {number} has no {_MTP}, so it is no MTP layer; "
+            f"{published.folder}: layer {number} has no {joint}, so it is no MTP layer; "
             f"config.json has num_hidden_layers {first}"
         )
     return tuple(skipped)

@@ -10,7 +10,7 @@ import pytest
 from chat_cases import FULL, KIMI_LIKE, TOOLS, folder, user
 
 from kimi_jax.text import chat
-from kimi_jax.text.template_choice import follows_k25
+from kimi_jax.text.template_choice import follows
 from kimi_jax.text.template_files import MAX_TEMPLATE_BYTES, has_template
 
 TWO = {"default": "plain", "tool_use": "with tools"}
@@ -108,11 +108,10 @@ def test_generation_blocks_as_in_transformers(tmp_path: Path):
 
 
 def test_k25_s_own_rules_are_the_built_in_ones(tmp_path: Path):
-    assert follows_k25(folder(tmp_path, KIMI_LIKE))
-    assert follows_k25(folder(tmp_path, "{# another text #}" + KIMI_LIKE))
-    assert follows_k25(
-        folder(tmp_path, KIMI_LIKE.replace("and thinking -%}", "and (thinking or preserve_thinking) -%}"))
-    )
+    assert follows(folder(tmp_path, KIMI_LIKE), "k2.5")
+    assert follows(folder(tmp_path, "{# another text #}" + KIMI_LIKE), "k2.5")
+    kept = KIMI_LIKE.replace("and thinking -%}", "and (thinking or preserve_thinking) -%}")
+    assert follows(folder(tmp_path, kept), "k2.5")
 
 
 @pytest.mark.parametrize(
@@ -131,11 +130,11 @@ def test_k25_s_own_rules_are_the_built_in_ones(tmp_path: Path):
 )
 def test_other_rules_are_seen(tmp_path: Path, old: str, new: str):
     assert old in KIMI_LIKE
-    assert not follows_k25(folder(tmp_path, KIMI_LIKE.replace(old, new)))
+    assert not follows(folder(tmp_path, KIMI_LIKE.replace(old, new)), "k2.5")
 
 
 def test_a_template_for_tools_counts_too(tmp_path: Path):
     stored(tmp_path, {"default": KIMI_LIKE, "tool_use": "{{ raise_exception('no') }}"})
-    assert not follows_k25(tmp_path)
+    assert not follows(tmp_path, "k2.5")
     with pytest.raises(ValueError, match="does not take these messages: no"):
         chat.render(FULL, TOOLS, model=tmp_path)
