@@ -23,7 +23,7 @@ import tpu.cases  # noqa: E402
 from tpu import budget  # noqa: E402
 from tpu.case import Case, Row, measure  # noqa: E402
 
-from sharding.topologies import CHIPS  # noqa: E402
+from pallas_kernels.hardware import CHIPS  # noqa: E402
 
 HEAD = (
     f"{'case':44} {'chip':6} {'bundles/unit':>12} {'schedule':>10} {'HBM':>10} {'MXU':>10} {'GB/s':>6} {'x roof':>6} "

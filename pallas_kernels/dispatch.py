@@ -1,39 +1,83 @@
-"""Choice of an op's implementation by the platform that a call is lowered for, not by the process's default backend.
+"""Ordered backends of an op, and the choice among them by the platform that a call is lowered for.
 
-So a CPU host can compile for a TPU. `"mosaic_tpu"`, where an op has one, is the Pallas kernel: Mosaic on TPU, and the
-same kernel interpreted elsewhere; `"xla"` is plain JAX and runs everywhere; None is Mosaic on TPU and XLA elsewhere.
+The process's default backend plays no part, so a CPU host can compile for a TPU. An op lists its backends in order of
+preference, "mosaic_tpu", a Pallas kernel for TPUs, before "xla", plain JAX for any platform. A kernel for another
+platform is one more entry.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import jax
 
 
-def choose(
-    op: str, implementation: str | None, available: Mapping[str, Callable[..., Any]], unsupported: str | None = None
-) -> Callable[..., Any]:
-    """Returns the function to call for `implementation`.
+def accept(*arrays: Any) -> str | None:
+    """Refuses no call."""
+    return None
 
-    The functions of one op take the same positional arrays and give the same outputs; options are bound beforehand.
-    A "mosaic_tpu" also takes the keyword `interpret`. `unsupported` says why the kernel cannot serve this call: None
-    then falls to XLA, and asking for the kernel raises.
+
+@dataclass(frozen=True)
+class Backend:
+    """One way of computing an op.
+
+    `run` takes the op's positional arrays and returns its outputs, both alike for all backends of the op; options are
+    bound beforehand. `refuse` takes the same arrays and says why `run` cannot serve them, None where it can.
+    `platforms` are the ones that JAX compiles a kernel for ("tpu", "cuda", "rocm"); its `run` also takes the keyword
+    `interpret`. A backend without platforms is compiled for any.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    platforms: tuple[str, ...] = ()
+    refuse: Callable[..., str | None] = accept
+
+
+def choose(op: str, implementation: str | None, backends: Sequence[Backend], *arrays: Any) -> Callable[..., Any]:
+    """Returns the function to call with `arrays`.
+
+    On each platform it is the first of `backends` that serves the platform and does not refuse the arrays. The backend
+    that `implementation` names is taken on every platform, interpreted where it cannot be compiled.
 
     Raises:
-      ValueError: the op has no such implementation, or the kernel cannot serve the call.
+      ValueError: the op has no backend of this name, or that backend refuses the arrays, or all backends do.
     """
-    if implementation not in (None, *available):
+    names = [backend.name for backend in backends]
+    if implementation not in (None, *names):
         raise ValueError(
-            f"{op}: implementation {implementation!r} is not available, expected None or one of {sorted(available)}"
+            f"{op}: implementation {implementation!r} is not available, expected None or one of {sorted(names)}"
         )
-    if implementation == "xla" or "mosaic_tpu" not in available or (implementation is None and unsupported):
-        return available["xla"]
-    if unsupported:
-        raise ValueError(f"{op}: the mosaic_tpu kernel cannot serve this call: {unsupported}")
-    kernel = available["mosaic_tpu"]
-    elsewhere = available["xla"] if implementation is None else partial(kernel, interpret=True)
-    return lambda *arrays: jax.lax.platform_dependent(*arrays, tpu=_compiled(kernel), default=elsewhere)
+    if implementation is not None:
+        return _asked_for(op, backends[names.index(implementation)], *arrays)
+    reasons = [backend.refuse(*arrays) for backend in backends]
+    if all(reasons):
+        listed = "; ".join(f"{name}: {reason}" for name, reason in zip(names, reasons, strict=True))
+        raise ValueError(f"{op}: no implementation can serve this call: {listed}")
+    kernels: dict[str, Callable[..., Any]] = {}
+    for backend, reason in zip(backends, reasons, strict=True):
+        if reason:
+            continue
+        if not backend.platforms:
+            return _by_platform(kernels, backend.run)
+        kernels = dict.fromkeys(backend.platforms, _compiled(backend.run)) | kernels
+    return _by_platform(kernels, None)
+
+
+def _asked_for(op: str, backend: Backend, *arrays: Any) -> Callable[..., Any]:
+    if reason := backend.refuse(*arrays):
+        raise ValueError(f"{op}: the {backend.name} kernel cannot serve this call: {reason}")
+    if not backend.platforms:
+        return backend.run
+    kernels = dict.fromkeys(backend.platforms, _compiled(backend.run))
+    return _by_platform(kernels, partial(backend.run, interpret=True))
+
+
+def _by_platform(kernels: dict[str, Callable[..., Any]], elsewhere: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Returns the function that is a platform's entry of `kernels`, or `elsewhere` on platforms without one."""
+    if not kernels and elsewhere is not None:
+        return elsewhere
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, default=elsewhere, **kernels)
 
 
 def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:

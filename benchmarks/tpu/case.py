@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sharding.topologies import CHIPS, Chip
+from pallas_kernels.hardware import CHIPS
 from tpu.compile import compile_for
 from tpu.schedule import Loop
 
@@ -12,8 +12,8 @@ from tpu.schedule import Loop
 @dataclass(frozen=True)
 class Case:
     """`build` gives the function and its ShapeDtypeStructs; `trips` how often each loop of the kernel runs in the whole
-    call, in the order of `schedule.read_kernel` without depth 0 (both are called with the chip as `pallas_kernels.chip`
-    sees it).
+    call, in the order of `schedule.read_kernel` without depth 0 (both are called with the chip as
+    `pallas_kernels.hardware.chip` sees it).
 
     `units` of `unit` are done by the call; `hbm_bytes` and `flops` are what the kernel moves and multiplies at least
     (the roofline).
@@ -58,7 +58,7 @@ def measure(case: Case, chip_name: str) -> Row:
     Raises:
       ValueError: the kernel has other loops than `trips` names.
     """
-    chip: Chip = CHIPS[chip_name]
+    chip = CHIPS[chip_name]
     compiled, trips = compile_for(chip_name, case.build, case.trips, case.kernel, case.donate)
     outside, *loops = compiled.loops
     if len(loops) != len(trips):

@@ -24,7 +24,7 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding  # noqa: E402
 
-from sharding.topologies import CHIPS  # noqa: E402
+from sharding.topologies import topologies as slices  # noqa: E402
 from tpu.schedule import Loop, read_kernel  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
@@ -51,7 +51,7 @@ def compile_for(
     also returns `trips()`, both called with the chip's mesh in use."""
     shutil.rmtree(_DUMP, ignore_errors=True)
     _DUMP.mkdir()
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology).devices[0]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=slices(chip)[0].name).devices[0]
     place = SingleDeviceSharding(device)
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, 1, "tpu"))
     with jax.sharding.use_abstract_mesh(mesh):

@@ -4,17 +4,21 @@ Source of the form: megablocks (arXiv 2211.15841) and `jax.lax.ragged_dot`, with
 devices.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
-from pallas_kernels.dispatch import choose, with_gradient
+from pallas_kernels.dispatch import Backend, choose, with_gradient
 from pallas_kernels.grouped_matmul import mosaic_tpu, xla
 
-_MATMUL: dict[str, Callable[..., Array]] = {"xla": xla.grouped_matmul, "mosaic_tpu": mosaic_tpu.grouped_matmul}
-_SWIGLU: dict[str, Callable[..., Array]] = {"xla": xla.grouped_swiglu, "mosaic_tpu": mosaic_tpu.grouped_swiglu}
+_MATMUL = (
+    Backend("mosaic_tpu", mosaic_tpu.grouped_matmul, ("tpu",), mosaic_tpu.unsupported),
+    Backend("xla", xla.grouped_matmul),
+)
+_SWIGLU = (
+    Backend("mosaic_tpu", mosaic_tpu.grouped_swiglu, ("tpu",), mosaic_tpu.unsupported),
+    Backend("xla", xla.grouped_swiglu),
+)
 
 
 @checks_arguments
@@ -52,7 +56,7 @@ def grouped_matmul(
     bind_shapes(op, x=(x, "T K"), weights=(weights, "E N K"), group_sizes=(group_sizes, "groups"))
     offset = check_groups(op, x, group_sizes, group_offset, jnp.shape(weights)[0])
     arguments = tuple(map(jnp.asarray, (x, weights, group_sizes, offset)))
-    run = choose(op, implementation, _MATMUL, mosaic_tpu.unsupported(*arguments[:2]))
+    run = choose(op, implementation, _MATMUL, *arguments)
     return with_gradient(run, xla.grouped_matmul)(*arguments)
 
 
@@ -77,7 +81,7 @@ def grouped_swiglu(
     bind_shapes(op, x=(x, "T K"), gate=(gate, "E N K"), up=(up, "E N K"), group_sizes=(group_sizes, "groups"))
     offset = check_groups(op, x, group_sizes, group_offset, jnp.shape(gate)[0])
     arguments = tuple(map(jnp.asarray, (x, gate, up, group_sizes, offset)))
-    run = choose(op, implementation, _SWIGLU, mosaic_tpu.unsupported(*arguments[:2]))
+    run = choose(op, implementation, _SWIGLU, *arguments)
     return with_gradient(run, xla.grouped_swiglu)(*arguments)
 
 

@@ -23,12 +23,13 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.grouped_matmul.blocks import swiglu
 from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, window_size
+from pallas_kernels.hardware import VMEM_LIMIT
 
 BLOCK_BYTES, STEP_BYTES = 2**23, 2**22
 LANES = 128
 
 
-def unsupported(x: Array, weights: Array) -> str | None:
+def unsupported(x: Array, weights: Array, *others: Array) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     N, K = weights.shape[1:]
     if x.dtype not in (jnp.bfloat16, jnp.float32):
@@ -103,7 +104,7 @@ def _call(
         ),
         out_shape=jax.ShapeDtypeStruct((blocks * block, N), x.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         name=name,
         interpret=interpret,

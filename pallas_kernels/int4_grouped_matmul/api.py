@@ -3,28 +3,26 @@
 "Groups" are the ragged batch's, one per expert; the 32 inputs that share a scale are always called by their number.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int4, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments
-from pallas_kernels.dispatch import choose, with_gradient
+from pallas_kernels.dispatch import Backend, choose, with_gradient
 from pallas_kernels.grouped_matmul.api import check_groups
 from pallas_kernels.int4_grouped_matmul import mosaic_tpu, xla
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE, check_codes
 
 Quantised = tuple[Int4[Array, "E K N"], Float[Array, "E K32 N"]]
 
-_MATMUL: dict[str, Callable[..., Array]] = {
-    "xla": xla.int4_grouped_matmul,
-    "mosaic_tpu": mosaic_tpu.int4_grouped_matmul,
-}
-_SWIGLU: dict[str, Callable[..., Array]] = {
-    "xla": xla.int4_grouped_swiglu,
-    "mosaic_tpu": mosaic_tpu.int4_grouped_swiglu,
-}
+_MATMUL = (
+    Backend("mosaic_tpu", mosaic_tpu.int4_grouped_matmul, ("tpu",), mosaic_tpu.unsupported),
+    Backend("xla", xla.int4_grouped_matmul),
+)
+_SWIGLU = (
+    Backend("mosaic_tpu", mosaic_tpu.int4_grouped_swiglu, ("tpu",), mosaic_tpu.unsupported_swiglu),
+    Backend("xla", xla.int4_grouped_swiglu),
+)
 
 
 @checks_arguments
@@ -58,9 +56,9 @@ def int4_grouped_matmul(
     """
     op = "int4_grouped_matmul"
     offset = _check(op, x, (codes, scales), group_sizes, group_offset)
-    x, codes, scales, group_sizes = map(jnp.asarray, (x, codes, scales, group_sizes))
-    run = choose(op, implementation, _MATMUL, mosaic_tpu.unsupported(x, codes))
-    return with_gradient(run, xla.int4_grouped_matmul)(x, codes, scales, group_sizes, offset)
+    arguments = tuple(map(jnp.asarray, (x, codes, scales, group_sizes, offset)))
+    run = choose(op, implementation, _MATMUL, *arguments)
+    return with_gradient(run, xla.int4_grouped_matmul)(*arguments)
 
 
 @checks_arguments
@@ -85,7 +83,7 @@ def int4_grouped_swiglu(
             f"{op}: up's codes have shape {jnp.shape(up[0])}, expected those of gate, {jnp.shape(gate[0])}"
         )
     arguments = jax.tree.map(jnp.asarray, (x, tuple(gate), tuple(up), group_sizes, offset))
-    run = choose(op, implementation, _SWIGLU, mosaic_tpu.unsupported(arguments[0], arguments[1][0]))
+    run = choose(op, implementation, _SWIGLU, *arguments)
     return with_gradient(run, xla.int4_grouped_swiglu)(*arguments)
 
 

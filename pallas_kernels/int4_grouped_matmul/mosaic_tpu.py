@@ -28,8 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int4, Int32
 
-from pallas_kernels.chip import chip
 from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, window_size
+from pallas_kernels.hardware import VMEM_LIMIT, chip
 from pallas_kernels.int4_grouped_matmul import block_diagonal
 from pallas_kernels.int4_grouped_matmul.product import (
     FEW_ROWS,
@@ -50,7 +50,7 @@ LARGEST_ODD_K = 2048
 BLOCK_BYTES, STEP_BYTES, PART_WEIGHTS, SHARED_PART_WEIGHTS = 2**23, 2**22, 2**22, 2**20
 
 
-def unsupported(x: Array, codes: Array) -> str | None:
+def unsupported(x: Array, codes: Array, *others: Array) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     (tokens, K), N = x.shape, codes.shape[-1]
     if x.dtype not in (jnp.bfloat16, jnp.float32):
@@ -62,6 +62,11 @@ def unsupported(x: Array, codes: Array) -> str | None:
     if K % K_PART and (K % 64 or K > LARGEST_ODD_K):
         return f"K is {K}, expected a multiple of {K_PART}, or of 64 up to {LARGEST_ODD_K}"
     return None
+
+
+def unsupported_swiglu(x: Array, gate: tuple[Array, Array], *others: Any) -> str | None:
+    """Says why the kernel cannot take these shapes and dtypes; None where it can."""
+    return unsupported(x, gate[0])
 
 
 def tiles(
@@ -183,7 +188,7 @@ def _call(
         ),
         out_shape=jax.ShapeDtypeStruct((blocks * tile.block, N), dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=cost,
         name=name,

@@ -1,16 +1,17 @@
 """Matrix product with INT4 weights in groups of 32."""
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int4
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments
-from pallas_kernels.dispatch import choose, with_gradient
+from pallas_kernels.dispatch import Backend, choose, with_gradient
 from pallas_kernels.int4_matmul import mosaic_tpu, xla
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE, check_codes
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"xla": xla.int4_matmul, "mosaic_tpu": mosaic_tpu.int4_matmul}
+_BACKENDS = (
+    Backend("mosaic_tpu", mosaic_tpu.int4_matmul, ("tpu",), mosaic_tpu.unsupported),
+    Backend("xla", xla.int4_matmul),
+)
 
 
 @checks_arguments
@@ -41,5 +42,5 @@ def int4_matmul(
     bind_shapes(op, x=(x, "M K"), codes=(codes, "K N"), scales=(scales, f"{jnp.shape(x)[-1] // GROUP_SIZE} N"))
     check_codes(op, codes, scales)
     x, codes, scales = map(jnp.asarray, (x, codes, scales))
-    run = choose(op, implementation, _IMPLEMENTATIONS, mosaic_tpu.unsupported(x, codes))
+    run = choose(op, implementation, _BACKENDS, x, codes, scales)
     return with_gradient(run, xla.int4_matmul)(x, codes, scales)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int4
 from pallas_kernels.int4_grouped_matmul import mosaic_tpu as grouped
 
 
-def unsupported(x: Array, codes: Array) -> str | None:
+def unsupported(x: Array, codes: Array, scales: Array) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     return grouped.unsupported(x, codes)
 

@@ -11,7 +11,7 @@ from jax.experimental import checkify
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
-from pallas_kernels.dispatch import choose, with_gradient
+from pallas_kernels.dispatch import Backend, choose, with_gradient
 from pallas_kernels.kda import backward, mosaic_step, mosaic_tpu, xla
 
 # Below this many tokens the recurrence costs less than a chunk.
@@ -96,15 +96,17 @@ def kda(
 
     options: dict[str, Any] = {"normalize_qk": normalize_qk, "scale": scale}
     tokens = (*map(jnp.asarray, (q, k)), values, *map(jnp.asarray, (g, beta)))
-    available = {
-        "xla": partial(xla.recurrent if sizes["T"] <= _SHORT else xla.chunked, **options),
-        "mosaic_tpu": partial(mosaic_tpu.kda, lower_bound=lower_bound, **options),
-    }
-    run, run_saving = (
-        choose(op, implementation, functions, mosaic_tpu.unsupported(*tokens[:4]))
-        for functions in (available, backward.save_group_states(available, **options))
+    arguments = (*tokens, states, segment_ids)
+    kernel = partial(mosaic_tpu.kda, lower_bound=lower_bound, **options)
+    backends = (
+        Backend("mosaic_tpu", kernel, ("tpu",), mosaic_tpu.unsupported),
+        Backend("xla", partial(xla.recurrent if sizes["T"] <= _SHORT else xla.chunked, **options)),
     )
-    o, states = backward.differentiable(run, run_saving, **options)(*tokens, states, segment_ids)
+    run, run_saving = (
+        choose(op, implementation, ways, *arguments)
+        for ways in (backends, backward.save_group_states(backends, **options))
+    )
+    o, states = backward.differentiable(run, run_saving, **options)(*arguments)
     states = states if packed else states[:, 0]
     o = o[..., : sizes["Dv"]]
     if return_transition:
@@ -147,9 +149,11 @@ def kda_step(
     arrays = tuple(map(jnp.asarray, (q, k, v, g, beta, state)))
     options: dict[str, Any] = {"normalize_qk": normalize_qk, "scale": scale}
     plain = partial(xla.kda_step, **options)
-    available = {"xla": plain, "mosaic_tpu": partial(mosaic_step.kda_step, **options)}
-    run = choose(op, implementation, available, mosaic_step.unsupported(*arrays))
-    return with_gradient(run, plain)(*arrays)
+    backends = (
+        Backend("mosaic_tpu", partial(mosaic_step.kda_step, **options), ("tpu",), mosaic_step.unsupported),
+        Backend("xla", plain),
+    )
+    return with_gradient(choose(op, implementation, backends, *arrays), plain)(*arrays)
 
 
 @checks_arguments

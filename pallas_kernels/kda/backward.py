@@ -11,7 +11,8 @@ binary splitting of `decays`, whose sums are each within one block: every expone
 terms only, in float32, and nothing cancels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +20,12 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.dispatch import Backend
 from pallas_kernels.kda import xla
 
 
-def save_group_states(available: Mapping[str, Callable[..., Any]], **options: Any) -> dict[str, Callable[..., Any]]:
-    """Makes the implementations of an op return the state before each group of chunks too.
+def save_group_states(backends: Sequence[Backend], **options: Any) -> tuple[Backend, ...]:
+    """Makes the backends of the op return the state before each group of chunks too.
 
     A kernel's results stay as they are; the states come from the chunked form, computed in addition.
     """
@@ -32,7 +34,10 @@ def save_group_states(available: Mapping[str, Callable[..., Any]], **options: An
     def add_group_states(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arrays, **how: (*kernel(*arrays, **how), chunked(*arrays)[2])
 
-    return {name: chunked if name == "xla" else add_group_states(run) for name, run in available.items()}
+    return tuple(
+        replace(backend, run=chunked if backend.name == "xla" else add_group_states(backend.run))
+        for backend in backends
+    )
 
 
 def differentiable(run: Callable[..., Any], run_saving: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hardware import VMEM_LIMIT
 from pallas_kernels.kda import mosaic_scores as scores
 from pallas_kernels.kda.mosaic_blocks import CHUNK, block_diagonal, dot, split_heads
 from pallas_kernels.kda.mosaic_inverse import invert
@@ -63,7 +64,7 @@ class KdaScratch(NamedTuple):
     read: Any
 
 
-def unsupported(q: Array, k: Array, v: Array, g: Array) -> str | None:
+def unsupported(q: Array, k: Array, v: Array, g: Array, *others: Array | None) -> str | None:
     """Says why the kernel cannot serve these arguments; None where it can."""
     if 0 in (*q.shape, *v.shape):
         return "it is empty"
@@ -141,7 +142,7 @@ def kda(
             jax.ShapeDtypeStruct(states.shape, jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         name="kda",
         interpret=interpret,

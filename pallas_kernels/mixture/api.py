@@ -4,19 +4,20 @@ Source of the form: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). For many toke
 grouped ops.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
-from pallas_kernels.dispatch import choose, with_gradient
+from pallas_kernels.dispatch import Backend, choose, with_gradient
 from pallas_kernels.int4_matmul.packing import GROUP_SIZE, check_codes
 from pallas_kernels.mixture import mosaic_tpu, xla
 from pallas_kernels.mixture.stages import ExpertMatrix
 
-_MIXTURE: dict[str, Callable[..., Array]] = {"xla": xla.mixture, "mosaic_tpu": mosaic_tpu.mixture}
+_BACKENDS = (
+    Backend("mosaic_tpu", mosaic_tpu.mixture, ("tpu",), mosaic_tpu.unsupported),
+    Backend("xla", xla.mixture),
+)
 
 
 @checks_arguments
@@ -81,7 +82,7 @@ def mixture(
             bind_shapes(op, **{name: (weight, f"{num_local} {out} {in_}")})
     _check_different(op, chosen)
     arguments = jax.tree.map(jnp.asarray, (x, chosen, weights, gate, up, down, jnp.asarray(first, jnp.int32)))
-    run = choose(op, implementation, _MIXTURE, mosaic_tpu.unsupported(arguments[0], arguments[3], arguments[5]))
+    run = choose(op, implementation, _BACKENDS, *arguments)
     return with_gradient(run, xla.mixture)(*arguments)
 
 

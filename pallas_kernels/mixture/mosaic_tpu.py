@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.chip import chip
 from pallas_kernels.grouped_matmul.blocks import swiglu
+from pallas_kernels.hardware import chip
 from pallas_kernels.mixture.stages import WINDOW, DenseStage, ExpertMatrix, Int4Stage, choose_stage, unsupported_matrix
 from pallas_kernels.mixture.visits import expert_visits
 
@@ -37,7 +37,15 @@ def fits(tokens: int, inputs: int) -> bool:
     return tokens <= MOST_TOKENS and inputs <= MOST_INPUTS and tokens * inputs * 4 <= chip().vmem // 8
 
 
-def unsupported(x: Array, gate: ExpertMatrix, down: ExpertMatrix) -> str | None:
+def unsupported(
+    x: Array,
+    chosen: Array,
+    weights: Array,
+    gate: ExpertMatrix,
+    up: ExpertMatrix,
+    down: ExpertMatrix,
+    first: Array,
+) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     tokens, K = x.shape
     if x.dtype not in (jnp.bfloat16, jnp.float32):

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int4
 
-from pallas_kernels.chip import chip
+from pallas_kernels.hardware import chip
 from pallas_kernels.int4_grouped_matmul import mosaic_tpu as int4
 from pallas_kernels.int4_grouped_matmul.product import (
     FEW_ROWS,

@@ -11,8 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import Backend, choose
 from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu, mosaic_write, xla
+
+_WRITE = (
+    Backend("mosaic_tpu", mosaic_write.mla_write, ("tpu",), mosaic_write.unsupported),
+    Backend("xla", xla.mla_write),
+)
 
 
 @checks_arguments
@@ -71,16 +76,11 @@ def mla_prefill(
     if q_segments is None or kv_segments is None:
         q_segments, kv_segments = jnp.zeros_like(q_positions), jnp.zeros_like(kv_positions)
     operands = tuple(map(jnp.asarray, (q, k, v, q_positions, kv_positions, q_segments, kv_segments)))
-    run = choose(
-        op,
-        implementation,
-        {
-            "xla": partial(xla.mla_prefill, scale=scale),
-            "mosaic_tpu": partial(mosaic_prefill.mla_prefill, scale=scale),
-        },
-        mosaic_prefill.unsupported(*operands[:3]),
+    backends = (
+        Backend("mosaic_tpu", partial(mosaic_prefill.mla_prefill, scale=scale), ("tpu",), mosaic_prefill.unsupported),
+        Backend("xla", partial(xla.mla_prefill, scale=scale)),
     )
-    out, lse = run(*operands)
+    out, lse = choose(op, implementation, backends, *operands)(*operands)
     return (out, lse) if return_lse else out
 
 
@@ -129,16 +129,11 @@ def mla_decode(
         check_dtype(op, name, array, jnp.integer)
     _check_pages(op, cache, page_table, known(lengths))
     operands = tuple(map(jnp.asarray, (q_latent, q_rope, cache, page_table, lengths)))
-    run = choose(
-        op,
-        implementation,
-        {
-            "xla": partial(xla.mla_decode, scale=scale),
-            "mosaic_tpu": partial(mosaic_tpu.mla_decode, scale=scale),
-        },
-        mosaic_tpu.unsupported(*operands[:4]),
+    backends = (
+        Backend("mosaic_tpu", partial(mosaic_tpu.mla_decode, scale=scale), ("tpu",), mosaic_tpu.unsupported),
+        Backend("xla", partial(xla.mla_decode, scale=scale)),
     )
-    out, lse = run(*operands)
+    out, lse = choose(op, implementation, backends, *operands)(*operands)
     return (out, lse) if return_lse else out
 
 
@@ -181,13 +176,7 @@ def mla_write(
     places = known(positions)
     _check_pages(op, cache, page_table, None if places is None else places.max(axis=1, initial=-1) + 1)
     operands = tuple(map(jnp.asarray, (cache, latents, page_table, positions)))
-    run = choose(
-        op,
-        None,
-        {"xla": xla.mla_write, "mosaic_tpu": mosaic_write.mla_write},
-        mosaic_write.unsupported(*operands[:2]),
-    )
-    return run(*operands)
+    return choose(op, None, _WRITE, *operands)(*operands)
 
 
 @checks_arguments

@@ -30,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import with_gradient
+from pallas_kernels.hardware import VMEM_LIMIT
 from pallas_kernels.mla_attention import xla
 from pallas_kernels.mla_attention.mosaic_prefill_block import (
     LANES,
@@ -62,7 +63,7 @@ def choose_blocks(q: Array, k: Array) -> Blocks:
     return Blocks(math.gcd(q.shape[2], most.heads), min(most.queries, queries), keys, min(most.part, keys))
 
 
-def unsupported(q: Array, k: Array, v: Array) -> str | None:
+def unsupported(q: Array, k: Array, v: Array, *marks: Array) -> str | None:
     """Says why the prefill kernel cannot serve these arguments; None where it can."""
     if 0 in (*q.shape, *k.shape, *v.shape):
         return "it is empty"
@@ -139,7 +140,7 @@ def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, sca
             jax.ShapeDtypeStruct((batch, groups, size.heads, q_blocks * size.queries), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=48 * 2**20
+            dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         interpret=interpret,
         name="mla_prefill",

@@ -40,7 +40,7 @@ def block_pages(page: int, max_pages: int) -> int:
     return max(1, min(max_pages, BLOCK_TOKENS // page))
 
 
-def unsupported(q_latent: Array, q_rope: Array, cache: Array, page_table: Array) -> str | None:
+def unsupported(q_latent: Array, q_rope: Array, cache: Array, page_table: Array, lengths: Array) -> str | None:
     """Says why the decode kernel cannot serve these arguments; None where it can."""
     if 0 in (*q_latent.shape, *page_table.shape, cache.shape[0]):
         return "it is empty"

@@ -22,7 +22,7 @@ LANES = 128
 SLOTS = 8  # units in VMEM: 147 kB each of Kimi's, so that a megabyte is on its way there and back
 
 
-def unsupported(cache: Array, latents: Array) -> str | None:
+def unsupported(cache: Array, latents: Array, page_table: Array, positions: Array) -> str | None:
     """Says why the kernel cannot serve these arguments; None where it can."""
     if 0 in (*cache.shape, *latents.shape):
         return "it is empty"

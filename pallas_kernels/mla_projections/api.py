@@ -4,19 +4,19 @@ Source of the formulas: DeepSeek-V2 (arXiv 2405.04434, section 2.1); RMSNorm as 
 2104.09864 over interleaved pairs.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments
-from pallas_kernels.dispatch import choose, with_gradient
+from pallas_kernels.dispatch import Backend, choose, with_gradient
 from pallas_kernels.mla_projections import mosaic_tpu, xla
 
-_QUERY: dict[str, Callable[..., Any]] = {"xla": xla.mla_query, "mosaic_tpu": mosaic_tpu.mla_query}
-_OUTPUT: dict[str, Callable[..., Array]] = {"xla": xla.mla_output, "mosaic_tpu": mosaic_tpu.mla_output}
+_OUTPUT = (
+    Backend("mosaic_tpu", mosaic_tpu.mla_output, ("tpu",), mosaic_tpu.output_unsupported),
+    Backend("xla", xla.mla_output),
+)
 
 
 @checks_arguments
@@ -74,10 +74,12 @@ def mla_query(
         check_dtype(op, "q_norm", q_norm, jnp.result_type(q_a))
         bind_shapes(op, q_a=(q_a, "B C"), q_norm=(q_norm, "C"))
     arguments = (q_a, kv_a, rotation, q_norm, kv_norm, q_b, kv_b)
-    options = {"heads": heads, "eps": eps}
-    available = {name: partial(function, **options) for name, function in _QUERY.items()}
-    run = choose(op, implementation, available, mosaic_tpu.query_unsupported(*arguments, heads))
-    return with_gradient(run, available["xla"])(*arguments)
+    kernel, plain = (partial(module.mla_query, heads=heads, eps=eps) for module in (mosaic_tpu, xla))
+    backends = (
+        Backend("mosaic_tpu", kernel, ("tpu",), partial(mosaic_tpu.query_unsupported, heads=heads)),
+        Backend("xla", plain),
+    )
+    return with_gradient(choose(op, implementation, backends, *arguments), plain)(*arguments)
 
 
 @checks_arguments
@@ -114,5 +116,5 @@ def mla_output(
             f"{op}: kv_b has {sizes['both']} rows and o_proj {sizes['values']} columns, expected keys and values, and "
             f"values, of {sizes['H']} heads"
         )
-    run = choose(op, implementation, _OUTPUT, mosaic_tpu.output_unsupported(o, kv_b, o_proj))
+    run = choose(op, implementation, _OUTPUT, o, kv_b, o_proj)
     return with_gradient(run, xla.mla_output)(o, kv_b, o_proj)

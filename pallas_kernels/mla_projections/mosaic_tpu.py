@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.chip import chip
+from pallas_kernels.hardware import VMEM_LIMIT, chip
 from pallas_kernels.mla_projections.xla import Rotation
 
 LANES, MOST_ROWS, HEADS, STEP_BYTES = 128, 128, 8, 2**21
@@ -32,6 +32,7 @@ def query_unsupported(
     kv_norm: Array,
     q_b: Array,
     kv_b: Array,
+    *,
     heads: int,
 ) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
@@ -109,7 +110,7 @@ def mla_query(
             pltpu.VMEM((block, batch, rope), dtype),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=48 * 2**20
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * (q_b.size + kv_b.size // 2),
@@ -201,7 +202,7 @@ def mla_output(
         out_shape=jax.ShapeDtypeStruct((batch, outputs), jnp.float32),
         scratch_shapes=[pltpu.VMEM((batch, values), o.dtype)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * (kv_b.size // 2 + o_proj.size),

@@ -16,8 +16,9 @@ from kimi_jax.cli import main
 from kimi_jax.plan import analytic, report, search
 from kimi_jax.plan.compile import Compiled, DoesNotFitError
 from kimi_jax.plan.traffic import MovedWeight
+from pallas_kernels.hardware import CHIPS
 from sharding import AXES, mesh_sizes
-from sharding.topologies import CHIPS, topology
+from sharding.topologies import SHAPES, topology
 
 LIBTPU = pytest.mark.skipif(not plan.available(), reason="libtpu, the TPU compiler, is not installed")
 K25, LINEAR = config_json.preset("kimi-k2.5"), config_json.preset("kimi-linear-48b")
@@ -225,8 +226,8 @@ def test_a_plan_in_words(capsys):
 def test_every_slice_that_is_known(capsys, tmp_path, monkeypatch):
     # Given two kinds of chips of two slices each, which is as good as all
     monkeypatch.setattr(
-        "sharding.topologies.CHIPS",
-        {name: CHIPS[name]._replace(slices=CHIPS[name].slices[:2]) for name in ("v5e", "tpu7x")},
+        "sharding.topologies.SHAPES",
+        {name: SHAPES[name][:2] for name in ("v5e", "tpu7x")},
     )
     (tmp_path / "config.json").write_text(json.dumps(toy_config("k2", **TOY)))
     out, _ = asked(capsys, "--model", str(tmp_path), "--topology", "all", "--batch", "8", "--json")

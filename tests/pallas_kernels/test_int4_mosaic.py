@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernel_numerics import dots, relative_rmse
 
 from pallas_kernels import int4_grouped_matmul, int4_grouped_swiglu, int4_matmul, quantize_int4
-from pallas_kernels.chip import Chip
+from pallas_kernels.hardware import CHIPS
 from pallas_kernels.int4_grouped_matmul import mosaic_tpu, reference
 from pallas_kernels.int4_matmul import reference as single
 
@@ -23,7 +23,7 @@ TOLERANCES = [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-3)]
 GATE, UP = (quantize_int4(jnp.asarray(RNG.normal(size=(EXPERTS, K, N)), jnp.float32)) for _ in range(2))
 
 
-V5 = Chip(bf16_vpu=False, mxu=128, vmem=128 * 2**20)
+V5 = CHIPS["v5e"].facts
 
 
 def rows(tokens, own, dtype, inputs=K):

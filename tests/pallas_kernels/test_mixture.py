@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernel_numerics import relative_rmse
 
 from pallas_kernels import mixture, quantize_int4
-from pallas_kernels.chip import Chip
+from pallas_kernels.hardware import CHIPS
 from pallas_kernels.mixture import fits, reference, shapes
 
 MODULES = [
@@ -21,7 +21,7 @@ MODULES = [
     for name in ("mixture.mosaic_tpu", "mixture.stages", "int4_grouped_matmul.mosaic_tpu")
 ]
 KERNEL = MODULES[0]
-V5E, V5P = (Chip(bf16_vpu=False, mxu=128, vmem=128 * 2**20 // cores, cores=cores) for cores in (1, 2))
+V5E, V5P = (CHIPS[name].facts for name in ("v5e", "v5p"))
 FORMS = pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])
 DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)])
 

@@ -12,11 +12,11 @@ from jax.experimental.pallas import tpu as pltpu
 from kernel_numerics import dots, relative_rmse
 
 from pallas_kernels import mla_output, mla_query
-from pallas_kernels.chip import Chip
+from pallas_kernels.hardware import CHIPS
 from pallas_kernels.mla_projections import reference, shapes
 
 KERNEL = importlib.import_module("pallas_kernels.mla_projections.mosaic_tpu")
-V5P = Chip(bf16_vpu=False, mxu=128, vmem=128 * 2**20, cores=2)
+V5P = CHIPS["v5p"].facts
 EPS = 1e-5
 SHAPES = pytest.mark.parametrize("shape", shapes.KIMI + shapes.AWKWARD, ids=lambda shape: shape.name)
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])

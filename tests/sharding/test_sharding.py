@@ -1,11 +1,13 @@
-"""Meshes, and partitions of arrays over them."""
+"""Meshes, slices of chips, and partitions of arrays over them."""
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from pallas_kernels.hardware import CHIPS
 from sharding import AXES, SERVE, TRAIN, Partition, Rule, default_shape, make_mesh
+from sharding.topologies import SHAPES, topologies
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,13 @@ def test_a_mesh_has_the_four_axes(shape, sizes):
 def test_a_mesh_of_chosen_devices():
     devices = jax.devices()[3:5]
     assert make_mesh("1x2", devices=devices).devices.flatten().tolist() == devices
+
+
+def test_every_chip_has_slices_small_ones_first():
+    assert SHAPES.keys() == CHIPS.keys()
+    for name, smallest in (("v5e", 4), ("v5p", 4), ("v6e", 4), ("tpu7x", 8)):
+        devices = [slice_.devices for slice_ in topologies(name)]
+        assert devices[0] == smallest and devices == sorted(devices)
 
 
 @pytest.mark.parametrize(

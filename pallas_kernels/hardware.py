@@ -1,0 +1,108 @@
+"""The table of chips: what kernels, the planner and the benchmarks know of the hardware.
+
+Peaks and links are as cloud.google.com/tpu/docs publishes them (v5e, v5p, v6e, tpu7x); memory is what libtpu 0.0.42.1
+lets a program use; `facts` agree with JAX's `pltpu.get_tpu_info`. Clocks are not published for all: v5e's follows from
+its 197 TFLOP/s, the others are assumed (+-30 % between chips; ratios on one chip are free of them).
+
+No kernel is written for a GPU and no plan is made for one, so none is listed. The first to need a fact of one adds a
+class for GPUs beside `Chip`, with the fields that are read and the vendor's data sheet as their source.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jax.experimental.pallas import tpu as pltpu
+
+
+class ChipFacts(NamedTuple):
+    """The facts that a kernel needs while it is traced for a chip.
+
+    `bf16_vpu` tells whether the vector unit computes in bf16 (from v6e on), `vmem` is the bytes of a TensorCore's
+    vector memory, and `cores` the number of TensorCores that make a device and share its kernels.
+    """
+
+    bf16_vpu: bool
+    vmem: int
+    cores: int
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A kind of TPU, by the name that libtpu knows it by. A JAX device is a chip, save on tpu7x, where a chip has two.
+
+    `clock` (Hz), `hbm` (bytes/s) and `bf16` (FLOP/s of matrix products) are a TensorCore's. A device has `memory` bytes
+    of HBM and sends `links` bytes/s over all its links to other chips. `devices` make a chip.
+    """
+
+    name: str
+    facts: ChipFacts
+    clock: float
+    hbm: float
+    bf16: float
+    memory: int
+    links: float
+    devices: int = 1
+
+    @property
+    def cores(self) -> int:
+        """The number of TensorCores that make a device."""
+        return self.facts.cores
+
+
+MIB, GIB = 2**20, 2**30
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            "v5e",
+            ChipFacts(bf16_vpu=False, vmem=128 * MIB, cores=1),
+            clock=1.5e9,
+            hbm=819e9,
+            bf16=197e12,
+            memory=int(15.75 * GIB),
+            links=200e9,
+        ),
+        Chip(
+            "v5p",
+            ChipFacts(bf16_vpu=False, vmem=64 * MIB, cores=2),
+            clock=1.75e9,
+            hbm=1382e9,
+            bf16=229.5e12,
+            memory=int(95.74 * GIB),
+            links=600e9,
+        ),
+        Chip(
+            "v6e",
+            ChipFacts(bf16_vpu=True, vmem=128 * MIB, cores=1),
+            clock=1.75e9,
+            hbm=1640e9,
+            bf16=918e12,
+            memory=int(31.25 * GIB),
+            links=448e9,
+        ),
+        Chip(
+            "tpu7x",
+            ChipFacts(bf16_vpu=True, vmem=64 * MIB, cores=1),
+            clock=2.2e9,
+            hbm=3690e9,
+            bf16=1153.5e12,
+            memory=int(94.75 * GIB),
+            links=600e9,
+            devices=2,
+        ),
+    )
+}
+# The bytes of vector memory that a kernel for all of them may take: three quarters of the smallest.
+VMEM_LIMIT = min(chip.facts.vmem for chip in CHIPS.values()) // 4 * 3
+
+
+def chip() -> ChipFacts:
+    """Returns the facts of the default device or of the abstract mesh in use; a v6e's where neither is a TPU.
+
+    They are JAX's own, which has TPUs beyond the table too and knows whether the cores of this device are taken as one.
+    """
+    try:
+        info = pltpu.get_tpu_info()
+    except ValueError:
+        return CHIPS["v6e"].facts
+    return ChipFacts(info.generation >= 6, info.vmem_capacity_bytes, info.num_cores)
