@@ -15,11 +15,11 @@ from checkpoints.jobs.files import new_folder, was_finished
 from checkpoints.jobs.pipeline import MEMORY, WORKERS
 from checkpoints.jobs.progress import Counter, Progress
 from checkpoints.jobs.shards import SHARD_BYTES, Entry, ShardWriter, planned
+from checkpoints.published.endings import shape_name
 from checkpoints.published.safetensors import INDEX
 from checkpoints.stored.converted import Chunk, Converted
 from checkpoints.stored.manifest import MANIFEST
 from checkpoints.stored.metadata import carry, recorded
-from checkpoints.stored.names import PACKED, SHAPE
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def export(
 
 def _tensors(chunk: Chunk) -> tuple[str, ...]:
     """The tensors that are written of a chunk: its own and, after INT4 words, their shape."""
-    shape = (chunk.name.removesuffix(PACKED) + SHAPE,) if chunk.name.endswith(PACKED) else ()
-    return chunk.name, *shape
+    shape = shape_name(chunk.name)
+    return (chunk.name,) if shape is None else (chunk.name, shape)
 
 
 def _natural(name: str) -> list[str | int]:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoints.published.endings import shape_name
 from checkpoints.published.reading import Place, Remote, at, read_into, size
 from checkpoints.published.safetensors import CheckpointError, Tensor
 from checkpoints.stored import manifest
 from checkpoints.stored.journal import digest
 from checkpoints.stored.layout import Layout
 from checkpoints.stored.manifest import MANIFEST, Entry, Manifest
-from checkpoints.stored.names import PACKED, SHAPE
 from kimi_jax.printable import printable
 
 
@@ -136,7 +136,7 @@ def _chunks(folder: Place, entry: Entry) -> Iterator[Chunk]:
 
 def _weight_shapes(entry: Entry) -> dict[str, np.ndarray]:
     """Returns what is published beside INT4 words, and stored in the manifest alone."""
-    if entry.weight_shape is None:
+    pattern = shape_name(entry.published)
+    if entry.weight_shape is None or pattern is None:
         return {}
-    pattern = entry.published.removesuffix(PACKED) + SHAPE
     return {pattern.format(expert): entry.weight_shape for expert in range(entry.layout.shape[0])}

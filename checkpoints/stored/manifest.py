@@ -15,15 +15,13 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from checkpoints.published.numerics import CODES_PER_WORD
+from checkpoints.published.endings import is_words, shape_name
 from checkpoints.published.reading import Place, size
 from checkpoints.published.safetensors import DTYPES, CheckpointError, Published
 from checkpoints.published.sizes import check_sizes
 from checkpoints.stored.layout import Layout
 from checkpoints.stored.names import (
-    PACKED,
     PREFIX,
-    SHAPE,
     Contents,
     Leaf,
     abstract_of_form,
@@ -34,10 +32,12 @@ from checkpoints.stored.names import (
 )
 from kimi_jax import config_json, json_reader
 from kimi_jax.printable import printable
+from pallas_kernels.formats import Int4
 
 MANIFEST = "kimi_manifest.json"
 FORMAT = 2  # 1 had no checksums but those of values, and said no number
 _ZEROS = "0" * 64
+_SHAPE = Int4.stored_shape
 _SHA256 = re.compile("[0-9a-f]{64}")
 _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 
@@ -78,7 +78,7 @@ class Manifest:
         config = config_json.from_folder(self.folder)
         check_sizes(config, {path: entry.layout.shape for path, entry in self.leaves.items()}, str(self.folder))
         model = abstract_of_form(config, self.leaves)
-        leaves = with_fp8(stored(model), lambda leaf: f"{leaf.path}_scale_inv" in self.leaves)
+        leaves = with_fp8(stored(model), lambda leaf: leaf.path, self.leaves)
         expected = {leaf.path: leaf for leaf in leaves}
         if wrong := sorted(expected.keys() ^ self.leaves.keys()):
             first = ", ".join(printable(path) for path in wrong[:3])
@@ -111,9 +111,9 @@ def describe(
 
     def entry(leaf: Leaf) -> dict[str, Any]:
         values = {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "published": leaf.pattern}
-        if leaf.path.endswith(PACKED):
-            first = published.tensors.get(leaf.names[0].removesuffix(PACKED) + SHAPE)
-            values |= {SHAPE: list(leaf.weight_shape), f"{SHAPE}_dtype": first.dtype.name if first else "int32"}
+        if name := shape_name(leaf.names[0]):
+            first = published.tensors.get(name)
+            values |= {_SHAPE: list(leaf.weight_shape), f"{_SHAPE}_dtype": first.dtype.name if first else "int32"}
         layout = layouts[leaf.path]
         return values | {
             "chunk": list(layout.chunk),
@@ -202,13 +202,13 @@ def _entry(path: str, value: Any) -> Entry:
 
 
 def _weight_shape(path: str, value: Mapping[str, Any], layout: Layout) -> np.ndarray | None:
-    if not path.endswith(PACKED):
+    if not is_words(path):
         return None
-    found, dtype = _numbers(path, SHAPE, value[SHAPE]), value[f"{SHAPE}_dtype"]
-    if len(layout.shape) != 3 or found != (layout.shape[1], layout.shape[2] * CODES_PER_WORD):
-        raise ValueError(f"leaf {path} has {SHAPE} {found}, which does not fit its shape {layout.shape}")
+    found, dtype = _numbers(path, _SHAPE, value[_SHAPE]), value[f"{_SHAPE}_dtype"]
+    if len(layout.shape) != 3 or found != Int4.stored[0].weight_shape(layout.shape)[1:]:
+        raise ValueError(f"leaf {path} has {_SHAPE} {found}, which does not fit its shape {layout.shape}")
     if dtype not in ("int32", "int64"):
-        raise ValueError(f"leaf {path} has {SHAPE}_dtype {dtype!r}, expected int32 or int64")
+        raise ValueError(f"leaf {path} has {_SHAPE}_dtype {dtype!r}, expected int32 or int64")
     return np.array(found, dtype)
 
 

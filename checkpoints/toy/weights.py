@@ -14,17 +14,8 @@ from zlib import crc32
 import numpy as np
 
 from checkpoints.jobs.shards import Entry
-from checkpoints.published.numerics import (
-    BF16,
-    BLOCK,
-    CODES_PER_WORD,
-    F32,
-    FP8,
-    GROUP_SIZE,
-    quantize_fp8,
-    quantize_int4,
-)
-from checkpoints.published.quantization_config import Form, form_of
+from checkpoints.published.numerics import BF16, F32, quantize_fp8, quantize_int4
+from checkpoints.published.quantization_config import FORMATS, Form, form_of
 
 _BEFORE_NORM = 0.1
 
@@ -48,15 +39,10 @@ class Weight:
         """The published tensors that hold it."""
         if self.form == "bf16":
             return (Entry(self.name, self.dtype, self.shape),)
-        out, in_ = self.shape
-        if self.form == "fp8":
-            blocks = (-(-out // BLOCK), -(-in_ // BLOCK))
-            return Entry(self.name, FP8, self.shape), Entry(f"{self.name}_scale_inv", F32, blocks)
-        return (
-            Entry(f"{self.name}_packed", np.dtype(np.int32), (out, in_ // CODES_PER_WORD)),
-            Entry(f"{self.name}_scale", BF16, (out, in_ // GROUP_SIZE)),
-            Entry(f"{self.name}_shape", np.dtype(np.int32), (2,)),
-        )
+        stem, found = self.name.rpartition(".")[0], FORMATS[self.form]
+        entries = (Entry(f"{stem}.{p.name}", np.dtype(p.dtype), p.shape(self.shape)) for p in found.stored)
+        shape = f"{stem}.{found.stored_shape}"
+        return (*entries, *([Entry(shape, np.dtype(np.int32), (2,))] if found.stored_shape else []))
 
     @property
     def nbytes(self) -> int:

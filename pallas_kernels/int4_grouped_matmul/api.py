@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int, Int4, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments
 from pallas_kernels.dispatch import Backend, choose, with_gradient
+from pallas_kernels.formats.int4 import GROUP_SIZE, check_codes
 from pallas_kernels.grouped_matmul.api import check_groups
 from pallas_kernels.int4_grouped_matmul import mosaic_tpu, xla
-from pallas_kernels.int4_matmul.packing import GROUP_SIZE, check_codes
 
 Quantised = tuple[Int4[Array, "E K N"], Float[Array, "E K32 N"]]
 

@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int4, Int32
 
+from pallas_kernels.formats.int4_codec import GROUP_SIZE
 from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, window_size
 from pallas_kernels.hardware import VMEM_LIMIT, chip
 from pallas_kernels.int4_grouped_matmul import block_diagonal
@@ -39,7 +40,6 @@ from pallas_kernels.int4_grouped_matmul.product import (
     add_products,
     scale_rows,
 )
-from pallas_kernels.int4_matmul.packing import GROUP_SIZE
 
 Quantised = tuple[Int4[Array, "E K N"], Float[Array, "E K32 N"]]
 

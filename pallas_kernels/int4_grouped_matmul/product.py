@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from pallas_kernels.formats.int4_codec import GROUP_SIZE
 from pallas_kernels.int4_grouped_matmul import block_diagonal
-from pallas_kernels.int4_matmul.packing import GROUP_SIZE
 
 LANES, FEW_ROWS = 128, 8
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int4, Int32
 
+from pallas_kernels.formats.int4 import dequantize_int4
 from pallas_kernels.grouped_matmul.blocks import dot, local_groups, map_rows, swiglu, take
 from pallas_kernels.grouped_matmul.xla import no_gradient
-from pallas_kernels.int4_matmul.packing import dequantize_int4
 
 
 @jax.custom_vjp

@@ -5,8 +5,8 @@ from jaxtyping import Array, Float, Int4
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments
 from pallas_kernels.dispatch import Backend, choose, with_gradient
+from pallas_kernels.formats.int4 import GROUP_SIZE, check_codes
 from pallas_kernels.int4_matmul import mosaic_tpu, xla
-from pallas_kernels.int4_matmul.packing import GROUP_SIZE, check_codes
 
 _BACKENDS = (
     Backend("mosaic_tpu", mosaic_tpu.int4_matmul, ("tpu",), mosaic_tpu.unsupported),

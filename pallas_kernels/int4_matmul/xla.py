@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int4
 
-from pallas_kernels.int4_matmul.packing import dequantize_int4
+from pallas_kernels.formats.int4 import dequantize_int4
 
 
 def int4_matmul(

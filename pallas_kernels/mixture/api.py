@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
 from pallas_kernels.dispatch import Backend, choose, with_gradient
-from pallas_kernels.int4_matmul.packing import GROUP_SIZE, check_codes
+from pallas_kernels.formats.int4 import GROUP_SIZE, check_codes
 from pallas_kernels.mixture import mosaic_tpu, xla
 from pallas_kernels.mixture.stages import ExpertMatrix
 

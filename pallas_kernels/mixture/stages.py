@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int4
 
+from pallas_kernels.formats.int4_codec import GROUP_SIZE
 from pallas_kernels.hardware import chip
 from pallas_kernels.int4_grouped_matmul import mosaic_tpu as int4
 from pallas_kernels.int4_grouped_matmul.product import (
@@ -19,7 +20,6 @@ from pallas_kernels.int4_grouped_matmul.product import (
     add_products,
     scale_rows,
 )
-from pallas_kernels.int4_matmul.packing import GROUP_SIZE
 
 # [e, out, in] as published, or codes [e, in, out] and scales [e, in/32, out]
 ExpertMatrix = Float[Array, "E _ _"] | tuple[Int4[Array, "E _ _"], Float[Array, "E _ _"]]
