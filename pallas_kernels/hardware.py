@@ -92,6 +92,8 @@ CHIPS = {
         ),
     )
 }
+# The shape of a vector register of any TPU, and of a float32 array's tiles in memory.
+SUBLANES, LANES = 8, 128
 # The bytes of vector memory that a kernel for all of them may take: three quarters of the smallest.
 VMEM_LIMIT = min(chip.facts.vmem for chip in CHIPS.values()) // 4 * 3
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from pallas_kernels.hardware import LANES, SUBLANES
 from sharding.collectives import device_index, num_devices
 from sharding.partition import Partition
 
@@ -30,8 +31,6 @@ Compute = Callable[[Array, Array, Array], Float32[Array, "n *d"]]
 # layer of K2.5 on a v6e:8x8 takes about as long either way with some 2,000 tokens: messages, HBM and the compiler's
 # cycles of the rest. benchmarks/expert_exchange.py compares the estimates below with what programs send.
 MIN_BYTES_SAVED = 2**26
-# A TPU sends rows one by one, and copies rows that are not contiguous in memory first: these numbers are a tile.
-SUBLANES, LANES = 8, 128
 # A block's capacity over the tokens that a pair of devices exchanges on average.
 SLACK = 1.25
 
@@ -198,6 +197,7 @@ def combine_ragged(
     received = pack(flat, receive_begin[:, here], routes.receive_counts, devices * tokens)
     is_received = jnp.arange(devices * tokens) < jnp.sum(routes.receive_counts)
 
+    # A TPU sends rows one by one, and first copies any that are not contiguous in memory: a row of whole tiles is.
     if x.shape[1] % (SUBLANES * LANES) == 0:
         x = x.reshape(len(x), SUBLANES, -1)
     rows = exchange(

@@ -23,10 +23,9 @@ from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels.grouped_matmul.blocks import swiglu
 from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, window_size
-from pallas_kernels.hardware import VMEM_LIMIT
+from pallas_kernels.hardware import LANES, VMEM_LIMIT
 
 BLOCK_BYTES, STEP_BYTES = 2**23, 2**22
-LANES = 128
 
 
 def unsupported(x: Array, weights: Array, *others: Array) -> str | None:

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int, Int4, Int32
 
 from pallas_kernels.formats.int4_codec import GROUP_SIZE
 from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, window_size
-from pallas_kernels.hardware import VMEM_LIMIT, chip
+from pallas_kernels.hardware import LANES, VMEM_LIMIT, chip
 from pallas_kernels.int4_grouped_matmul import block_diagonal
 from pallas_kernels.int4_grouped_matmul.product import (
     FEW_ROWS,
@@ -57,8 +57,8 @@ def unsupported(x: Array, codes: Array, *others: Array) -> str | None:
         return f"x is {x.dtype}, expected bfloat16 or float32"
     if tokens == 0:
         return "x has no rows"
-    if N % 128:
-        return f"N is {N}, expected a multiple of 128"
+    if N % LANES:
+        return f"N is {N}, expected a multiple of {LANES}"
     if K % K_PART and (K % 64 or K > LARGEST_ODD_K):
         return f"K is {K}, expected a multiple of {K_PART}, or of 64 up to {LARGEST_ODD_K}"
     return None
@@ -80,7 +80,7 @@ def tiles(
     step_bytes, part_weights = step_bytes or STEP_BYTES, part_weights or PART_WEIGHTS
     rows = window_size(tokens, groups)
     most = max(rows, BLOCK_BYTES // (K * jnp.dtype(dtype).itemsize) // rows * rows)
-    outputs = max(n for n in range(128, N + 1, 128) if N % n == 0 and (n == 128 or K * n <= 2 * step_bytes))
+    outputs = max(n for n in range(LANES, N + 1, LANES) if N % n == 0 and (n == LANES or K * n <= 2 * step_bytes))
 
     def largest_part(weights: int) -> int:
         parts = [part for part in range(K_PART, K + 1, K_PART) if K % part == 0 and part * outputs <= weights]

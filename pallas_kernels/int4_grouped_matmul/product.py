@@ -11,9 +11,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.formats.int4_codec import GROUP_SIZE
+from pallas_kernels.hardware import LANES
 from pallas_kernels.int4_grouped_matmul import block_diagonal
 
-LANES, FEW_ROWS = 128, 8
+FEW_ROWS = 8
 
 
 class Tiles(NamedTuple):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.hardware import SUBLANES
 from pallas_kernels.kda.mosaic_blocks import (
     CHUNK,
     block_diagonal,
@@ -27,7 +28,6 @@ from pallas_kernels.kda.mosaic_blocks import (
     split_heads,
 )
 
-SUBLANES = 8
 # The most that a base block may decay from end to end, in powers of two; half of it on either side of the middle.
 _WIDEST = 120
 

@@ -26,7 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-LANES = 128
+from pallas_kernels.hardware import LANES
+
 SEQUENCES = 8
 # Bytes of states that a grid step reads; with as many written, and both for two steps, half of a v5e's default limit.
 BLOCK_BYTES = 2 * 2**20

@@ -28,13 +28,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hardware import VMEM_LIMIT
+from pallas_kernels.hardware import LANES, VMEM_LIMIT
 from pallas_kernels.kda import mosaic_scores as scores
 from pallas_kernels.kda.mosaic_blocks import CHUNK, block_diagonal, dot, split_heads
 from pallas_kernels.kda.mosaic_inverse import invert
 from pallas_kernels.kda.visits import chunk_visits
 
-LANES = 128
 # Key and value channels of all heads in a step: 16 heads of 128 and 128.
 MOST_CHANNELS = 4096
 

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int4
 
 from pallas_kernels.formats.int4_codec import GROUP_SIZE
-from pallas_kernels.hardware import chip
+from pallas_kernels.hardware import LANES, chip
 from pallas_kernels.int4_grouped_matmul import mosaic_tpu as int4
 from pallas_kernels.int4_grouped_matmul.product import (
     FEW_ROWS,
@@ -28,7 +28,7 @@ ExpertMatrix = Float[Array, "E _ _"] | tuple[Int4[Array, "E _ _"], Float[Array, 
 WINDOW = 16
 # Bytes of a step's tiles, and weights unpacked at a time: twice as many gain 1 to 6 % and take the compiler twice as
 # long.
-LANES, STEP_BYTES, PART_WEIGHTS = 128, 2**22, 2**21
+STEP_BYTES, PART_WEIGHTS = 2**22, 2**21
 
 
 def unsupported_matrix(weight: ExpertMatrix) -> str | None:

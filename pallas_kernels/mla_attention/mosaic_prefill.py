@@ -30,10 +30,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import with_gradient
-from pallas_kernels.hardware import VMEM_LIMIT
+from pallas_kernels.hardware import LANES, VMEM_LIMIT
 from pallas_kernels.mla_attention import xla
 from pallas_kernels.mla_attention.mosaic_prefill_block import (
-    LANES,
     PrefillScratch,
     Ref,
     attend,

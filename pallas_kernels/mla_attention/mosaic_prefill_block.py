@@ -17,7 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-LANES, STRIP, ONES = 128, 256, 16
+from pallas_kernels.hardware import LANES
+
+STRIP, ONES = 256, 16
 # Below every score, yet finite: the difference to a score of -inf is then no NaN.
 LOWEST = -1e37
 

@@ -29,8 +29,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hardware import LANES
+
 BLOCK_TOKENS = 1024
-LANES = 128
 # Below every score, yet finite: the difference to a score of -inf is then no NaN.
 LOWEST = -1e37
 

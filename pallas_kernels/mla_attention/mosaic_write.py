@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-LANES = 128
+from pallas_kernels.hardware import LANES
+
 SLOTS = 8  # units in VMEM: 147 kB each of Kimi's, so that a megabyte is on its way there and back
 
 

@@ -18,10 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.hardware import VMEM_LIMIT, chip
+from pallas_kernels.hardware import LANES, VMEM_LIMIT, chip
 from pallas_kernels.mla_projections.xla import Rotation
 
-LANES, MOST_ROWS, HEADS, STEP_BYTES = 128, 128, 8, 2**21
+MOST_ROWS, HEADS, STEP_BYTES = 128, 8, 2**21
 
 
 def query_unsupported(

@@ -10,7 +10,7 @@ import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.hardware import CHIPS, GIB, ChipFacts, chip
+from pallas_kernels.hardware import CHIPS, GIB, LANES, SUBLANES, ChipFacts, chip
 
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 SLICES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -26,7 +26,7 @@ def test_jax_says_of_a_chip_what_the_table_says(name):
     listed = CHIPS[name]
     with on(KINDS[name], listed.cores):
         facts, info = chip(), pltpu.get_tpu_info()
-    assert facts == listed.facts
+    assert facts == listed.facts and (info.num_sublanes, info.num_lanes) == (SUBLANES, LANES)
     # JAX rounds its rates, and has 2,460 GB/s for a v5p, where cloud.google.com has 2,765
     assert info.bf16_ops_per_second == pytest.approx(listed.bf16, rel=3e-3)
     assert info.mem_bw_bytes_per_second == pytest.approx(listed.hbm, rel=0.12 if name == "v5p" else 3e-3)
@@ -65,4 +65,8 @@ def test_the_compiler_lets_a_program_use_the_memory_that_the_table_says():
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | quiet
     done = subprocess.run([sys.executable, "-c", COMPILE, *SLICES], capture_output=True, env=environment, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert found == [[KINDS[name], round(listed.memory / GIB, 2)] for name, listed in CHIPS.items()]
+    assert [kind for kind, _ in found] == [KINDS[name] for name in CHIPS]
+    # libtpu 0.0.50.1 keeps ten megabytes more of some chips for itself
+    assert [memory for _, memory in found] == pytest.approx(
+        [listed.memory / GIB for listed in CHIPS.values()], abs=0.02
+    )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mla_decode, mla_prefill, mla_write
+from pallas_kernels.hardware import LANES
 from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu
 from tpu.case import Case
 
@@ -89,7 +90,7 @@ def _prefill(heads: int, queries: int, keys: int) -> Case:
             groups * q_blocks * blocks * parts,
             groups * whole,
             groups * masked_parts,
-            groups * masked_parts * size.part // mosaic_prefill.LANES,
+            groups * masked_parts * size.part // LANES,
         )
 
     pairs = queries * (keys - queries) + queries * (queries + 1) / 2
