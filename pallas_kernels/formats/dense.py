@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.checks import checks_arguments
 from pallas_kernels.formats.format import Part, Weight
 
 
@@ -19,6 +20,7 @@ class Dense(Weight):
     weight: Any
 
     parts = stored = (Part("weight"),)
+    trained = True
 
     @classmethod
     def from_dense(cls, weight: Float[Array, "*batch out in"]) -> "Weight":
@@ -35,6 +37,7 @@ class Dense(Weight):
         return self.weight if dtype is None else self.weight.astype(dtype)
 
 
+@checks_arguments
 def as_weight(op: str, name: str, weight: Weight | ArrayLike) -> Weight:
     """Returns a weight as it is, and an array as a `Dense` weight.
 

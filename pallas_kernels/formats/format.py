@@ -1,4 +1,4 @@
-"""What every weight format has: arrays in the kernels' layout, their published tensors, and the matrix they stand for.
+"""The protocol of weight formats: arrays in the kernels' layout, their published tensors, the matrix they stand for.
 
 A format is a frozen dataclass of arrays that is registered as a JAX pytree, so that `jit`, `vmap`, `scan` and
 `shard_map` take it in place of an array. (Its fields are `Any`: JAX puts shapes, shardings and other things in them.)
@@ -39,7 +39,7 @@ class Part:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the part is the weight itself: a number for each of its own, in its order."""
+        """Tells whether the part is the weight itself: a number for each of its own, in its order."""
         return self.block == (1, 1) and not self.transposed
 
     def shape(self, weight: Shape) -> Shape:
@@ -78,6 +78,8 @@ class Weight:
     stored: ClassVar[tuple[Part, ...]]
     # The ending of a tensor that is published beside them and says the weight's shape [out, in]; None for no such.
     stored_shape: ClassVar[str | None] = None
+    # Whether gradients reach the parts, so that they are a model's parameters; else they are constants.
+    trained: ClassVar[bool] = False
 
     @classmethod
     def from_dense(cls, weight: Float[Array, "*batch out in"]) -> "Weight":

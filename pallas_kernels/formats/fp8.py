@@ -64,11 +64,7 @@ def quantize(weight: AnyArray) -> tuple[AnyArray, AnyArray]:
 
 def dequantize(weight: AnyArray, scale_inv: AnyArray, dtype: DTypeLike = BF16) -> AnyArray:
     """Returns float32(weight) * scale_inv in `dtype`."""
-    values: Any
-    if isinstance(weight, np.ndarray):  # whose own conversion of e4m3 takes several times as long
-        values = np.take(_VALUES, weight.view(np.uint8))
-    else:
-        values = weight.astype(jnp.float32)
+    values = _to_float32(weight)
     values *= spread_scales(scale_inv, weight.shape)
     return values.astype(dtype)
 
@@ -86,6 +82,12 @@ def _block_max(values: AnyArray) -> AnyArray:
     out, in_ = values.shape[-2:]
     rows = xp.stack([xp.max(values[..., i : i + BLOCK, :], axis=-2) for i in range(0, out, BLOCK)], axis=-2)
     return xp.stack([xp.max(rows[..., i : i + BLOCK], axis=-1) for i in range(0, in_, BLOCK)], axis=-1)
+
+
+def _to_float32(weight: AnyArray) -> AnyArray:
+    if isinstance(weight, jax.Array):
+        return weight.astype(jnp.float32)
+    return np.take(_VALUES, weight.view(np.uint8))  # several times as fast as NumPy's own conversion
 
 
 def _round_to_e4m3(values: AnyArray) -> AnyArray:

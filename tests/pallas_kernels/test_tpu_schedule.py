@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "benchmarks" / "tpu_schedule.py"
 BUDGETS = ROOT / "benchmarks" / "tpu" / "budgets"
 # Their code is in others too, and they take the compiler long.
-REST = {"int4_grouped_swiglu 7168x2048 M=8 x 8", "mla_write 1 sequences, 2048 rows from 64"}
+REST = {"int4_grouped_glu 7168x2048 M=8 x 8", "mla_write 1 sequences, 2048 rows from 64"}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed (Linux x86-64 only)"
