@@ -31,8 +31,9 @@ def divide(array: AnyArray, divisor: AnyArray | int) -> AnyArray:
     """Returns the quotient of float32 numbers, rounded once; a NumPy array is divided in place."""
     if isinstance(array, np.ndarray):
         return np.divide(array, divisor, out=array, dtype=np.float32)
-    # XLA multiplies by the reciprocal of a constant or broadcast divisor, which rounds twice: hide where it comes from.
-    return array / lax.optimization_barrier(jnp.broadcast_to(jnp.asarray(divisor, jnp.float32), array.shape))
+    # XLA multiplies by the reciprocal of a constant or broadcast divisor, which rounds twice, and on CPU sees through
+    # optimization_barrier: a divisor that may differ from number to number is divided by.
+    return array / jnp.where(jnp.isnan(array), array, jnp.asarray(divisor, jnp.float32))
 
 
 def round_within(array: AnyArray, largest: int) -> AnyArray:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -91,9 +92,12 @@ def _to_float32(weight: AnyArray) -> AnyArray:
 
 
 def _round_to_e4m3(values: AnyArray) -> AnyArray:
-    if isinstance(values, jax.Array):
-        return values.astype(E4M3)
     # Cut to bf16's bits with the last one set if anything was lost, a number rounds to e4m3's fewer as it would whole.
+    # (XLA on CPU rounds by way of float16, which alone would round twice.)
+    if isinstance(values, jax.Array):
+        bits = lax.bitcast_convert_type(values, jnp.uint32)
+        lost = ((bits & 0xFFFF) != 0).astype(jnp.uint32) << 16
+        return lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000) | lost, jnp.float32).astype(E4M3)
     bits = values.view(np.uint32)
     cut = (bits >> 16).astype(np.uint16)
     cut |= (bits & 0xFFFF) != 0

@@ -93,4 +93,4 @@ def _multiply(
     rows = x.reshape(-1, x.shape[-1])
     run = choose(op, implementation, backends, rows, weight)
     product = with_gradient(run, xla.dequantized_matmul)(rows, weight)
-    return product.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype)
+    return product.reshape(*x.shape[:-1], weight.shape[0]).astype(dtype or x.dtype)
