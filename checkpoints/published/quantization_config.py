@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from checkpoints.published.numerics import BLOCK, GROUP_SIZE
 from kimi_jax.families import text_fields
+from pallas_kernels.formats import Dense, Fp8, Int4, Weight
 
 Form = Literal["int4", "fp8", "bf16"]
-FORMS: tuple[Form, ...] = ("int4", "fp8", "bf16")
+FORMATS: dict[Form, type[Weight]] = {"int4": Int4, "fp8": Fp8, "bf16": Dense}
+FORMS: tuple[Form, ...] = tuple(FORMATS)
 
 # Kimi-K2.6's list, which names the vision tower too. Only routed experts are INT4.
 IGNORE = (

@@ -13,17 +13,8 @@ from zlib import crc32
 
 import numpy as np
 
-from checkpoints.published.numerics import (
-    BF16,
-    BLOCK,
-    CODES_PER_WORD,
-    F32,
-    FP8,
-    GROUP_SIZE,
-    quantize_fp8,
-    quantize_int4,
-)
-from checkpoints.published.quantization_config import Form, form_of
+from checkpoints.published.numerics import BF16, F32, quantize_fp8, quantize_int4
+from checkpoints.published.quantization_config import FORMATS, Form, form_of
 from checkpoints.published.shards import TensorHeader
 from kimi_jax.families import FAMILIES, family_of, text_fields
 
@@ -49,15 +40,11 @@ class ToyWeight:
         """The headers of the published tensors that hold the weight."""
         if self.form == "bf16":
             return (TensorHeader(self.name, self.dtype, self.shape),)
-        out, in_ = self.shape
-        if self.form == "fp8":
-            blocks = (-(-out // BLOCK), -(-in_ // BLOCK))
-            return TensorHeader(self.name, FP8, self.shape), TensorHeader(f"{self.name}_scale_inv", F32, blocks)
-        return (
-            TensorHeader(f"{self.name}_packed", np.dtype(np.int32), (out, in_ // CODES_PER_WORD)),
-            TensorHeader(f"{self.name}_scale", BF16, (out, in_ // GROUP_SIZE)),
-            TensorHeader(f"{self.name}_shape", np.dtype(np.int32), (2,)),
-        )
+        stem, found = self.name.rpartition(".")[0], FORMATS[self.form]
+        headers = [TensorHeader(f"{stem}.{p.name}", np.dtype(p.dtype), p.shape(self.shape)) for p in found.stored]
+        if found.stored_shape:
+            headers.append(TensorHeader(f"{stem}.{found.stored_shape}", np.dtype(np.int32), (2,)))
+        return tuple(headers)
 
     @property
     def nbytes(self) -> int:

@@ -11,10 +11,10 @@ from flax import nnx
 
 from checkpoints.toy import toy_config
 from kimi_jax.config_json import from_dict
-from kimi_jax.model import moe
 from kimi_jax.model.block import mix_experts
 from kimi_jax.model.moe import MLP, MoE, Router
 from kimi_jax.model.param import Init
+from pallas_kernels.mixture import xla
 from pallas_kernels.mixture.mosaic_tpu import MOST_TOKENS
 from sharding import StreamLayout
 
@@ -215,8 +215,7 @@ def test_dense_mlp_is_swiglu():
 def test_pairs_in_blocks_give_the_same(int4, monkeypatch):
     # Given 66 pairs of a token and an expert, and blocks of 16 pairs, in which groups begin and end anywhere
     layer, x = MoE(init(), text(int4=int4)), rows(33)
-    monkeypatch.setattr(moe, "BLOCK", 16)
-    monkeypatch.setattr(moe, "fits", lambda *_: False)
+    monkeypatch.setattr(xla, "BLOCK", 16)
     expected = dense_routed(layer, x)
     found = jax.jit(lambda x: sum_routed(layer, x))(x)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
@@ -225,7 +224,6 @@ def test_pairs_in_blocks_give_the_same(int4, monkeypatch):
 def test_pairs_in_blocks_have_the_same_gradient(monkeypatch):
     layer, x = MoE(init(), text()), rows(17)
     direct = jax.jit(jax.grad(lambda x: jnp.sum(sum_routed(layer, x) ** 2)))(x)
-    monkeypatch.setattr(moe, "BLOCK", 8)
-    monkeypatch.setattr(moe, "fits", lambda *_: False)
+    monkeypatch.setattr(xla, "BLOCK", 8)
     found = jax.jit(jax.grad(lambda x: jnp.sum(sum_routed(layer, x) ** 2)))(x)
     np.testing.assert_allclose(found, direct, rtol=0, atol=1e-5 * np.abs(direct).max())

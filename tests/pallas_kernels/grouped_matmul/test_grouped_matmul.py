@@ -9,16 +9,15 @@ from hypothesis import strategies as st
 from kernel_numerics import relative_rmse
 
 from pallas_kernels import (
+    Int4,
     dequantize_int4,
+    grouped_glu,
     grouped_matmul,
-    grouped_swiglu,
     int4_grouped_matmul,
-    int4_grouped_swiglu,
     quantize_int4,
 )
 from pallas_kernels.grouped_matmul import reference, xla
 from pallas_kernels.grouped_matmul.shapes import AWKWARD, KIMI
-from pallas_kernels.int4_grouped_matmul import reference as int4_reference
 
 
 def cases(shapes):
@@ -34,8 +33,8 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def int4(weights):
-    """Returns codes and scales of [E, N, K] in the kernels' layout."""
-    return quantize_int4(jnp.swapaxes(weights, 1, 2))
+    """Returns [E, N, K] in INT4."""
+    return Int4(*quantize_int4(jnp.swapaxes(weights, 1, 2)))
 
 
 def arguments(shape, dtype):
@@ -53,19 +52,19 @@ def test_dense(shape, dtype, tolerance):
     assert found.dtype == dtype
     assert relative_rmse(found, reference.grouped_matmul(x, gate, sizes)) <= tolerance
     assert not np.any(np.asarray(found, np.float32)[sizes.sum() :])
-    found = jax.jit(grouped_swiglu)(x, gate, up, sizes)
-    assert relative_rmse(found, reference.grouped_swiglu(x, gate, up, sizes)) <= tolerance
+    found = jax.jit(grouped_glu)(x, gate, up, sizes)
+    assert relative_rmse(found, reference.grouped_glu(x, gate, up, sizes)) <= tolerance
 
 
 @pytest.mark.parametrize("shape,dtype,tolerance", cases(KIMI + AWKWARD[3::2]))
 def test_int4(shape, dtype, tolerance):
     x, gate, up, sizes = arguments(shape, dtype)
     gate, up = int4(gate), int4(up)
-    found = jax.jit(int4_grouped_matmul)(x, *gate, sizes)
+    found = jax.jit(int4_grouped_matmul)(x, gate.codes, gate.scales, sizes)
     assert found.dtype == dtype
-    assert relative_rmse(found, int4_reference.int4_grouped_matmul(x, *gate, sizes)) <= tolerance
-    found = jax.jit(int4_grouped_swiglu)(x, gate, up, sizes)
-    assert relative_rmse(found, int4_reference.int4_grouped_swiglu(x, gate, up, sizes)) <= tolerance
+    assert relative_rmse(found, reference.grouped_matmul(x, gate, sizes)) <= tolerance
+    found = jax.jit(grouped_glu)(x, gate, up, sizes)
+    assert relative_rmse(found, reference.grouped_glu(x, gate, up, sizes)) <= tolerance
 
 
 ROOM = 140
@@ -92,13 +91,12 @@ def test_any_group_sizes(cuts):
 
 def test_int4_at_an_offset():
     sizes = np.array([3, 0, 5, 9, 2, 7], np.int32)
-    codes, scales = int4(MATRICES[:2])
-    found = int4_grouped_matmul(ROWS, codes, scales, sizes, group_offset=jnp.int32(2))
-    expected = int4_reference.int4_grouped_matmul(ROWS, codes, scales, sizes, 2)
+    gate, up = int4(MATRICES[:2]), int4(MATRICES[2:4])
+    found = int4_grouped_matmul(ROWS, gate.codes, gate.scales, sizes, group_offset=jnp.int32(2))
+    expected = reference.grouped_matmul(ROWS, gate, sizes, 2)
     assert relative_rmse(found, expected) <= 1e-6
-    gate, up = (codes, scales), int4(MATRICES[2:4])
-    found = int4_grouped_swiglu(ROWS, gate, up, sizes, group_offset=2)
-    assert relative_rmse(found, int4_reference.int4_grouped_swiglu(ROWS, gate, up, sizes, 2)) <= 1e-6
+    found = grouped_glu(ROWS, gate, up, sizes, group_offset=2)
+    assert relative_rmse(found, reference.grouped_glu(ROWS, gate, up, sizes, 2)) <= 1e-6
 
 
 def test_rows_and_matrices_that_no_group_uses_may_hold_anything():
@@ -141,7 +139,7 @@ def test_dense_gradients(offset):
     with jax.enable_x64(True):
         wide = [jnp.asarray(array, jnp.float64) for array in (ROWS, weights, up)]
         expected = jax.vjp(dense, *wide)[1](jnp.asarray(dy, jnp.float64))
-    found = jax.vjp(lambda *a: grouped_swiglu(*a, sizes, group_offset=offset), ROWS, weights, up)[1](dy)
+    found = jax.vjp(lambda *a: grouped_glu(*a, sizes, group_offset=offset), ROWS, weights, up)[1](dy)
     for gradient, exact in zip(found, expected, strict=True):
         assert relative_rmse(gradient, exact) <= 1e-6
 
@@ -162,10 +160,10 @@ def test_int4_gradients_with_respect_to_x():
     sizes = np.array([30, 0, 7], np.int32)
     gate, up = int4(MATRICES[:3]), int4(MATRICES[3:])
     dy = jnp.asarray(normal(np.random.default_rng(6), ROOM, 8))
-    wide = [jnp.swapaxes(dequantize_int4(*weights, jnp.float32), 1, 2) for weights in (gate, up)]
+    wide = [jnp.swapaxes(dequantize_int4(weights.codes, weights.scales, jnp.float32), 1, 2) for weights in (gate, up)]
     for found, expected in (
-        (lambda x: int4_grouped_matmul(x, *gate, sizes), lambda x: grouped_matmul(x, wide[0], sizes)),
-        (lambda x: int4_grouped_swiglu(x, gate, up, sizes), lambda x: grouped_swiglu(x, *wide, sizes)),
+        (lambda x: int4_grouped_matmul(x, gate.codes, gate.scales, sizes), lambda x: grouped_matmul(x, wide[0], sizes)),
+        (lambda x: grouped_glu(x, gate, up, sizes), lambda x: grouped_glu(x, *wide, sizes)),
     ):
         (gradient,), (exact,) = (jax.vjp(op, ROWS)[1](dy) for op in (found, expected))
         assert np.any(exact) and relative_rmse(gradient, exact) <= 1e-6
@@ -190,7 +188,7 @@ def test_bad_arguments_are_refused():
         (r"weights has shape \(6, 8, 32\), expected \[E, N, K=16\]",
          lambda: grouped_matmul(ROWS[:, :16], MATRICES, sizes)),
         (r"weights is bfloat16, expected float32", lambda: grouped_matmul(ROWS, MATRICES.astype(jnp.bfloat16), sizes)),
-        (r"up has shape", lambda: grouped_swiglu(ROWS, MATRICES, MATRICES[:5], sizes)),
+        (r"up has shape", lambda: grouped_glu(ROWS, MATRICES, MATRICES[:5], sizes)),
         (r"group_sizes are 3 at least and 150 in all", lambda: grouped_matmul(ROWS, MATRICES[:2], np.int32([3, 147]))),
         (r"group_sizes are -1 at least", lambda: grouped_matmul(ROWS, MATRICES[:2], np.int32([3, -1]))),
         (r"group_sizes is float32, expected int32", lambda: grouped_matmul(ROWS, MATRICES, sizes.astype(np.float32))),
@@ -198,9 +196,14 @@ def test_bad_arguments_are_refused():
          lambda: grouped_matmul(ROWS, MATRICES[:2], sizes)),
         (r"group_offset is 5, expected 0 to 4", lambda: grouped_matmul(ROWS, MATRICES[:2], sizes, group_offset=5)),
         (r"scales has shape \(6, 2, 8\), expected \[E=6, 1, N=8\]", lambda: int4_grouped_matmul(
-            ROWS, int4(MATRICES)[0], np.ones((6, 2, 8), np.float32), sizes)),
-        (r"up's codes have shape", lambda: int4_grouped_swiglu(
+            ROWS, int4(MATRICES).codes, np.ones((6, 2, 8), np.float32), sizes)),
+        (r"up has shape \(6, 4, 32\), expected \[E=6, N=8, K=32\]", lambda: grouped_glu(
             ROWS, int4(MATRICES), int4(MATRICES[:, :4]), sizes)),
+        (r"gate and up are Int4, Dense, expected one format", lambda: grouped_glu(
+            ROWS, int4(MATRICES), MATRICES, sizes)),
+        (r"up is a tuple, expected an array or a Weight", lambda: grouped_glu(ROWS, MATRICES, (1, 2), sizes)),
+        (r"activation is 'relu', expected one of \['gelu_pytorch_tanh', 'silu'\] or a hashable function",
+         lambda: grouped_glu(ROWS, MATRICES, MATRICES, sizes, activation="relu")),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             call()

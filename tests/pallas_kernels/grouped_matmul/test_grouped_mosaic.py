@@ -12,15 +12,14 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from kernel_numerics import dots, relative_rmse
 
-from pallas_kernels import grouped_matmul, grouped_swiglu
+from pallas_kernels import Dense, grouped_glu, grouped_matmul
+from pallas_kernels.activations import silu_gated
 from pallas_kernels.grouped_matmul import mosaic_tpu, reference
 
 K, N, EXPERTS = 128, 256, 4
 RNG = np.random.default_rng(8)
 GATE, UP = (jnp.asarray(RNG.normal(size=(EXPERTS, N, K)) / np.sqrt(K), jnp.float32) for _ in range(2))
-MATMUL, SWIGLU = (
-    jax.jit(functools.partial(op, implementation="mosaic_tpu")) for op in (grouped_matmul, grouped_swiglu)
-)
+MATMUL, SWIGLU = (jax.jit(functools.partial(op, implementation="mosaic_tpu")) for op in (grouped_matmul, grouped_glu))
 
 
 def check(sizes, tokens, dtype, tolerance, first=0, experts=EXPERTS):
@@ -34,7 +33,7 @@ def check(sizes, tokens, dtype, tolerance, first=0, experts=EXPERTS):
     assert found.dtype == dtype
     assert relative_rmse(found, reference.grouped_matmul(exact, gate, sizes, first)) <= tolerance
     found = SWIGLU(poisoned, gate, up, sizes, group_offset=first)
-    assert relative_rmse(found, reference.grouped_swiglu(exact, gate, up, sizes, first)) <= tolerance
+    assert relative_rmse(found, reference.grouped_glu(exact, gate, up, sizes, first)) <= tolerance
     assert not np.any(np.asarray(found)[~np.asarray(own)[:, 0]])
 
 
@@ -66,11 +65,13 @@ def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised(monkeypatch):
     x, sizes = jnp.asarray(RNG.normal(size=(40, K)), jnp.float32), jnp.asarray([3, 0, 20, 17], jnp.int32)
     careful = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
     try:
-        found = mosaic_tpu.grouped_swiglu(x, GATE, UP, sizes, jnp.int32(0), interpret=careful)
+        found = mosaic_tpu.grouped_glu(
+            x, Dense(GATE), Dense(UP), sizes, jnp.int32(0), activation=silu_gated, interpret=careful
+        )
         assert not interpret_pallas_call.races.races_found
     finally:
         pltpu.reset_tpu_interpret_mode_state()
-    assert relative_rmse(found, reference.grouped_swiglu(x, GATE, UP, sizes)) <= 2e-6
+    assert relative_rmse(found, reference.grouped_glu(x, GATE, UP, sizes)) <= 2e-6
 
 
 def test_gradients_are_those_of_the_plain_form():
@@ -78,7 +79,7 @@ def test_gradients_are_those_of_the_plain_form():
     x, dy = x.at[33:].set(jnp.nan), jnp.asarray(RNG.normal(size=(40, N)), jnp.float32)
 
     def pulled(implementation):
-        run = functools.partial(grouped_swiglu, group_sizes=sizes, implementation=implementation)
+        run = functools.partial(grouped_glu, group_sizes=sizes, implementation=implementation)
         return jax.vjp(run, x, GATE, UP)[1](dy)
 
     for found, expected in zip(pulled("mosaic_tpu"), pulled("xla"), strict=True):
@@ -88,7 +89,7 @@ def test_gradients_are_those_of_the_plain_form():
 
 @pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "DEFAULT")])
 def test_float32_is_multiplied_as_float32(dtype, precision):
-    arguments = jnp.zeros((40, K), dtype), jnp.zeros((EXPERTS, N, K), dtype), jnp.full(EXPERTS, 10, jnp.int32)
+    arguments = jnp.zeros((40, K), dtype), Dense(jnp.zeros((EXPERTS, N, K), dtype)), jnp.full(EXPERTS, 10, jnp.int32)
     run = functools.partial(mosaic_tpu.grouped_matmul, interpret=True)
     found = list(dots(jax.make_jaxpr(run)(*arguments, jnp.int32(0)).jaxpr))
     assert found

@@ -1,4 +1,4 @@
-"""A mixture for few tokens, in plain JAX and as the interpreted kernel, against float64 loops over tokens."""
+"""A mixture, in plain JAX and as the interpreted kernel, against float64 loops over tokens."""
 
 import importlib
 
@@ -12,13 +12,15 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from kernel_numerics import relative_rmse
 
-from pallas_kernels import mixture, quantize_int4
+from pallas_kernels import Int4, mixture
+from pallas_kernels.activations import silu_gated
+from pallas_kernels.formats import as_weight
 from pallas_kernels.hardware import CHIPS
-from pallas_kernels.mixture import fits, reference, shapes
+from pallas_kernels.mixture import reference, shapes
 
 MODULES = [
     importlib.import_module(f"pallas_kernels.{name}")
-    for name in ("mixture.mosaic_tpu", "mixture.stages", "int4_grouped_matmul.mosaic_tpu")
+    for name in ("mixture.mosaic_tpu", "mixture.stages", "grouped_matmul.mosaic_int4")
 ]
 KERNEL = MODULES[0]
 V5E, V5P = (CHIPS[name].facts for name in ("v5e", "v5p"))
@@ -37,7 +39,7 @@ def experts(rng, shape, dtype, int4):
 
     def matrix(out, in_):
         values = jnp.asarray(rng.normal(size=(shape.num_local, out, in_)), jnp.float32)
-        return quantize_int4(values.swapaxes(1, 2)) if int4 else values.astype(dtype)
+        return Int4.from_dense(values) if int4 else values.astype(dtype)
 
     return matrix(shape.N, shape.K), matrix(shape.N, shape.K), matrix(shape.K, shape.N)
 
@@ -149,6 +151,7 @@ def test_visits_of_as_many_rows_as_are_gathered_at_once(monkeypatch):
 
 def test_what_fits_a_chip_with_less_vector_memory(monkeypatch):
     on(V5P, monkeypatch)
+    fits = KERNEL.fits
     assert fits(292, 7168) and not fits(293, 7168) and fits(512, 2304)
 
 
@@ -161,7 +164,8 @@ def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised(chip, int4, mon
     given = arguments(shape, jnp.bfloat16, int4)
     careful = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
     try:
-        found = KERNEL.mixture(*given, jnp.int32(0), interpret=careful)
+        arrays = *given[:3], *(as_weight("mixture", "", weight) for weight in given[3:])
+        found = KERNEL.mixture(*arrays, jnp.int32(0), activation=silu_gated, interpret=careful)
         assert not interpret_pallas_call.races.races_found
     finally:
         pltpu.reset_tpu_interpret_mode_state()
@@ -204,8 +208,8 @@ BF16, F32, INT32, INT4 = jnp.bfloat16, jnp.float32, jnp.int32, jnp.int4
         ({"up": jnp.zeros((3, 256, 128), BF16)}, "mixture: up has shape (3, 256, 128), expected [3, 128, 128]"),
         ({"down": jnp.zeros((3, 128, 128), F32)}, "mixture: down is float32, expected bfloat16"),
         (
-            {"down": (jnp.zeros((3, 128, 128), INT4), jnp.zeros((3, 4, 128), BF16))},
-            "mixture: gate, up and down are INT4 in part, expected all of them or none",
+            {"down": Int4(jnp.zeros((3, 128, 128), INT4), jnp.zeros((3, 4, 128), BF16))},
+            "mixture: gate, up and down are Dense, Dense, Int4, expected one format",
         ),
         (
             {"chosen": jnp.asarray([[0, 1], [2, 1], [2, 2], [-1, -1]], INT32)},

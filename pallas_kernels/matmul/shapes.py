@@ -1,4 +1,4 @@
-"""Argument shapes of int4_matmul that tests and benchmarks share."""
+"""Argument shapes of `matmul` that tests and benchmarks share."""
 
 from typing import NamedTuple
 

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int4
 
-from pallas_kernels.int4_matmul.packing import GROUP_SIZE
+from pallas_kernels.formats.int4_codec import GROUP_SIZE
 
 # Inputs that one product takes, as many as the matrix unit does, and inputs whose codes fill an 8 x 128 register.
 INPUTS, WORD_INPUTS = 128, 64

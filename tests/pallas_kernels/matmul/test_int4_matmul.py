@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from kernel_numerics import relative_rmse
 
-from pallas_kernels import dequantize_int4, int4_matmul, pack_int4, quantize_int4, unpack_int4
-from pallas_kernels.int4_matmul import reference
-from pallas_kernels.int4_matmul.shapes import AWKWARD, KIMI
+from pallas_kernels import Int4, dequantize_int4, int4_matmul, pack_int4, quantize_int4, unpack_int4
+from pallas_kernels.formats.reference import dequantize_int4 as dequantize_exactly
+from pallas_kernels.matmul import reference
+from pallas_kernels.matmul.shapes import AWKWARD, KIMI
 
 # Kimi-K2.6, layer 1, expert 0, gate_proj, row 0, first 64 columns: words, scales and dequantised weights (bf16 bits),
 # as published in NovaSky-AI/SkyRL, tests/backends/skyrl_train/_fake_int4_qat_golden.py.
@@ -124,7 +125,7 @@ def test_matmul(shape, dtype, tolerance):
     scales = jnp.asarray(rng.uniform(0.5, 2, (shape.K // 32, shape.N)), jnp.bfloat16)
     found = jax.jit(int4_matmul)(x, codes, scales)
     assert found.dtype == dtype
-    assert relative_rmse(found, reference.int4_matmul(x, codes, scales)) <= tolerance
+    assert relative_rmse(found, reference.matmul(x, Int4(codes, scales))) <= tolerance
 
 
 def test_gradient_with_respect_to_x():
@@ -132,7 +133,7 @@ def test_gradient_with_respect_to_x():
     x, dy = weights(rng, 5, 64), weights(rng, 5, 6)
     codes, scales = quantize_int4(weights(rng, 64, 6))
     (dx,) = jax.vjp(lambda x: int4_matmul(x, codes, scales), x)[1](dy)
-    assert relative_rmse(dx, dy @ reference.dequantize(codes, scales).T) <= 1e-6
+    assert relative_rmse(dx, dy @ dequantize_exactly(codes, scales).T) <= 1e-6
 
 
 def test_bad_arguments_are_refused():

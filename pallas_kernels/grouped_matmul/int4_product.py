@@ -10,9 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from pallas_kernels.formats.int4_codec import GROUP_SIZE
+from pallas_kernels.grouped_matmul import int4_block_diagonal as block_diagonal
 from pallas_kernels.hardware import LANES
-from pallas_kernels.int4_grouped_matmul import block_diagonal
-from pallas_kernels.int4_matmul.packing import GROUP_SIZE
 
 FEW_ROWS = 8
 

@@ -1,4 +1,4 @@
-"""Grouped matmul and SwiGLU with INT4 weights as one Pallas kernel for TPUs.
+"""Grouped matmul and gated linear units with INT4 weights as one Pallas kernel for TPUs.
 
 Rows are cut in blocks; a *visit* is a pair of a block and a group with rows in it, and the grid is (N tiles, visits),
 the number of visits dynamic. A step takes all K rows of an N tile of the visit's group, as half bytes: up to 4 MiB, so
@@ -10,7 +10,7 @@ visits; weights are streamed once per visit.
 
 A weight is bf16(code * scale). In bf16 arithmetic (v6e on) the product rounds to that by itself; v5 has none, and
 rounds the float32 product. Float32 x is multiplied at HIGHEST precision, bf16 x in one pass with float32 accumulation.
-Groups of at most 8 rows of bf16 are multiplied in block-diagonal form on v5 (`block_diagonal`).
+Groups of at most 8 rows of bf16 are multiplied in block-diagonal form on v5 (`int4_block_diagonal`).
 
 Windows of more than 64 rows spill: their product is larger than the register file, and the spills fit beside the matrix
 unit's work. (Fewer rows at a time leave it idle for longer.) So do large parts of few rows, up to 1,400 stores and
@@ -26,12 +26,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, Int4, Int32
+from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, window_size
-from pallas_kernels.hardware import LANES, VMEM_LIMIT, chip
-from pallas_kernels.int4_grouped_matmul import block_diagonal
-from pallas_kernels.int4_grouped_matmul.product import (
+from pallas_kernels.formats import Int4
+from pallas_kernels.formats.int4_codec import GROUP_SIZE
+from pallas_kernels.grouped_matmul import int4_block_diagonal as block_diagonal
+from pallas_kernels.grouped_matmul.int4_product import (
     FEW_ROWS,
     GroupRows,
     MatrixOperand,
@@ -39,9 +39,8 @@ from pallas_kernels.int4_grouped_matmul.product import (
     add_products,
     scale_rows,
 )
-from pallas_kernels.int4_matmul.packing import GROUP_SIZE
-
-Quantised = tuple[Int4[Array, "E K N"], Float[Array, "E K32 N"]]
+from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, window_size
+from pallas_kernels.hardware import LANES, VMEM_LIMIT, chip
 
 # A part's scales must fill a tile of memory: 16 rows of 32 inputs each.
 K_PART = 512
@@ -50,9 +49,9 @@ LARGEST_ODD_K = 2048
 BLOCK_BYTES, STEP_BYTES, PART_WEIGHTS, SHARED_PART_WEIGHTS = 2**23, 2**22, 2**22, 2**20
 
 
-def unsupported(x: Array, codes: Array, *others: Array) -> str | None:
+def unsupported(x: Array, weight: Int4, *others: Any) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
-    (tokens, K), N = x.shape, codes.shape[-1]
+    (tokens, K), N = x.shape, weight.shape[-2]
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x is {x.dtype}, expected bfloat16 or float32"
     if tokens == 0:
@@ -62,11 +61,6 @@ def unsupported(x: Array, codes: Array, *others: Array) -> str | None:
     if K % K_PART and (K % 64 or K > LARGEST_ODD_K):
         return f"K is {K}, expected a multiple of {K_PART}, or of 64 up to {LARGEST_ODD_K}"
     return None
-
-
-def unsupported_swiglu(x: Array, gate: tuple[Array, Array], *others: Any) -> str | None:
-    """Says why the kernel cannot take these shapes and dtypes; None where it can."""
-    return unsupported(x, gate[0])
 
 
 def tiles(
@@ -98,41 +92,35 @@ def uses_block_diagonal(tile: Tiles, dtype: Any) -> bool:
     return few and dtype == jnp.bfloat16 and not chip().bf16_vpu
 
 
-def int4_grouped_matmul(
+def grouped_matmul(
     x: Float[Array, "T K"],
-    codes: Int4[Array, "E K N"],
-    scales: Float[Array, "E K32 N"],
+    weight: Int4,
     group_sizes: Int32[Array, "all"],
     group_offset: Int[Array, ""],
     *,
     interpret: Any = False,
 ) -> Float[Array, "T N"]:
-    """See `api.int4_grouped_matmul`."""
-    return _call(
-        x, [(codes, scales)], group_sizes, group_offset, lambda y: y, name="int4_grouped_matmul", interpret=interpret
-    )
+    """See `api.grouped_matmul`."""
+    return _call(x, [weight], group_sizes, group_offset, lambda y: y, name="int4_grouped_matmul", interpret=interpret)
 
 
-def int4_grouped_swiglu(
+def grouped_glu(
     x: Float[Array, "T K"],
-    gate: Quantised,
-    up: Quantised,
+    gate: Int4,
+    up: Int4,
     group_sizes: Int32[Array, "all"],
     group_offset: Int[Array, ""],
     *,
+    activation: Callable[[Array, Array], Array],
     interpret: Any = False,
 ) -> Float[Array, "T N"]:
-    """See `api.int4_grouped_swiglu`."""
-
-    def combine(gate: Array, up: Array) -> Array:
-        return gate * jax.nn.sigmoid(gate) * up
-
-    return _call(x, [gate, up], group_sizes, group_offset, combine, name="int4_grouped_swiglu", interpret=interpret)
+    """See `api.grouped_glu`."""
+    return _call(x, [gate, up], group_sizes, group_offset, activation, name="int4_grouped_glu", interpret=interpret)
 
 
 def _call(
     x: Float[Array, "T K"],
-    weights: list[Quantised],
+    weights: list[Int4],
     group_sizes: Int32[Array, "all"],
     group_offset: Int[Array, ""],
     combine: Callable[..., Array],
@@ -140,7 +128,7 @@ def _call(
     name: str,
     interpret: Any,
 ) -> Float[Array, "T N"]:
-    (tokens, K), (num_local, _, N) = x.shape, weights[0][0].shape
+    (tokens, K), (num_local, N, _) = x.shape, weights[0].shape
     tile = tiles(tokens, K, N, num_local, x.dtype)
     blocks = -(-tokens // tile.block)
     few, dtype = uses_block_diagonal(tile, x.dtype), x.dtype
@@ -155,18 +143,11 @@ def _call(
     accumulator = pltpu.VMEM((tile.block, tile.N), jnp.float32)
     if not interpret:
         # Else XLA, which sees no more than an operand, copies all experts' weights to vector memory beforehand.
-        weights = [
-            (
-                pltpu.with_memory_space_constraint(codes, pltpu.HBM),
-                pltpu.with_memory_space_constraint(scales, pltpu.HBM),
-            )
-            for codes, scales in weights
-        ]
+        weights = jax.tree.map(lambda array: pltpu.with_memory_space_constraint(array, pltpu.HBM), weights)
     cost = pl.CostEstimate(
         flops=2 * tokens * K * N * len(weights),
         transcendentals=0,
-        bytes_accessed=sum(codes.size // 2 + scales.nbytes for codes, scales in weights)
-        + tokens * (K + N) * dtype.itemsize,
+        bytes_accessed=sum(weight.nbytes for weight in weights) + tokens * (K + N) * dtype.itemsize,
     )
     out = pl.pallas_call(
         functools.partial(
@@ -193,7 +174,7 @@ def _call(
         cost_estimate=cost,
         name=name,
         interpret=interpret,
-    )(*visit, x, *(array for pair in weights for array in pair))
+    )(*visit, x, *jax.tree.leaves(weights))
     return out[:tokens]
 
 

@@ -12,15 +12,18 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from kernel_numerics import dots, relative_rmse
 
-from pallas_kernels import int4_grouped_matmul, int4_grouped_swiglu, int4_matmul, quantize_int4
+from pallas_kernels import Int4, grouped_glu, grouped_matmul, int4_grouped_matmul, int4_matmul, quantize_int4
+from pallas_kernels.activations import silu_gated
+from pallas_kernels.formats.reference import numbers
+from pallas_kernels.grouped_matmul import mosaic_int4 as mosaic_tpu
+from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.hardware import CHIPS
-from pallas_kernels.int4_grouped_matmul import mosaic_tpu, reference
-from pallas_kernels.int4_matmul import reference as single
+from pallas_kernels.matmul import reference as single
 
 K, N, EXPERTS = 256, 128, 4
 RNG = np.random.default_rng(3)
 TOLERANCES = [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-3)]
-GATE, UP = (quantize_int4(jnp.asarray(RNG.normal(size=(EXPERTS, K, N)), jnp.float32)) for _ in range(2))
+GATE, UP = (Int4(*quantize_int4(jnp.asarray(RNG.normal(size=(EXPERTS, K, N)), jnp.float32))) for _ in range(2))
 
 
 V5 = CHIPS["v5e"].facts
@@ -34,10 +37,8 @@ def rows(tokens, span, dtype, inputs=K):
 
 
 def compiled():
-    """Returns the two ops, jitted anew, since their compiled code is for one chip."""
-    return [
-        jax.jit(functools.partial(op, implementation="mosaic_tpu")) for op in (int4_grouped_matmul, int4_grouped_swiglu)
-    ]
+    """Returns the two ops; their compiled code is kept for as long as the kernel is built for one chip."""
+    return [jax.jit(functools.partial(op, implementation="mosaic_tpu")) for op in (grouped_matmul, grouped_glu)]
 
 
 OPS = compiled()
@@ -47,13 +48,13 @@ def check(sizes, tokens, dtype, tolerance, first=0, experts=EXPERTS, ops=OPS, dr
     """Compares both ops with float64, over `draws` of x."""
     edges = np.concatenate([[0], np.cumsum(sizes)])
     sizes = jnp.asarray(sizes, jnp.int32)
-    gate, up = (tuple(array[:experts] for array in pair) for pair in (GATE, UP))
+    gate, up = jax.tree.map(lambda array: array[:experts], (GATE, UP))
     xs, exacts = zip(
         *[rows(tokens, slice(edges[first], edges[first + experts]), dtype) for _ in range(draws)], strict=True
     )
     for op, exact_op, weights in (
-        (ops[0], reference.int4_grouped_matmul, gate),
-        (ops[1], reference.int4_grouped_swiglu, (gate, up)),
+        (ops[0], reference.grouped_matmul, (gate,)),
+        (ops[1], reference.grouped_glu, (gate, up)),
     ):
         found = [op(x, *weights, sizes, group_offset=first) for x in xs]
         assert found[0].dtype == dtype
@@ -109,7 +110,7 @@ def test_a_step_in_parts_and_outputs_in_tiles(monkeypatch, chip):
     codes, scales = quantize_int4(jnp.asarray(RNG.normal(size=(3, 1024, 256)), jnp.float32))
     sizes = jnp.asarray([5, 25, 6], jnp.int32)
     found = int4_grouped_matmul(x, codes, scales, sizes, implementation="mosaic_tpu")
-    assert relative_rmse(found, reference.int4_grouped_matmul(exact, codes, scales, sizes)) <= 3e-3
+    assert relative_rmse(found, reference.grouped_matmul(exact, Int4(codes, scales), sizes)) <= 3e-3
 
 
 @settings(max_examples=12, deadline=None)
@@ -125,15 +126,15 @@ def test_one_matrix(tokens, inputs, dtype, tolerance):
     codes, scales = quantize_int4(jnp.asarray(RNG.normal(size=(inputs, 128)), jnp.float32))
     found = int4_matmul(x, codes, scales, implementation="mosaic_tpu")
     assert found.dtype == dtype
-    assert relative_rmse(found, single.int4_matmul(x, codes, scales)) <= tolerance
+    assert relative_rmse(found, single.matmul(x, Int4(codes, scales))) <= tolerance
 
 
 def test_the_gradient_is_that_of_the_reference():
     x = jnp.asarray(RNG.normal(size=(24, K)), jnp.float32)
     sizes, cotangent = jnp.asarray([5, 0, 12, 7], jnp.int32), jnp.asarray(RNG.normal(size=(24, N)), jnp.float32)
     run = functools.partial(int4_grouped_matmul, group_sizes=sizes, implementation="mosaic_tpu")
-    (found,) = jax.vjp(lambda x: run(x, *GATE), x)[1](cotangent)
-    matrices = np.swapaxes(single.dequantize(*GATE), 1, 2)
+    (found,) = jax.vjp(lambda x: run(x, GATE.codes, GATE.scales), x)[1](cotangent)
+    matrices = numbers(GATE)
     expected = np.concatenate(
         [cotangent[:5] @ matrices[0], cotangent[5:17] @ matrices[2], cotangent[17:] @ matrices[3]]
     )
@@ -143,8 +144,8 @@ def test_the_gradient_is_that_of_the_reference():
 @pytest.mark.parametrize(
     ("op", "chip", "dtype", "tolerance"),
     [
-        ("int4_grouped_matmul", V5, jnp.bfloat16, 3e-3),
-        ("int4_grouped_swiglu", None, jnp.float32, 1e-5),
+        ("grouped_matmul", V5, jnp.bfloat16, 3e-3),
+        ("grouped_glu", None, jnp.float32, 1e-5),
     ],
 )
 def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised(monkeypatch, op, chip, dtype, tolerance):
@@ -152,10 +153,10 @@ def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised(monkeypatch, op
         monkeypatch.setattr(mosaic_tpu, "chip", lambda: chip)
     x, exact = rows(40, slice(0, 33), dtype)
     sizes = jnp.asarray([3, 0, 20, 10], jnp.int32)
-    weights = GATE if op == "int4_grouped_matmul" else (GATE, UP)
+    weights, options = ((GATE,), {}) if op == "grouped_matmul" else ((GATE, UP), {"activation": silu_gated})
     careful = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
     try:
-        found = getattr(mosaic_tpu, op)(x, *weights, sizes, jnp.int32(0), interpret=careful)
+        found = getattr(mosaic_tpu, op)(x, *weights, sizes, jnp.int32(0), **options, interpret=careful)
         assert not interpret_pallas_call.races.races_found
     finally:
         pltpu.reset_tpu_interpret_mode_state()
@@ -168,8 +169,8 @@ def test_float32_is_multiplied_as_float32(monkeypatch, chip, dtype, precision):
     if chip:
         monkeypatch.setattr(mosaic_tpu, "chip", lambda: chip)
     x = jnp.zeros((40, K), dtype)
-    run = functools.partial(mosaic_tpu.int4_grouped_matmul, interpret=True)
-    found = list(dots(jax.make_jaxpr(run)(x, *GATE, jnp.full(EXPERTS, 10, jnp.int32), jnp.int32(0)).jaxpr))
+    run = functools.partial(mosaic_tpu.grouped_matmul, interpret=True)
+    found = list(dots(jax.make_jaxpr(run)(x, GATE, jnp.full(EXPERTS, 10, jnp.int32), jnp.int32(0)).jaxpr))
     assert found
     for equation in found:
         assert equation.invars[0].aval.dtype == equation.invars[1].aval.dtype == dtype
