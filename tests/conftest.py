@@ -42,12 +42,13 @@ def checked_as_needed(*, typechecker: Wrap, check: Callable[..., Wrap] = jaxtypi
 
     A function without arrays among its annotations has no shapes to bind, so that the type checker alone checks the
     same: two thirds of ours, whose wrapping took most of the imports, and whose calls a tenth of every trace. Local
-    functions stay as they are: wrapping takes milliseconds at each definition.
+    functions stay as they are, since wrapping takes milliseconds at each definition, and so do those that refuse bad
+    arguments themselves.
     """
     with_shapes = check(typechecker=typechecker)
 
     def wrap(made: Any) -> Any:
-        if "<locals>" in getattr(made, "__qualname__", ""):
+        if "<locals>" in getattr(made, "__qualname__", "") or getattr(made, "__no_type_check__", False):
             return made
         plain = isinstance(made, types.FunctionType) and not takes_arrays(made)
         return typechecker(made) if plain else with_shapes(made)
