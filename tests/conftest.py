@@ -1,5 +1,6 @@
 """Fixtures of more than one test folder; eight CPU devices; shapes and types checked at run time."""
 
+import functools
 import gc
 import os
 import types
@@ -42,16 +43,23 @@ def checked_as_needed(*, typechecker: Wrap, check: Callable[..., Wrap] = jaxtypi
 
     A function without arrays among its annotations has no shapes to bind, so that the type checker alone checks the
     same: two thirds of ours, whose wrapping took most of the imports, and whose calls a tenth of every trace. Local
-    functions stay as they are, since wrapping takes milliseconds at each definition, and so do those that refuse bad
-    arguments themselves.
+    functions stay as they are: wrapping takes milliseconds at each definition.
     """
     with_shapes = check(typechecker=typechecker)
 
     def wrap(made: Any) -> Any:
-        if "<locals>" in getattr(made, "__qualname__", "") or getattr(made, "__no_type_check__", False):
+        if "<locals>" in getattr(made, "__qualname__", ""):
             return made
-        plain = isinstance(made, types.FunctionType) and not takes_arrays(made)
-        return typechecker(made) if plain else with_shapes(made)
+        if not isinstance(made, types.FunctionType) or takes_arrays(made):
+            return with_shapes(made)
+        checked = typechecker(made)
+
+        @functools.wraps(made)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # `checks_arguments` marks it later: the hook's decorator is the innermost
+            return (made if hasattr(call, "__no_type_check__") else checked)(*args, **kwargs)
+
+        return call
 
     return wrap
 
