@@ -9,8 +9,9 @@ READY  := $(VENV)/ready
 demo: $(READY)
 	$(BIN)/kimi-jax demo
 
+# Bytecode is written wherever the environment forbids it, too: without it each process rewrites every test anew.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

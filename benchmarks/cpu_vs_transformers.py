@@ -89,8 +89,7 @@ def transformers_sides(folder: Path, config: dict[str, Any]) -> Iterator[tuple[s
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # transformers has no class for kimi_k2, which is deepseek_v3.
-    family = "KimiLinear" if config["model_type"] == "kimi_linear" else "DeepseekV3"
+    family = config["architectures"][0].removesuffix("ForCausalLM")
     native = getattr(transformers, f"{family}Config")(**{k: v for k, v in config.items() if k != "model_type"})
     model_class = getattr(transformers, f"{family}ForCausalLM")
 

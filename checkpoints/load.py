@@ -23,14 +23,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from checkpoints.files.pipeline import Progress
 from checkpoints.files.place import Remote, locate
-from checkpoints.published.numerics import BLOCK, FP8
+from checkpoints.published.endings import is_scales
 from checkpoints.stored.checks import run_share
 from checkpoints.stored.chunk_grid import Box
 from checkpoints.stored.folder import Converted
-from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Leaf, variable_path
+from checkpoints.stored.names import Leaf, variable_path
 from checkpoints.stored.source import Source, open_source, plan_reads
 from kimi_jax.model.kimi import Kimi
-from pallas_kernels import unpack_int4
+from pallas_kernels.formats import Dense, Weight
 from sharding import SERVE, Partition, Rules
 
 BATCH_BYTES = 2**28  # memory besides the model's; one projection of a layer's experts may be more: a batch of its own
@@ -90,15 +90,17 @@ def load(
         arrays = {leaf.path: _to_devices(leaf, placements[leaf.path], found.pop(leaf.path)) for leaf in batch}
         values: dict[str, jax.Array] = {}
         for leaf in batch:
-            if leaf.path.endswith(PACKED):
-                scale = leaf.path.replace(PACKED, SCALE)
-                values[leaf.path], values[scale] = _unpack(out(leaf.path), out(scale))(
-                    arrays.pop(leaf.path), arrays.pop(scale)
-                )
-            elif leaf.dtype == FP8:  # the model does not compute in it
-                weight, scale_inv = arrays.pop(leaf.path), arrays.pop(f"{leaf.path}_scale_inv")
-                values[leaf.path] = _from_fp8(out(leaf.path))(weight, scale_inv, dtype or jnp.bfloat16)
-            elif not leaf.path.endswith((SCALE, SCALE_INV)):  # which go with their words or e4m3
+            weight = leaf.weight
+            if is_scales(leaf.path):  # which go with their words or e4m3
+                continue
+            if weight is not None and weight.format is not Dense:
+                stored = tuple(arrays.pop(name) for name in weight.names)
+                names = [name for name in weight.names if variable_path(name) in variables]
+                keeps = len(names) == len(weight.names)
+                convert = _from_stored(weight.format.from_stored, keeps, tuple(map(out, names)))
+                made = convert(stored, dtype or jnp.bfloat16)
+                values |= dict(zip(names, made, strict=True))
+            else:
                 variable = variables[variable_path(leaf.path)]
                 # what a bf16 model has in float32 is float32 in any
                 to_dtype = variable.dtype if variable.dtype == jnp.float32 else dtype or leaf.dtype
@@ -199,19 +201,17 @@ def _dense(array: jax.Array, to: jax.ShapeDtypeStruct, out: Sharding) -> jax.Arr
 
 # Cached: one compiled function for all leaves of equal shape and sharding.
 @functools.cache
-def _unpack(codes: Sharding, scales: Sharding) -> Any:
-    return jax.jit(unpack_int4, out_shardings=(codes, scales))
+def _from_stored(make: Callable[..., Weight], keeps: bool, out: tuple[Sharding, ...]) -> Any:
+    """Returns the function from a weight's stored tensors, of which `make` makes it, to the arrays that the model has.
 
+    Those are its parts where the model `keeps` the format, else its numbers: the model does not compute in it.
+    """
 
-@functools.cache
-def _from_fp8(out: Sharding) -> Any:
-    def dequantized(weight: jax.Array, scale_inv: jax.Array, dtype: Any) -> jax.Array:
-        """Does what `numerics.dequantize_fp8` does, to [out, in] or [e, out, in]."""
-        rows = jnp.repeat(scale_inv, BLOCK, axis=-2)[..., : weight.shape[-2], :]
-        scale = jnp.repeat(rows, BLOCK, axis=-1)[..., : weight.shape[-1]]
-        return (weight.astype(jnp.float32) * scale).astype(dtype)
+    def convert(stored: tuple[jax.Array, ...], dtype: Any) -> tuple[jax.Array, ...]:
+        weight = make(*stored)
+        return weight.arrays if keeps else (weight.dequantize(dtype),)
 
-    return jax.jit(dequantized, static_argnums=2, out_shardings=out)
+    return jax.jit(convert, static_argnums=1, out_shardings=out)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Defines a model's configuration as frozen dataclasses; `config_json` reads them from a published config.json.
 
-Fields have the names of the file. Kimi Linear's file spells some of DeepSeek-V3's fields otherwise (`num_experts` for
-`n_routed_experts`, and so on); `TextConfig` has DeepSeek-V3's names for both.
+Field names are DeepSeek-V3's, which the files of Kimi K2 have. `families` says how other files spell them, and has
+those that `family` names; `model_type` is the file's own word, which is printed and decides nothing.
 """
 
 import dataclasses
@@ -50,6 +50,7 @@ class TextConfig:
     whatever `rms_norm_eps` is, unless config.json has another."""
 
     model_type: str
+    family: str
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -132,6 +133,7 @@ class KimiConfig:
     """
 
     model_type: str
+    family: str
     text: TextConfig
     stop_ids: tuple[int, ...]
     vision: VisionConfig | None = None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -12,13 +11,12 @@ import numpy as np
 
 from kimi_jax import config_json, media
 from kimi_jax.config import KimiConfig
+from kimi_jax.families.chat import template_for
 from kimi_jax.media.conversation import read_all
 from kimi_jax.model.splice import Media
 from kimi_jax.printable import printable
 from kimi_jax.text import Tokenizer, chat
 from kimi_jax.text.messages import Messages
-from kimi_jax.text.template_choice import follows_k25
-from kimi_jax.text.template_files import has_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,18 +140,3 @@ def _with_parts(
         return [{"role": "user", "content": messages}], []
     shown = [{"type": f"{part.kind}_url", f"{part.kind}_url": ""} for part in parts]
     return [{"role": "user", "content": [*shown, {"type": "text", "text": messages}]}], parts
-
-
-def template_for(folder: str | Path, config: KimiConfig) -> str:
-    """Returns the name of the chat template for the checkpoint in `folder`: "k2.5", "k2", or `folder` for its own.
-
-    A text model's own is used where it has one, K2.5's where it writes other prompts than the one built in, with a
-    warning. Raises ValueError, naming the file, where a template cannot be read.
-    """
-    if not has_template(folder):
-        return "k2.5" if config.model_type == "kimi_k25" else "k2"
-    if config.model_type == "kimi_k25":
-        if follows_k25(folder):
-            return "k2.5"
-        warnings.warn(f"{printable(folder)}: its own chat template is used, which differs from K2.5's", stacklevel=2)
-    return str(folder)

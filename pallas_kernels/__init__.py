@@ -6,17 +6,21 @@ The package stands alone: it needs JAX and nothing of the models. Each op has a 
 that tests and benchmarks share).
 """
 
+from pallas_kernels.formats import Dense as Dense
+from pallas_kernels.formats import Fp8 as Fp8
+from pallas_kernels.formats import Int4 as Int4
+from pallas_kernels.formats import Weight as Weight
+from pallas_kernels.formats.int4 import dequantize_int4 as dequantize_int4
+from pallas_kernels.formats.int4 import pack_int4 as pack_int4
+from pallas_kernels.formats.int4 import quantize_int4 as quantize_int4
+from pallas_kernels.formats.int4 import unpack_int4 as unpack_int4
+from pallas_kernels.grouped_matmul import grouped_glu as grouped_glu
 from pallas_kernels.grouped_matmul import grouped_matmul as grouped_matmul
-from pallas_kernels.grouped_matmul import grouped_swiglu as grouped_swiglu
-from pallas_kernels.int4_grouped_matmul import int4_grouped_matmul as int4_grouped_matmul
-from pallas_kernels.int4_grouped_matmul import int4_grouped_swiglu as int4_grouped_swiglu
-from pallas_kernels.int4_matmul import dequantize_int4 as dequantize_int4
-from pallas_kernels.int4_matmul import int4_matmul as int4_matmul
-from pallas_kernels.int4_matmul import pack_int4 as pack_int4
-from pallas_kernels.int4_matmul import quantize_int4 as quantize_int4
-from pallas_kernels.int4_matmul import unpack_int4 as unpack_int4
+from pallas_kernels.grouped_matmul import int4_grouped_matmul as int4_grouped_matmul
 from pallas_kernels.kda import kda as kda
 from pallas_kernels.kda import kda_step as kda_step
+from pallas_kernels.matmul import int4_matmul as int4_matmul
+from pallas_kernels.matmul import matmul as matmul
 from pallas_kernels.mixture import mixture as mixture
 from pallas_kernels.mla_attention import merge_partials as merge_partials
 from pallas_kernels.mla_attention import mla_decode as mla_decode

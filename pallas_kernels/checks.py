@@ -19,14 +19,15 @@ def checks_arguments(function: Function) -> Function:
 def bind_shapes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
     """Returns the sizes of the named axes of `name=(array, "B T H 64")`.
 
-    A number is a fixed size; a name that occurs several times must have one size.
+    A number is a fixed size; a name that occurs several times must have one size. Weights of any format are arrays
+    here.
 
     Raises:
       ValueError: an array's rank or one of its sizes is not what its pattern says.
     """
     sizes: dict[str, int] = {}
     for name, (array, pattern) in arguments.items():
-        axes, shape = pattern.split(), jnp.shape(array)
+        axes, shape = pattern.split(), array.shape if hasattr(array, "shape") else jnp.shape(array)
         expected = [int(axis) if axis.isdigit() else sizes.get(axis, axis) for axis in axes]
         if len(shape) != len(axes) or any(
             isinstance(want, int) and want != size for want, size in zip(expected, shape, strict=True)

@@ -98,6 +98,8 @@ def _once(kernel: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> C
 
 def with_gradient(run: Callable[..., Any], twin: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `run` with the gradient of `twin`, the same function in a form that JAX can differentiate."""
+    if run is twin:
+        return run
 
     @jax.custom_vjp
     def function(*arrays: Any) -> Any:

@@ -1,9 +1,14 @@
 """Fixtures of more than one test folder; eight CPU devices; shapes and types checked at run time."""
 
+import functools
 import gc
 import os
+import types
+import typing
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -19,14 +24,47 @@ os.environ["XLA_FLAGS"] = " ".join(
 gc.set_threshold(20_000, 20, 20)  # tracing makes and keeps millions of objects; the collector scans them less often so
 
 
-def checked_if_lasting(*, typechecker, check=jaxtyping.jaxtyped):
-    """Returns `jaxtyping.jaxtyped` without checks for local functions: wrapping takes milliseconds at each
-    definition."""
-    wrap = check(typechecker=typechecker)
-    return lambda made: made if "<locals>" in getattr(made, "__qualname__", "") else wrap(made)
+Wrap = Callable[[Any], Any]
 
 
-jaxtyping.jaxtyped = checked_if_lasting  # the import hook looks the function up here
+def takes_arrays(function: Callable[..., Any]) -> bool:
+    """Returns True where an annotation of a function names an array's shape, however deep, or is a string still."""
+    waiting = list(getattr(function, "__annotations__", {}).values())
+    while waiting:
+        annotation = waiting.pop()
+        if isinstance(annotation, str) or hasattr(annotation, "dim_str"):
+            return True
+        waiting += typing.get_args(getattr(annotation, "__value__", annotation))
+    return False
+
+
+def checked_as_needed(*, typechecker: Wrap, check: Callable[..., Wrap] = jaxtyping.jaxtyped) -> Wrap:
+    """Returns `jaxtyping.jaxtyped(typechecker=...)` at a fraction of its price, for the hook.
+
+    A function without arrays among its annotations has no shapes to bind, so that the type checker alone checks the
+    same: two thirds of ours, whose wrapping took most of the imports, and whose calls a tenth of every trace. Local
+    functions stay as they are: wrapping takes milliseconds at each definition.
+    """
+    with_shapes = check(typechecker=typechecker)
+
+    def wrap(made: Any) -> Any:
+        if "<locals>" in getattr(made, "__qualname__", ""):
+            return made
+        if not isinstance(made, types.FunctionType) or takes_arrays(made):
+            return with_shapes(made)
+        checked = typechecker(made)
+
+        @functools.wraps(made)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # `checks_arguments` marks it later: the hook's decorator is the innermost
+            return (made if hasattr(call, "__no_type_check__") else checked)(*args, **kwargs)
+
+        return call
+
+    return wrap
+
+
+jaxtyping.jaxtyped = checked_as_needed  # the import hook looks the function up here
 jaxtyping.install_import_hook(["kimi_jax", "pallas_kernels", "sharding", "checkpoints"], "beartype.beartype")
 
 

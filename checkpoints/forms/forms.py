@@ -17,11 +17,14 @@ import numpy as np
 
 from checkpoints.forms.transform import SCRATCH_BYTES, transform
 from checkpoints.published import quantization_config
-from checkpoints.published.numerics import BF16, BLOCK, CODES_PER_WORD, F32, FP8, GROUP_SIZE
-from checkpoints.published.quantization_config import Form
+from checkpoints.published.endings import is_scales
+from checkpoints.published.numerics import BF16, BLOCK, F32, FP8, GROUP_SIZE
+from checkpoints.published.quantization_config import FORMATS, Form
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.stored.chunk_grid import chunk_grid
-from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Contents, Leaf, stored_leaves, with_fp8
+from checkpoints.stored.names import Contents, Leaf, in_format, stored_leaves
+from kimi_jax.families import text_fields
+from pallas_kernels.formats import Dense, Fp8, Int4
 
 Rest = Literal["bfloat16", "float32"]
 
@@ -114,47 +117,33 @@ def make_recipe(
 
 def _weights(leaves: Sequence[Leaf]) -> Iterator[tuple[Leaf, ...]]:
     """Yields words or e4m3 with their scales, all others by themselves."""
-    scales = {leaf.path: leaf for leaf in leaves if leaf.path.endswith((SCALE, SCALE_INV))}
+    by_path = {leaf.path: leaf for leaf in leaves}
     for leaf in leaves:
-        if leaf.path.endswith(PACKED):
-            yield leaf, scales[leaf.path.removesuffix(PACKED) + SCALE]
-        elif leaf.dtype == FP8:
-            yield leaf, scales[f"{leaf.path}_scale_inv"]
-        elif leaf.path not in scales:
+        if leaf.weight is None:
             yield (leaf,)
+        elif leaf.weight.is_first:
+            yield tuple(by_path[path] for path in leaf.weight.names)
 
 
 def _in_form(source: Sequence[Leaf], form: Form) -> tuple[Leaf, ...]:
     """Returns the leaves of the experts' weight `source` in another form."""
     first = source[0]
-    *outer, out, in_ = first.shape
-    if first.path.endswith(PACKED):
-        if form == "int4":
-            return tuple(source)
-        path, pattern = first.path.removesuffix("_packed"), first.pattern.removesuffix("_packed")
-        first = replace(first, path=path, pattern=pattern, shape=(*outer, out, in_ * CODES_PER_WORD))
-    weight = replace(first, dtype=BF16)
-    if form == "int4":
-        if in_ % GROUP_SIZE:
-            raise CheckpointError(f"{first.pattern} has {in_} inputs, which are no groups of {GROUP_SIZE} for INT4")
-        parts = (("_packed", CODES_PER_WORD, np.dtype(np.int32)), ("_scale", GROUP_SIZE, BF16))
-        return tuple(
-            Leaf(weight.path + end, (*outer, out, in_ // inputs), dtype, weight.pattern + end, weight.axes)
-            for end, inputs, dtype in parts
-        )
-    return tuple(with_fp8([weight], lambda leaf: True)) if form == "fp8" else (weight,)
+    assert first.weight is not None
+    if first.weight.format is Int4 and form == "int4":
+        return tuple(source)
+    *outer, out, in_ = first.weight.part.weight_shape(first.shape)
+    if form == "int4" and in_ % GROUP_SIZE:
+        raise CheckpointError(f"{first.pattern} has {in_} inputs, which are no groups of {GROUP_SIZE} for INT4")
+    return in_format(replace(first, shape=(*outer, out, in_), dtype=BF16), FORMATS[form])
 
 
 def _described(config: Mapping[str, Any], leaves: Sequence[Leaf], dtype: Rest | None) -> dict[str, Any]:
-    plain = [leaf for leaf in leaves if leaf.path.endswith(".weight") and len(leaf.shape) > 1 and leaf.dtype != FP8]
-    form: Form = "bf16"
-    if any(leaf.path.endswith(PACKED) for leaf in leaves):
-        form = "int4"
-    elif any(leaf.dtype == FP8 for leaf in leaves):
-        form = "fp8"
+    found = {leaf.weight.format for leaf in leaves if leaf.weight is not None}
+    form: Form = "int4" if Int4 in found else "fp8" if Fp8 in found else "bf16"
+    plain = [leaf for leaf in leaves if leaf.weight and leaf.weight.format is Dense and len(leaf.shape) > 1]
     not_converted = [name.removesuffix(".weight") for leaf in plain for name in leaf.names]
     described = quantization_config.describe_form(config, form, not_converted)
-    for part in (described, described.get("text_config", {})):
+    for part in (described, text_fields(described)):
         part.update({name: dtype for name in ("dtype", "torch_dtype") if dtype and name in part})
     return described
 
@@ -164,8 +153,7 @@ def _verbatim(published: Published, leaf: Leaf) -> Iterator[ChunkTask]:
     cut = chunk_grid(leaf)
     for number in range(cut.chunks):
         read = _rows(leaf, number)
-        scales = leaf.path.endswith((SCALE, SCALE_INV))
-        make = _finite(published, read, cut.chunk) if scales else _reshaped(cut.chunk)
+        make = _finite(published, read, cut.chunk) if is_scales(leaf.path) else _reshaped(cut.chunk)
         # twice: a cut along columns copies the chunk
         yield ChunkTask((read,), (ChunkId(leaf.path, number),), make, 2 * cut.chunk_bytes)
 
@@ -192,7 +180,7 @@ def _transform(published: Published, source: Sequence[Leaf], target: Sequence[Le
         made = sum(cut.chunk_bytes for cut in cuts)
         share = made / sum(leaf.nbytes for leaf in target)
         read = int(sum(leaf.nbytes for leaf in source) * share) + source[-1].nbytes // source[-1].shape[0]
-        columns = shapes[0][-1] * (CODES_PER_WORD if target[0].path.endswith(PACKED) else 1)
+        columns = shapes[0][-1] if target[0].weight is None else target[0].weight.part.weight_shape(shapes[0])[-1]
         makes = tuple(ChunkId(leaf.path, number) for leaf in target)
         # results twice: in blocks of rows, then put together
         nbytes = read + 2 * made + SCRATCH_BYTES * columns
@@ -229,7 +217,7 @@ def _finite(
 
 def _check(published: Published, reads: Sequence[RowRange], arrays: Sequence[np.ndarray]) -> None:
     for read, scales in zip(reads, arrays, strict=True):
-        if read.name.endswith((SCALE, SCALE_INV)) and not (finite := np.isfinite(scales.astype(np.float32))).all():
+        if is_scales(read.name) and not (finite := np.isfinite(scales.astype(np.float32))).all():
             row = read.start + int(np.argwhere(~finite)[0][0])
             raise CheckpointError(
                 f"{published.tensors[read.name].file}: tensor {read.name} has a scale in row {row} that is not finite"

@@ -9,14 +9,12 @@ from checkpoints.published.numerics import (
     BLOCK,
     F32,
     FP8,
+    INT32,
     dequantize_fp8,
     dequantize_int4,
     quantize_fp8,
     quantize_int4,
 )
-
-INT32 = np.dtype(np.int32)
-
 
 SCRATCH_BYTES = 20 * BLOCK  # per column, what `transform` holds beside its arguments and results
 

@@ -9,11 +9,11 @@ import numpy as np
 from checkpoints.files import pipeline
 from checkpoints.files.pipeline import ByteCounter, Progress
 from checkpoints.forms.transform import SCRATCH_BYTES, plain_rows
-from checkpoints.published.numerics import BLOCK, CODES_PER_WORD, F32
+from checkpoints.published.endings import is_scales, is_shape, weight_part
+from checkpoints.published.numerics import BLOCK, F32
 from checkpoints.published.safetensors import CheckpointError, Published, Tensor
 from checkpoints.stored.chunk_grid import CHUNK_BYTES
 from checkpoints.stored.folder import Converted
-from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, SHAPE
 
 
 @dataclass(frozen=True)
@@ -121,28 +121,28 @@ def _names(tensors: Mapping[str, Tensor], *, exact: bool) -> dict[str, tuple[str
     if exact:
         return {name: (name,) for name in tensors}
     result: dict[str, tuple[str, ...]] = {}
-    for name in tensors:
-        if name.endswith(PACKED):
-            stem = name.removesuffix(PACKED)
-            result[f"{stem}weight"] = (name, stem + SCALE)
-        elif not name.endswith((SCALE, SCALE_INV, SHAPE)):
-            scales = f"{name}_scale_inv"
-            result[name] = (name, scales) if scales in tensors else (name,)
+    for name, tensor in tensors.items():
+        weight = weight_part(name, tensor.dtype)
+        if weight is not None and weight.is_first:
+            result[weight.name] = tuple(part for part in weight.names if part in tensors)
+        elif not is_scales(name) and not is_shape(name):
+            result[name] = (name,)
     return result
 
 
 def _shape(parts: Sequence[Tensor]) -> tuple[int, ...]:
     first = parts[0]
-    return (first.shape[0], first.shape[1] * CODES_PER_WORD) if first.name.endswith(PACKED) else first.shape
+    weight = weight_part(first.name, first.dtype)
+    return first.shape if weight is None else weight.part.weight_shape(first.shape)
 
 
 def _arrays(source: Checkpoint, parts: Sequence[Tensor], start: int, stop: int | None) -> list[np.ndarray]:
     """Reads rows of a weight, as stored."""
     arrays = [source.read(parts[0].name, start, stop)]
     if len(parts) == 2:
-        per_block = parts[1].name.endswith(SCALE_INV)
-        rows = (start // BLOCK, stop and -(-stop // BLOCK)) if per_block else (start, stop)
-        arrays.append(source.read(parts[1].name, *rows))
+        scales = weight_part(parts[1].name, parts[1].dtype)
+        per_row = 1 if scales is None else scales.part.block[0]
+        arrays.append(source.read(parts[1].name, start // per_row, stop and -(-stop // per_row)))
     return arrays
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from checkpoints.files import pipeline
 from checkpoints.files.new_folder import new_folder, was_finished
 from checkpoints.files.pipeline import MEMORY, WORKERS, ByteCounter, Progress
+from checkpoints.published.endings import shape_name
 from checkpoints.published.safetensors import INDEX
 from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
 from checkpoints.stored.chunk_file import ChunkFile
 from checkpoints.stored.companions import companion_digests, copy_companions
 from checkpoints.stored.folder import Converted
 from checkpoints.stored.manifest import MANIFEST
-from checkpoints.stored.names import PACKED, SHAPE
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def export(
 
 def _tensors(chunk: ChunkFile) -> tuple[str, ...]:
     """Returns the tensors that are written of a chunk: its own and, after INT4 words, their shape."""
-    shape = (chunk.name.removesuffix(PACKED) + SHAPE,) if chunk.name.endswith(PACKED) else ()
-    return chunk.name, *shape
+    shape = shape_name(chunk.name)
+    return (chunk.name,) if shape is None else (chunk.name, shape)
 
 
 def _natural(name: str) -> list[str | int]:

@@ -1,6 +1,7 @@
 """Summarises a checkpoint: layers, experts, dtypes, parameters and bytes by part."""
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Literal
 
 from rich.table import Table
 
-from checkpoints.published.numerics import CODES_PER_WORD
+from checkpoints.published.endings import is_scales, is_words
 from checkpoints.stored.folder import Converted
-from checkpoints.stored.names import PACKED, SCALE, SCALE_INV, Leaf, stored_leaves
+from checkpoints.stored.names import Leaf, stored_leaves
 from checkpoints.stored.source import open_source
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import abstract
@@ -109,7 +110,7 @@ def _summary(kind: Kind, config: KimiConfig, leaves: Iterable[Leaf]) -> Summary:
     dtypes: Counter[str] = Counter()
     for leaf in leaves:
         parts[next(part for mark, part in _PARTS if mark in leaf.path)].append(leaf)
-        dtypes["int4" if leaf.path.endswith(PACKED) else leaf.dtype.name] += leaf.nbytes
+        dtypes["int4" if is_words(leaf.path) else leaf.dtype.name] += leaf.nbytes
     text = config.text
     layers = Counter(f"{mixer} + {'moe' if text.is_moe(i) else 'dense'}" for i, mixer in enumerate(text.layer_kinds))
     return Summary(
@@ -134,6 +135,6 @@ def _part(name: str, leaves: list[Leaf]) -> PartSizes:
 
 
 def _parameters(leaf: Leaf) -> int:
-    if leaf.path.endswith((SCALE, SCALE_INV)):
+    if is_scales(leaf.path):
         return 0
-    return leaf.nbytes // leaf.dtype.itemsize * (CODES_PER_WORD if leaf.path.endswith(PACKED) else 1)
+    return math.prod(leaf.shape if leaf.weight is None else leaf.weight.part.weight_shape(leaf.shape))

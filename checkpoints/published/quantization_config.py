@@ -5,9 +5,12 @@ from copy import deepcopy
 from typing import Any, Literal
 
 from checkpoints.published.numerics import BLOCK, GROUP_SIZE
+from kimi_jax.families import text_fields
+from pallas_kernels.formats import Dense, Fp8, Int4, Weight
 
 Form = Literal["int4", "fp8", "bf16"]
-FORMS: tuple[Form, ...] = ("int4", "fp8", "bf16")
+FORMATS: dict[Form, type[Weight]] = {"int4": Int4, "fp8": Fp8, "bf16": Dense}
+FORMS: tuple[Form, ...] = tuple(FORMATS)
 
 # Kimi-K2.6's list, which names the vision tower too. Only routed experts are INT4.
 IGNORE = (
@@ -37,17 +40,17 @@ def fp8(not_converted: Sequence[str] = ()) -> dict[str, Any]:
 
 def form_of(config: Mapping[str, Any]) -> Form:
     """Returns the form of the experts that `config` describes."""
-    values = config.get("text_config", config).get("quantization_config") or config.get("quantization_config")
+    values = text_fields(config).get("quantization_config") or config.get("quantization_config")
     if values is None:
         return "bf16"
     return "fp8" if values.get("quant_method") == "fp8" else "int4"
 
 
 def describe_form(config: Mapping[str, Any], form: Form, not_converted: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns `config` with the `quantization_config` of `form`, or none for bf16. Like the releases' it is in
-    text_config, where there is one."""
+    """Returns `config` with the `quantization_config` of `form`, or none for bf16. Like the releases' it is
+    beside the language model's other fields."""
     result = deepcopy(dict(config))
-    text = result.get("text_config", result)
+    text = text_fields(result)
     for part in (result, text):
         part.pop("quantization_config", None)
     if form != "bf16":

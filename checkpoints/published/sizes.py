@@ -5,16 +5,21 @@ from collections.abc import Mapping, Sequence
 
 from checkpoints.published.safetensors import CheckpointError
 from kimi_jax.config import KimiConfig
+from kimi_jax.families import published_name
 
 _STACKED = ".experts."
+# Paths in the model's tree, with {} for what is counted.
+_LAYER = "model.layers.{}.input_layernorm.weight"
+_BLOCK = "vision_tower.encoder.blocks.{}.norm0.weight"
+_EXPERT = "model.layers.0.mlp.experts.{}.gate_proj.weight"
 
 
 def check_sizes(config: KimiConfig, shapes: Mapping[str, Sequence[int]], where: str) -> None:
-    """Raises `CheckpointError`, which `where` opens, where `config` has more layers or experts than there are tensors
-    for. `shapes` has the tensors' shapes by name; an expert is a tensor, or an index of one's leading axis. A `config`
-    with too few of them is left to the comparison of names."""
+    """Raises `CheckpointError`, which `where` opens, where `config` has more layers or experts than the tensors of
+    `shapes`, by published names or by the paths of stored leaves, are for. An expert is a tensor, or an index of one's
+    leading axis. A `config` with too few of them is left to the comparison of names."""
     names = "\n".join(shapes)  # a release has 200,000, which are searched in one piece
-    layers, blocks, numbered = (_numbers(kind, names) for kind in ("layers", "blocks", "experts"))
+    layers, blocks, numbered = (_numbers(config, path, names) for path in (_LAYER, _BLOCK, _EXPERT))
     stacked = [] if numbered else [shape[0] for name, shape in shapes.items() if _STACKED in name and shape]
     text, vision = config.text, config.vision
     counts = [("num_hidden_layers", text.num_hidden_layers, len(set(layers)), "layers")]
@@ -31,6 +36,8 @@ def check_sizes(config: KimiConfig, shapes: Mapping[str, Sequence[int]], where: 
             raise CheckpointError(f"{where}: config.json has {field} {asked}, but there are {there} {kind}")
 
 
-def _numbers(kind: str, names: str) -> list[str]:
-    """Returns the number behind every `.kind.`, as published names and the paths of stored leaves have it."""
-    return re.findall(rf"\.{kind}\.([0-9]+)(?=\.)", names)
+def _numbers(config: KimiConfig, path: str, names: str) -> list[str]:
+    """Returns the number in every one of `names` that stands behind the word before {} in `path`, or behind the word
+    that the family publishes in its place."""
+    words = {one.split(".{}.")[0].rsplit(".", 1)[-1] for one in (path, published_name(config, path))}
+    return re.findall(rf"\.(?:{'|'.join(map(re.escape, words))})\.([0-9]+)(?=\.)", names)

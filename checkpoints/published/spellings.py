@@ -12,55 +12,18 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.files.place import Remote
 from checkpoints.published.safetensors import CheckpointError, Published, Tensor
+from kimi_jax import families
 from kimi_jax.printable import printable
 
 _MOST_EXPERTS = 2**16  # of a layer; a header that claims more is damaged, and each would be an entry in a table
 _ORIGINAL = "save it again with save_pretrained(..., save_original_format=True), from a model that is not offloaded"
 
-
-@dataclass(frozen=True)
-class Spelling:
-    """The names of one kind of folder, recognised by a tensor that `mark` matches, and the published ones: the first
-    match of each pattern in `renames` is replaced."""
-
-    mark: re.Pattern[str]
-    renames: tuple[tuple[re.Pattern[str], str], ...]
-
-
-_SPELLINGS = (
-    # Kimi-K2.5
-    Spelling(
-        re.compile(r"language_model\.model\.blocks\.\d"),
-        (
-            (re.compile(r"^language_model\.model\.blocks\."), "language_model.model.layers."),
-            (re.compile(r"^model\.mm_projector\."), "mm_projector."),
-            (re.compile(r"^vision_tower\.encoder\.patch_embed\."), "vision_tower.patch_embed."),
-        ),
-    ),
-    # Kimi Linear: the dense layers too are called block_sparse_moe.
-    Spelling(
-        re.compile(r"\.block_sparse_moe\.gate_proj\."),
-        ((re.compile(r"\.block_sparse_moe\.(?=(gate|up|down)_proj\.)"), ".mlp."),),
-    ),
-    # Kimi Linear, save_original_format=False
-    Spelling(
-        re.compile(r"\.self_attn\.forget_gate\."),
-        (
-            (re.compile(r"\.forget_gate\."), "."),
-            (re.compile(r"\.mlp\.(?=gate\.|experts\.|shared_experts\.)"), ".block_sparse_moe."),
-        ),
-    ),
-)
-# Kimi-K2.5, save_original_format=False: rows of the vision tower's queries and keys are in another order.
-_UNREADABLE = re.compile(r"model\.(language_model|vision_tower)\.")
-
-_FUSED = re.compile(r"(.*\.(mlp|block_sparse_moe)\.experts)\.(gate_up_proj|down_proj)(.*)")
-_EXPERT_NAMES = {"mlp": ("gate_proj", "up_proj", "down_proj"), "block_sparse_moe": ("w1", "w3", "w2")}
+# Paths of an expert's projections in the model's tree.
+_EXPERT = "model.layers.0.mlp.experts.{{}}.{}_proj.weight"
 _CONV = ".self_attn.conv1d.weight"  # of queries, keys and values
 _FLOATS = ("bfloat16", "float16", "float32")
 
@@ -79,18 +42,25 @@ def open_published(folder: str | Path | Remote) -> Published:
 def _published_tensors(published: Published) -> dict[str, Tensor]:
     """Returns the tensors by their published names, in the order of the files and their bytes."""
     names = published.tensors
-    if any(_UNREADABLE.match(name) for name in names):
-        raise CheckpointError(
-            f"{published.folder}: has tensors under the names of transformers' own modules, in another order of rows "
-            f"than Kimi-K2.5 is published in; {_ORIGINAL}"
-        )
-    renames = next((s.renames for s in _SPELLINGS if any(s.mark.search(name) for name in names)), ())
+    for family in families.FAMILIES:
+        unreadable = family.tensors.unreadable
+        if unreadable is not None and any(unreadable.match(name) for name in names):
+            raise CheckpointError(
+                f"{published.folder}: has tensors under the names of transformers' own modules, in another order of "
+                f"rows than {family.title} is published in; {_ORIGINAL}"
+            )
+    spellings = [spelling for family in families.FAMILIES for spelling in family.tensors.saved]
+    renames = next((s.renames for s in spellings if any(s.mark.search(name) for name in names)), ())
+    experts = _expert_names()
+    fused = re.compile(rf"(.*\.({'|'.join(map(re.escape, experts))}))\.(gate_up_proj|down_proj)(.*)")
     tensors: dict[str, Tensor] = {}
     for stored in names.values():
         name = stored.name
         for pattern, replacement in renames:
             name = pattern.sub(replacement, name, count=1)
-        for tensor in _parts(stored if name == stored.name else dataclasses.replace(stored, name=name)):
+        renamed = stored if name == stored.name else dataclasses.replace(stored, name=name)
+        found = fused.fullmatch(name)
+        for tensor in _experts(found, experts[found[2]], renamed) if found else _parts(renamed):
             if tensor.name in tensors:
                 theirs, ours = printable(stored.name), printable(tensor.name)
                 raise CheckpointError(f"{stored.file}: tensor {theirs} stands for {ours}, which is there already")
@@ -98,11 +68,20 @@ def _published_tensors(published: Published) -> dict[str, Tensor]:
     return tensors
 
 
+def _expert_names() -> dict[str, tuple[str, ...]]:
+    """Returns, for each place that a family has for a layer's experts (like "mlp.experts"), the names of an expert's
+    gate, up and down projections there."""
+    found: dict[str, tuple[str, ...]] = {}
+    for family in families.FAMILIES:
+        paths = [family.tensors.published(_EXPERT.format(part)) for part in ("gate", "up", "down")]
+        place = ".".join(paths[0].split(".{}.")[0].split(".")[-2:])
+        found.setdefault(place, tuple(path.split(".")[-2] for path in paths))
+    return found
+
+
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Yields the published tensors that `tensor` consists of: itself, or several where it is fused."""
-    if found := _FUSED.fullmatch(tensor.name):
-        yield from _experts(found, tensor)
-    elif tensor.name.endswith(_CONV) and tensor.shape and tensor.shape[0] % 3 == 0:
+    """Yields the published tensors that `tensor` consists of: itself, or the three convolutions of a layer."""
+    if tensor.name.endswith(_CONV) and tensor.shape and tensor.shape[0] % 3 == 0:
         rows = tensor.shape[0] // 3
         for i, letter in enumerate("qkv"):
             name = tensor.name.replace(".conv1d.", f".{letter}_conv1d.")
@@ -111,8 +90,9 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
-def _experts(found: re.Match[str], tensor: Tensor) -> Iterator[Tensor]:
-    experts, block, kind, ending = found.groups()
+def _experts(found: re.Match[str], names: tuple[str, ...], tensor: Tensor) -> Iterator[Tensor]:
+    """Yields the projections, called `names`, of all experts in a fused `tensor`, whose name is `found`."""
+    experts, _, kind, ending = found.groups()
     where = f"{tensor.file}: tensor {printable(tensor.name)}"
     if ending or tensor.dtype.name not in _FLOATS:
         raise CheckpointError(
@@ -122,7 +102,7 @@ def _experts(found: re.Match[str], tensor: Tensor) -> Iterator[Tensor]:
     if len(shape) != 3 or not 0 < shape[0] <= _MOST_EXPERTS or min(shape) < 1 or shape[1] % halves:
         inner = "2 * moe_intermediate_size, hidden_size" if halves == 2 else "hidden_size, moe_intermediate_size"
         raise CheckpointError(f"{where} has shape {list(shape)}, expected [experts, {inner}]")
-    gate, up, down = _EXPERT_NAMES[block]
+    gate, up, down = names
     rows = shape[1] // halves
     for expert in range(shape[0]):
         for half, part in enumerate((gate, up) if halves == 2 else (down,)):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints.files.place import Place, Remote, locate
+from checkpoints.published.endings import shape_name
 from checkpoints.published.safetensors import CheckpointError, Tensor
 from checkpoints.published.sizes import check_sizes
 from checkpoints.stored import manifest
@@ -19,9 +20,6 @@ from checkpoints.stored.chunk_file import ChunkFile
 from checkpoints.stored.chunk_grid import Box, ByteRange
 from checkpoints.stored.manifest import MANIFEST, LeafRecord, Manifest
 from checkpoints.stored.names import (
-    PACKED,
-    PREFIX,
-    SHAPE,
     Contents,
     Leaf,
     abstract_of_form,
@@ -31,6 +29,7 @@ from checkpoints.stored.names import (
     with_prefix,
 )
 from kimi_jax import config_json
+from kimi_jax.families import prefix_of
 from kimi_jax.printable import printable
 
 
@@ -62,12 +61,12 @@ class Converted:
         config = config_json.from_folder(self.folder)
         check_sizes(config, {path: record.grid.shape for path, record in records.items()}, str(self.folder))
         model = abstract_of_form(config, records)
-        leaves = with_fp8(stored_leaves(model), lambda leaf: f"{leaf.path}_scale_inv" in records)
+        leaves = with_fp8(stored_leaves(model), lambda leaf: leaf.path, records)
         expected = {leaf.path: leaf for leaf in leaves}
         if wrong := sorted(expected.keys() ^ records.keys()):
             first = ", ".join(printable(path) for path in wrong[:3])
             raise CheckpointError(f"{self.folder}: {len(wrong)} leaves are missing or not of this model: {first}")
-        prefix = PREFIX if any(record.published.startswith(PREFIX) for record in records.values()) else ""
+        prefix = prefix_of(record.published for record in records.values())
         found = []
         for path, record in records.items():
             leaf = with_prefix(expected[path], prefix)
@@ -148,5 +147,6 @@ def _weight_shapes(record: LeafRecord) -> dict[str, np.ndarray]:
     """Returns what is published beside INT4 words, and stored in the manifest alone."""
     if record.weight_shape is None:
         return {}
-    pattern = record.published.removesuffix(PACKED) + SHAPE
+    pattern = shape_name(record.published)
+    assert pattern is not None
     return {pattern.format(expert): record.weight_shape for expert in range(record.grid.shape[0])}

@@ -16,17 +16,19 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from checkpoints.files.place import Place, size
-from checkpoints.published.numerics import CODES_PER_WORD
+from checkpoints.published.endings import is_words, shape_name
 from checkpoints.published.safetensors import DTYPES, CheckpointError, Published
 from checkpoints.stored.chunk_grid import ChunkGrid
-from checkpoints.stored.names import PACKED, SHAPE, Leaf
+from checkpoints.stored.names import Leaf
 from kimi_jax import json_reader
 from kimi_jax.printable import printable
+from pallas_kernels.formats import Int4
 
 MANIFEST = "kimi_manifest.json"
 JOURNAL = ".conversion"  # the folder of `convert`'s journal, in an unfinished checkpoint
 FORMAT = 2  # format 1 had checksums of values only, and no number
 _ZEROS = "0" * 64
+_SHAPE = Int4.stored_shape
 _SHA256 = re.compile("[0-9a-f]{64}")
 _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 
@@ -74,9 +76,9 @@ def describe(
 
     def record(leaf: Leaf) -> dict[str, Any]:
         values = {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "published": leaf.pattern}
-        if leaf.path.endswith(PACKED):
-            first = published.tensors.get(leaf.names[0].removesuffix(PACKED) + SHAPE)
-            values |= {SHAPE: list(leaf.weight_shape), f"{SHAPE}_dtype": first.dtype.name if first else "int32"}
+        if name := shape_name(leaf.names[0]):
+            first = published.tensors.get(name)
+            values |= {_SHAPE: list(leaf.weight_shape), f"{_SHAPE}_dtype": first.dtype.name if first else "int32"}
         grid = grids[leaf.path]
         return values | {
             "chunk": list(grid.chunk),
@@ -165,13 +167,13 @@ def _record(path: str, value: Any) -> LeafRecord:
 
 
 def _weight_shape(path: str, value: Mapping[str, Any], grid: ChunkGrid) -> np.ndarray | None:
-    if not path.endswith(PACKED):
+    if not is_words(path):
         return None
-    found, dtype = _numbers(path, SHAPE, value[SHAPE]), value[f"{SHAPE}_dtype"]
-    if len(grid.shape) != 3 or found != (grid.shape[1], grid.shape[2] * CODES_PER_WORD):
-        raise ValueError(f"leaf {path} has {SHAPE} {found}, which does not fit its shape {grid.shape}")
+    found, dtype = _numbers(path, _SHAPE, value[_SHAPE]), value[f"{_SHAPE}_dtype"]
+    if len(grid.shape) != 3 or found != Int4.stored[0].weight_shape(grid.shape)[1:]:
+        raise ValueError(f"leaf {path} has {_SHAPE} {found}, which does not fit its shape {grid.shape}")
     if dtype not in ("int32", "int64"):
-        raise ValueError(f"leaf {path} has {SHAPE}_dtype {dtype!r}, expected int32 or int64")
+        raise ValueError(f"leaf {path} has {_SHAPE}_dtype {dtype!r}, expected int32 or int64")
     return np.array(found, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Maps published tensor names to paths of the model's tree and back, by one small table of rules.
+"""Maps published tensor names to paths of the model's tree and back; `kimi_jax.families` has each family's rules.
 
 A *stored leaf* is what an Orbax checkpoint of ours holds: published words, shapes and orientation, with a layer's
 experts stacked on a leading axis. Its path is the tree's own, except that INT4 experts keep their published endings
@@ -10,33 +10,26 @@ one truth.
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from checkpoints.published.numerics import BLOCK, CODES_PER_WORD, F32, FP8
+from checkpoints.published.endings import WeightPart, is_words, shape_name, weight_part
+from checkpoints.published.numerics import FP8
 from checkpoints.published.safetensors import CheckpointError, Published, Tensor
 from checkpoints.published.sizes import check_sizes
 from kimi_jax.config import KimiConfig, QuantizationConfig
+from kimi_jax.families import prefix_of, published_name
 from kimi_jax.model.kimi import Kimi, abstract
+from pallas_kernels.formats import Fp8, Int4, Weight
 
-PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
-SCALE_INV = "weight_scale_inv"
-_STORED_ENDINGS = {"codes": PACKED, "scales": SCALE}
+# The parts of the model's INT4 weights, and the stored ones.
+_INT4 = {part.name: (part, stored) for part, stored in zip(Int4.parts, Int4.stored, strict=True)}
 _TEXT = ("model.", "lm_head.")
-PREFIX = "language_model."
 _MTP = "eh_proj.weight"  # joins the last hidden state and the next token's embedding
 _FLOATS = ("bfloat16", "float32", "float16")
-
-# Kimi Linear, path of the tree -> published name.
-_LINEAR = (
-    (re.compile(r"\.mlp\.(?=gate\.|experts\.|shared_experts\.)"), ".block_sparse_moe."),
-    (re.compile(r"(\.experts\.\{\}\.)gate_proj\."), r"\1w1."),
-    (re.compile(r"(\.experts\.\{\}\.)up_proj\."), r"\1w3."),
-    (re.compile(r"(\.experts\.\{\}\.)down_proj\."), r"\1w2."),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +58,15 @@ class Leaf:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     @property
-    def weight_shape(self) -> tuple[int, int]:
-        """The weight's [out, in], which the `weight_shape` published beside a `weight_packed` has."""
-        return self.shape[1], self.shape[2] * CODES_PER_WORD
+    def weight(self) -> WeightPart | None:
+        """The part of a weight that this is."""
+        return weight_part(self.path, self.dtype)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The weight's [out, in], which is published beside INT4 words."""
+        part = Int4.stored[0] if self.weight is None else self.weight.part
+        return part.weight_shape(self.shape)[-2:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,47 +89,51 @@ def stored_leaves(model: Kimi) -> list[Leaf]:
     return [_leaf(model.config, tuple(map(str, path)), variable) for path, variable in flat]
 
 
-def with_fp8(leaves: Iterable[Leaf], is_fp8: Callable[[Leaf], bool]) -> list[Leaf]:
-    """Returns `leaves`, the FP8 ones in e4m3 and followed by their scales: one for each block of 128 x 128."""
-    result = []
+def with_fp8(leaves: Iterable[Leaf], names: Callable[[Leaf], str], known: Container[str]) -> list[Leaf]:
+    """Returns `leaves`, those in FP8 whose scales are `known` by the name that goes with the leaf's own of `names`."""
+    scales = Fp8.stored[1].name
+    result: list[Leaf] = []
     for leaf in leaves:
-        if not (leaf.path.endswith(".weight") and len(leaf.shape) > 1 and is_fp8(leaf)):
-            result.append(leaf)
-            continue
-        *outer, out, in_ = leaf.shape
-        blocks = (*outer, -(-out // BLOCK), -(-in_ // BLOCK))
-        scale = Leaf(f"{leaf.path}_scale_inv", blocks, F32, f"{leaf.pattern}_scale_inv", (*leaf.axes[:-2], None, None))
-        result += [dataclasses.replace(leaf, dtype=FP8), scale]
+        stem, _, ending = names(leaf).rpartition(".")
+        is_fp8 = ending == Fp8.stored[0].name and len(leaf.shape) > 1 and f"{stem}.{scales}" in known
+        result += in_format(leaf, Fp8) if is_fp8 else [leaf]
     return result
+
+
+def in_format(leaf: Leaf, weight_format: type[Weight]) -> tuple[Leaf, ...]:
+    """Returns the leaves that hold the plain weight of `leaf` in a format."""
+    path, pattern = (name.rpartition(".")[0] for name in (leaf.path, leaf.pattern))
+    return tuple(
+        Leaf(
+            f"{path}.{part.name}",
+            part.shape(leaf.shape),
+            leaf.dtype if part.dtype is None else np.dtype(part.dtype),
+            f"{pattern}.{part.name}",
+            part.axes(leaf.axes),
+        )
+        for part in weight_format.stored
+    )
 
 
 def variable_path(path: str) -> tuple[str | int, ...]:
     """Returns the path, in the model's state, of the variable that the stored leaf at `path` fills."""
     stem, ending = path.rsplit(".", 1)
-    ending = {stored: tree for tree, stored in _STORED_ENDINGS.items()}.get(ending, ending)
+    ending = {stored.name: part.name for part, stored in _INT4.values()}.get(ending, ending)
     return tuple(int(part) if part.isdecimal() else part for part in (*stem.split("."), ending))
 
 
 def _leaf(config: KimiConfig, path: tuple[str, ...], variable: nnx.Variable) -> Leaf:
     *parents, ending = path
-    name = ".".join([*parents, _STORED_ENDINGS.get(ending, ending)])
+    part, stored = _INT4.get(ending, (None, None))
+    name = ".".join([*parents, ending if stored is None else stored.name])
     shape, dtype, axes = tuple(variable.shape), np.dtype(variable.dtype), variable.get_metadata()["axes"]
     if ".mlp.experts." not in name:
-        return Leaf(name, shape, dtype, _published(config, name), axes)
-    pattern = _published(config, name.replace(".experts.", ".experts.{}."))
-    if ending == "weight":
+        return Leaf(name, shape, dtype, published_name(config, name), axes)
+    pattern = published_name(config, name.replace(".experts.", ".experts.{}."))
+    if part is None or stored is None:
         return Leaf(name, shape, dtype, pattern, axes)
-    experts, in_, out = shape
-    if ending == "codes":
-        in_, dtype = in_ // CODES_PER_WORD, np.dtype(np.int32)
-    return Leaf(name, (experts, out, in_), dtype, pattern, (axes[0], axes[2], axes[1]))
-
-
-def _published(config: KimiConfig, name: str) -> str:
-    if config.text.model_type == "kimi_linear":
-        for pattern, replacement in _LINEAR:
-            name = pattern.sub(replacement, name)
-    return name
+    whole, whole_axes = part.weight_shape(shape), part.weight_axes(axes)
+    return Leaf(name, stored.shape(whole), np.dtype(stored.dtype), pattern, stored.axes(whole_axes))
 
 
 def contents(config: KimiConfig, published: Published) -> Contents:
@@ -149,9 +152,9 @@ def contents(config: KimiConfig, published: Published) -> Contents:
         warnings.warn(f"{published.folder}: {len(skipped)} tensors of MTP layers are left out", stacklevel=2)
     check_sizes(config, {name: tensor.shape for name, tensor in tensors.items()}, str(published.folder))
     model = abstract_of_form(config, tensors)
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
+    prefix = prefix_of(tensors)
     leaves = [with_prefix(leaf, prefix) for leaf in stored_leaves(model)]
-    leaves = with_fp8(leaves, lambda leaf: f"{leaf.names[0]}_scale_inv" in tensors)
+    leaves = with_fp8(leaves, lambda leaf: leaf.names[0], tensors)
     _check_names(published, leaves, tensors)
     leaves = [_check_tensors(leaf, tensors) for leaf in leaves]
     for leaf in leaves:
@@ -161,7 +164,7 @@ def contents(config: KimiConfig, published: Published) -> Contents:
 
 def abstract_of_form(config: KimiConfig, names: Iterable[str]) -> Kimi:
     """Returns the abstract bf16 model of `config`, its experts INT4 if `names` has packed tensors, dense if not."""
-    if not any(name.endswith(PACKED) for name in names):
+    if not any(map(is_words, names)):
         return abstract(config.dense(), jnp.bfloat16)
     quantization = config.text.quantization or QuantizationConfig()
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, quantization=quantization))
@@ -178,17 +181,17 @@ def as_stored(leaf: Leaf, shape: tuple[int, ...], dtype: np.dtype, where: str) -
         expected, axes = shape, (None, None, *leaf.axes, None)
     if shape != expected:
         raise CheckpointError(f"{where} has shape {list(shape)}, expected {list(expected)}")
-    as_is = leaf.path.endswith((PACKED, SCALE, SCALE_INV)) or leaf.dtype == FP8
+    as_is = leaf.weight is not None and leaf.weight.part.dtype is not None
     kinds = (leaf.dtype.name,) if as_is else _FLOATS
     if dtype.name not in kinds:
-        scales = f" (no {SCALE_INV} lies beside it)" if dtype == FP8 else ""
+        scales = f" (no {Fp8.stored[1].name} lies beside it)" if dtype == FP8 else ""
         raise CheckpointError(f"{where} has dtype {dtype.name}, expected {' or '.join(kinds)}{scales}")
     return dataclasses.replace(leaf, shape=shape, dtype=dtype, axes=axes)
 
 
 def with_prefix(leaf: Leaf, prefix: str) -> Leaf:
     """Returns `leaf` under the published name that it has where the text model's names begin with `prefix`."""
-    return dataclasses.replace(leaf, pattern=prefix + leaf.pattern) if leaf.pattern.startswith(_TEXT) else leaf
+    return dataclasses.replace(leaf, pattern=prefix + leaf.pattern) if leaf.path.startswith(_TEXT) else leaf
 
 
 def _mtp(config: KimiConfig, tensors: Mapping[str, Tensor], published: Published) -> tuple[str, ...]:
@@ -198,21 +201,22 @@ def _mtp(config: KimiConfig, tensors: Mapping[str, Tensor], published: Published
     layers = range(first, first + config.text.num_nextn_predict_layers)
     if not layers:
         return ()
-    layer = re.compile(rf"(?:{re.escape(PREFIX)})?model\.layers\.(\d+)\.(.*)")
+    before, joint = published_name(config, f"model.layers.{{}}.{_MTP}").split("{}.")
+    layer = re.compile(rf"(?:{re.escape(prefix_of(tensors))})?{re.escape(before)}(\d+)\.(.*)")
     found = [(name, int(match[1]), match[2]) for name in tensors if (match := layer.match(name))]
     skipped = {name: number for name, number, _ in found if number in layers}
-    joined = {number for _, number, rest in found if rest == _MTP}
+    joined = {number for _, number, rest in found if rest == joint}
     for number in sorted(set(skipped.values()) - joined):
         raise CheckpointError(
-            f"{published.folder}: layer {number} has no {_MTP}, so it is no MTP layer; "
+            f"{published.folder}: layer {number} has no {joint}, so it is no MTP layer; "
             f"config.json has num_hidden_layers {first}"
         )
     return tuple(skipped)
 
 
 def _check_names(published: Published, leaves: list[Leaf], tensors: Mapping[str, Tensor]) -> None:
-    shapes = (n.removesuffix(PACKED) + SHAPE for leaf in leaves if leaf.path.endswith(PACKED) for n in leaf.names)
-    expected = {name for leaf in leaves for name in leaf.names} | set(shapes)
+    expected = {name for leaf in leaves for name in leaf.names}
+    expected |= {shape for leaf in leaves if is_words(leaf.path) for shape in map(shape_name, leaf.names) if shape}
     for kind, names in (
         ("are missing", expected - tensors.keys()),
         ("belong to no part of this model", tensors.keys() - expected),
@@ -236,11 +240,9 @@ def _check_tensors(leaf: Leaf, tensors: Mapping[str, Tensor]) -> Leaf:
 
 
 def _check_weight_shapes(leaf: Leaf, published: Published) -> None:
-    if not leaf.path.endswith(PACKED):
-        return
-    names = [packed.removesuffix(PACKED) + SHAPE for packed in leaf.names]
-    first = published.tensors[names[0]]
+    names = [shape for shape in map(shape_name, leaf.names) if shape]
     for name in names:
+        first = published.tensors[names[0]]
         tensor = published.tensors[name]
         where = f"{tensor.file}: tensor {name}"
         if tensor.dtype.name not in ("int32", "int64") or tensor.shape != (2,):

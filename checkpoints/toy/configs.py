@@ -8,6 +8,7 @@ from typing import Any
 
 from checkpoints.published.quantization_config import int4
 from kimi_jax.config_json import preset_names
+from kimi_jax.families import text_fields
 
 TINY_VOCAB = 768
 # Kimi-K2.5's own list.
@@ -97,15 +98,15 @@ def toy_config(like: str, **overrides: Any) -> dict[str, Any]:
             raise ValueError(f"toy_config: a {like} config has no field {name!r}")
         for part in homes:
             part[name] = deepcopy(value)
-    text = config.get("text_config", config)
+    text = text_fields(config)
     if text.get("quantization_config", ...) is None:
         del text["quantization_config"]
     first_special = text["vocab_size"] - 256
     im_end = first_special + 2
     # As released: K2 stops at [EOS], Kimi Linear at <|im_end|>, and K2.5's two levels each name one of them.
     ids = {"bos_token_id": first_special, "eos_token_id": first_special + 1, "pad_token_id": text["vocab_size"] - 1}
-    text.update(ids | ({"eos_token_id": im_end} if text["model_type"] == "kimi_linear" else {}))
-    if config["model_type"] == "kimi_k25":
+    text.update(ids | ({"eos_token_id": im_end} if "linear_attn_config" in text else {}))
+    if "vision_config" in config:
         config.update(ids | {"eos_token_id": im_end, "media_placeholder_token_id": first_special + 21})
         vision = config["vision_config"]
         vision.update(text_hidden_size=text["hidden_size"], mm_hidden_size=vision["vt_hidden_size"])
@@ -124,11 +125,10 @@ def cut_config(
     Raises ValueError for more than there are, and for fewer than one.
     """
     cut = deepcopy(dict(config))
-    text, vision = cut.get("text_config", cut), cut.get("vision_config", {})
-    linear = text["model_type"] == "kimi_linear"
+    text, vision = text_fields(cut), cut.get("vision_config", {})
     counts = (
         (text, "num_hidden_layers", layers),
-        (text, "num_experts" if linear else "n_routed_experts", experts),
+        (text, "num_experts" if "num_experts" in text else "n_routed_experts", experts),
         (vision, "vt_num_hidden_layers", vision_layers),
     )
     for part, name, count in counts:
@@ -137,11 +137,10 @@ def cut_config(
         if not 1 <= count <= part.get(name, 0):
             raise ValueError(f"{name} cannot be {count}: expected 1 to {part.get(name, 0)}, which the model has")
         part[name] = count
-    if layers is not None and linear:
-        attention = text["linear_attn_config"]
+    if layers is not None and (attention := text.get("linear_attn_config")):
         for kind in ("kda_layers", "full_attn_layers"):
             attention[kind] = [layer for layer in attention[kind] if layer <= layers]
-    chosen = "num_experts_per_token" if linear else "num_experts_per_tok"
     if experts is not None:
+        chosen = "num_experts_per_token" if "num_experts_per_token" in text else "num_experts_per_tok"
         text[chosen] = min(text[chosen], experts)
     return cut

@@ -13,7 +13,7 @@ from zlib import crc32
 
 import numpy as np
 
-from checkpoints.published.numerics import BF16, BLOCK, CODES_PER_WORD, GROUP_SIZE, quantize_fp8
+from checkpoints.published.numerics import BF16, BLOCK, GROUP_SIZE, quantize_fp8
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.toy.weights import ToyWeight
 
@@ -101,4 +101,4 @@ def _int4(weight: ToyWeight, bits: np.random.SFC64, rows: int) -> tuple[np.ndarr
     spread = 0.75 + 0.5 / 2**16 * _random(bits, rows * columns // GROUP_SIZE)
     amax = (spread * (weight.std / deviation)).astype(np.float32).astype(BF16)
     scale = (amax.astype(np.float32) / np.float32(7)).astype(BF16)
-    return quarters.view(np.int32).reshape(rows, columns // CODES_PER_WORD), scale.reshape(rows, -1)
+    return quarters.view(np.int32).reshape(rows, -1), scale.reshape(rows, -1)

@@ -13,18 +13,10 @@ from zlib import crc32
 
 import numpy as np
 
-from checkpoints.published.numerics import (
-    BF16,
-    BLOCK,
-    CODES_PER_WORD,
-    F32,
-    FP8,
-    GROUP_SIZE,
-    quantize_fp8,
-    quantize_int4,
-)
-from checkpoints.published.quantization_config import Form, form_of
+from checkpoints.published.numerics import BF16, F32, quantize_fp8, quantize_int4
+from checkpoints.published.quantization_config import FORMATS, Form, form_of
 from checkpoints.published.shards import TensorHeader
+from kimi_jax.families import FAMILIES, family_of, text_fields
 
 _BEFORE_NORM = 0.1
 
@@ -48,15 +40,11 @@ class ToyWeight:
         """The headers of the published tensors that hold the weight."""
         if self.form == "bf16":
             return (TensorHeader(self.name, self.dtype, self.shape),)
-        out, in_ = self.shape
-        if self.form == "fp8":
-            blocks = (-(-out // BLOCK), -(-in_ // BLOCK))
-            return TensorHeader(self.name, FP8, self.shape), TensorHeader(f"{self.name}_scale_inv", F32, blocks)
-        return (
-            TensorHeader(f"{self.name}_packed", np.dtype(np.int32), (out, in_ // CODES_PER_WORD)),
-            TensorHeader(f"{self.name}_scale", BF16, (out, in_ // GROUP_SIZE)),
-            TensorHeader(f"{self.name}_shape", np.dtype(np.int32), (2,)),
-        )
+        stem, found = self.name.rpartition(".")[0], FORMATS[self.form]
+        headers = [TensorHeader(f"{stem}.{p.name}", np.dtype(p.dtype), p.shape(self.shape)) for p in found.stored]
+        if found.stored_shape:
+            headers.append(TensorHeader(f"{stem}.{found.stored_shape}", np.dtype(np.int32), (2,)))
+        return tuple(headers)
 
     @property
     def nbytes(self) -> int:
@@ -136,7 +124,7 @@ def _kda(prefix: str, c: dict[str, Any]) -> Iterator[ToyWeight]:
 
 
 def _moe(prefix: str, c: dict[str, Any]) -> Iterator[ToyWeight]:
-    linear = c["model_type"] == "kimi_linear"
+    linear = "linear_attn_config" in c
     experts, shared = (
         (c["num_experts"], c["num_shared_experts"]) if linear else (c["n_routed_experts"], c["n_shared_experts"])
     )
@@ -152,7 +140,7 @@ def _moe(prefix: str, c: dict[str, Any]) -> Iterator[ToyWeight]:
 
 def _text(prefix: str, c: dict[str, Any]) -> Iterator[ToyWeight]:
     hidden, vocab = c["hidden_size"], c["vocab_size"]
-    linear = c["model_type"] == "kimi_linear"
+    linear = "linear_attn_config" in c
     moe = "block_sparse_moe" if linear else "mlp"
     yield ToyWeight(f"{prefix}model.embed_tokens.weight", (vocab, hidden), 0.3)
     for index in range(c["num_hidden_layers"]):
@@ -208,15 +196,15 @@ _STORED = {
 
 def weights(config: Mapping[str, Any]) -> Iterator[ToyWeight]:
     """Yields every weight of `config`, in file order. Raises ValueError for a model type that it does not know."""
-    kind, text = config["model_type"], config.get("text_config", config)
-    known = ("deepseek_v3", "kimi_k2", "kimi_k25", "kimi_linear")
-    if kind not in known:
-        raise ValueError(f"config.json: model_type is {kind!r}, expected one of {known}")
+    family = family_of(config)
+    if family is None:
+        known = tuple(name for family in FAMILIES for name in family.model_types)
+        raise ValueError(f"config.json: model_type is {config.get('model_type')!r}, expected one of {known}")
     form = form_of(config)
-    for weight in _text("language_model." if kind == "kimi_k25" else "", text):
+    for weight in _text(family.tensors.prefix, dict(text_fields(config))):
         stored = form != "bf16" and _STORED[form].search(weight.name)
         yield replace(weight, form=form) if stored else weight
-    if kind == "kimi_k25":
+    if "vision_config" in config:
         yield from _vision(config["vision_config"])
 
 

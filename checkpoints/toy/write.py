@@ -18,6 +18,7 @@ from checkpoints.stored.companions import copy_companions
 from checkpoints.toy.configs import PREPROCESSOR, TINY_VOCAB
 from checkpoints.toy.draw import copy_blocks, draw_blocks
 from checkpoints.toy.weights import ToyWeight, weights
+from kimi_jax.families import text_fields
 from kimi_jax.text.tiny import write_tiny_tokenizer
 
 WORKERS = 2
@@ -26,9 +27,9 @@ WORKERS = 2
 def write_toy(folder: str | Path, config: Mapping[str, Any], *, seed: int = 0, shards: int = 3) -> Path:
     """Writes the random checkpoint of `config` and `seed` to `folder` and returns the folder.
 
-    Leaves config.json, generation_config.json, safetensors shards of about equal size with their index, for kimi_k25
-    preprocessor_config.json, and for a vocabulary of 768 the synthetic tokenizer. Weights are drawn whole, with all
-    their bits, and always the same; for large models there is `make_toy`.
+    Leaves config.json, generation_config.json, safetensors shards of about equal size with their index, for a model
+    with vision preprocessor_config.json, and for a vocabulary of 768 the synthetic tokenizer. Weights are drawn whole,
+    with all their bits, and always the same; for large models there is `make_toy`.
 
     Raises FileExistsError if `folder` holds anything, ValueError if there are fewer tensors than shards.
     """
@@ -108,11 +109,11 @@ def _headers(found: Sequence[ToyWeight]) -> Iterator[TensorHeader]:
 
 def _write_rest(folder: Path, config: Mapping[str, Any]) -> None:
     _write_json(folder / "config.json", config)
-    text = config.get("text_config", config)
+    text = text_fields(config)
     im_end = text["vocab_size"] - 254
-    longest = text["model_max_length" if text["model_type"] == "kimi_linear" else "max_position_embeddings"]
+    longest = text["model_max_length" if "model_max_length" in text else "max_position_embeddings"]
     _write_json(folder / "generation_config.json", {"eos_token_id": im_end, "max_length": longest})
-    if config["model_type"] == "kimi_k25":
+    if "vision_config" in config:
         _write_json(folder / "preprocessor_config.json", PREPROCESSOR)
     if text["vocab_size"] == TINY_VOCAB:
         write_tiny_tokenizer(folder)

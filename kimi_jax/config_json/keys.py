@@ -1,5 +1,5 @@
-"""Lists the keys that are not read as values: other spellings, keys without effect here, and keys that may have only
-the values listed. It also has the limits of sizes.
+"""Lists the keys that are not read as values: other spellings that any file may have (`families` has those of one
+family), keys without effect here, and keys that may have only the values listed. It also has the limits of sizes.
 
 Sources: the releases' config.json and `generation_config.json`, the configuration classes of transformers 5.23
 (deepseek_v3, kimi_linear, kimi_k25, `PreTrainedConfig`, `GenerationConfig`) and of compressed-tensors 0.12.
@@ -19,16 +19,9 @@ MAX_POSITIONS = 2**31 - 1  # positions are int32
 MAX_KERNEL = 1_024  # taps of a convolution, pixels of a patch
 MAX_GRID = 4_096  # patches on one side of the table of positions, and its frames
 
-# Spellings of Kimi Linear and of transformers 5 -> those of DeepSeek-V3, which the releases of Kimi K2 have too.
+# transformers' spellings -> DeepSeek-V3's.
 TEXT_ALIASES = {
-    "num_experts": "n_routed_experts",
     "num_local_experts": "n_routed_experts",
-    "num_experts_per_token": "num_experts_per_tok",
-    "num_shared_experts": "n_shared_experts",
-    "num_expert_group": "n_group",
-    "moe_router_activation_func": "scoring_func",
-    "moe_renormalize": "norm_topk_prob",
-    "model_max_length": "max_position_embeddings",
     "num_mtp_layers": "num_nextn_predict_layers",
     "torch_dtype": "dtype",
 }
@@ -38,22 +31,7 @@ LINEAR_ALIASES = {
     "linear_conv_kernel_dim": "short_conv_kernel_size",
 }
 ROPE_ALIASES = {"type": "rope_type"}
-# Spellings of transformers 5 -> those of the releases: in vision_config, then at the top of the file.
-VISION_ALIASES = {
-    "hidden_size": "vt_hidden_size",
-    "num_hidden_layers": "vt_num_hidden_layers",
-    "num_attention_heads": "vt_num_attention_heads",
-    "intermediate_size": "vt_intermediate_size",
-    "pos_emb_height": "init_pos_emb_height",
-    "pos_emb_width": "init_pos_emb_width",
-    "pos_emb_time": "init_pos_emb_time",
-}
-PROJECTOR_ALIASES = {
-    "projection_hidden_size": "mm_hidden_size",
-    "projection_hidden_act": "projector_hidden_act",
-    "projection_layer_norm_eps": "projector_ln_eps",
-}
-TOP_ALIASES = {"image_token_id": "media_placeholder_token_id", "torch_dtype": "dtype"}
+TOP_ALIASES = {"torch_dtype": "dtype"}
 
 # fmt: off
 # Options of transformers and labels of its outputs, which change nothing in the model's arithmetic.

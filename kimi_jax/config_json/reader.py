@@ -1,12 +1,12 @@
 """Reads whole configurations: config.json and generation_config.json, from a folder, a preset or parsed objects."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from kimi_jax import json_reader
+from kimi_jax import families, json_reader
 from kimi_jax.config import KimiConfig, TextConfig, VisionConfig
 from kimi_jax.config_json.fields import ConfigError, Fields, same, shown
 from kimi_jax.config_json.keys import (
@@ -16,18 +16,14 @@ from kimi_jax.config_json.keys import (
     HARMLESS_VISION,
     MAX_VOCAB,
     NEUTRAL_SAMPLING,
-    PROJECTOR_ALIASES,
     TEXT_ALIASES,
     TOP_ALIASES,
-    VISION_ALIASES,
 )
 from kimi_jax.config_json.quantization import quantization
 from kimi_jax.config_json.text import DTYPES, text
 from kimi_jax.config_json.vision import vision
+from kimi_jax.families import Family
 from kimi_jax.printable import printable
-
-TEXT_MODEL_TYPES = ("kimi_k2", "deepseek_v3", "kimi_linear")
-MODEL_TYPES = (*TEXT_MODEL_TYPES, "kimi_k25")
 
 
 @runtime_checkable
@@ -81,12 +77,12 @@ def from_dict(
     """
     where = printable(where)
     unread: list[str] = []
-    model_type = Fields(config, where).word("model_type", MODEL_TYPES)
-    if model_type == "kimi_k25":
-        language, seen, placeholder, stops = _with_vision(config, where, unread)
+    family = _family(Fields(config, where), config, families.FAMILIES)
+    if family.config.text_config is not None:
+        language, seen, placeholder, stops = _nested(config, family, where, unread)
     else:
-        fields = Fields(config, where, TEXT_ALIASES)
-        language = text(fields, model_type, quantization(fields, None, unread))
+        fields = Fields(config, where, _text_keys(family))
+        language = text(fields, family, quantization(fields, None, unread))
         seen, placeholder, stops = None, None, language.eos_token_ids
         unread += fields.unread(HARMLESS_TEXT)
     if generation is not None:
@@ -96,41 +92,78 @@ def from_dict(
         names = ", ".join(printable(name) for name in unread[:20])
         # With this line as its place, so that Python shows it once although processor and model both read the file
         warnings.warn(f"{where}: has keys that are not known, or not acted on: {names}{more}", stacklevel=1)
-    return KimiConfig(model_type, language, tuple(sorted(set(stops))), seen, placeholder)
+    return KimiConfig(
+        Fields(config, where).raw("model_type"), family.name, language, tuple(sorted(set(stops))), seen, placeholder
+    )
 
 
-def _with_vision(
-    config: Mapping[str, Any], where: str, unread: list[str]
-) -> tuple[TextConfig, VisionConfig, int, tuple[int, ...]]:
-    """Returns the language model, the vision tower, the id of the media placeholder, and the ids that end a text."""
-    top = Fields(config, where, TOP_ALIASES)
-    inner, tower = top.object("text_config", TEXT_ALIASES), top.object("vision_config", VISION_ALIASES)
-    if inner is None or tower is None:
-        raise ConfigError(f"{where}: {'text_config' if inner is None else 'vision_config'} is missing")
-    tower.adopt(top, PROJECTOR_ALIASES)
-    language = text(inner, inner.word("model_type", TEXT_MODEL_TYPES), quantization(inner, top, unread))
+def _family(fields: Fields, config: Mapping[str, Any], choices: Sequence[Family]) -> Family:
+    """Returns the family of `config`, the object of `fields`, among `choices`. Raises `ConfigError` for a `model_type`
+    that is none of theirs."""
+    fields.word("model_type", [name for family in choices for name in family.model_types])
+    family = families.family_of(config, choices)
+    assert family is not None  # one has the model_type
+    return family
+
+
+def _text_keys(*own: Family) -> dict[str, str]:
+    """Returns the spellings of the language model's keys. Tools mix the families', so those of all are read; where two
+    families mean different things by a key, the file's `own`, the last before the first, decide."""
+    keys = dict(TEXT_ALIASES)
+    for family in (*families.FAMILIES, *own):
+        keys |= family.config.text_keys
+    return keys
+
+
+def _nested(
+    config: Mapping[str, Any], family: Family, where: str, unread: list[str]
+) -> tuple[TextConfig, VisionConfig | None, int | None, tuple[int, ...]]:
+    """Returns the language model, the vision tower, the id that stands for media, and the ids that end a text, of a
+    file that holds the language model in an object of its own."""
+    home, keys = family.config.text_config, family.config
+    assert home is not None
+    top = Fields(config, where, {**TOP_ALIASES, **keys.top_keys})
+    tower = None if keys.vision_config is None else _object(top, keys.vision_config, keys.vision_keys)
+    if tower is not None:
+        tower.adopt(top, keys.projector_keys)
+    inner_family = _family(_object(top, home, {}), top.raw(home), families.text_families())
+    inner_keys = _text_keys(inner_family, family)
+    inner = _object(top, home, inner_keys)
+    language = text(inner, inner_family, quantization(inner, top, unread))
     top.only("tie_word_embeddings", False)
     top.word("dtype", DTYPES, "bfloat16")
     for name in ("bos_token_id", "pad_token_id"):
         top.token_id(name, language.vocab_size)
-    placeholder = top.integer("media_placeholder_token_id", most=MAX_VOCAB)
-    top.check(
-        placeholder < language.vocab_size,
-        f"media_placeholder_token_id {placeholder} is outside vocab_size {language.vocab_size}",
-    )
+    placeholder = None if tower is None else _placeholder(top, language.vocab_size)
     stops = (*language.eos_token_ids, *top.token_ids("eos_token_id", language.vocab_size))
-    seen = vision(tower, language)
+    seen = None if tower is None else vision(tower, language)
     for spelling in top.unread(HARMLESS_TOP):
-        name = TEXT_ALIASES.get(spelling, spelling)
+        name = inner_keys.get(spelling, spelling)
         if inner.knows(name):
             top.check(
                 same(top.raw(spelling), inner.raw(name)),
-                f"{spelling} {shown(top.raw(spelling))} stands beside text_config, which has {shown(inner.raw(name))}",
+                f"{spelling} {shown(top.raw(spelling))} stands beside {home}, which has {shown(inner.raw(name))}",
             )
     unread += top.unread(HARMLESS_TOP)
-    unread += [f"{name} of text_config" for name in inner.unread(HARMLESS_TEXT)]
-    unread += [f"{name} of vision_config" for name in tower.unread(HARMLESS_VISION)]
+    unread += [f"{name} of {home}" for name in inner.unread(HARMLESS_TEXT)]
+    unread += [] if tower is None else [f"{name} of {keys.vision_config}" for name in tower.unread(HARMLESS_VISION)]
     return language, seen, placeholder, stops
+
+
+def _object(fields: Fields, name: str, aliases: Mapping[str, str]) -> Fields:
+    found = fields.object(name, aliases)
+    if found is None:
+        raise ConfigError(f"{fields.where}: {name} is missing")
+    return found
+
+
+def _placeholder(fields: Fields, vocab_size: int) -> int:
+    """Returns the token that stands for media."""
+    placeholder = fields.integer("media_placeholder_token_id", most=MAX_VOCAB)
+    fields.check(
+        placeholder < vocab_size, f"media_placeholder_token_id {placeholder} is outside vocab_size {vocab_size}"
+    )
+    return placeholder
 
 
 def _generation_stops(fields: Fields, vocab_size: int, unread: list[str]) -> tuple[int, ...]:

@@ -16,14 +16,15 @@ from kimi_jax.config_json.keys import (
     ONLY_TEXT,
 )
 from kimi_jax.config_json.rope import rope
+from kimi_jax.families import Family
 
 DTYPES = ("bfloat16", "float32", "float16")
 _KDA, _MLA = "linear_attention", "full_attention"
 
 
-def text(fields: Fields, model_type: str, quantization: QuantizationConfig | None) -> TextConfig:
-    """Returns the language model's configuration. Raises `ConfigError` for a missing or impossible field, and for one
-    that asks for another model."""
+def text(fields: Fields, family: Family, quantization: QuantizationConfig | None) -> TextConfig:
+    """Returns the configuration of a language model of `family`. Raises `ConfigError` for a missing or impossible
+    field, and for one that asks for another model."""
     for name, values in ONLY_TEXT.items():
         fields.only(name, *values)
     fields.neutral(NEUTRAL_SAMPLING)
@@ -32,7 +33,8 @@ def text(fields: Fields, model_type: str, quantization: QuantizationConfig | Non
     pad = fields.token_id("pad_token_id", vocab_size)
     theta, yarn = rope(fields)
     config = TextConfig(
-        model_type=model_type,
+        model_type=fields.raw("model_type"),
+        family=family.name,
         vocab_size=vocab_size,
         hidden_size=_width(fields, "hidden_size"),
         num_hidden_layers=layers,
@@ -49,8 +51,7 @@ def text(fields: Fields, model_type: str, quantization: QuantizationConfig | Non
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
         q_lora_rank=_width(fields, "q_lora_rank") if fields.has("q_lora_rank") else None,
         mla_inner_norm_eps=fields.number("mla_inner_norm_eps", 1e-6, most=1.0),
-        # transformers' Kimi Linear has no such key, and no rotation
-        mla_use_nope=fields.flag("mla_use_nope", model_type == "kimi_linear"),
+        mla_use_nope=fields.flag("mla_use_nope", family.config.no_rotation),
         rope_theta=theta,
         rope_scaling=yarn,
         n_routed_experts=fields.integer("n_routed_experts", 0, most=MAX_EXPERTS),
@@ -66,7 +67,7 @@ def text(fields: Fields, model_type: str, quantization: QuantizationConfig | Non
         num_nextn_predict_layers=fields.integer("num_nextn_predict_layers", 0, most=MAX_LAYERS),
         initializer_range=fields.number("initializer_range", 0.02),
         dtype=fields.word("dtype", DTYPES, "bfloat16"),
-        linear_attn=_linear_attention(fields, model_type, layers),
+        linear_attn=_linear_attention(fields, family, layers),
         quantization=quantization,
     )
     _check_attention(fields, config)
@@ -134,13 +135,13 @@ def _dense_layers(fields: Fields, layers: int) -> int:
     return kinds.index("sparse") if "sparse" in kinds else layers
 
 
-def _linear_attention(fields: Fields, model_type: str, layers: int) -> LinearAttnConfig | None:
-    """Reads the KDA layers and their heads from `linear_attn_config`, or from transformers 5's `layer_types` and
-    `linear_...` keys. Returns None for a model without KDA."""
+def _linear_attention(fields: Fields, family: Family, layers: int) -> LinearAttnConfig | None:
+    """Returns the layers of KDA and their heads: of `linear_attn_config`, or of transformers 5's `layer_types` and
+    `linear_...` keys."""
     kinds = fields.words("layer_types", (_KDA, _MLA), layers) if fields.has("layer_types") else None
     inner = fields.object("linear_attn_config", LINEAR_ALIASES)
     if inner is None:
-        fields.check(model_type != "kimi_linear" or kinds is not None, "linear_attn_config is missing")
+        fields.check(not family.config.needs_kda or kinds is not None, "linear_attn_config is missing")
         if kinds is None or _KDA not in kinds:
             return None
         inner = Fields({}, fields.where)

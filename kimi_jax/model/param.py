@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from pallas_kernels import matmul
+from pallas_kernels.formats import Dense, Weight
 from sharding import SERVE, Partition, Rules, all_gather
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -38,6 +40,20 @@ class Init:
 
     def zeros(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         return self.param(jnp.zeros(shape, self.dtype), axes)
+
+    def weight(
+        self, weight_format: type[Weight], shape: tuple[int, ...], axes: tuple[str | None, ...]
+    ) -> dict[str, nnx.Variable]:
+        """Draws a weight [..., out, in] in a format; returns its parts by name.
+
+        Parts that gradients do not reach are no `nnx.Param`, so that no optimizer takes them.
+        """
+        weight = _quantize(weight_format, _normal(self.next_key(), shape, self.dtype, self.std))
+        kind = nnx.Param if weight_format.trained else nnx.Variable
+        return {
+            part.name: kind(array, axes=part.axes(axes), full_shape=array.shape)
+            for part, array in zip(weight_format.parts, weight.arrays, strict=True)
+        }
 
     def param(self, value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
         if len(axes) != value.ndim:
@@ -96,16 +112,47 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, std: float
     return std * jax.random.normal(key, shape, dtype)
 
 
-class Linear(nnx.Module):
+@functools.partial(jax.jit, static_argnums=0)
+def _quantize(weight_format: type[Weight], weight: jax.Array) -> Weight:
+    return weight_format.from_dense(weight)
+
+
+class Matrix(nnx.Module):
+    """A weight, or a stack of them, in some format: an attribute for each part, named as the format names it."""
+
+    def __init__(
+        self, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...], weight_format: type[Weight] = Dense
+    ):
+        self.weight_format = weight_format
+        for name, part in init.weight(weight_format, shape, axes).items():
+            setattr(self, name, part)
+
+    def read(self) -> Weight:
+        """Returns the weight [..., out, in] that the parts hold."""
+        return self.weight_format(*(getattr(self, part.name)[...] for part in self.weight_format.parts))
+
+
+class Linear(Matrix):
     """y = x Wᵀ (+ bias), W [out, in] as published; accumulates in float32, answers in x's dtype."""
 
-    def __init__(self, init: Init, out: int, in_: int, axes: tuple[str | None, str | None], *, bias: bool = False):
-        self.weight = init.normal((out, in_), axes)
+    weight: nnx.Param  # in a dense one
+
+    def __init__(
+        self,
+        init: Init,
+        out: int,
+        in_: int,
+        axes: tuple[str | None, str | None],
+        *,
+        bias: bool = False,
+        weight_format: type[Weight] = Dense,
+    ):
+        super().__init__(init, (out, in_), axes, weight_format)
         self.bias = init.zeros((out,), axes[:1]) if bias else None
 
     def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """Maps x [..., in] to [..., out], in `dtype` where one is given."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...], preferred_element_type=jnp.float32)
+        y = matmul(x, self.read(), dtype=jnp.float32)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(dtype or x.dtype)

@@ -28,15 +28,13 @@ def _segments(
 ) -> list[Segment]:
     """Returns the conversation in `model`'s template; without a tokenizer a folder's prompt is one piece."""
     messages, tools = read_messages(messages), read_tools(tools)
-    folder = None if model in ("k2.5", "k2") else FolderTemplate(model, with_tools=bool(tools))
+    folder = None if model in templates.BUILT_IN else FolderTemplate(model, with_tools=bool(tools))
     unread = [key for key in unread_keys(messages) if folder is None or key.split(".")[-1] not in folder.source]
     if unread:
         text = f"{printable(', '.join(unread))} in messages: not read by the chat template of {printable(model)}"
         warnings.warn(text, stacklevel=3)
     if folder is None:
-        if model == "k2.5":
-            return templates.k25(messages, tools, **options)
-        return templates.k2(messages, tools, add_generation_prompt=options["add_generation_prompt"])
+        return templates.BUILT_IN[str(model)].write(messages, tools, **options)
     if tok is None:
         return [Segment(folder.render(messages, tools, **options))]
     return folder.segments(messages, tools, tok.special_tokens, **options)

@@ -21,7 +21,7 @@ from kimi_jax.printable import printable
 from kimi_jax.text import template_process
 from kimi_jax.text.messages import Message
 from kimi_jax.text.template_files import TemplateFiles
-from kimi_jax.text.templates import VIDEO_PLACEHOLDER, Segment
+from kimi_jax.text.templates import BUILT_IN, VIDEO_PLACEHOLDER, Segment
 from kimi_jax.text.tools import declare_tools, deep_sorted
 
 _PRIVATE_USE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE), range(0xE000, 0xF900))
@@ -51,8 +51,8 @@ class FolderTemplate:
         source = files.source(with_tools)
         if source is None:
             raise ValueError(
-                f"{printable(folder)}: neither 'k2.5' nor 'k2', nor a folder with chat_template.jinja, "
-                f"chat_template.json, or a chat_template in tokenizer_config.json"
+                f"{printable(folder)}: neither {' nor '.join(map(repr, BUILT_IN))}, nor a folder with "
+                f"chat_template.jinja, chat_template.json, or a chat_template in tokenizer_config.json"
                 + (f"; it has templates of the names {printable(sorted(files.templates))}" if files.templates else "")
             )
         self.source = source

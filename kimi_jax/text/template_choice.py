@@ -1,4 +1,4 @@
-"""Decides whether a K2.5 folder's own chat template writes the prompts of the built-in one.
+"""Decides whether a folder's own chat template writes the prompts of a built-in one.
 
 K2.6, K2.7-Code and the community's corrections bring templates that write other prompts. The text of a template may
 change without its meaning (comments, white space), so prompts are compared instead: those of a few conversations with
@@ -10,9 +10,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from kimi_jax.text import templates
 from kimi_jax.text.folder_template import FolderTemplate
 from kimi_jax.text.messages import read_messages
+from kimi_jax.text.template_files import TemplateFiles
+from kimi_jax.text.templates import BUILT_IN
 
 
 def _call(number: int, arguments: Any) -> dict[str, Any]:
@@ -53,26 +54,37 @@ _CONVERSATIONS: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
 ]
 
 
-def follows_k25(folder: str | Path) -> bool:
-    """Says whether the chat template in `folder` writes the prompts of the built-in one.
+def follows(folder: str | Path, name: str) -> bool:
+    """Says whether the chat template in `folder` writes the prompts of the built-in one called `name`.
 
-    Returns False for a template that refuses a conversation. Raises ValueError where its files cannot be read.
+    Raises ValueError where its files cannot be read; a folder whose template does not take a conversation, or that has
+    none for it, writes another prompt.
     """
-    return _follows_k25(str(folder), *(FolderTemplate(folder, with_tools=tools).source for tools in (True, False)))
+    files = TemplateFiles.from_folder(Path(folder))
+    with_tools, without = files.source(with_tools=True), files.source(with_tools=False)
+    return with_tools is not None and without is not None and _follows(str(folder), name, with_tools, without)
 
 
 @functools.lru_cache(maxsize=32)
-def _follows_k25(folder: str, *sources: str) -> bool:
-    """Compares prompts, once for each `folder` and `sources`, the texts of its templates with tools and without."""
+def _follows(folder: str, name: str, *sources: str) -> bool:
+    """Compares prompts, once for each `folder`, `name` and `sources`, the texts of its templates."""
+    built_in = BUILT_IN[name]
     for messages, tools in _CONVERSATIONS:
         template = FolderTemplate(folder, with_tools=bool(tools))
+        read = read_messages(messages if built_in.reads_media else list(map(_without_media, messages)))
         for thinking in (True, False):
             options = {"thinking": thinking, "preserve_thinking": False, "add_generation_prompt": True}
-            read = read_messages(messages)
-            expected = templates.k25(read, tools, **options)
+            expected = built_in.write(read, tools, **options)
             try:
                 if template.render(read, tools, **options) != "".join(segment.text for segment in expected):
                     return False
             except ValueError:
                 return False
     return True
+
+
+def _without_media(message: dict[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    if not isinstance(content, list):
+        return message
+    return message | {"content": [part for part in content if part["type"] == "text"]}

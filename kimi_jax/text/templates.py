@@ -5,7 +5,7 @@ so people and tools cannot forge a marker in a prompt that is encoded from segme
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,9 +122,15 @@ def k25(
 
 
 def k2(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, *, add_generation_prompt: bool
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    *,
+    thinking: bool,
+    preserve_thinking: bool,
+    add_generation_prompt: bool,
 ) -> list[Segment]:
-    """Writes the prompt of Kimi K2 Instruct: tools as compact JSON, a default system prompt, no reasoning.
+    """Writes the prompt of Kimi K2 Instruct: tools as compact JSON, a default system prompt, no reasoning, so that
+    `thinking` and `preserve_thinking` change nothing.
 
     Raises ValueError for media, which K2 does not read.
     """
@@ -141,3 +147,19 @@ def k2(
     if add_generation_prompt:
         segments += _generation()
     return segments
+
+
+@dataclass(frozen=True)
+class Template:
+    """A built-in chat template. `title` names it in messages; `write` takes messages and tools as `read_messages` and
+    `read_tools` return them, with the options of `k25`; `reads_media` says whether it takes images and videos."""
+
+    title: str
+    write: Callable[..., list[Segment]]
+    reads_media: bool
+
+
+BUILT_IN: Mapping[str, Template] = {
+    "k2.5": Template("K2.5", k25, reads_media=True),
+    "k2": Template("K2", k2, reads_media=False),
+}

@@ -6,12 +6,11 @@ the work is proportional to the number of rows.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 # Up to so many rows in all, or on average for each group, are multiplied one by one. A block copies a group's weights
 # before it multiplies, which takes as long as seven single rows (48M-parameter toy, two cores).
@@ -24,7 +23,9 @@ Weights = TypeVar("Weights")
 
 
 def local_groups(
-    group_sizes: Int32[Array, "groups"], group_offset: Int[Array, ""] | int, num_local: int
+    group_sizes: Int32[Array, "groups"],
+    group_offset: Any,  # int32 []; a constant may come as NumPy's
+    num_local: int,
 ) -> tuple[Int32[Array, "local"], Int32[Array, "local"]]:
     """Returns the first row and the end of each of the `num_local` groups from number `group_offset` on."""
     number = jnp.arange(group_sizes.shape[0], dtype=jnp.int32)
@@ -142,11 +143,6 @@ def dot_transposed(rows: Float[Array, "block K"], weights: Float[Array, "N K"]) 
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     contract_last = (((1,), (1,)), ((), ()))
     return lax.dot_general(rows, weights, contract_last, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
-
-
-def swiglu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Computes silu(gate) * up."""
-    return jax.nn.silu(gate) * up
 
 
 def _block_sizes(num_rows: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Grouped matmul and SwiGLU as one Pallas kernel for TPUs, with matrices [E, N, K] as published.
+"""Grouped matmul and gated linear units as one Pallas kernel for TPUs, with matrices [E, N, K] as published.
 
 (`jax.lax.ragged_dot` wants [E, K, N], for which XLA copies all experts' weights at every call.) The grid
 is (N tiles, visits), the number of visits dynamic. A step takes all K inputs of a tile of the visit's matrix, up to 4
@@ -21,16 +21,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels.grouped_matmul.blocks import swiglu
+from pallas_kernels.formats import Dense
 from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, window_size
 from pallas_kernels.hardware import LANES, VMEM_LIMIT
 
 BLOCK_BYTES, STEP_BYTES = 2**23, 2**22
 
 
-def unsupported(x: Array, weights: Array, *others: Array) -> str | None:
+def unsupported(x: Array, weight: Dense, *others: Any) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
-    N, K = weights.shape[1:]
+    N, K = weight.shape[1:]
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x is {x.dtype}, expected bfloat16 or float32"
     if x.shape[0] == 0:
@@ -42,27 +42,29 @@ def unsupported(x: Array, weights: Array, *others: Array) -> str | None:
 
 def grouped_matmul(
     x: Float[Array, "T K"],
-    weights: Float[Array, "E N K"],
+    weight: Dense,
     group_sizes: Int32[Array, "groups"],
     group_offset: Int[Array, ""],
     *,
     interpret: Any = False,
 ) -> Float[Array, "T N"]:
     """See `api.grouped_matmul`."""
-    return _call(x, [weights], group_sizes, group_offset, lambda y: y, name="grouped_matmul", interpret=interpret)
+    return _call(x, [weight.weight], group_sizes, group_offset, lambda y: y, name="grouped_matmul", interpret=interpret)
 
 
-def grouped_swiglu(
+def grouped_glu(
     x: Float[Array, "T K"],
-    gate: Float[Array, "E N K"],
-    up: Float[Array, "E N K"],
+    gate: Dense,
+    up: Dense,
     group_sizes: Int32[Array, "groups"],
     group_offset: Int[Array, ""],
     *,
+    activation: Callable[[Array, Array], Array],
     interpret: Any = False,
 ) -> Float[Array, "T N"]:
-    """See `api.grouped_swiglu`."""
-    return _call(x, [gate, up], group_sizes, group_offset, swiglu, name="grouped_swiglu", interpret=interpret)
+    """See `api.grouped_glu`."""
+    weights = [gate.weight, up.weight]
+    return _call(x, weights, group_sizes, group_offset, activation, name="grouped_glu", interpret=interpret)
 
 
 def outputs_of_a_step(N: int, K: int, itemsize: int) -> int:

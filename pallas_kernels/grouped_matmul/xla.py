@@ -5,6 +5,8 @@ differentiate a loop with dynamic bounds: dx is a grouped matmul with the transp
 group's rows.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.formats import Dense
 from pallas_kernels.grouped_matmul.blocks import (
     dot,
     dot_transposed,
@@ -21,37 +24,42 @@ from pallas_kernels.grouped_matmul.blocks import (
     map_rows,
     over_groups,
     over_rows,
-    swiglu,
     take,
 )
 
 Edges = tuple[Int32[Array, "local"], Int32[Array, "local"]]
 
 
-@jax.custom_vjp
 def grouped_matmul(
     x: Float[Array, "T K"],
-    weights: Float[Array, "E N K"],
+    weight: Dense,
     group_sizes: Int32[Array, "groups"],
     group_offset: Any,  # int32 []; a constant may come as NumPy's
 ) -> Float[Array, "T N"]:
     """See `api.grouped_matmul`."""
+    return _grouped_matmul(x, weight.weight, group_sizes, group_offset)
+
+
+def grouped_glu(
+    x: Float[Array, "T K"],
+    gate: Dense,
+    up: Dense,
+    group_sizes: Int32[Array, "groups"],
+    group_offset: Any,  # int32 []; a constant may come as NumPy's
+    *,
+    activation: Callable[[Array, Array], Array],
+) -> Float[Array, "T N"]:
+    """See `api.grouped_glu`."""
+    return _grouped_glu(activation, x, gate.weight, up.weight, group_sizes, group_offset)
+
+
+@jax.custom_vjp
+def _grouped_matmul(x, weights, group_sizes, group_offset):
     return lax.platform_dependent(x, weights, group_sizes, group_offset, cpu=_loop, default=_ragged)
 
 
-def grouped_swiglu(
-    x: Float[Array, "T K"],
-    gate: Float[Array, "E N K"],
-    up: Float[Array, "E N K"],
-    group_sizes: Int32[Array, "groups"],
-    group_offset: Any,  # int32 []; a constant may come as NumPy's
-) -> Float[Array, "T N"]:
-    """See `api.grouped_swiglu`."""
-    return _grouped_swiglu(x, gate, up, group_sizes, group_offset)
-
-
 def _forward(x, weights, group_sizes, group_offset):
-    return grouped_matmul(x, weights, group_sizes, group_offset), (x, weights, group_sizes, group_offset)
+    return _grouped_matmul(x, weights, group_sizes, group_offset), (x, weights, group_sizes, group_offset)
 
 
 def _backward(saved, dy):
@@ -60,29 +68,31 @@ def _backward(saved, dy):
     return dx, dweights, *no_gradient(group_sizes, group_offset)
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
-def _grouped_swiglu(x, gate, up, group_sizes, group_offset):
-    return lax.platform_dependent(x, gate, up, group_sizes, group_offset, cpu=_loop_swiglu, default=_swiglu_of_two)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_glu(activation, x, gate, up, group_sizes, group_offset):
+    loop, two_products = partial(_loop_glu, activation), partial(_glu_of_two, activation)
+    return lax.platform_dependent(x, gate, up, group_sizes, group_offset, cpu=loop, default=two_products)
 
 
-def _swiglu_of_two(x, gate, up, group_sizes, group_offset):
-    return swiglu(grouped_matmul(x, gate, group_sizes, group_offset), grouped_matmul(x, up, group_sizes, group_offset))
+def _glu_of_two(activation, x, gate, up, group_sizes, group_offset):
+    return activation(*(_grouped_matmul(x, weights, group_sizes, group_offset) for weights in (gate, up)))
 
 
-def _swiglu_forward(x, gate, up, group_sizes, group_offset):
-    return _grouped_swiglu(x, gate, up, group_sizes, group_offset), (x, gate, up, group_sizes, group_offset)
+def _glu_forward(activation, x, gate, up, group_sizes, group_offset):
+    saved = (x, gate, up, group_sizes, group_offset)
+    return _grouped_glu(activation, *saved), saved
 
 
-def _swiglu_backward(saved, dy):
-    x, gate, up, group_sizes, group_offset = saved
-    _, pull = jax.vjp(lambda x, gate, up: _swiglu_of_two(x, gate, up, group_sizes, group_offset), x, gate, up)
-    return *pull(dy), *no_gradient(group_sizes, group_offset)
+def _glu_backward(activation, saved, dy):
+    x, gate, up, *groups = saved
+    _, pull = jax.vjp(lambda x, gate, up: _glu_of_two(activation, x, gate, up, *groups), x, gate, up)
+    return *pull(dy), *no_gradient(*groups)
 
 
-_grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+_grouped_glu.defvjp(_glu_forward, _glu_backward)
 
 
 def no_gradient(*integers: ArrayLike) -> tuple[np.ndarray, ...]:
@@ -95,14 +105,14 @@ def _loop(x, weights, group_sizes, group_offset):
     return map_rows(x, weights.shape[1], edges, lambda group: take(weights, group), dot_transposed)
 
 
-def _loop_swiglu(x, gate, up, group_sizes, group_offset):
+def _loop_glu(activation, x, gate, up, group_sizes, group_offset):
     edges = local_groups(group_sizes, group_offset, gate.shape[0])
     return map_rows(
         x,
         gate.shape[1],
         edges,
         lambda group: (take(gate, group), take(up, group)),
-        lambda rows, weights: swiglu(dot_transposed(rows, weights[0]), dot_transposed(rows, weights[1])),
+        lambda rows, weights: activation(dot_transposed(rows, weights[0]), dot_transposed(rows, weights[1])),
     )
 
 

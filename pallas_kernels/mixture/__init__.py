@@ -1,4 +1,3 @@
-"""A mixture of experts for few tokens; see `api`."""
+"""A mixture of experts; see `api`."""
 
 from pallas_kernels.mixture.api import mixture as mixture
-from pallas_kernels.mixture.mosaic_tpu import fits as fits

@@ -3,8 +3,8 @@
 The local experts that some token chose are visited one after the other, once for every `VISIT_ROWS` of their rows; the
 grid is (cores, visits, steps). A visit's first step gathers its tokens' rows out of x, all of which is in vector
 memory. The visit's steps take tiles of gate and up, together as many bytes as a tile of down, and then tiles of down.
-The values in between, silu(gate x) * up x, stay in vector memory. Each row of the result is added, with its weight, to
-its token's sum, of which every core has its own.
+The values in between, those of the activation, stay in vector memory. Each row of the result is added, with its weight,
+to its token's sum, of which every core has its own.
 
 While a step multiplies, the next step's tile is fetched: tiles of down after those of gate and up, and those of the
 next expert after the last of down, so that every step fetches alike.
@@ -13,6 +13,8 @@ Weights are multiplied as in `int4_grouped_matmul` or `grouped_matmul`.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,9 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.grouped_matmul.blocks import swiglu
+from pallas_kernels.formats import Weight
 from pallas_kernels.hardware import chip
-from pallas_kernels.mixture.stages import WINDOW, DenseStage, ExpertMatrix, Int4Stage, choose_stage, unsupported_matrix
+from pallas_kernels.mixture.stages import STAGES, WINDOW, DenseStage, Int4Stage
 from pallas_kernels.mixture.visits import expert_visits
 
 # With more tokens most experts have more rows than are multiplied at once, and sorting them is worth it.
@@ -41,13 +43,16 @@ def unsupported(
     x: Array,
     chosen: Array,
     weights: Array,
-    gate: ExpertMatrix,
-    up: ExpertMatrix,
-    down: ExpertMatrix,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
     first: Array,
 ) -> str | None:
-    """Says why the kernel cannot take these shapes and dtypes; None where it can."""
-    tokens, K = x.shape
+    """Says why the kernel cannot take these shapes, dtypes and formats; None where it can."""
+    tokens, K = x.shape[0], math.prod(x.shape[1:])
+    stage = STAGES.get(type(gate))
+    if stage is None:
+        return f"weights are {type(gate).__name__}, expected {' or '.join(form.__name__ for form in STAGES)}"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x is {x.dtype}, expected bfloat16 or float32"
     if tokens == 0:
@@ -56,35 +61,36 @@ def unsupported(
         return (
             f"x is [{tokens}, {K}], expected at most [{MOST_TOKENS}, {MOST_INPUTS}] and {chip().vmem // 32:,} numbers"
         )
-    return unsupported_matrix(gate) or unsupported_matrix(down)
+    return stage.unsupported(gate) or stage.unsupported(down)
 
 
 def mixture(
-    x: Float[Array, "T K"],
+    x: Float[Array, "T *K"],
     chosen: Int32[Array, "T J"],
     weights: Float32[Array, "T J"],
-    gate: ExpertMatrix,
-    up: ExpertMatrix,
-    down: ExpertMatrix,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
     first: Int[Array, ""],
     *,
+    activation: Callable[[Array, Array], Array],
     interpret: Any = False,
-) -> Float32[Array, "T K"]:
+) -> Float32[Array, "T *K"]:
     """See `api.mixture`."""
+    shape, x = x.shape, x.reshape(x.shape[0], -1)
     (tokens, K), cores = x.shape, chip().cores
     rows = -(-tokens // WINDOW) * WINDOW
     gathered = min(rows, VISIT_ROWS)
     # The first stage's step has two matrices.
-    into, out_of = choose_stage(gate, x.dtype, 2), choose_stage(down, x.dtype, 1)
+    stage = STAGES[type(gate)]
+    into, out_of = stage.choose(gate, x.dtype, 2), stage.choose(down, x.dtype, 1)
     middle, steps = into.outputs, (into.outputs // into.tile, out_of.outputs // out_of.tile)
     visit, visits_per_core = expert_visits(chosen, first, into.num_local, gathered, cores)
     if not interpret:
         # Else XLA, which sees no more than an operand, copies all experts' weights to vector memory beforehand.
-        gate, up, down = (
-            jax.tree.map(lambda array: pltpu.with_memory_space_constraint(array, pltpu.HBM), weight)
-            for weight in (gate, up, down)
+        gate, up, down = jax.tree.map(
+            lambda array: pltpu.with_memory_space_constraint(array, pltpu.HBM), (gate, up, down)
         )
-    operands = jax.tree.leaves((gate, up, down))
 
     def expert(c: Array, v: Array, experts: Any) -> Array:
         return jnp.minimum(experts[jnp.maximum(v, 0) * cores + c], into.num_local - 1)
@@ -95,11 +101,18 @@ def mixture(
     def down_tile(c: Array, v: Array, s: Array, experts: Any, *_: Any) -> tuple[Array, Array]:
         waits = s < steps[0]
         tile = jnp.where(v > 0, steps[1] - 1, 0)
-        return expert(c, v - waits, experts), jnp.where(waits, tile, s - steps[0])
+        return expert(c, v - waits.astype(jnp.int32), experts), jnp.where(waits, tile, s - steps[0])
 
     out = pl.pallas_call(
         functools.partial(
-            _kernel, into=into, out_of=out_of, steps=steps, cores=cores, choices=chosen.shape[1], dtype=x.dtype
+            _kernel,
+            activation=activation,
+            into=into,
+            out_of=out_of,
+            steps=steps,
+            cores=cores,
+            choices=chosen.shape[1],
+            dtype=x.dtype,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
@@ -126,10 +139,7 @@ def mixture(
         cost_estimate=pl.CostEstimate(
             flops=6 * chosen.size * K * middle,
             transcendentals=chosen.size * middle,
-            bytes_accessed=sum(
-                array.size // 2 if array.dtype == jnp.int4 else array.nbytes for array in map(jnp.asarray, operands)
-            )
-            + (1 + cores) * rows * K * 4,
+            bytes_accessed=gate.nbytes + up.nbytes + down.nbytes + (1 + cores) * rows * K * 4,
         ),
         name="mixture",
         interpret=interpret,
@@ -137,9 +147,9 @@ def mixture(
         *visit,
         weights.reshape(-1).astype(jnp.float32),
         jnp.pad(x.astype(jnp.float32), [(0, rows - tokens), (0, 0)]),
-        *operands,
+        *jax.tree.leaves((gate, up, down)),
     )
-    return jnp.sum(out, axis=0)[:tokens]
+    return jnp.sum(out, axis=0)[:tokens].reshape(shape)
 
 
 def _kernel(
@@ -151,6 +161,7 @@ def _kernel(
     share_ref: Any,
     x_ref: Any,
     *refs: Any,
+    activation: Callable[[Array, Array], Array],
     into: Int4Stage | DenseStage,
     out_of: Int4Stage | DenseStage,
     steps: tuple[int, int],
@@ -205,7 +216,7 @@ def _kernel(
         columns = pl.ds(pl.multiple_of(s * into.tile, into.tile), into.tile)
 
         def write(rows: Any) -> None:
-            value = swiglu(gate_total[rows, :], up_total[rows, :])
+            value = activation(gate_total[rows, :], up_total[rows, :])
             middle_ref[rows, columns] = value.astype(dtype).astype(jnp.float32)
 
         for_windows(windows, write)

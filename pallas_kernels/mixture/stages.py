@@ -1,4 +1,4 @@
-"""A stage of the mixture's kernel: rows in vector memory times a tile of an expert's matrix, INT4 or dense."""
+"""A stage of the mixture's kernel, for each format: rows in vector memory times a tile of an expert's matrix."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,11 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int4
+from jaxtyping import Array
 
-from pallas_kernels.hardware import LANES, chip
-from pallas_kernels.int4_grouped_matmul import mosaic_tpu as int4
-from pallas_kernels.int4_grouped_matmul.product import (
+from pallas_kernels.formats import Dense, Int4, Weight
+from pallas_kernels.formats.int4_codec import GROUP_SIZE
+from pallas_kernels.grouped_matmul import mosaic_int4 as int4
+from pallas_kernels.grouped_matmul.int4_product import (
     FEW_ROWS,
     GroupRows,
     MatrixOperand,
@@ -19,37 +20,13 @@ from pallas_kernels.int4_grouped_matmul.product import (
     add_products,
     scale_rows,
 )
-from pallas_kernels.int4_matmul.packing import GROUP_SIZE
-
-# [e, out, in] as published, or codes [e, in, out] and scales [e, in/32, out]
-ExpertMatrix = Float[Array, "E _ _"] | tuple[Int4[Array, "E _ _"], Float[Array, "E _ _"]]
+from pallas_kernels.hardware import LANES, chip
 
 # Rows multiplied at once: more than most experts of a decode step have.
 WINDOW = 16
 # Bytes of a step's tiles, and weights unpacked at a time: twice as many gain 1 to 6 % and take the compiler twice as
 # long.
 STEP_BYTES, PART_WEIGHTS = 2**22, 2**21
-
-
-def unsupported_matrix(weight: ExpertMatrix) -> str | None:
-    """Says why the kernel cannot take this matrix; None where it can."""
-    if isinstance(weight, tuple):
-        codes = weight[0]
-        return int4.unsupported(jnp.zeros((1, codes.shape[1]), jnp.bfloat16), codes)
-    N, K = weight.shape[1:]
-    return f"weights are [{N}, {K}], expected multiples of {LANES}" if N % LANES or K % LANES else None
-
-
-def choose_stage(weight: ExpertMatrix, dtype: Any, matrices: int) -> "Int4Stage | DenseStage":
-    """Returns the stage for a matrix like `weight`, where a step takes a tile of each of `matrices` such matrices."""
-    if isinstance(weight, tuple):
-        num_local, K, N = weight[0].shape
-        tile = int4.tiles(WINDOW, K, N, 1, dtype, STEP_BYTES // matrices, PART_WEIGHTS)
-        return Int4Stage(num_local, K, N, tile, dtype, int4.uses_block_diagonal(tile, dtype), chip().bf16_vpu)
-    num_local, N, K = weight.shape
-    bytes_each = K * weight.dtype.itemsize * matrices
-    fit = [n for n in range(LANES, N + 1, LANES) if N % n == 0 and (n == LANES or n * bytes_each <= STEP_BYTES)]
-    return DenseStage(num_local, K, N, max(fit), dtype)
 
 
 @dataclass(frozen=True)
@@ -68,7 +45,19 @@ class Int4Stage:
     few: bool
     bf16: bool
 
-    arrays = 2  # that a matrix consists of
+    arrays = len(Int4.parts)  # that a matrix consists of
+
+    @classmethod
+    def choose(cls, weight: Int4, dtype: Any, matrices: int) -> "Int4Stage":
+        """Returns the stage for a matrix like `weight`, where a step takes a tile of each of `matrices` such ones."""
+        num_local, N, K = weight.shape
+        tile = int4.tiles(WINDOW, K, N, 1, dtype, STEP_BYTES // matrices, PART_WEIGHTS)
+        return cls(num_local, K, N, tile, dtype, int4.uses_block_diagonal(tile, dtype), chip().bf16_vpu)
+
+    @staticmethod
+    def unsupported(weight: Int4) -> str | None:
+        """Says why the kernel cannot take this matrix; None where it can."""
+        return int4.unsupported(jnp.zeros((1, weight.shape[-1]), jnp.bfloat16), weight)
 
     @property
     def tile(self) -> int:
@@ -118,7 +107,21 @@ class DenseStage:
     tile: int
     dtype: Any
 
-    arrays = 1
+    arrays = len(Dense.parts)
+
+    @classmethod
+    def choose(cls, weight: Dense, dtype: Any, matrices: int) -> "DenseStage":
+        """Returns the stage for a matrix like `weight`, where a step takes a tile of each of `matrices` such ones."""
+        num_local, N, K = weight.shape
+        bytes_each = K * weight.dtype.itemsize * matrices
+        fit = [n for n in range(LANES, N + 1, LANES) if N % n == 0 and (n == LANES or n * bytes_each <= STEP_BYTES)]
+        return cls(num_local, K, N, max(fit), dtype)
+
+    @staticmethod
+    def unsupported(weight: Dense) -> str | None:
+        """Says why the kernel cannot take this matrix; None where it can."""
+        N, K = weight.shape[1:]
+        return f"weights are [{N}, {K}], expected multiples of {LANES}" if N % LANES or K % LANES else None
 
     def specs(self, at: Callable[..., tuple[Array, Array]]) -> list[pl.BlockSpec]:
         """Returns the BlockSpec of a matrix; `at` maps a place in the grid to an expert and a tile."""
@@ -148,3 +151,7 @@ class DenseStage:
                 )
 
         lax.fori_loop(0, pl.cdiv(count, WINDOW), window, None)
+
+
+# A format without a stage is not for this kernel.
+STAGES: dict[type[Weight], Any] = {Dense: DenseStage, Int4: Int4Stage}

@@ -1,39 +1,70 @@
-"""A mixture of experts in plain JAX: the grouped ops on rows sorted by expert, put back in order."""
+"""A mixture of experts for any number of tokens: the grouped ops on rows sorted by expert, in blocks.
 
+Pairs of a token and one of its experts are sorted, those of local experts first, and taken in blocks, so that memory
+and work are bounded by the number of local pairs. The first block has room for twice as many as there are if experts
+are chosen evenly, and more blocks run only where there are more pairs.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.grouped_matmul import xla as dense
-from pallas_kernels.int4_grouped_matmul import xla as int4
-from pallas_kernels.mixture.stages import ExpertMatrix
+from pallas_kernels.formats import Weight
+from pallas_kernels.grouped_matmul import grouped_glu, grouped_matmul
+
+# The most pairs of a token and one of its experts whose vectors exist at one time.
+BLOCK = 8192
+# A block is a multiple of this, if there are as many pairs.
+MULTIPLE = 128
 
 
 def mixture(
-    x: Float[Array, "T K"],
+    x: Float[Array, "T *K"],
     chosen: Int32[Array, "T J"],
     weights: Float32[Array, "T J"],
-    gate: ExpertMatrix,
-    up: ExpertMatrix,
-    down: ExpertMatrix,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
     first: Any,  # int32 []; a constant may come as NumPy's
-) -> Float32[Array, "T K"]:
-    """See `api.mixture`."""
-    choices, num_local = chosen.shape[1], (gate[0] if isinstance(gate, tuple) else gate).shape[0]
-    local = chosen.reshape(-1) - first
-    local = jnp.where((local >= 0) & (local < num_local), local, num_local)
-    order = jnp.argsort(local)
-    rows, sizes = x[order // choices], jnp.sum(local[:, None] == jnp.arange(num_local), axis=0, dtype=jnp.int32)
-    no_offset = jnp.int32(0)
-    if isinstance(gate, tuple) and isinstance(up, tuple) and isinstance(down, tuple):
-        y = int4.int4_grouped_swiglu(rows, gate, up, sizes, no_offset)
-        y = int4.int4_grouped_matmul(y, *down, sizes, no_offset)
-    else:
-        assert not isinstance(gate, tuple) and not isinstance(up, tuple) and not isinstance(down, tuple)
-        y = dense.grouped_swiglu(rows, gate, up, sizes, no_offset)
-        y = dense.grouped_matmul(y, down, sizes, no_offset)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-    return jnp.einsum(
-        "tjd,tj->td", y[inverse].reshape(*chosen.shape, y.shape[-1]), weights, preferred_element_type=jnp.float32
-    )
+    *,
+    activation: Callable[[Array, Array], Array],
+    num_experts: int | None,
+    implementation: str | None = None,
+) -> Float32[Array, "T *K"]:
+    """See `api.mixture`. The grouped ops are computed by `implementation`."""
+    num_local, choices, flat = gate.shape[0], chosen.shape[1], chosen.reshape(-1)
+    if not flat.size:
+        return jnp.zeros(x.shape, jnp.float32)
+    even_share = -(-2 * flat.size * num_local // (num_experts or num_local) // MULTIPLE) * MULTIPLE
+    size = min(BLOCK, flat.size, even_share)
+    local = jnp.where((flat >= first) & (flat < first + num_local), flat - first, num_local)
+    order = jnp.argsort(local, stable=True)
+    # (jnp.bincount would scatter, which a TPU sends to its SparseCore and back)
+    ends = jnp.sum(local[:, None] <= jnp.arange(num_local), axis=0, dtype=jnp.int32)
+    order = jnp.pad(order, (0, -order.size % size))
+
+    @jax.checkpoint
+    def block(begin: Array | int) -> Array:
+        pairs = jax.lax.dynamic_slice_in_dim(order, begin, size)
+        sizes = jnp.diff(jnp.clip(ends - begin, 0, size), prepend=0).astype(jnp.int32)
+        tokens = pairs // choices
+        rows = x[tokens].reshape(size, -1)
+        y = grouped_glu(rows, gate, up, sizes, activation=activation, implementation=implementation)
+        y = grouped_matmul(y, down, sizes, implementation=implementation)
+        share = jnp.where(begin + jnp.arange(size) < ends[-1], weights.reshape(-1)[pairs], 0)
+        y = (share[:, None] * y.astype(jnp.float32)).reshape(size, *x.shape[1:])
+        return jnp.zeros(x.shape, jnp.float32).at[tokens].add(y)
+
+    if size == flat.size:
+        return block(0)
+
+    def add(total: Array, begin: Array) -> tuple[Array, None]:
+        return jax.lax.cond(begin < ends[-1], lambda total: total + block(begin), lambda total: total, total), None
+
+    def other_blocks(total: Array) -> Array:
+        return jax.lax.scan(add, total, jnp.arange(size, order.size, size))[0]
+
+    return jax.lax.cond(ends[-1] > size, other_blocks, lambda total: total, block(0))

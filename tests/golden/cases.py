@@ -83,6 +83,17 @@ def checkpoint(name: str, folder: Path) -> Path:
     return write_toy(folder / name, config(name), seed=CASES[name].seed)
 
 
+def two_layers(name: str, folder: Path) -> Path:
+    """Writes a case's checkpoint without its later layers to `folder / name`: one layer is dense and one has experts.
+
+    Kimi Linear keeps a KDA layer and an MLA layer. For tests that hold one way of running a model to another.
+    """
+    overrides = CASES[name].overrides | {"num_hidden_layers": 2}
+    if name == "kimi-linear":
+        overrides["linear_attn_config"] = LINEAR_LAYERS | {"kda_layers": [1], "full_attn_layers": [2]}
+    return write_toy(folder / name, toy_config(CASES[name].like, **overrides), seed=CASES[name].seed)
+
+
 def golden(name: str) -> dict[str, np.ndarray]:
     """Returns the arrays that make.py stored for a case; its docstring lists them."""
     with np.load(HERE / f"{name}.npz") as file:

@@ -102,7 +102,7 @@ def native_config(name: str) -> dict[str, Any]:
     c = config(name)
     text = c.get("text_config", c)
     text.pop("quantization_config", None)
-    if text["model_type"] == "kimi_k2":
+    if text["architectures"] == ["DeepseekV3ForCausalLM"]:  # transformers has no kimi_k2
         text["model_type"] = "deepseek_v3"
     if name == "k2.5":
         v = c["vision_config"]

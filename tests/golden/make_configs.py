@@ -29,7 +29,7 @@ def main() -> None:
     for name, kind in RELEASES.items():
         preset = resources.files("kimi_jax") / "presets" / name / "config.json"
         values = json.loads(preset.read_text())
-        if values["model_type"] == "kimi_k2":
+        if values["architectures"] == ["DeepseekV3ForCausalLM"]:  # transformers has no kimi_k2
             values["model_type"] = "deepseek_v3"
         save(name, kind.from_dict({key: value for key, value in values.items() if key != "_comment"}))
     save("kimi-linear-own", transformers.KimiLinearConfig(architectures=["KimiLinearForCausalLM"]))

@@ -34,7 +34,7 @@ def run_job(*folders):
         coordinator = f"localhost:{free.getsockname()[1]}"
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
     job = ["--distributed", "--coordinator", coordinator, "--num-processes", str(len(folders))]
-    script = Path(__file__).with_name("one_of_several.py")
+    script = Path(__file__).parents[1] / "support" / "one_of_several.py"
     running = [
         subprocess.Popen(
             [sys.executable, script, "generate", folder, *OPTIONS, *job, "--process-id", str(i)],

@@ -12,7 +12,6 @@ from PIL import Image
 import kimi_jax
 from kimi_jax import Processor
 from kimi_jax.config_json import from_folder
-from kimi_jax.processor import template_for
 
 # The synthetic tokenizer's special slots begin at 512, at the offsets of the real one.
 IM_END, IM_USER, IM_ASSISTANT, IM_MIDDLE = 514, 515, 516, 529
@@ -193,36 +192,14 @@ def test_preprocessor_and_vision_tower_agree(own, tmp_path):
         processor("", images=[picture(tmp_path / "a.png", (28, 28), RED)])
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "expected"),
-    [
-        ("k2.5", None, "k2.5"),
-        ("k2", None, "k2"),
-        ("k2", "chat_template.jinja", "its own"),
-        ("kimi-linear", "chat_template.jinja", "its own"),
-    ],
-)
-def test_template_for(checkpoint, tmp_path, name, file, expected):
-    config = from_folder(checkpoint(name))
-    if file is not None:
-        (tmp_path / file).write_text("{}")
-    assert template_for(tmp_path, config) == (str(tmp_path) if expected == "its own" else expected)
-
-
 OWN_TEMPLATE = "{% for m in messages %}<|im_user|>{{ m.content }}{% endfor %}"
 
 
-def test_a_folder_s_own_template_is_used(own):
-    folder = own("k2")
+@pytest.mark.parametrize(("name", "title"), [("k2", "K2"), ("k2.5", r"K2\.5")])
+def test_a_folder_s_own_template_is_used_where_it_differs(own, name, title):
+    folder = own(name)
     (folder / "chat_template.jinja").write_text(OWN_TEMPLATE)
-    processor = Processor.from_folder(folder)
-    assert processor("Hello").tokens.tolist() == [[IM_USER, *processor.tokenizer.encode("Hello")]]
-
-
-def test_a_k25_folder_s_own_template_is_used_where_it_differs(own):
-    folder = own("k2.5")
-    (folder / "chat_template.jinja").write_text(OWN_TEMPLATE)
-    with pytest.warns(UserWarning, match=r"its own chat template is used, which differs from K2\.5's"):
+    with pytest.warns(UserWarning, match=f"its own chat template is used, which differs from {title}'s"):
         processor = Processor.from_folder(folder)
     assert processor("Hello").tokens.tolist() == [[IM_USER, *processor.tokenizer.encode("Hello")]]
 

@@ -8,9 +8,8 @@ import pytest
 
 import pallas_kernels as ops
 from pallas_kernels.grouped_matmul import shapes as grouped
-from pallas_kernels.int4_grouped_matmul import shapes as int4_grouped
-from pallas_kernels.int4_matmul import shapes as int4
 from pallas_kernels.kda import shapes as kda
+from pallas_kernels.matmul import shapes as int4
 from pallas_kernels.mixture import shapes as mixtures
 from pallas_kernels.mla_attention import shapes as mla
 
@@ -36,18 +35,18 @@ def int4_grouped_matmul(shape):
     return of_groups(ops.int4_grouped_matmul, shape, *int4_weight(shape, len(shape.sizes)))
 
 
-def int4_grouped_swiglu(shape):
-    weight = int4_weight(shape, len(shape.sizes))
-    return of_groups(ops.int4_grouped_swiglu, shape, weight, weight)
+def int4_grouped_glu(shape):
+    weight = ops.Int4(*int4_weight(shape, len(shape.sizes)))
+    return of_groups(ops.grouped_glu, shape, weight, weight)
 
 
 def grouped_matmul(shape):
     return of_groups(ops.grouped_matmul, shape, BF16((len(shape.sizes), shape.N, shape.K)))
 
 
-def grouped_swiglu(shape):
+def grouped_glu(shape):
     weight = BF16((len(shape.sizes), shape.N, shape.K))
-    return of_groups(ops.grouped_swiglu, shape, weight, weight)
+    return of_groups(ops.grouped_glu, shape, weight, weight)
 
 
 def mixture(shape):
@@ -58,7 +57,7 @@ def mixture(shape):
 
 def int4_mixture(shape):
     def codes(in_, out):
-        return INT4((shape.num_local, in_, out)), BF16((shape.num_local, in_ // 32, out))
+        return ops.Int4(INT4((shape.num_local, in_, out)), BF16((shape.num_local, in_ // 32, out)))
 
     op, (x, chosen, weights, *_) = mixture(shape)
     into, out_of = codes(shape.K, shape.N), codes(shape.N, shape.K)
@@ -110,12 +109,8 @@ def mla_write(shape):
 
 CASES = [
     *[(int4_matmul, shape) for shape in int4.KIMI + int4.AWKWARD],
-    *[
-        (op, shape)
-        for op in (int4_grouped_matmul, int4_grouped_swiglu)
-        for shape in int4_grouped.KIMI + int4_grouped.AWKWARD
-    ],
-    *[(op, shape) for op in (grouped_matmul, grouped_swiglu) for shape in grouped.KIMI + grouped.AWKWARD],
+    *[(op, shape) for op in (int4_grouped_matmul, int4_grouped_glu) for shape in grouped.KIMI + grouped.AWKWARD],
+    *[(op, shape) for op in (grouped_matmul, grouped_glu) for shape in grouped.KIMI + grouped.AWKWARD],
     *[(op, shape) for op in (mixture, int4_mixture) for shape in mixtures.KIMI + mixtures.AWKWARD],
     *[(kda_row, shape) for shape in kda.KIMI + kda.AWKWARD],
     (kda_gradient, kda.KIMI[0]),

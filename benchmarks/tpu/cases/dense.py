@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import grouped_matmul, grouped_swiglu
+from pallas_kernels import grouped_glu, grouped_matmul
 from pallas_kernels.grouped_matmul import mosaic_tpu
 from tpu.case import Case
 
@@ -16,7 +16,7 @@ GROUPS = 32
 
 def _case(op: Any, K: int, N: int, rows: int) -> Case:
     """Returns the case with `rows` rows in each group, which fill whole windows or are within one."""
-    of_a_group = 2 if op is grouped_swiglu else 1
+    of_a_group = 2 if op is grouped_glu else 1
 
     def build() -> tuple[Any, tuple[Any, ...]]:
         weight = jax.ShapeDtypeStruct((GROUPS, N, K), jnp.bfloat16)
@@ -41,7 +41,5 @@ def _case(op: Any, K: int, N: int, rows: int) -> Case:
 
 
 CASES = [
-    _case(op, K, N, rows)
-    for op, K, N in ((grouped_swiglu, 2304, 1024), (grouped_matmul, 1024, 2304))
-    for rows in (8, 512)
+    _case(op, K, N, rows) for op, K, N in ((grouped_glu, 2304, 1024), (grouped_matmul, 1024, 2304)) for rows in (8, 512)
 ]

@@ -8,16 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import int4_grouped_matmul, int4_grouped_swiglu, int4_matmul
-from pallas_kernels.int4_grouped_matmul import mosaic_tpu
+from pallas_kernels import Int4, grouped_glu, grouped_matmul, matmul
+from pallas_kernels.grouped_matmul import mosaic_int4
+from pallas_kernels.grouped_matmul.int4_product import FEW_ROWS
 from tpu.case import Case
 
 GROUPS = 8
 
 
-def _arguments(K: int, N: int, rows: int, groups: int | None) -> tuple[Any, tuple[Any, Any]]:
+def _arguments(K: int, N: int, rows: int, groups: int | None) -> tuple[Any, Int4]:
     lead = () if groups is None else (groups,)
-    weight = (
+    weight = Int4(
         jax.ShapeDtypeStruct((*lead, K, N), jnp.int4),
         jax.ShapeDtypeStruct((*lead, K // 32, N), jnp.bfloat16),
     )
@@ -31,13 +32,13 @@ def _trips(K: int, N: int, rows: int, groups: int, matrices: int) -> tuple[int, 
     for a group within one window; parts for a group in several windows, and those windows; windows of a block to write.
     A group's rows begin at a multiple of their number here, so that all visits are of one kind.
     """
-    tile = mosaic_tpu.tiles(rows * groups, K, N, groups, jnp.bfloat16)
+    tile = mosaic_int4.tiles(rows * groups, K, N, groups, jnp.bfloat16)
     columns, blocks = N // tile.N, -(-rows * groups // tile.block)
     steps, block_windows = columns * max(groups, blocks), columns * blocks * tile.block // tile.rows
     parts, shared_parts = steps * K // tile.K_part, steps * K // tile.K_shared
     windows = min(rows, tile.block) // tile.rows
-    few = [shared_parts * (rows <= mosaic_tpu.FEW_ROWS)] if mosaic_tpu.uses_block_diagonal(tile, jnp.bfloat16) else []
-    if few and rows * groups <= mosaic_tpu.FEW_ROWS:
+    few = [shared_parts * (rows <= FEW_ROWS)] if mosaic_int4.uses_block_diagonal(tile, jnp.bfloat16) else []
+    if few and rows * groups <= FEW_ROWS:
         return (steps, block_windows, *few, block_windows)
     one, shared = (0, 0) if any(few) else (parts, 0) if windows <= 1 else (0, shared_parts)
     multiplied = [shared * windows] * matrices
@@ -45,20 +46,20 @@ def _trips(K: int, N: int, rows: int, groups: int, matrices: int) -> tuple[int, 
 
 
 def _case(op: Callable[..., Any], name: str, K: int, N: int, rows: int, groups: int | None) -> Case:
-    of_a_group = 2 if op is int4_grouped_swiglu else 1
+    of_a_group = 2 if op is grouped_glu else 1
     matrices = of_a_group * (groups or 1)
 
     def build() -> tuple[Callable[..., Any], tuple[Any, ...]]:
         run = functools.partial(op, implementation="mosaic_tpu")
         x, weight = _arguments(K, N, rows, groups)
         if groups is None:
-            return run, (x, *weight)
+            return run, (x, weight)
         sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
-        return run, (x, weight, weight, sizes) if op is int4_grouped_swiglu else (x, *weight, sizes)
+        return run, (x, *[weight] * of_a_group, sizes)
 
     return Case(
         name=name,
-        kernel="int4_grouped_swiglu" if op is int4_grouped_swiglu else "int4_grouped_matmul",
+        kernel="int4_grouped_glu" if op is grouped_glu else "int4_grouped_matmul",
         build=build,
         trips=lambda: _trips(K, N, rows, groups or 1, of_a_group),
         units=matrices * K * N * 0.5625 / 1024,
@@ -70,14 +71,11 @@ def _case(op: Callable[..., Any], name: str, K: int, N: int, rows: int, groups: 
 
 SHAPES = ((7168, 2048), (2048, 7168))
 CASES = [
-    *[_case(int4_matmul, f"int4_matmul {K}x{N} M={M}", K, N, M, None) for K, N in SHAPES for M in (8, 16, 512)],
+    *[_case(matmul, f"int4_matmul {K}x{N} M={M}", K, N, M, None) for K, N in SHAPES for M in (8, 16, 512)],
     *[
-        _case(int4_grouped_matmul, f"int4_grouped_matmul {K}x{N} M={M} x {GROUPS}", K, N, M, GROUPS)
+        _case(grouped_matmul, f"int4_grouped_matmul {K}x{N} M={M} x {GROUPS}", K, N, M, GROUPS)
         for K, N in SHAPES
         for M in (8, 16, 512)
     ],
-    *[
-        _case(int4_grouped_swiglu, f"int4_grouped_swiglu 7168x2048 M={M} x {GROUPS}", 7168, 2048, M, GROUPS)
-        for M in (8, 16)
-    ],
+    *[_case(grouped_glu, f"int4_grouped_glu 7168x2048 M={M} x {GROUPS}", 7168, 2048, M, GROUPS) for M in (8, 16)],
 ]

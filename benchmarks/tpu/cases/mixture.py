@@ -7,19 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mixture
-from pallas_kernels.int4_grouped_matmul.product import FEW_ROWS
-from pallas_kernels.mixture.stages import Int4Stage, choose_stage
+from pallas_kernels import Dense, Int4, Weight, mixture
+from pallas_kernels.grouped_matmul.int4_product import FEW_ROWS
+from pallas_kernels.mixture.stages import STAGES, Int4Stage
 from tpu.case import Case
 
 CHOICES, EXPERTS = 8, 8
 
 
-def _weight(in_: int, out: int, int4: bool) -> Any:
+def _weight(in_: int, out: int, int4: bool) -> Weight:
     if not int4:
-        return jax.ShapeDtypeStruct((EXPERTS, out, in_), jnp.bfloat16)
+        return Dense(jax.ShapeDtypeStruct((EXPERTS, out, in_), jnp.bfloat16))
     codes = jax.ShapeDtypeStruct((EXPERTS, in_, out), jnp.int4)
-    return codes, jax.ShapeDtypeStruct((EXPERTS, in_ // 32, out), jnp.bfloat16)
+    return Int4(codes, jax.ShapeDtypeStruct((EXPERTS, in_ // 32, out), jnp.bfloat16))
 
 
 def _products(of: Any, steps: int, rows: int) -> list[int]:
@@ -36,7 +36,8 @@ def _products(of: Any, steps: int, rows: int) -> list[int]:
 def _trips(K: int, N: int, int4: bool, tokens: int, rows: int) -> tuple[int, ...]:
     """Returns the trips of the kernel's loops: the grid; windows of the sums to zero; rows to gather; for gate and up,
     windows to zero, products and windows to write; for down, windows to zero, products and rows to add."""
-    into, out_of = (choose_stage(_weight(*size, int4), jnp.bfloat16, n) for size, n in (((K, N), 2), ((N, K), 1)))
+    stage = STAGES[Int4 if int4 else Dense]
+    into, out_of = (stage.choose(_weight(*size, int4), jnp.bfloat16, n) for size, n in (((K, N), 2), ((N, K), 1)))
     steps = EXPERTS * N // into.tile, EXPERTS * K // out_of.tile
     into_loops, out_loops = _products(into, steps[0], rows), _products(out_of, steps[1], rows)
     return (

@@ -28,8 +28,7 @@ def transformers_logits(folder: Path, values: dict[str, Any]) -> Any:
     import transformers
 
     (folder / "config.json").write_text(json.dumps(values))
-    kinds = {"kimi_k25": "Kimi_K25ForConditionalGeneration", "kimi_linear": "KimiLinearForCausalLM"}
-    model_class = getattr(transformers, kinds.get(values["model_type"], "DeepseekV3ForCausalLM"))
+    model_class = getattr(transformers, values["architectures"][0].replace("KimiK25", "Kimi_K25"))
     model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **make.EAGER)
     assert not any(info.values()), info
     return make.runner(model.to(torch.float32).eval(), torch.float32)

@@ -1,0 +1,134 @@
+"""Models on meshes compute the logits of one device, however heads, experts, tokens and the cache are sharded. A
+decode step sends a few activations a layer between devices, and no weight, state or cache."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from whole_rows import WholeRows
+
+import kimi_jax
+from kimi_jax.model.mla import MLA
+from kimi_jax.plan.hlo import parse
+from kimi_jax.plan.traffic import collectives
+from sharding import make_mesh
+
+ATOL = 5e-5  # of logits of unit scale, five times the reference's own float32 error
+BATCH, TOKENS, CHUNK = 8, 144, 128
+# data x expert x tensor x sequence, and the messages that a layer of K2.5 may send in a decode step
+MESHES = [("1x8x1x1", 2), ("2x4x1x1", 2), ("1x2x4x1", 3), ("2x2x2x1", 3), ("1x1x1x8", 5), ("1x2x2x2", 5)]
+NAMES = ["k2.5", "kimi-linear"]
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Returns prompts that end in the first and second page of the cache, at the ends of pages and at first tokens."""
+    random = np.random.RandomState(0)
+    lengths = np.array([144, 1, 129, 33, 130, 127, 128, 5], np.int32)
+    return random.randint(0, 500, (BATCH, TOKENS)).astype(np.int32), lengths
+
+
+def prefill_and_steps(model, tokens, lengths):
+    """Returns the logits after the prompts, which take two calls, and after one more token; and the compiled step's
+    text."""
+    rows = WholeRows(model, BATCH, 300)
+    logits = rows.prefill(tokens, lengths, CHUNK)
+    program, more = rows.program, tokens[:, 0]
+    step = program.jitted.logits.lower(program.arrays, rows.cache, rows.next_batch(more)).compile().as_text()
+    return np.stack([logits, rows.step(more)]), step  # the step is compiled already
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory):
+    """Returns, for each name, a checkpoint with one of each of the golden model's kinds of layers: they are compiled in
+    half the time."""
+    folder = tmp_path_factory.mktemp("two_layers")
+    return {name: cases.two_layers(name, folder) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def single_device(two_layers, prompts):
+    """Returns a function from a name to the logits on one device; test_goldens.py compares those of the whole model
+    with the reference."""
+    found = {}
+
+    def of(name):
+        if name not in found:
+            found[name], _ = prefill_and_steps(kimi_jax.load(two_layers[name], dtype=jnp.float32), *prompts)
+        return found[name]
+
+    return of
+
+
+def check_messages(hlo, text, mesh, most):
+    """Checks that a step sends one message for the embeddings and at most `most` a layer, of activations only."""
+    messages = collectives(parse(hlo), dict(mesh.shape))
+    sent = [(message.kind, message.nbytes) for message in messages for _ in range(message.count)]
+    assert 1 + text.num_hidden_layers <= len(sent) <= 1 + most * text.num_hidden_layers, sent
+    # No message is larger than the batch's hidden vectors, except the partial softmaxes of the heads of a sequence
+    # group and, in this narrow model, the queries of a device's heads
+    rows, heads = BATCH // mesh.shape["data"], text.num_attention_heads // mesh.shape["tensor"]
+    hidden = BATCH * text.hidden_size * 4
+    queries = rows * heads // mesh.shape["sequence"] * (text.kv_lora_rank + text.qk_rope_head_dim) * 4
+    largest = {"all-to-all": rows * heads * (text.kv_lora_rank + 2) * 4, "all-gather": max(hidden, queries)}
+    for kind, size in sent:
+        assert size <= largest.get(kind, hidden), sent
+    assert [kind for kind, _ in sent].count("all-to-all") == (text.num_hidden_layers if most == 5 else 0), sent
+
+
+@pytest.mark.parametrize(("shape", "most"), MESHES)
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_and_decoding_on_a_mesh(two_layers, single_device, prompts, name, shape, most):
+    mesh = make_mesh(shape)
+    model = kimi_jax.load(two_layers[name], mesh=mesh, dtype=jnp.float32)
+    logits, step = prefill_and_steps(model, *prompts)
+    np.testing.assert_allclose(logits, single_device(name), rtol=0, atol=ATOL)
+    if name == "k2.5":
+        check_messages(step, model.config.text, mesh, most)
+    # And each device has its share: two of 16 experts, its heads' part of the attention, its words
+    attention = next(layer.self_attn for layer in model.model.layers if isinstance(layer.self_attn, MLA))
+    down = model.model.layers[1].mlp.experts.down_proj
+    of_heads = mesh.shape["tensor"] * mesh.shape["sequence"]
+    for variable, axis, parts in (
+        (down.codes if name == "k2.5" else down.weight, 0, 8),
+        (attention.o_proj.weight, 1, of_heads),
+        (attention.kv_b_proj.weight, 0, of_heads),
+        (attention.kv_a_proj_with_mqa.weight, 0, of_heads),
+        (model.lm_head.weight, 0, of_heads * mesh.shape["expert"]),
+    ):
+        assert variable[...].addressable_shards[0].data.shape[axis] == variable.shape[axis] // parts
+    cache = next(layer.pages for layer in WholeRows(model, BATCH, 300).cache.layers if hasattr(layer, "pages"))
+    assert cache.addressable_shards[0].data.nbytes * mesh.shape["data"] * mesh.shape["sequence"] == cache.nbytes
+
+
+def test_a_whole_pass_and_odd_numbers_on_a_mesh(checkpoint, model):
+    # Given three rows of 31 tokens (two divides neither number), continued by two tokens
+    name = "kimi-linear"
+    tokens = jnp.asarray(np.random.RandomState(1).randint(0, 500, (3, 31)), jnp.int32)
+    meshed = kimi_jax.load(checkpoint(name), mesh=make_mesh("2x1x2x2"), dtype=jnp.float32)
+    new = kimi_jax.generate(meshed, np.asarray(tokens), max_new_tokens=2, stop_ids=())
+    longer = jnp.concatenate([tokens, new[:, :1]], axis=1)
+    single_device = np.asarray(model(name)(longer))
+    # Then a whole pass has the logits of one device, and so has one with two rows of 32, which are sharded
+    np.testing.assert_allclose(meshed(tokens), single_device[:, :31], rtol=0, atol=ATOL)
+    np.testing.assert_allclose(meshed(longer[:2]), single_device[:2], rtol=0, atol=ATOL)
+    # And the new tokens are those of one device
+    np.testing.assert_array_equal(new, single_device[:, 30:].argmax(-1))
+
+
+def test_a_batch_that_cannot_be_sharded(checkpoint):
+    rows = WholeRows(kimi_jax.load(checkpoint("k2.5"), mesh=make_mesh("4x2"), dtype=jnp.float32), 8, 100)
+    batch = next(rows.batches(np.ones((6, 2)), np.full(6, 2)))
+    with pytest.raises(ValueError, match="a batch of 6 rows cannot be sharded over a data axis of 4"):
+        rows.program.step(rows.cache, batch)
+
+
+def test_one_device_as_a_mesh(two_layers):
+    mesh = make_mesh("1x1", devices=jax.devices()[:1])
+    plain, meshed = (kimi_jax.load(two_layers["k2.5"], mesh=on, dtype=jnp.float32) for on in (None, mesh))
+    tokens = np.random.RandomState(2).randint(0, 500, (2, 9))
+    np.testing.assert_array_equal(
+        kimi_jax.generate(meshed, tokens, max_new_tokens=2, stop_ids=()),
+        kimi_jax.generate(plain, tokens, max_new_tokens=2, stop_ids=()),
+    )

@@ -1,0 +1,54 @@
+"""A decode step compiled for TPU meshes that this machine does not have: kernels under shard_map, states updated in
+place, no weight moved."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = {
+    "kimi-k2.5": {"mla_query": 2, "mla_write": 2, "mla_decode": 2, "mla_output": 2, "mixture": 1},
+    "kimi-linear-48b": {
+        "kda_step": 1, "mla_query": 1, "mla_write": 1, "mla_decode": 1, "mla_output": 1, "mixture": 1
+    },
+}  # fmt: skip
+# Each layer has two sums, the embeddings one; low ranks and queries are gathered, and partials merged by all-to-all.
+MESHES = [
+    ("kimi-k2.5", "v5e:2x4", "data=2,tensor=4", 8, {"all-reduce": 5, "all-gather": 2}),
+    ("kimi-linear-48b", "v5e:2x4", "data=2,tensor=4", 8, {"all-reduce": 5, "all-gather": 1}),
+    # XLA gathers by sums over so many devices
+    ("kimi-k2.5", "v6e:8x8", "sequence=64", 1, {"all-reduce": 5 + 2, "ragged-all-to-all": 2, "all-to-all": 2}),
+]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed (Linux x86-64 only)"
+)
+@pytest.mark.parametrize(("preset", "slice_", "mesh", "batch", "messages"), MESHES)
+def test_a_decode_step_compiles_for_a_tpu_mesh(preset, slice_, mesh, batch, messages):
+    # Given a process of its own, without the flags of simulated devices
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
+
+    # When two layers, one dense (of Kimi Linear: a KDA layer) and one mixture, are compiled
+    script = Path(__file__).parents[2] / "support" / "tpu_decode_step.py"
+    done = subprocess.run(
+        [sys.executable, str(script), preset, slice_, mesh, str(batch)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+
+    # Then every op is its kernel, messages are few and no larger than batch x hidden x 4, and nothing is copied
+    assert found["kernels"] == KERNELS[preset]
+    assert found["collectives"] == messages
+    assert found["largest"] <= batch * 2048 * 4
+    assert found["in place"] >= found["cache"]
+    assert found["copies"] == []
