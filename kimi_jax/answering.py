@@ -81,7 +81,7 @@ def answer(
         if finish == Finish.NOT_FINITE:
             raise ValueError(f"the logits after {len(ids)} new tokens are not finite (NaN or infinity)")
         ids.append(int(column.tokens[0]))
-    reasoning, content = _split(ids, int(prompt.tokens[0, -1]), processor.tokenizer.special_tokens)
+    reasoning, content = split_reasoning(ids, int(prompt.tokens[0, -1]), processor.tokenizer.special_tokens)
     return Answer(
         content=processor.decode(content),
         reasoning=None if reasoning is None else processor.decode(reasoning),
@@ -110,14 +110,16 @@ def _folder(model: Kimi | str | Path) -> str | Path:
     return model.config.folder
 
 
-def _split(ids: list[int], before: int, special_tokens: Mapping[str, int]) -> tuple[list[int] | None, list[int]]:
+def split_reasoning(
+    ids: list[int], before: int, special_tokens: Mapping[str, int]
+) -> tuple[list[int] | None, list[int]]:
     """Returns the tokens of reasoning and of content, of an answer that follows the token `before`.
 
     Reasoning begins with `<think>`, the prompt's last token or the answer's first, and ends with `</think>` or before
     calls of tools, which Kimi K2 writes without closing its reasoning.
     """
     think, end, calls = (special_tokens.get(name) for name in ("<think>", "</think>", "<|tool_calls_section_begin|>"))
-    if ids[0] == think:
+    if ids[:1] == [think]:
         ids = ids[1:]
     elif before != think:
         return None, ids

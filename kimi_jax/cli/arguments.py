@@ -27,6 +27,14 @@ def whole(low: int, high: int = INT32_MAX) -> Callable[[str], int]:
     return parse
 
 
+def part(text: str) -> tuple[int, int]:
+    """Parses "I/N", number I of N parts, counted from 0."""
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if found and int(found[1]) < int(found[2]):
+        return int(found[1]), int(found[2])
+    raise _refused(text, "I/N with I from 0 to N - 1, like 0/4")
+
+
 def number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
     """Returns the parser of a number from `low` (with `above`, of a number above `low`) to `high`."""
 

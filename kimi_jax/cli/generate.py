@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from kimi_jax import json_reader
-from kimi_jax.cli.arguments import SEED_MAX, host_and_port, local, number, place, whole
+from kimi_jax.cli.arguments import SEED_MAX, host_and_port, local, number, part, place, whole
 from kimi_jax.cli.terminal import for_stdout
 
 NAME = "generate"
@@ -19,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=place, help="a checkpoint's folder, converted or published")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="what to say to the model")
+    what.add_argument(
+        "--prompts",
+        type=local,
+        metavar="FILE",
+        help="JSON lines, each with a prompt or messages and perhaps an id, max_new_tokens, temperature, ...; all are "
+        "answered, many at once, a line of JSON for each as it finishes",
+    )
     what.add_argument(
         "--chat", type=local, metavar="FILE", help="JSON: a list of messages, or {messages, tools}, in OpenAI's schema"
     )
@@ -84,10 +91,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="dtype of weights and activations (default: as stored)"
     )
+    many = parser.add_argument_group("with --prompts")
+    many.add_argument(
+        "--out",
+        type=local,
+        metavar="FILE",
+        help="write the results here; those that are in it already are kept, and their prompts left out",
+    )
+    many.add_argument("--in-order", action="store_true", help="write results in the order of the prompts")
+    many.add_argument("--slots", type=whole(1), default=16, metavar="N", help="prompts at one time (default 16)")
+    many.add_argument(
+        "--cache-memory", metavar="SIZE", help="memory of each device for the cache, like 8GiB (default: what is left)"
+    )
+    many.add_argument(
+        "--part", type=part, default=(0, 1), metavar="I/N", help="answer every Nth line, beginning with number I from 0"
+    )
     parser.add_argument("--verify", action="store_true", help="hold a converted checkpoint against its checksums first")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.prompts is not None:
+        return _answer_file(arguments)
     who = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if not arguments.distributed:
         if who != (None, None, None):
@@ -103,8 +127,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     """Generates; prints only where `aloud`."""
-    import jax
-
     import checkpoints
     from kimi_jax.answering import checked_max_new_tokens
     from kimi_jax.cli.console import console
@@ -112,7 +134,6 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     from kimi_jax.runtime.batch import Finish
     from kimi_jax.runtime.generate import stream
     from kimi_jax.text import StreamDecoder
-    from sharding import default_shape, make_mesh
 
     log = console(stderr=True, quiet=not aloud)
     conversation = _conversation(arguments)
@@ -121,10 +142,7 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     prompt = processor(thinking=arguments.thinking, **conversation)
     max_new_tokens = checked_max_new_tokens(processor.config, prompt, arguments.max_new_tokens)
     sampling = _sampling(arguments)
-    shape = arguments.mesh
-    if shape == "auto":
-        shape = default_shape(len(jax.devices()), processor.config.text.num_attention_heads)
-    mesh = None if shape is None else make_mesh(shape)
+    mesh = _mesh(arguments, processor)
     model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
     log.print(f"loaded in {time.perf_counter() - began:.1f} s; the prompt has {prompt.tokens.shape[1]} tokens")
     text = StreamDecoder(processor.tokenizer)
@@ -146,6 +164,72 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
         print(for_stdout(text.finish()))
     rate = f", then {(len(times) - 3) / (times[-1] - times[2]):.1f} tokens per second" if len(times) > 3 else ""
     log.print(f"{len(times) - 1} tokens; the first after {times[1] - times[0]:.1f} s, compilation included{rate}")
+
+
+def _answer_file(arguments: argparse.Namespace) -> None:
+    """Answers a file of prompts."""
+    import asyncio
+    import contextlib
+    import sys
+
+    import checkpoints
+    from kimi_jax import offline
+    from kimi_jax.cli.console import console
+    from kimi_jax.engine import Engine
+    from kimi_jax.processor import Processor
+
+    if arguments.distributed or arguments.image or arguments.video:
+        raise ValueError("--prompts goes without --distributed, --image and --video")
+    log = console(stderr=True)
+    processor = Processor.from_folder(arguments.path)
+    defaults = offline.Defaults(
+        _sampling(arguments), arguments.max_new_tokens, arguments.seed, arguments.thinking, arguments.prompts.parent
+    )
+    model = checkpoints.load(
+        arguments.path, mesh=_mesh(arguments, processor), dtype=arguments.dtype, verify=arguments.verify
+    )
+    done: set[str] = set()
+    counts = {"answered": 0, "failed": 0, "tokens": 0}
+
+    async def write(engine: Any, out: Any) -> None:
+        lines, began = offline.read_lines(arguments.prompts, done, arguments.part), time.perf_counter()
+        async for result in offline.answer_lines(engine, processor, lines, defaults, in_order=arguments.in_order):
+            out.write(offline.result_line(result))
+            out.flush()
+            counts["failed" if "error" in result else "answered"] += 1
+            counts["tokens"] += result.get("usage", {}).get("completion_tokens", 0)
+        rate = counts["tokens"] / (time.perf_counter() - began)
+        left_out = f", {len(done)} were there already" if done else ""
+        log.print(f"{counts['answered']} answered, {counts['failed']} refused{left_out}; {rate:.1f} tokens per second")
+
+    with contextlib.ExitStack() as stack:
+        out = sys.stdout
+        if arguments.out is not None:
+            done, out = offline.open_results(arguments.out)
+            stack.enter_context(out)
+        engine = stack.enter_context(
+            Engine(
+                model,
+                slots=arguments.slots,
+                cache_memory=arguments.cache_memory,
+                progress=lambda name: log.print(f"compiling: {name}"),
+            )
+        )
+        asyncio.run(write(engine, out))
+    if counts["failed"]:
+        raise ValueError(f"{counts['failed']} prompts were refused; their results say why")
+
+
+def _mesh(arguments: argparse.Namespace, processor: Any) -> Any:
+    """Returns the mesh of `--mesh`, None where there is none."""
+    import jax
+
+    from sharding import default_shape, make_mesh
+
+    shape = arguments.mesh
+    if shape == "auto":
+        shape = default_shape(len(jax.devices()), processor.config.text.num_attention_heads)
+    return None if shape is None else make_mesh(shape)
 
 
 def _sampling(arguments: argparse.Namespace) -> Any:

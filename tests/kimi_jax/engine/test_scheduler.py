@@ -46,7 +46,7 @@ class Run:
         return step
 
     def check(self):
-        """Asserts that every page is free or owned as often as it counts users; every slot is free or of one sequence."""
+        """Asserts that a page is free or owned as often as it counts users, and a slot free or of one sequence."""
         for number, shard in enumerate(self.scheduler.shards):
             owned = Counter(every_page(shard.running))
             users = {(number, page.part, page.number): page.users for s in shard.running for page in s.pages}
