@@ -7,7 +7,6 @@ what cannot be served is refused in words when it is submitted, and a row whose 
 import asyncio
 import collections
 import dataclasses
-import hashlib
 import itertools
 import queue
 import threading
@@ -17,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from kimi_jax.engine.pages import PagePool, Placeholders
+from kimi_jax.engine.job import Job, make_job, placeholders, prompt_ids
+from kimi_jax.engine.pages import PagePool
 from kimi_jax.engine.requests import Event, FinishReason, QueueFullError, Request, Result, Times, Usage
-from kimi_jax.engine.runner import PACKED, STOP_IDS, Dispatched, MediaTokens, Runner
-from kimi_jax.engine.scheduler import Scheduler, Shard, message_ends
+from kimi_jax.engine.runner import PACKED, Dispatched, MediaTokens, Runner
+from kimi_jax.engine.scheduler import Scheduler, Shard
 from kimi_jax.engine.sequence import Sequence, Status, Step
-from kimi_jax.engine.sizes import Sizes, pool_sizes
+from kimi_jax.engine.sizes import pool_sizes
 from kimi_jax.engine.snapshots import SnapshotPool
 from kimi_jax.model.kimi import Kimi
-from kimi_jax.model.splice import Media, media_index, tokens_per_item
-from kimi_jax.model.token_ids import integers, token_ids
+from kimi_jax.model.splice import Media, media_index
 from kimi_jax.runtime.batch import Finish
-from kimi_jax.runtime.sampling import checked_seeds
+from kimi_jax.text import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,26 +43,6 @@ class Stats:
     running: int
 
 
-@dataclasses.dataclass(eq=False)
-class _Job:
-    """A request in the engine, and where its events go."""
-
-    request: Request
-    sequence: Sequence
-    stop_ids: tuple[int, ...]
-    media: Media | None
-    index: np.ndarray | None
-    deliver: Callable[[Event], Any]
-    submitted: float
-    first_token: float | None = None
-    generated: int = 0
-    cancelled: str | None = None
-
-    @property
-    def deadline(self) -> float:
-        return float("inf") if self.request.timeout is None else self.submitted + self.request.timeout
-
-
 class Engine:
     """Serves many requests at once from one copy of a model.
 
@@ -73,6 +52,7 @@ class Engine:
     prefill_chunk: the most tokens of a prompt that are taken in beside a decode step: less makes other answers
         smoother, more makes prompts faster.
     max_length: the longest prompt with its answer; None is the model's longest, or what the cache holds if it is less.
+    tokenizer: makes text of tokens, for requests with stop strings.
     max_waiting: requests that wait at most; more are refused with `QueueFullError`.
     progress: is given the name of each program before it is compiled.
 
@@ -87,12 +67,13 @@ class Engine:
         cache_memory: int | str | None = None,
         prefill_chunk: int = 512,
         max_length: int | None = None,
+        tokenizer: Tokenizer | None = None,
         max_waiting: int = 1024,
         progress: Callable[[str], Any] | None = None,
     ):
         self.model, self.config = model, model.config
-        self.sizes: Sizes = pool_sizes(model, slots, cache_memory, prefill_chunk, max_length)
-        sizes, self.max_waiting = self.sizes, max_waiting
+        self.sizes = pool_sizes(model, slots, cache_memory, prefill_chunk, max_length)
+        sizes, self.max_waiting, self.tokenizer = self.sizes, max_waiting, tokenizer
         self.runner = Runner(
             model,
             slots=slots,
@@ -116,8 +97,8 @@ class Engine:
             if progress is not None:
                 progress(name)
         self._numbers = itertools.count()
-        self._jobs: dict[Sequence, _Job] = {}
-        self._inbox: collections.deque[_Job] = collections.deque()
+        self._jobs: dict[Sequence, Job] = {}
+        self._inbox: collections.deque[Job] = collections.deque()
         self._lock = threading.Condition()
         self._closed = False
         self._failure: BaseException | None = None
@@ -170,9 +151,9 @@ class Engine:
 
     def prefix_ready(self, tokens: Any, media: Media | None = None) -> bool:
         """Returns whether the full pages of `tokens` (128 each, at least one) need not be computed again."""
-        ids = self._ids(tokens)
+        ids = prompt_ids(tokens, self.config)
         index = media_index(ids[None], media, self.config)
-        sequence = Sequence(ids.tolist(), len(ids), -1, media=self._placeholders(media, index))
+        sequence = Sequence(ids.tolist(), len(ids), -1, media=placeholders(media, index, self.config))
         with self._lock:
             return self.scheduler.has_prefix(sequence)
 
@@ -189,15 +170,9 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ids(self, tokens: Any) -> np.ndarray:
-        ids = np.asarray(tokens)
-        ids = token_ids(ids[None] if ids.ndim == 1 else ids, self.config.text.vocab_size)
-        if ids.shape[0] != 1 or not ids.size:
-            raise ValueError(f"tokens have shape {ids.shape}, expected one prompt of at least one token")
-        return ids[0]
-
-    def _enqueue(self, request: Request, deliver: Callable[[Event], Any]) -> _Job:
-        job = self._checked(request, deliver)
+    def _enqueue(self, request: Request, deliver: Callable[[Event], Any]) -> Job:
+        limits = self.sizes.max_length
+        job = make_job(request, self.config, limits, self.tokenizer, next(self._numbers), deliver)
         with self._lock:
             if self._failure is not None:
                 raise RuntimeError(f"the engine has failed: {self._failure}") from self._failure
@@ -209,56 +184,10 @@ class Engine:
             self._lock.notify()
         return job
 
-    def _checked(self, request: Request, deliver: Callable[[Event], Any]) -> _Job:
-        """Raises ValueError for a request that cannot be served; the job of any other."""
-        ids, vocab = self._ids(request.tokens), self.config.text.vocab_size
-        if isinstance(request.max_new_tokens, bool) or not isinstance(request.max_new_tokens, int | np.integer):
-            raise ValueError(f"max_new_tokens is {request.max_new_tokens!r}, expected a whole number")
-        ends = len(ids) + int(request.max_new_tokens)
-        if request.max_new_tokens < 1 or ends > self.sizes.max_length:
-            raise ValueError(
-                f"a prompt of {len(ids)} tokens and {request.max_new_tokens} new ones: expected at least 1 new token, "
-                f"and at most {self.sizes.max_length} in all"
-            )
-        (seed,) = checked_seeds(request.seed, 1)
-        stops = sorted(set(self.config.stop_ids if request.stop_ids is None else request.stop_ids))
-        if stops and not 0 <= integers("stop_ids", stops).min() <= max(stops) < vocab:
-            raise ValueError(f"stop_ids are {stops}, expected token ids from 0 to {vocab - 1}")
-        if len(stops) > STOP_IDS:
-            raise ValueError(f"{len(stops)} stop_ids, expected at most {STOP_IDS}")
-        index = media_index(ids[None], request.media, self.config)
-        boundaries = (*message_ends(ids.tolist(), frozenset(self.config.stop_ids)), *request.shared_prefixes)
-        sequence = Sequence(
-            ids.tolist(),
-            ends,
-            next(self._numbers),
-            priority=int(request.priority),
-            media=self._placeholders(request.media, index),
-            boundaries=boundaries,
-        )
-        request = dataclasses.replace(request, seed=int(seed))
-        return _Job(request, sequence, tuple(stops), request.media, index, deliver, time.monotonic())
-
-    def _placeholders(self, media: Media | None, index: np.ndarray | None) -> tuple[Placeholders, ...]:
-        """Returns where each picture's placeholders stand, with a digest of it."""
-        if media is None or index is None:
-            return ()
-        counts = tokens_per_item(media.grids, self.config)
-        starts = np.flatnonzero(index[0] >= 0)
-        patches, found, first, token = np.asarray(media.patches), [], 0, 0
-        for grid, count in zip(media.grids, counts, strict=True):
-            size = int(grid.prod())
-            content = digest(grid, patches[first : first + size])
-            at = starts[token : token + count]
-            found.append(Placeholders(int(at[0]), int(at[-1]) + 1, content))
-            first, token = first + size, token + int(count)
-        return tuple(found)
-
-    def _cancel(self, job: _Job, reason: str = "") -> None:
+    def _cancel(self, job: Job) -> None:
         with self._lock:
-            if job.cancelled is None:
-                job.cancelled = reason
-                self._lock.notify()
+            job.cancelled = True
+            self._lock.notify()
 
     def _loop(self) -> None:
         before: Dispatched | None = None
@@ -292,8 +221,8 @@ class Engine:
             self.scheduler.add(job.sequence)
         now = time.monotonic()
         for job in list(self._jobs.values()):
-            if job.cancelled is not None or now > job.deadline:
-                late = None if job.cancelled is not None else f"not finished within {job.request.timeout} s"
+            if job.cancelled or now > job.deadline:
+                late = None if job.cancelled else f"not finished within {job.request.timeout} s"
                 self.scheduler.finish(job.sequence)
                 self._end(job, "cancelled", late)
         step = self.scheduler.plan()
@@ -307,12 +236,12 @@ class Engine:
                 step = step.without(sequence)
         return step
 
-    def _admit(self, job: _Job) -> None:
+    def _admit(self, job: Job) -> None:
         sequence, request = job.sequence, job.request
         self.runner.admit(sequence, request.sampling, request.seed, job.stop_ids)
-        if job.media is not None and job.index is not None and sequence.number not in self.runner.media:
-            embeddings = self.model.encode_media_padded(job.media)
-            index = np.pad(job.index[0], (0, len(sequence.tokens) - job.index.shape[1]), constant_values=-1)
+        if request.media is not None and job.index is not None and sequence.number not in self.runner.media:
+            embeddings = self.model.encode_media_padded(request.media)
+            index = np.pad(job.index, (0, len(sequence.tokens) - len(job.index)), constant_values=-1)
             self.runner.encode(sequence, MediaTokens(embeddings, index))
 
     def _read(self, dispatched: Dispatched) -> None:
@@ -326,35 +255,38 @@ class Engine:
                     self.scheduler.read(sequence, token)
                     job.generated += 1
                     job.first_token = job.first_token or time.monotonic()
-                if finish == Finish.NOT_YET:
-                    self._deliver(job, Event((token,)))
+                tokens = job.take(token) if finish in (Finish.NOT_YET, Finish.LENGTH) else ()
+                stopped = job.stop_strings is not None and job.stop_strings.stopped
+                if finish == Finish.NOT_YET and not stopped:
+                    if tokens:
+                        self._deliver(job, Event(tokens))
                     continue
                 self.scheduler.finish(sequence, sound=finish != Finish.NOT_FINITE)
                 if finish == Finish.NOT_FINITE:
                     self._end(job, "error", f"the logits after {job.generated} new tokens are not finite")
-                elif finish == Finish.STOP:
-                    self._end(job, "stop")
                 else:
-                    self._end(job, "length", tokens=(token,))
+                    self._end(job, "stop" if stopped or finish == Finish.STOP else "length", tokens=tokens)
 
-    def _end(self, job: _Job, reason: FinishReason, error: str | None = None, tokens: tuple[int, ...] = ()) -> None:
+    def _end(self, job: Job, reason: FinishReason, error: str | None = None, tokens: tuple[int, ...] = ()) -> None:
         self._jobs.pop(job.sequence, None)
         self.runner.media.pop(job.sequence.number, None)
+        if job.stop_strings is not None and not job.stop_strings.stopped:
+            tokens += job.stop_strings.rest()
         usage = Usage(job.sequence.prompt, job.generated, job.sequence.cached or 0)
         times = Times(job.submitted, job.first_token, time.monotonic())
         self._deliver(job, Event(tokens, reason, usage, times, error))
 
-    def _deliver(self, job: _Job, event: Event) -> None:
+    def _deliver(self, job: Job, event: Event) -> None:
         try:
             job.deliver(event)
         except RuntimeError:  # its event loop is closed: nobody reads any more
-            job.cancelled = job.cancelled or ""
+            job.cancelled = True
 
 
 class Stream:
     """The events of one request: an async iterator, which ends after the event with a finish reason."""
 
-    def __init__(self, engine: Engine, job: _Job, events: asyncio.Queue[Event]):
+    def __init__(self, engine: Engine, job: Job, events: asyncio.Queue[Event]):
         self._engine, self._job, self._events, self._ended = engine, job, events, False
 
     def __aiter__(self) -> "Stream":
@@ -377,10 +309,3 @@ class Stream:
 
     def __del__(self) -> None:
         self._close()
-
-
-def digest(grid: np.ndarray, patches: np.ndarray) -> bytes:
-    """Returns a digest of one picture's content, 16 bytes."""
-    content = hashlib.blake2b(np.asarray(grid, np.int32).tobytes(), digest_size=16)
-    content.update(np.ascontiguousarray(patches).tobytes())
-    return content.digest()

@@ -19,6 +19,8 @@ class Request:
     max_new_tokens: the most tokens that are generated, a stop id included.
     sampling, seed: how tokens are chosen; the same prompt, seed and sampling give the same tokens whatever else runs.
     stop_ids: token ids that end the answer; None is the model's own, () never stops.
+    stop_strings: texts that end the answer, which then has the tokens before the first of them; the engine needs a
+        tokenizer for it.
     media: belongs to the placeholders in `tokens`.
     priority: requests with a larger one go first; a waiting request's rises as it ages.
     shared_prefixes: lengths of beginnings of `tokens` that other requests share, such as a system prompt with its
@@ -31,6 +33,7 @@ class Request:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
     stop_ids: Iterable[int] | None = None
+    stop_strings: tuple[str, ...] = ()
     media: Media | None = None
     priority: int = 0
     shared_prefixes: tuple[int, ...] = ()

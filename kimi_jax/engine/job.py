@@ -1,0 +1,137 @@
+"""Checks a request, and makes of it what the engine works on. Everything that a request can do wrong is found here,
+before it is beside others."""
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kimi_jax.config import KimiConfig
+from kimi_jax.engine.pages import Placeholders
+from kimi_jax.engine.requests import Event, Request
+from kimi_jax.engine.runner import STOP_IDS
+from kimi_jax.engine.scheduler import message_ends
+from kimi_jax.engine.sequence import Sequence
+from kimi_jax.engine.stop_strings import StopStrings, check_stop_strings
+from kimi_jax.model.splice import Media, media_index, tokens_per_item
+from kimi_jax.model.token_ids import integers, token_ids
+from kimi_jax.runtime.sampling import Sampling, checked_seeds
+from kimi_jax.text import StreamDecoder, Tokenizer
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A request in the engine: its sequence for the scheduler, and where its events go.
+
+    `index` says which media token each token of the prompt takes, -1 for none. `cancelled` is set once nobody waits
+    for the answer any more.
+    """
+
+    request: Request
+    sequence: Sequence
+    stop_ids: tuple[int, ...]
+    index: np.ndarray | None
+    deliver: Callable[[Event], Any]
+    submitted: float
+    stop_strings: StopStrings | None
+    first_token: float | None = None
+    generated: int = 0
+    cancelled: bool = False
+
+    @property
+    def deadline(self) -> float:
+        return math.inf if self.request.timeout is None else self.submitted + self.request.timeout
+
+    def take(self, token: int) -> tuple[int, ...]:
+        """Takes a new token, and returns those that are part of the answer by now."""
+        return (token,) if self.stop_strings is None else self.stop_strings.push(token)
+
+
+def make_job(
+    request: Request,
+    config: KimiConfig,
+    max_length: int,
+    tokenizer: Tokenizer | None,
+    number: int,
+    deliver: Callable[[Event], Any],
+) -> Job:
+    """Returns the job of a request.
+
+    Raises ValueError, naming the field, what was found and what was expected, for one that cannot be served.
+    """
+    ids, vocab = prompt_ids(request.tokens, config), config.text.vocab_size
+    new = _whole("max_new_tokens", request.max_new_tokens)
+    if new < 1 or len(ids) + new > max_length:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens and {new} new ones: expected at least 1 new token, and at most "
+            f"{max_length} in all"
+        )
+    (seed,) = checked_seeds(request.seed, 1)
+    stops = sorted(set(config.stop_ids if request.stop_ids is None else request.stop_ids))
+    if stops and not 0 <= integers("stop_ids", stops).min() <= max(stops) < vocab:
+        raise ValueError(f"stop_ids are {stops}, expected token ids from 0 to {vocab - 1}")
+    if len(stops) > STOP_IDS:
+        raise ValueError(f"{len(stops)} stop_ids, expected at most {STOP_IDS}")
+    strings = check_stop_strings(request.stop_strings)
+    if strings and tokenizer is None:
+        raise ValueError("stop_strings need an engine with a tokenizer")
+    if not isinstance(request.sampling, Sampling):
+        raise ValueError(f"sampling is {type(request.sampling).__name__}, expected Sampling")
+    timeout = request.timeout
+    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+        raise ValueError(f"timeout is {timeout!r}, expected seconds above 0, or None")
+    index = media_index(ids[None], request.media, config)
+    shared = tuple(_whole("shared_prefixes", length) for length in request.shared_prefixes)
+    sequence = Sequence(
+        ids.tolist(),
+        len(ids) + new,
+        number,
+        priority=_whole("priority", request.priority),
+        media=placeholders(request.media, index, config),
+        boundaries=(*message_ends(ids.tolist(), frozenset(config.stop_ids)), *shared),
+    )
+    return Job(
+        dataclasses.replace(request, seed=int(seed)),
+        sequence,
+        tuple(map(int, stops)),
+        None if index is None else index[0],
+        deliver,
+        time.monotonic(),
+        StopStrings(strings, StreamDecoder(tokenizer)) if strings and tokenizer is not None else None,
+    )
+
+
+def prompt_ids(tokens: Any, config: KimiConfig) -> np.ndarray:
+    """Returns a prompt's ids, int32 [t]. Raises ValueError for anything but one prompt of ids of the vocabulary."""
+    ids = np.asarray(tokens)
+    ids = token_ids(ids[None] if ids.ndim == 1 else ids, config.text.vocab_size)
+    if ids.shape[0] != 1 or not ids.size:
+        raise ValueError(f"tokens have shape {ids.shape}, expected one prompt of at least one token")
+    return ids[0]
+
+
+def placeholders(media: Media | None, index: np.ndarray | None, config: KimiConfig) -> tuple[Placeholders, ...]:
+    """Returns where the placeholders of each picture or video chunk stand, with a digest of its grid and patches."""
+    if media is None or index is None:
+        return ()
+    counts = tokens_per_item(media.grids, config)
+    where, patches = np.flatnonzero(index[0] >= 0), np.asarray(media.patches)
+    found, patch, token = [], 0, 0
+    for grid, count in zip(media.grids, counts, strict=True):
+        size = int(grid.prod())
+        content = hashlib.blake2b(np.asarray(grid, np.int32).tobytes(), digest_size=16)
+        content.update(np.ascontiguousarray(patches[patch : patch + size]).tobytes())
+        here = where[token : token + count]
+        found.append(Placeholders(int(here[0]), int(here[-1]) + 1, content.digest()))
+        patch, token = patch + size, token + int(count)
+    return tuple(found)
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} is {value!r}, expected a whole number")
+    return int(value)
