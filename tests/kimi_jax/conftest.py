@@ -20,3 +20,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
 def model(checkpoint):
     """Returns a function from a golden's name to its model in float32, on one device."""
     return functools.cache(lambda name: kimi_jax.load(checkpoint(name), dtype=jnp.float32))
+
+
+@pytest.fixture(scope="session")
+def two_layer_model(tmp_path_factory: pytest.TempPathFactory):
+    """Returns a function from a golden's name to a model with one of each of its kinds of layers, in float32."""
+    folder = tmp_path_factory.mktemp("two_layer_models")
+    return functools.cache(lambda name: kimi_jax.load(cases.two_layers(name, folder), dtype=jnp.float32))

@@ -19,13 +19,13 @@ NEW = 12
 
 
 @pytest.fixture(scope="module")
-def engine(model):
+def engine(two_layer_model):
     """Maps a name to an engine of three slots, too few for all requests at once."""
     made = {}
 
     def of(name):
         if name not in made:
-            made[name] = Engine(model(name), slots=3, cache_memory="8MiB", prefill_chunk=PAGE)
+            made[name] = Engine(two_layer_model(name), slots=3, cache_memory="8MiB", prefill_chunk=64)
         return made[name]
 
     yield of
@@ -34,7 +34,7 @@ def engine(model):
 
 
 @pytest.fixture(scope="module")
-def expected(model):
+def expected(two_layer_model):
     """Maps a name to the answers of `generate` to PROMPTS."""
     known = {}
 
@@ -43,7 +43,8 @@ def expected(model):
             tokens = np.zeros((len(PROMPTS), max(LENGTHS)), np.int32)
             for row, prompt in enumerate(PROMPTS):
                 tokens[row, : len(prompt)] = prompt
-            known[name] = kimi_jax.generate(model(name), tokens, NEW, lengths=np.array(LENGTHS), stop_ids=()).tolist()
+            model, lengths = two_layer_model(name), np.array(LENGTHS)
+            known[name] = kimi_jax.generate(model, tokens, NEW, lengths=lengths, stop_ids=()).tolist()
         return known[name]
 
     return of
@@ -97,8 +98,9 @@ def test_a_prefix_in_the_cache_changes_no_token(engine, expected, name):
     assert drawn[0] == drawn[1] != again.tokens
 
 
-def test_pictures_of_one_size_are_no_prefix_of_each_other(engine, model):
-    one, config = engine("k2.5"), model("k2.5").config
+def test_pictures_of_one_size_are_no_prefix_of_each_other(engine):
+    one = engine("k2.5")
+    config = one.config
     grid = np.array([[1, 4, 4]], np.int32)
     count = 16 // int(np.prod(config.vision.merge_kernel_size))
     before, after = np.full(120, 3), np.full(60, 4)
@@ -110,8 +112,9 @@ def test_pictures_of_one_size_are_no_prefix_of_each_other(engine, model):
     assert [answer.usage.cached_tokens for answer in answers] == [0, 0, PAGE, PAGE]
 
 
-def test_a_row_that_is_not_finite_ends_alone(engine, expected, model):
-    one, config, grid = engine("k2.5"), model("k2.5").config, np.array([[1, 4, 4]], np.int32)
+def test_a_row_that_is_not_finite_ends_alone(engine, expected):
+    one, grid = engine("k2.5"), np.array([[1, 4, 4]], np.int32)
+    config = one.config
     count = 16 // int(np.prod(config.vision.merge_kernel_size))
     tokens = np.full(count, config.media_placeholder_token_id, np.int32)
     nan = kimi_jax.Media(np.full((16, 3, 14, 14), np.nan, np.float32), grid)
@@ -132,6 +135,17 @@ def test_stop_ids_end_an_answer_without_being_part_of_it(engine, expected):
     assert result.usage.completion_tokens == len(result.tokens) + 1
 
 
+def test_a_stop_string_ends_an_answer_before_it(engine, expected, tiny_tokenizer_dir, monkeypatch):
+    one, tokenizer = engine("k2.5"), kimi_jax.Tokenizer.from_folder(tiny_tokenizer_dir)
+    monkeypatch.setattr(one, "tokenizer", tokenizer)
+    answer = expected("k2.5")[2]
+    texts = [tokenizer.decode([token]) for token in answer]
+    place = next(i for i in range(3, NEW) if len(texts[i]) > 1 and texts[i] not in "".join(texts[:i]))
+    result = one.answer(ask(PROMPTS[2], stop_strings=(texts[place],)))
+    assert result.tokens == answer[:place] and result.finish_reason == "stop"
+    assert one.answer(ask(PROMPTS[2], stop_strings=("\0" * 3,))).tokens == answer
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -144,6 +158,10 @@ def test_stop_ids_end_an_answer_without_being_part_of_it(engine, expected):
         (Request([1], seed=2**64), "seeds|integers"),
         (Request([1], stop_ids=(-3,)), "stop_ids"),
         (Request([1], stop_ids=range(40)), "at most 16"),
+        (Request([1], stop_strings=("x",)), "with a tokenizer"),
+        (Request([1], stop_strings=("x" * 10_000,)), "10,000 characters"),
+        (Request([1], priority=None), "priority is None"),
+        (Request([1], timeout=-1), "timeout is -1"),
         (Request([1], media=kimi_jax.Media(np.zeros((4, 3, 14, 14), np.float32), np.array([[1, 2, 2]]))), "placehold"),
     ],
 )
@@ -174,12 +192,12 @@ def test_a_dropped_stream_a_timeout_and_a_full_queue(engine):
     assert one.stats().running == 0
 
 
-def test_a_closed_or_failed_engine_tells_everyone(model):
+def test_a_closed_or_failed_engine_tells_everyone(two_layer_model):
     def waits(engine, results):
         results.append(engine.answer(ask(PROMPTS[0], max_new_tokens=5000)))
 
     for failure in (False, True):
-        one = Engine(model("k2.5"), slots=3, cache_memory="8MiB", prefill_chunk=PAGE)
+        one = Engine(two_layer_model("k2.5"), slots=3, cache_memory="8MiB", prefill_chunk=64)
         results = []
         thread = threading.Thread(target=waits, args=(one, results))
         if failure:
