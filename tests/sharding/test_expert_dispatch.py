@@ -12,7 +12,6 @@ from ragged_messages import ragged_all_to_all
 
 from checkpoints.toy import toy_config
 from kimi_jax.config_json import from_dict
-from kimi_jax.model import moe as moe_module
 from kimi_jax.model.block import mix_experts
 from kimi_jax.model.moe import MoE
 from kimi_jax.model.param import Init, weight_specs
@@ -88,8 +87,6 @@ def test_each_token_gets_the_sum_over_its_experts(monkeypatch, shape, rows, toke
         monkeypatch.setattr(expert_dispatch, "combine_in_rounds", expert_dispatch.combine_ragged)
         monkeypatch.setattr(expert_dispatch, "LANES", HIDDEN // expert_dispatch.SUBLANES)
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
-        if tokens > 1:  # by dispatching tokens
-            monkeypatch.setattr(moe_module, "fits", lambda *_: False)
     moe = layer(choice)
     x = jnp.asarray(np.random.RandomState(0).standard_normal((rows, tokens, HIDDEN)), jnp.float32)
     expected = np.asarray(mix_experts(moe, x, StreamLayout()))
