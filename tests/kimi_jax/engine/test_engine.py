@@ -160,8 +160,8 @@ def test_a_stop_string_ends_an_answer_before_it(engine, expected, tiny_tokenizer
         (Request([1], stop_ids=range(40)), "at most 16"),
         (Request([1], stop_strings=("x",)), "with a tokenizer"),
         (Request([1], stop_strings=("x" * 10_000,)), "10,000 characters"),
-        (Request([1], priority=None), "priority is None"),
-        (Request([1], timeout=-1), "timeout is -1"),
+        (Request([1], priority=True), "priority is True"),
+        (Request([1], timeout=-1.0), "timeout is -1"),
         (Request([1], media=kimi_jax.Media(np.zeros((4, 3, 14, 14), np.float32), np.array([[1, 2, 2]]))), "placehold"),
     ],
 )
