@@ -132,7 +132,9 @@ def _request(processor: Processor, fields: dict[str, Any], defaults: Defaults) -
     messages = fields["prompt"] if "prompt" in fields else fields["messages"]
     thinking = fields.get("thinking", defaults.thinking)
     prompt = processor(messages, fields.get("tools"), thinking, files=defaults.files)
-    values = {name: fields[name] if name == "top_k" else float(fields[name]) for name in _SAMPLING if name in fields}
+    values: dict[str, Any] = {
+        name: fields[name] if name == "top_k" else float(fields[name]) for name in _SAMPLING if name in fields
+    }
     return Request(
         prompt.tokens[0],
         max_new_tokens=checked_max_new_tokens(
