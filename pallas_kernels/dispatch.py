@@ -13,6 +13,11 @@ from typing import Any
 import jax
 
 
+# Within `with without_kernels(True)` ops are traced in plain JAX alone. Traces of a program's structure are then made
+# several times as fast; jit keeps them apart from others.
+without_kernels = jax.make_user_context(default_value=False)
+
+
 def accept(*arrays: Any) -> str | None:
     """Refuses no call."""
     return None
@@ -75,7 +80,7 @@ def _asked_for(op: str, backend: Backend, *arrays: Any) -> Callable[..., Any]:
 
 def _by_platform(kernels: dict[str, Callable[..., Any]], elsewhere: Callable[..., Any] | None) -> Callable[..., Any]:
     """Returns the function that is a platform's entry of `kernels`, or `elsewhere` on platforms without one."""
-    if not kernels and elsewhere is not None:
+    if elsewhere is not None and (not kernels or without_kernels.value):
         return elsewhere
     return lambda *arrays: jax.lax.platform_dependent(*arrays, default=elsewhere, **kernels)
 

@@ -1,11 +1,16 @@
 """Picks a mesh for a slice by arithmetic, and says what would do where nothing fits."""
 
 import dataclasses
+import functools
+import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from kimi_jax.plan.analytic import Memory, StepBound, expected_collectives, memory, step
+from kimi_jax.plan import analytic
+from kimi_jax.plan.analytic import Memory, StepBound
 from kimi_jax.plan.job import Job, Sizes
+from kimi_jax.plan.messages import messages
+from kimi_jax.plan.traffic import Collective
 from sharding import AXES
 from sharding.topologies import Topology, topologies
 
@@ -15,12 +20,25 @@ MESSAGE_SECONDS = 2e-6
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A mesh with the memory and traffic of a step on it."""
+    """A mesh with the memory of a step on it. Its messages are traced when they are asked for."""
 
     job: Job
     memory: Memory
-    step: StepBound
-    messages: int
+
+    @functools.cached_property
+    def sent(self) -> tuple[Collective, ...]:
+        """The messages of the step."""
+        return messages(self.job)
+
+    @functools.cached_property
+    def step(self) -> StepBound:
+        """The lower bounds of the step's time."""
+        return analytic.step(self.job, self.sent)
+
+    @property
+    def messages(self) -> int:
+        """The number of messages."""
+        return sum(one.count for one in self.sent)
 
     @property
     def cost(self) -> float:
@@ -35,26 +53,41 @@ class Candidate:
 
 def candidate(job: Job) -> Candidate:
     """Computes the job's candidate. Raises ValueError where the mesh does not divide the job."""
-    sent = expected_collectives(job)
-    return Candidate(job, memory(job), step(job, sent), sum(collective.count for collective in sent))
+    return Candidate(job, analytic.memory(job))
 
 
 def candidates(job: Job) -> list[Candidate]:
-    """Lists the meshes of the slice's devices that divide the job, those that fit first, the fastest first."""
+    """Lists the meshes of the slice's devices that divide the job, in no order."""
     found = []
     for sizes in _factors(job.topology.devices, len(AXES)):
         try:
             found.append(candidate(dataclasses.replace(job, sizes=sizes)))
         except ValueError:  # it does not divide
             continue
-    return sorted(found, key=lambda one: (one.bytes_over, one.cost, one.job.sizes[::-1]))
+    return found
+
+
+def ranked(found: Iterable[Candidate]) -> Iterator[Candidate]:
+    """Yields those candidates first that fit, the fastest first.
+
+    A step takes no less than without its messages: those of a candidate are traced only once it could be the next.
+    """
+    queue = [(one.bytes_over, analytic.step(one.job, ()).lower_bound_seconds, one.job.sizes[::-1], one) for one in found]
+    heapq.heapify(queue)
+    traced = set()
+    while queue:
+        over, _, sizes, one = heapq.heappop(queue)
+        if sizes in traced:
+            yield one
+        else:
+            traced.add(sizes)
+            heapq.heappush(queue, (over, one.cost, sizes, one))
 
 
 def smallest_that_fits(job: Job) -> Topology | None:
     """Finds the smallest slice of the same chips on which the job fits in some mesh; None where it fits on none."""
     for slice_ in topologies(job.topology.chip.name):
-        best = candidates(dataclasses.replace(job, topology=slice_))
-        if best and not best[0].bytes_over:
+        if any(not one.bytes_over for one in candidates(dataclasses.replace(job, topology=slice_))):
             return slice_
     return None
 
