@@ -182,7 +182,7 @@ def _encode(model: Kimi, patches: jax.Array, where: PatchLayout, partition: Part
 def abstract(
     config: KimiConfig,
     dtype: jax.typing.DTypeLike | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     rules: Rules = SERVE,
 ) -> Kimi:
     """Makes the model's tree with shapes and dtypes for values, sharded over `mesh` by `rules` where a mesh is given.

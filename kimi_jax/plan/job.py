@@ -90,7 +90,7 @@ class Parameter:
 
 @functools.cache
 def _model(config: KimiConfig) -> Kimi:
-    return abstract(config)
+    return abstract(shortened(config))
 
 
 @functools.cache
@@ -104,16 +104,33 @@ def _local(axes: tuple[str | None, ...], shape: Sizes, sizes: Sizes) -> int:
     return partition.local_size(shape, partition.spec(axes, shape))
 
 
+def first_alike(config: KimiConfig) -> tuple[int, ...]:
+    """Returns, for every layer, the number of the first one with such a mixer and such a feed-forward layer."""
+    text = config.text
+    kinds = [(mixer, text.is_moe(number)) for number, mixer in enumerate(text.layer_kinds)]
+    return tuple(kinds.index(kind) for kind in kinds)
+
+
+def shortened(config: KimiConfig) -> KimiConfig:
+    """Returns the configuration without the layers after the first one of each kind."""
+    layers = max(first_alike(config)) + 1
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, num_hidden_layers=layers))
+
+
 @functools.cache
 def parameters(config: KimiConfig, layer: int | None = None) -> tuple[tuple[Parameter, int], ...]:
     """Lists the parameters of the model, or of one text layer: like ones once, with their number."""
-    wanted = (weight for number, weight in _parameters(config) if layer is None or number == layer)
-    return tuple(Counter(wanted).items())
+    first = first_alike(config)
+    layers = Counter([None, *first] if layer is None else [first[layer]])
+    found: Counter[Parameter] = Counter()
+    for number, weight in _parameters(config):
+        found[weight] += layers[number]
+    return tuple((weight, count) for weight, count in found.items() if count)
 
 
 @functools.cache
 def _parameters(config: KimiConfig) -> tuple[tuple[int | None, Parameter], ...]:
-    """Lists all parameters, each with its text layer's number."""
+    """Lists the parameters, of like layers those of the first, each with its text layer's number."""
     _, params = nnx.split(_model(config))
     found = []
     for path, variable in nnx.to_flat_state(params):
@@ -162,19 +179,6 @@ def pool_sizes(batch: int, context: int, partition: Partition) -> tuple[int, int
         raise ValueError(f"a batch of {batch} rows cannot be sharded over a data axis of {parts}")
     shards = partition.num_shards("row_pages")
     return batch * -(-context // (PAGE * shards)) * shards, batch
-
-
-def layers_by_kind(config: KimiConfig) -> dict[int, int]:
-    """Returns the first layer of each kind, by mixer and feed-forward layer, and how many layers are like it."""
-    text = config.text
-    kinds = [(mixer, text.is_moe(number)) for number, mixer in enumerate(text.layer_kinds)]
-    return {kinds.index(kind): count for kind, count in Counter(kinds).items()}
-
-
-def shortened(config: KimiConfig) -> KimiConfig:
-    """Returns the text model's configuration without the layers after those of `layers_by_kind`."""
-    text = dataclasses.replace(config.text, num_hidden_layers=max(layers_by_kind(config)) + 1)
-    return dataclasses.replace(config, text=text, vision=None)
 
 
 @functools.cache

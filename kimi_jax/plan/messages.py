@@ -1,8 +1,8 @@
 """Messages of a step that is not compiled, read off traces of the program that runs it.
 
 JAX traces the real program over abstract devices, with shapes for values: one layer of each kind, and the step's ends,
-which have no layers. Kernels send nothing, so that ops are traced in plain JAX, several times as fast. A compiler may
-then merge small messages, and writes some in another form.
+which have no layers. Ops send nothing, and only their shapes are traced. A compiler may then merge small messages, and
+writes some in another form.
 """
 
 import dataclasses
@@ -12,16 +12,15 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from kimi_jax.model.kimi import abstract
-from kimi_jax.plan.job import Job, bits, layers_by_kind, pool_sizes, shortened
+from kimi_jax.plan.job import Job, bits, first_alike, pool_sizes, shortened
 from kimi_jax.plan.traffic import Collective, ragged_bytes
 from kimi_jax.runtime.cache import Cache
 from kimi_jax.runtime.program import Program
-from pallas_kernels.dispatch import without_kernels
+from pallas_kernels.dispatch import shapes_only
 from sharding import AXES
 from sharding.topologies import topologies
 
@@ -63,12 +62,12 @@ def messages(job: Job, platform: str = "tpu") -> tuple[Collective, ...]:
 
 @functools.cache
 def _messages(job: Job, platform: str) -> tuple[Collective, ...]:
-    model = abstract(shortened(job.config), mesh=job.partition.mesh)
+    model = abstract(dataclasses.replace(shortened(job.config), vision=None), mesh=job.partition.mesh)
     blocks = list(model.model.layers)
 
     def found(*layers: int) -> Counter[Collective]:
         model.model.layers = nnx.List([blocks[number] for number in layers])
-        with without_kernels(True):
+        with shapes_only(True):
             jaxpr = trace(Program(model), job, layers).jaxpr
         once: Counter[Collective] = Counter()
         for message, times in _sent(jaxpr.jaxpr, job.mesh, platform):
@@ -77,7 +76,7 @@ def _messages(job: Job, platform: str) -> tuple[Collective, ...]:
 
     ends = found()
     total = Counter(ends)
-    for number, count in layers_by_kind(job.config).items():
+    for number, count in Counter(first_alike(job.config)).items():
         of_layer = found(number)
         of_layer.subtract(ends)
         total.update({message: count * times for message, times in of_layer.items()})
@@ -104,9 +103,13 @@ def _message(equation: JaxprEqn, mesh: dict[str, int]) -> Collective:
     kind, names = _KINDS[equation.primitive.name]
     among = equation.params[names]
     axes = tuple(name for name in AXES if name in ((among,) if isinstance(among, str) else among))
-    sizes = [math.prod(x.aval.shape) * bits(x.aval.dtype) // 8 for x in equation.invars]
+    sizes = [_nbytes(x.aval) for x in equation.invars]
     nbytes = ragged_bytes(sizes) if kind == "ragged-all-to-all" else sum(sizes)
     return Collective(kind, axes, math.prod(mesh[name] for name in axes), nbytes, 1)
+
+
+def _nbytes(array: Any) -> int:
+    return math.prod(array.shape) * bits(array.dtype) // 8
 
 
 def _inner(equation: JaxprEqn, platform: str) -> list[Jaxpr]:

@@ -31,8 +31,8 @@ class Alternative:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """All bytes are a device's. `why` says where the mesh comes from. `collectives` are the compiled program's, or
-    without one those that its traces have (`plan.messages`). `confirmed` says whether the compiler fits `largest_batch` too, None
-    where it was not asked."""
+    without one those of the step's traces (`plan.messages`). `confirmed` says whether the compiler fits `largest_batch`
+    too, None where it was not asked."""
 
     model: str
     job: Job

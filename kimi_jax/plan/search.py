@@ -72,7 +72,9 @@ def ranked(found: Iterable[Candidate]) -> Iterator[Candidate]:
 
     A step takes no less than without its messages: those of a candidate are traced only once it could be the next.
     """
-    queue = [(one.bytes_over, analytic.step(one.job, ()).lower_bound_seconds, one.job.sizes[::-1], one) for one in found]
+    queue = [
+        (one.bytes_over, analytic.step(one.job, ()).lower_bound_seconds, one.job.sizes[::-1], one) for one in found
+    ]
     heapq.heapify(queue)
     traced = set()
     while queue:
