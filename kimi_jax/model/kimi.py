@@ -190,8 +190,11 @@ def abstract(
     Nothing is allocated, whatever the size.
     """
     model = nnx.eval_shape(lambda: Kimi(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    if mesh is None:
-        return model
+    return model if mesh is None else placed(model, mesh, rules)
+
+
+def placed(model: Kimi, mesh: Mesh | AbstractMesh, rules: Rules = SERVE) -> Kimi:
+    """Returns the tree of shapes, sharded over `mesh` by `rules`."""
     graph, params = nnx.split(model)
     shardings = weight_shardings(params, mesh, rules)
     placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, shardings)

@@ -58,7 +58,7 @@ class Job:
     @property
     def layout(self) -> StreamLayout:
         """The layout of the residual stream in this step."""
-        return _model(self.config).stream_layout(self.partition, self.batch, self.chunk)
+        return shortened(self.config).stream_layout(self.partition, self.batch, self.chunk)
 
     @property
     def tokens(self) -> int:
@@ -89,11 +89,6 @@ class Parameter:
 
 
 @functools.cache
-def _model(config: KimiConfig) -> Kimi:
-    return abstract(shortened(config))
-
-
-@functools.cache
 def _partition(sizes: Sizes) -> Partition:
     return Partition(AbstractMesh(sizes, AXES))
 
@@ -111,10 +106,11 @@ def first_alike(config: KimiConfig) -> tuple[int, ...]:
     return tuple(kinds.index(kind) for kind in kinds)
 
 
-def shortened(config: KimiConfig) -> KimiConfig:
-    """Returns the configuration without the layers after the first one of each kind."""
+@functools.cache
+def shortened(config: KimiConfig) -> Kimi:
+    """Makes the model's tree of shapes, without the layers after the first one of each kind."""
     layers = max(first_alike(config)) + 1
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, num_hidden_layers=layers))
+    return abstract(dataclasses.replace(config, text=dataclasses.replace(config.text, num_hidden_layers=layers)))
 
 
 @functools.cache
@@ -131,7 +127,7 @@ def parameters(config: KimiConfig, layer: int | None = None) -> tuple[tuple[Para
 @functools.cache
 def _parameters(config: KimiConfig) -> tuple[tuple[int | None, Parameter], ...]:
     """Lists the parameters, of like layers those of the first, each with its text layer's number."""
-    _, params = nnx.split(_model(config))
+    _, params = nnx.split(shortened(config))
     found = []
     for path, variable in nnx.to_flat_state(params):
         if (axes := variable.get_metadata().get("axes")) is None:
@@ -184,5 +180,5 @@ def pool_sizes(batch: int, context: int, partition: Partition) -> tuple[int, int
 @functools.cache
 def _cache(config: KimiConfig, pages: int, slots: int) -> caches.Cache:
     """Returns the shapes of a layer of each kind: the others are alike."""
-    cache = jax.eval_shape(lambda: caches.empty(shortened(config), pages, slots, jnp.dtype(config.text.dtype)))
+    cache = jax.eval_shape(lambda: caches.empty(shortened(config).config, pages, slots, jnp.dtype(config.text.dtype)))
     return caches.Cache(tuple({type(layer): layer for layer in cache.layers}.values()))

@@ -15,7 +15,7 @@ from typing import Any
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from kimi_jax.model.kimi import abstract
+from kimi_jax.model.kimi import placed
 from kimi_jax.plan.job import Job, bits, first_alike, pool_sizes, shortened
 from kimi_jax.plan.traffic import Collective, ragged_bytes
 from kimi_jax.runtime.cache import Cache
@@ -62,7 +62,9 @@ def messages(job: Job, platform: str = "tpu") -> tuple[Collective, ...]:
 
 @functools.cache
 def _messages(job: Job, platform: str) -> tuple[Collective, ...]:
-    model = abstract(dataclasses.replace(shortened(job.config), vision=None), mesh=job.partition.mesh)
+    mesh = job.partition.mesh
+    assert mesh is not None
+    model = placed(shortened(dataclasses.replace(job.config, vision=None)), mesh)
     blocks = list(model.model.layers)
 
     def found(*layers: int) -> Counter[Collective]:

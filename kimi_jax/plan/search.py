@@ -11,7 +11,7 @@ from kimi_jax.plan.analytic import Memory, StepBound
 from kimi_jax.plan.job import Job, Sizes
 from kimi_jax.plan.messages import messages
 from kimi_jax.plan.traffic import Collective
-from sharding import AXES
+from sharding import AXES, SINGLE_DEVICE, StreamLayout
 from sharding.topologies import Topology, topologies
 
 # A message on a slice takes microseconds however small it is. Only the choice of a mesh counts them, no bound does.
@@ -45,6 +45,17 @@ class Candidate:
         """The number by which candidates are ranked."""
         return self.step.lower_bound_seconds + self.messages * MESSAGE_SECONDS
 
+    @functools.cached_property
+    def least_cost(self) -> float:
+        """The cost without messages."""
+        return analytic.step(self.job, ()).lower_bound_seconds
+
+    @property
+    def pattern(self) -> tuple[StreamLayout, tuple[str, ...]]:
+        """The stream's layout and the axes of several devices: they decide which messages there are, sizes aside."""
+        layout = self.job.layout
+        return dataclasses.replace(layout, partition=SINGLE_DEVICE), self.job.partition.mesh_axes
+
     @property
     def bytes_over(self) -> int:
         """The bytes that a device's memory lacks; 0 where the job fits."""
@@ -70,20 +81,24 @@ def candidates(job: Job) -> list[Candidate]:
 def ranked(found: Iterable[Candidate]) -> Iterator[Candidate]:
     """Yields those candidates first that fit, the fastest first.
 
-    A step takes no less than without its messages: those of a candidate are traced only once it could be the next.
+    Messages of a candidate are traced only once it could be the next: a step takes no less than without them, and sends
+    as many as on a mesh with the same axes of several devices, whatever their sizes.
     """
-    queue = [
-        (one.bytes_over, analytic.step(one.job, ()).lower_bound_seconds, one.job.sizes[::-1], one) for one in found
-    ]
+    queue = [(one.bytes_over, one.least_cost, one.job.sizes[::-1], one) for one in found]
     heapq.heapify(queue)
-    traced = set()
+    traced: set[Sizes] = set()
+    latency: dict[object, float] = {}
     while queue:
-        over, _, sizes, one = heapq.heappop(queue)
+        over, cost, sizes, one = heapq.heappop(queue)
         if sizes in traced:
             yield one
-        else:
+            continue
+        least = one.least_cost + latency.get(one.pattern, 0.0)
+        if least <= cost:
             traced.add(sizes)
-            heapq.heappush(queue, (over, one.cost, sizes, one))
+            least = one.cost
+            latency[one.pattern] = one.messages * MESSAGE_SECONDS
+        heapq.heappush(queue, (over, least, sizes, one))
 
 
 def smallest_that_fits(job: Job) -> Topology | None:
