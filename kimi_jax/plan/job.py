@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.context import PAGE, KDAState, MLACache
@@ -90,7 +90,7 @@ class Parameter:
 
 @functools.cache
 def _partition(sizes: Sizes) -> Partition:
-    return Partition(AbstractMesh(sizes, AXES))
+    return Partition(AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
 
 
 @functools.cache
