@@ -12,6 +12,10 @@ from typing import Any
 
 import jax
 
+# Within `with shapes_only(True)` ops return zeros of their results' shapes. The planner, which reads the program around
+# them, then traces it several times as fast; jit keeps such traces apart from others.
+shapes_only = jax.make_user_context(default_value=False)
+
 
 def accept(*arrays: Any) -> str | None:
     """Refuses no call."""
@@ -75,6 +79,8 @@ def _asked_for(op: str, backend: Backend, *arrays: Any) -> Callable[..., Any]:
 
 def _by_platform(kernels: dict[str, Callable[..., Any]], elsewhere: Callable[..., Any] | None) -> Callable[..., Any]:
     """Returns the function that is a platform's entry of `kernels`, or `elsewhere` on platforms without one."""
+    if shapes_only.value and elsewhere is not None:
+        return partial(_zeros, *_parts(elsewhere))
     if not kernels and elsewhere is not None:
         return elsewhere
     return lambda *arrays: jax.lax.platform_dependent(*arrays, default=elsewhere, **kernels)
@@ -85,10 +91,28 @@ def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     A closure, which is made anew for every call, is traced each time.
     """
-    function, options = (kernel.func, kernel.keywords) if isinstance(kernel, partial) else (kernel, {})
+    function, options = _parts(kernel)
     if getattr(function, "__closure__", None):
         return partial(kernel, interpret=False)
-    return _once(function, tuple(sorted(options.items())))
+    return _once(function, options)
+
+
+def _parts(run: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[tuple[str, Any], ...]]:
+    """Returns a function and the options that `partial` has bound to it."""
+    return (run.func, tuple(sorted(run.keywords.items()))) if isinstance(run, partial) else (run, ())
+
+
+def _zeros(run: Callable[..., Any], options: tuple[tuple[str, Any], ...], *arrays: Any) -> Any:
+    leaves, tree = jax.tree.flatten(arrays)
+    shapes = _result(run, options, tree, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
+    return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
+
+
+@cache
+def _result(
+    run: Callable[..., Any], options: tuple[tuple[str, Any], ...], tree: jax.tree_util.PyTreeDef, *leaves: Any
+) -> Any:
+    return jax.eval_shape(partial(run, **dict(options)), *jax.tree.unflatten(tree, leaves))
 
 
 @cache

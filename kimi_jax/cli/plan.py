@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-compile",
         dest="compile",
         action="store_false",
-        help="plan by arithmetic only, in seconds, without libtpu",
+        help="compile nothing: plan by arithmetic and traces, in seconds, without libtpu",
     )
     parser.add_argument("--json", action="store_true", help="print JSON: a list with one object per slice")
     parser.add_argument("--plot", type=local, metavar="FILE.png", help="draw memory and lower bounds of time")

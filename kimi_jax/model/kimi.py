@@ -182,7 +182,7 @@ def _encode(model: Kimi, patches: jax.Array, where: PatchLayout, partition: Part
 def abstract(
     config: KimiConfig,
     dtype: jax.typing.DTypeLike | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     rules: Rules = SERVE,
 ) -> Kimi:
     """Makes the model's tree with shapes and dtypes for values, sharded over `mesh` by `rules` where a mesh is given.
@@ -190,8 +190,11 @@ def abstract(
     Nothing is allocated, whatever the size.
     """
     model = nnx.eval_shape(lambda: Kimi(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    if mesh is None:
-        return model
+    return model if mesh is None else placed(model, mesh, rules)
+
+
+def placed(model: Kimi, mesh: Mesh | AbstractMesh, rules: Rules = SERVE) -> Kimi:
+    """Returns the tree of shapes, sharded over `mesh` by `rules`."""
     graph, params = nnx.split(model)
     shardings = weight_shardings(params, mesh, rules)
     placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, shardings)

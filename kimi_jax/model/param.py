@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from pallas_kernels import matmul
 from pallas_kernels.formats import Dense, Weight
@@ -76,7 +76,7 @@ def weight_specs(params: Any, partition: Partition) -> Any:
     return map_weights(lambda _, axes, shape: partition.spec(axes, shape), params)
 
 
-def weight_shardings(params: Any, mesh: Mesh, rules: Rules = SERVE) -> Any:
+def weight_shardings(params: Any, mesh: Mesh | AbstractMesh, rules: Rules = SERVE) -> Any:
     """Returns the sharding of every parameter on the devices of `mesh`: what `jax.device_put` takes."""
     partition = Partition(mesh, rules)
     return map_weights(lambda _, axes, shape: NamedSharding(mesh, partition.spec(axes, shape)), params)

@@ -5,8 +5,7 @@ a chip's links at once; nothing waits for anything else.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kimi_jax.model.context import PAGE
 from kimi_jax.plan.job import Job, Parameter, layer_cache, parameters
@@ -75,6 +74,11 @@ def memory(job: Job, temporaries: int | None = None) -> Memory:
 
     Raises ValueError where the mesh divides the job's batch, heads or widths unevenly.
     """
+    text = job.config.text
+    # A matrix of all heads may divide where the heads do not
+    job.partition.spec(("heads",), (text.num_attention_heads,))
+    if text.linear_attn is not None:
+        job.partition.spec(("kda_heads",), (text.linear_attn.num_heads,))
     of_kind = dict.fromkeys(("experts", "attention", "embeddings", "other weights", "vision"), 0)
     for weight, count in parameters(job.config):
         of_kind[weight.kind] += count * weight.local_bytes(job.sizes)
@@ -100,13 +104,13 @@ def cache_bytes(job: Job) -> int:
 def _temporaries(job: Job) -> int:
     """Estimates temporaries: the stream in float32 twice, one mixture's rows sorted by expert, the logits, the
     program."""
-    text, mesh = job.config.text, job.mesh
+    text, partition = job.config.text, job.partition
     stream = job.tokens * text.hidden_size * 8
-    share = min(1.0, 2 / math.prod(job.sizes)) if job.phase == "prefill" else 1.0
+    share = min(1.0, 2 / partition.devices) if job.phase == "prefill" else 1.0
     rows = job.tokens * text.num_experts_per_tok * share
     sorted_rows = rows * (text.hidden_size * 6 + text.moe_intermediate_size * 4)
-    words = text.vocab_size // (mesh["expert"] * mesh["tensor"] * mesh["sequence"])
-    return int(stream + sorted_rows + job.batch / mesh["data"] * words * 8) + PROGRAM_BYTES
+    words = text.vocab_size // partition.num_shards("vocab")
+    return int(stream + sorted_rows + job.batch / partition.num_shards("batch") * words * 8) + PROGRAM_BYTES
 
 
 def touched(job: Job) -> float:
@@ -147,42 +151,50 @@ def per_layer(job: Job) -> PerLayer:
 
 
 def flops(job: Job) -> float:
-    """Counts the products of weights with a device's tokens, and attention's own."""
-    text, mesh = job.config.text, job.mesh
-    row_tokens, total = job.tokens / mesh["data"], 0.0
+    """Counts the products of weights with the tokens that meet them on a device, and attention's own."""
+    text, partition, layout = job.config.text, job.partition, job.layout
+    rows = job.tokens / partition.num_devices(layout.row_axes)  # all tokens of a device's rows
+    local = rows / partition.num_devices(layout.token_axes)
+    routed = job.tokens / partition.devices if layout.dispatches else job.tokens
+    total = 0.0
     for weight, count in parameters(job.config):
         products = 2 * count * weight.local(job.sizes)
         if weight.kind == "experts":  # each expert's tokens, were they spread evenly
             total += products * job.tokens * text.num_experts_per_tok / text.n_routed_experts
         elif "lm_head" in weight.path:
-            total += products * job.batch / mesh["data"]
+            total += products * job.batch / partition.num_devices(layout.row_axes)
+        elif ".mlp.gate." in weight.path:
+            total += products * routed
+        elif ".shared_experts." in weight.path:
+            # where tokens travel to experts, as sharded as a dense layer's, for a device's rows
+            reach = partition.num_shards("shared_mlp") / partition.num_shards("mlp") * rows
+            total += products * (reach if layout.dispatches else job.tokens)
         elif weight.kind in ("attention", "other weights"):
-            of_all_rows = ".shared_experts." in weight.path or ".mlp.gate." in weight.path
-            total += products * (job.tokens if of_all_rows else row_tokens)
+            total += products * (local if "kda_heads" in weight.axes else rows)
     kinds = text.layer_kinds
-    return total + kinds.count("mla") * _mla_flops(job) + kinds.count("kda") * _kda_flops(job)
+    return total + kinds.count("mla") * _mla_flops(job) + kinds.count("kda") * _kda_flops(job, local)
 
 
 def _mla_flops(job: Job) -> float:
     """Counts scores and their products with values: absorbed for one token, over every head's keys and values for
     more."""
-    text, mesh = job.config.text, job.mesh
-    heads = text.num_attention_heads / (mesh["tensor"] * mesh["sequence"])
-    pairs = job.batch / mesh["data"] * job.chunk * (job.context - (job.chunk - 1) / 2)
+    text, partition = job.config.text, job.partition
+    heads = text.num_attention_heads / partition.num_shards("heads")
+    pairs = job.batch / partition.num_shards("batch") * job.chunk * (job.context - (job.chunk - 1) / 2)
     absorbed = text.latent_dim + text.kv_lora_rank
     return 2 * pairs * heads * (absorbed if job.chunk == 1 else text.qk_head_dim + text.v_head_dim)
 
 
-def _kda_flops(job: Job) -> float:
-    """Counts two products with the state and its update."""
+def _kda_flops(job: Job, tokens: float) -> float:
+    """Counts two products with the state and its update, for a device's `tokens`."""
     linear = job.config.text.linear_attn
     if linear is None:
         return 0.0
-    heads = linear.num_heads / job.mesh["tensor"]
-    return job.tokens / job.mesh["data"] * heads * 6 * linear.head_dim**2
+    heads = linear.num_heads / job.partition.num_shards("kda_heads")
+    return tokens * heads * 6 * linear.head_dim**2
 
 
-def step(job: Job, sent: list[Collective]) -> StepBound:
+def step(job: Job, sent: Sequence[Collective]) -> StepBound:
     """Computes the step's lower bounds, with the messages that it sends."""
     chip, read, products = job.topology.chip, hbm_bytes(job), flops(job)
     over_links = sum((collective.sent for collective in sent), 0.0)
@@ -194,37 +206,6 @@ def step(job: Job, sent: list[Collective]) -> StepBound:
         flops_seconds=products / (chip.bf16 * chip.cores),
         sent_seconds=over_links / chip.links,
     )
-
-
-def expected_collectives(job: Job) -> list[Collective]:
-    """Predicts the messages of a step that is not compiled.
-
-    They are, for each layer, the mixer's sum and the feed-forward's, the low-rank projections where these are sharded,
-    and queries and partial softmaxes where the cache is.
-    """
-    text, mesh, layers = job.config.text, job.mesh, job.config.text.num_hidden_layers
-    mla, rows = text.layer_kinds.count("mla"), job.tokens / mesh["data"]
-    heads: tuple[str, ...] = ("tensor", "sequence")
-    stream = job.tokens * text.hidden_size * 4
-    mixed = stream if job.phase == "decode" else stream / mesh["data"]
-    wanted: list[tuple[str, tuple[str, ...], float, int]] = [
-        ("all-reduce", ("data", *heads) if job.phase == "decode" else heads, mixed, layers + 1),
-        ("all-reduce", ("data", "expert", *heads), stream, layers),
-        ("all-gather", heads, rows * (text.latent_dim + (text.q_lora_rank or 0)) * 2, mla),
-    ]
-    if mesh["sequence"] > 1 and job.phase == "decode":
-        share = text.num_attention_heads / (mesh["tensor"] * mesh["sequence"])
-        wanted.append(("all-gather", ("sequence",), rows * share * text.latent_dim * 2, mla))
-        partial = rows * text.num_attention_heads / mesh["tensor"] * (text.kv_lora_rank + 1) * 4
-        wanted.append(("all-to-all", ("sequence",), partial, mla))
-    listed = []
-    for kind, names, nbytes, count in wanted:
-        axes = tuple(name for name in names if mesh[name] > 1)
-        group = math.prod(mesh[name] for name in axes)
-        if group > 1 and count:
-            each = nbytes / group if kind == "all-gather" and names == heads else nbytes
-            listed.append(Collective(kind, axes, group, int(each), count))
-    return listed
 
 
 def largest_batch(job: Job, temporaries: int | None = None) -> int:

@@ -88,7 +88,7 @@ def _compile(job: Job) -> Compiled:
     from jax.experimental import topologies
 
     from kimi_jax.model.kimi import abstract
-    from kimi_jax.plan.job import pool_sizes
+    from kimi_jax.plan.messages import trace
     from kimi_jax.runtime.program import Program
     from sharding import make_mesh
 
@@ -96,11 +96,9 @@ def _compile(job: Job) -> Compiled:
     config = dataclasses.replace(job.config, vision=None)
     mesh = make_mesh(job.sizes, topologies.get_topology_desc(platform="tpu", topology_name=job.topology.name).devices)
     program = Program(abstract(config, mesh=mesh))
-    pages, slots = pool_sizes(job.batch, job.context, program.data, program.sequence)
-    batch = program.batch_shapes(job.phase, job.batch, job.chunk, pages // job.batch)
 
     began, cpu = time.perf_counter(), time.process_time()
-    traced = program.jitted.logits.trace(program.arrays, program.cache_shapes(pages, slots), batch)
+    traced = trace(program, job)
     made = traced.lower(lowering_platforms=("tpu",)).compile()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     memory, hlo = made.memory_analysis(), parse(made.as_text())

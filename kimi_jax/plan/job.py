@@ -8,13 +8,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.context import PAGE, KDAState, MLACache
-from kimi_jax.model.kimi import abstract
+from kimi_jax.model.kimi import Kimi, abstract
 from kimi_jax.runtime import cache as caches
-from sharding import AXES, Partition
+from sharding import AXES, Partition, StreamLayout
 from sharding.topologies import Topology
 
 Phase = Literal["decode", "prefill"]
@@ -52,6 +52,15 @@ class Job:
         return dict(zip(AXES, self.sizes, strict=True))
 
     @property
+    def partition(self) -> Partition:
+        return _partition(self.sizes)
+
+    @property
+    def layout(self) -> StreamLayout:
+        """The layout of the residual stream in this step."""
+        return shortened(self.config).stream_layout(self.partition, self.batch, self.chunk)
+
+    @property
     def tokens(self) -> int:
         """The number of tokens that the step takes in."""
         return self.batch * self.chunk
@@ -81,7 +90,7 @@ class Parameter:
 
 @functools.cache
 def _partition(sizes: Sizes) -> Partition:
-    return Partition(AbstractMesh(sizes, AXES))
+    return Partition(AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
 
 
 @functools.cache
@@ -90,17 +99,35 @@ def _local(axes: tuple[str | None, ...], shape: Sizes, sizes: Sizes) -> int:
     return partition.local_size(shape, partition.spec(axes, shape))
 
 
+def first_alike(config: KimiConfig) -> tuple[int, ...]:
+    """Returns, for every layer, the number of the first one with such a mixer and such a feed-forward layer."""
+    text = config.text
+    kinds = [(mixer, text.is_moe(number)) for number, mixer in enumerate(text.layer_kinds)]
+    return tuple(kinds.index(kind) for kind in kinds)
+
+
+@functools.cache
+def shortened(config: KimiConfig) -> Kimi:
+    """Makes the model's tree of shapes, without the layers after the first one of each kind."""
+    layers = max(first_alike(config)) + 1
+    return abstract(dataclasses.replace(config, text=dataclasses.replace(config.text, num_hidden_layers=layers)))
+
+
 @functools.cache
 def parameters(config: KimiConfig, layer: int | None = None) -> tuple[tuple[Parameter, int], ...]:
     """Lists the parameters of the model, or of one text layer: like ones once, with their number."""
-    wanted = (weight for number, weight in _parameters(config) if layer is None or number == layer)
-    return tuple(Counter(wanted).items())
+    first = first_alike(config)
+    layers = Counter([None, *first] if layer is None else [first[layer]])
+    found: Counter[Parameter] = Counter()
+    for number, weight in _parameters(config):
+        found[weight] += layers[number]
+    return tuple((weight, count) for weight, count in found.items() if count)
 
 
 @functools.cache
 def _parameters(config: KimiConfig) -> tuple[tuple[int | None, Parameter], ...]:
-    """Lists all parameters, each with its text layer's number."""
-    _, params = nnx.split(abstract(config))
+    """Lists the parameters, of like layers those of the first, each with its text layer's number."""
+    _, params = nnx.split(shortened(config))
     found = []
     for path, variable in nnx.to_flat_state(params):
         if (axes := variable.get_metadata().get("axes")) is None:
@@ -128,8 +155,8 @@ class LayerCacheBytes(NamedTuple):
 def layer_cache(config: KimiConfig, batch: int, context: int, sizes: Sizes) -> LayerCacheBytes:
     """Computes the bytes of a layer's cache. Raises ValueError where the mesh does not divide the batch or the
     heads."""
-    partition, mesh = _partition(sizes), dict(zip(AXES, sizes, strict=True))
-    cache = _cache(config, *pool_sizes(batch, context, mesh["data"], mesh["sequence"]))
+    partition = _partition(sizes)
+    cache = _cache(config, *pool_sizes(batch, context, partition))
 
     def nbytes(array: jax.ShapeDtypeStruct, spec: PartitionSpec) -> int:
         return partition.local_size(array.shape, spec) * array.dtype.itemsize
@@ -139,21 +166,19 @@ def layer_cache(config: KimiConfig, batch: int, context: int, sizes: Sizes) -> L
     return LayerCacheBytes(of_kind.get(MLACache, 0), of_kind.get(KDAState, 0))
 
 
-def pool_sizes(batch: int, context: int, data: int, sequence: int) -> tuple[int, int]:
+def pool_sizes(batch: int, context: int, partition: Partition) -> tuple[int, int]:
     """Computes the pages and slots of a cache for `batch` rows of `context` tokens.
 
     Raises ValueError where the batch does not divide by the data axis.
     """
-    if batch % data:
-        raise ValueError(f"a batch of {batch} rows cannot be sharded over a data axis of {data}")
-    return batch * -(-context // (PAGE * sequence)) * sequence, batch
+    if batch % (parts := partition.num_shards("batch")):
+        raise ValueError(f"a batch of {batch} rows cannot be sharded over a data axis of {parts}")
+    shards = partition.num_shards("row_pages")
+    return batch * -(-context // (PAGE * shards)) * shards, batch
 
 
 @functools.cache
 def _cache(config: KimiConfig, pages: int, slots: int) -> caches.Cache:
     """Returns the shapes of a layer of each kind: the others are alike."""
-    kinds = config.text.layer_kinds
-    first = {kinds.index(kind) for kind in kinds}
-    short = dataclasses.replace(config, text=dataclasses.replace(config.text, num_hidden_layers=max(first) + 1))
-    cache = jax.eval_shape(lambda: caches.empty(short, pages, slots, jnp.dtype(config.text.dtype)))
-    return caches.Cache(tuple(cache.layers[i] for i in sorted(first)))
+    cache = jax.eval_shape(lambda: caches.empty(shortened(config).config, pages, slots, jnp.dtype(config.text.dtype)))
+    return caches.Cache(tuple({type(layer): layer for layer in cache.layers}.values()))

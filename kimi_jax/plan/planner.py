@@ -9,7 +9,7 @@ from kimi_jax.plan import analytic
 from kimi_jax.plan.analytic import Memory, PerLayer, StepBound
 from kimi_jax.plan.compile import Compiled, DoesNotFitError
 from kimi_jax.plan.job import Job, Sizes
-from kimi_jax.plan.search import MESSAGE_SECONDS, Candidate, candidate, candidates, smallest_that_fits
+from kimi_jax.plan.search import MESSAGE_SECONDS, Candidate, candidate, candidates, ranked, smallest_that_fits
 from kimi_jax.plan.traffic import Collective
 from sharding import AXES
 
@@ -31,8 +31,8 @@ class Alternative:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """All bytes are a device's. `why` says where the mesh comes from. `collectives` are the compiled program's, or
-    without one those that the rules call for. `confirmed` says whether the compiler fits `largest_batch` too, None
-    where it was not asked."""
+    without one those of the step's traces (`plan.messages`). `confirmed` says whether the compiler fits `largest_batch`
+    too, None where it was not asked."""
 
     model: str
     job: Job
@@ -82,11 +82,11 @@ def plan(model: str, job: Job, *, sizes: Sizes | None = None, compile_step: Comp
     does not fit, by how much and the smallest slice that would do.
     """
     _check(job)
-    ranked = candidates(job)
+    found = candidates(job)
     if sizes is None:
-        if not ranked:
+        if not found:
             raise ValueError(f"{model} divides by no mesh of {job.topology.name}'s {job.topology.devices} devices")
-        chosen, why = ranked[0], _why(ranked)
+        chosen, why = next(ranked(found)), _why(found)
     else:
         if math.prod(sizes) != job.topology.devices:
             raise ValueError(
@@ -99,7 +99,7 @@ def plan(model: str, job: Job, *, sizes: Sizes | None = None, compile_step: Comp
     job = chosen.job
     made = None if compile_step is None else _compile(model, job, compile_step)
     beside = None if made is None else made.beside_arguments
-    sent = tuple(analytic.expected_collectives(job)) if made is None else made.collectives
+    sent = chosen.sent if made is None else made.collectives
     memory = analytic.memory(job, beside)
     batch = max(job.batch, analytic.largest_batch(job, beside))  # the job itself does fit
     return Plan(
@@ -108,12 +108,12 @@ def plan(model: str, job: Job, *, sizes: Sizes | None = None, compile_step: Comp
         why=why,
         memory=memory,
         per_layer=analytic.per_layer(job),
-        step=analytic.step(job, list(sent)),
+        step=analytic.step(job, sent),
         collectives=sent,
         largest_batch=batch,
         largest_context=analytic.largest_context(job, beside),
         confirmed=None if compile_step is None else _fits(job, batch, compile_step),
-        alternatives=tuple(_alternatives(job, ranked)),
+        alternatives=tuple(_alternatives(job, found)),
         compiled=made,
         warnings=() if made is None else tuple(_warnings(memory, made)),
     )
@@ -130,10 +130,10 @@ def _check(job: Job) -> None:
         raise ValueError(f"a chunk of {job.chunk} tokens: expected 1 to the context's {job.context}")
 
 
-def _why(ranked: list[Candidate]) -> str:
-    fit = sum(not one.bytes_over for one in ranked)
+def _why(found: list[Candidate]) -> str:
+    fit = sum(not one.bytes_over for one in found)
     return (
-        f"the least lower bound of the {fit} meshes that fit of {len(ranked)} that divide the job, "
+        f"the least lower bound of the {fit} meshes that fit of {len(found)} that divide the job, "
         f"with {MESSAGE_SECONDS * 1e6:.0f} us assumed for each message"
     )
 
@@ -170,9 +170,10 @@ def _fits(job: Job, batch: int, compile_step: Compile) -> bool:
     return True
 
 
-def _alternatives(job: Job, ranked: list[Candidate]) -> list[Alternative]:
+def _alternatives(job: Job, found: list[Candidate]) -> list[Alternative]:
     """Lists the best mesh that leaves a row's cache whole and the best that shards it, except the chosen one."""
-    best = [next((one for one in ranked if (one.job.mesh["sequence"] > 1) is split), None) for split in (False, True)]
+    kinds = ([one for one in found if (one.job.mesh["sequence"] > 1) is split] for split in (False, True))
+    best = [next(ranked(kind), None) for kind in kinds]
     return [
         Alternative(
             one.job.mesh,

@@ -70,7 +70,9 @@ def _show(console: Console, plan: Plan) -> None:
     _show_limits(console, plan)
     _show_step(console, plan)
     if compiled is None:
-        console.print("Not compiled: temporaries and messages are estimates from the rules.")
+        console.print(
+            "Not compiled: temporaries are estimates, messages those of the step before a compiler merges any."
+        )
     else:
         console.print(
             f"Compiled in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} s of CPU time), not run: "

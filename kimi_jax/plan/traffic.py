@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,12 @@ class Collective:
         return float(self.count * self.nbytes * each)
 
 
+def ragged_bytes(operands: Sequence[int]) -> int:
+    """Returns the most bytes that fit into a ragged message, given its operands' sizes: those of the source or, where
+    it is smaller, of the room that is filled. The other operands are offsets."""
+    return min(operands[:2])
+
+
 def collectives(program: HloProgram, mesh: dict[str, int]) -> list[Collective]:
     """Lists a program's messages, the largest first, for devices numbered along `mesh`'s axes, the last fastest.
 
@@ -48,9 +55,8 @@ def collectives(program: HloProgram, mesh: dict[str, int]) -> list[Collective]:
         if kind in KINDS and not (chain and chain[1] in chains):
             chains |= {chain[1]} if chain else set()
             axes, group = _axes(instruction.attributes, mesh)
-            # what a ragged message is to fill, and from where to where, are operands too
-            sent = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands
-            operand = sum(nbytes(body[name].shape) for name in sent if name in body)
+            sizes = [nbytes(body[name].shape) for name in instruction.operands if name in body]
+            operand = ragged_bytes(sizes) if kind == "ragged-all-to-all" else sum(sizes)
             if group > 1:
                 found[kind, axes, group, operand, in_loop] += times
     listed = [Collective(*what[:4], count, what[4]) for what, count in found.items()]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from kimi_jax.axes import AnyArray, Int32, LastLogits
 from kimi_jax.config import KimiConfig
@@ -131,7 +131,7 @@ class Program:
 class _Jitted:
     """Holds the jitted functions of all models of one structure, one object for each: `jit` compares identities."""
 
-    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: Mesh | None):
+    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: Mesh | AbstractMesh | None):
         self.graph, self.tree, self.partition = graph, tree, Partition(mesh)
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self.step: Any = jax.jit(self.run_and_choose, donate_argnames="cache", out_shardings=(None, everywhere))

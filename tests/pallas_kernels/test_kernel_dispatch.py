@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.checks import bind_shapes, check_dtype
-from pallas_kernels.dispatch import Backend, choose
+from pallas_kernels.dispatch import Backend, choose, shapes_only
 from pallas_kernels.hardware import MIB, chip
 
 
@@ -165,3 +165,18 @@ def test_dtypes_are_refused_by_name():
         check_dtype("op", "x", jnp.zeros(1, jnp.int32), jnp.floating)
     with pytest.raises(ValueError, match="op: g is bfloat16, expected float32 or float64"):
         check_dtype("op", "g", jnp.zeros(1, jnp.bfloat16), jnp.float32, jnp.float64)
+
+
+def test_shapes_alone():
+    # Given a traced function
+    stepped = jax.jit(call)
+    x = jnp.ones(4)
+    expected = np.asarray(stepped(x))
+
+    # Then its shapes can be traced without what it computes, which neither replaces the function nor stays in force
+    with shapes_only(True):
+        primitives = {equation.primitive.name for equation in stepped.trace(x).jaxpr.eqns}
+        np.testing.assert_array_equal(call(x), np.zeros(4))
+    assert primitives <= {"broadcast_in_dim"}
+    np.testing.assert_array_equal(stepped(x), expected)
+    np.testing.assert_array_equal(jax.jit(call)(x), expected)

@@ -15,6 +15,7 @@ from kimi_jax import config_json, plan
 from kimi_jax.cli import main
 from kimi_jax.plan import analytic, report, search
 from kimi_jax.plan.compile import Compiled, DoesNotFitError
+from kimi_jax.plan.messages import messages
 from kimi_jax.plan.traffic import MovedWeight
 from pallas_kernels.hardware import CHIPS
 from sharding import AXES, mesh_sizes
@@ -71,8 +72,8 @@ def test_a_layer_of_k25_on_64_chips():
     """The bounds are well below jax-llm-examples' 0.469 GB resident (docs/planner.md)."""
     whole, split = (job(K25, "v6e:8x8", mesh) for mesh in ("data=8,tensor=8", "data=8,sequence=8"))
     assert analytic.per_layer(whole).resident <= 0.26e9 and analytic.per_layer(split).resident <= 0.20e9
-    messages = [sum(one.count for one in analytic.expected_collectives(j)) for j in (whole, split)]
-    assert messages == [3 * 61 + 1, 5 * 61 + 1]  # and the embeddings' sum
+    counts = [sum(one.count for one in messages(j)) for j in (whole, split)]
+    assert counts == [3 * 61 + 1, 5 * 61 + 1]  # and the embeddings' sum
     # the experts that 64 tokens choose, if all choices are equally likely: 1 - (1 - 8/384)^64 of them
     share = 1 - (1 - 8 / 384) ** 64
     experts = 384 * 3 * 7168 * 2048 * 0.5625 / 64
@@ -115,11 +116,11 @@ def test_the_largest_that_fit():
 
 
 def test_the_best_mesh_fits_and_is_the_fastest():
-    ranked = search.candidates(job(K25, "v5p:2x2x4", "1x16"))
+    ranked = list(search.ranked(search.candidates(job(LINEAR, "v5p:2x2x1", "1x4"))))
     fit = [one for one in ranked if not one.bytes_over]
     assert fit == ranked[: len(fit)] and len(fit) > 0
     assert [one.cost for one in fit] == sorted(one.cost for one in fit)
-    assert all(math.prod(one.job.sizes) == 16 for one in ranked)
+    assert all(math.prod(one.job.sizes) == 4 for one in ranked)
     assert len({one.job.sizes for one in ranked}) == len(ranked)
 
 
@@ -226,14 +227,11 @@ def test_a_plan_in_words(capsys):
 
 
 def test_every_slice_that_is_known(capsys, tmp_path, monkeypatch):
-    # Given two kinds of chips with two slices each, which stand for all
-    monkeypatch.setattr(
-        "sharding.topologies.SHAPES",
-        {name: SHAPES[name][:2] for name in ("v5e", "tpu7x")},
-    )
+    # Given two kinds of chips with a slice or two, which stand for all
+    monkeypatch.setattr("sharding.topologies.SHAPES", {"v5e": SHAPES["v5e"][:2], "tpu7x": SHAPES["tpu7x"][:1]})
     (tmp_path / "config.json").write_text(json.dumps(toy_config("k2", **TOY)))
     out, _ = asked(capsys, "--model", str(tmp_path), "--topology", "all", "--batch", "8", "--json")
-    assert [one["topology"] for one in json.loads(out)] == ["v5e:2x2", "v5e:2x4", "tpu7x:2x2x1", "tpu7x:2x2x2"]
+    assert [one["topology"] for one in json.loads(out)] == ["v5e:2x2", "v5e:2x4", "tpu7x:2x2x1"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from kimi_jax import config_json, plan
 from kimi_jax.plan import analytic
-from kimi_jax.plan.search import candidates
+from kimi_jax.plan.search import candidates, ranked
 from sharding import mesh_sizes
 from sharding.topologies import topology
 
@@ -33,7 +33,7 @@ BOOKKEEPING = 2 << 20
 
 def job(model, slice_, mesh, batch, context, phase="decode", chunk=1):
     asked = plan.Job(config_json.preset(model), topology(slice_), (), phase, batch, context, chunk)
-    sizes = candidates(asked)[0].job.sizes if mesh is None else mesh_sizes(mesh)
+    sizes = next(ranked(candidates(asked))).job.sizes if mesh is None else mesh_sizes(mesh)
     return plan.Job(asked.config, asked.topology, sizes, phase, batch, context, chunk)
 
 
