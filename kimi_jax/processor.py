@@ -45,7 +45,8 @@ class Processor:
         """Reads the tokenizer, config.json and chat template of a checkpoint's folder, converted or published.
 
         Raises FileNotFoundError where a file is missing and ValueError where one is damaged, each naming the file, and
-        ValueError for a URL. Warns where a K2.5 folder brings a chat template that differs from the built-in one.
+        ValueError for a URL. Warns where the folder brings a chat template that writes other prompts than the built-in
+        one of its family.
         """
         if "://" in str(path):
             url = printable(path)
