@@ -4,6 +4,7 @@ import asyncio
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 import kimi_jax
@@ -19,7 +20,7 @@ def served(tmp_path_factory):
     """Returns the engine and processor of a K2 of two layers."""
     sizes = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
     folder = write_toy(tmp_path_factory.mktemp("offline") / "k2", toy_config("k2", **sizes))
-    with Engine(kimi_jax.load(folder), slots=2, cache_memory="4MiB", prefill_chunk=64) as engine:
+    with Engine(kimi_jax.load(folder, dtype=jnp.float32), slots=2, cache_memory="4MiB", prefill_chunk=64) as engine:
         yield engine, Processor.from_folder(folder)
 
 
