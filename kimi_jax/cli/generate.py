@@ -112,6 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.prompts is not None:
         return _answer_file(arguments)
+    if arguments.out or arguments.in_order or arguments.cache_memory or arguments.part != (0, 1):
+        raise ValueError("--out, --in-order, --cache-memory and --part go with --prompts")
     who = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if not arguments.distributed:
         if who != (None, None, None):
@@ -180,6 +182,7 @@ def _answer_file(arguments: argparse.Namespace) -> None:
 
     if arguments.distributed or arguments.image or arguments.video:
         raise ValueError("--prompts goes without --distributed, --image and --video")
+    arguments.prompts.open("rb").close()  # raises now, and not after the model is loaded and compiled
     log = console(stderr=True)
     processor = Processor.from_folder(arguments.path)
     defaults = offline.Defaults(

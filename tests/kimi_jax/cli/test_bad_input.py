@@ -61,6 +61,7 @@ MAKE_TOY = ("make-toy", "folder", "--like", "k2")
         (GENERATE, "--min-p", ["-0.1", "1.1", "nan"]),
         (GENERATE, "--num-processes", ["0"]),
         (GENERATE, "--process-id", ["-1"]),
+        (GENERATE, "--part", ["1", "2/2", "0/0", "-1/2"]),
         (GENERATE, "--coordinator", ["host", "host:0", "host:99999"]),
         (PLAN, "--batch", ["0", "-1"]),
         (PLAN, "--context", ["0", "-1"]),
@@ -191,10 +192,21 @@ def test_a_chat_file_that_is_none(published, tmp_path, capsys):
     [
         (["--mesh", "3x3"], "mesh '3x3' asks for 9 devices, there are 8"),
         (["--mesh", "wide"], "mesh 'wide': expected two to four positive numbers"),
+        (["--in-order"], "go with --prompts"),
+        (["--out", "results.jsonl"], "go with --prompts"),
+        (["--part", "1/2"], "go with --prompts"),
+        (["--cache-memory", "1GiB"], "go with --prompts"),
     ],
 )
 def test_a_bad_flag_is_named(published, capsys, flags, message):
     assert message in refused(capsys, generate(published, "--prompt", "a", *flags))
+
+
+def test_a_file_of_prompts_that_is_not_there(published, tmp_path, capsys):
+    assert "gone.jsonl" in refused(capsys, generate(published, "--prompts", tmp_path / "gone.jsonl"))
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("")
+    assert "goes without" in refused(capsys, generate(published, "--prompts", file, "--image", "a.png"))
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
