@@ -143,7 +143,7 @@ FORCED_B = {"type": "function", "function": {"name": "b.c"}}
         ({}, ["", "Six.\n", section(CALL_A), "Look." + section(CALL_A, CALL_B)], [section(), section(CALL_A) + "so"]),
         ({"tool_choice": "auto", "parallel": False}, ["Six.", section(CALL_A)], [section(CALL_A, CALL_B)]),
         ({"tool_choice": "none"}, ["Six.", ""], [section(CALL_A)]),
-        ({"tool_choice": "required"}, [section(CALL_A), section(CALL_A, CALL_B, CALL_A)], ["", "So." + section(CALL_A)]),
+        ({"tool_choice": "required"}, [section(CALL_A), section(CALL_A, CALL_B)], ["", "So." + section(CALL_A)]),
         ({"tool_choice": "required", "number": 1}, [section(CALL_B)], [section(CALL_A)]),
         ({"tool_choice": FORCED_B, "number": 1}, [section(CALL_B)], [section(call("functions.a:1"))]),
         ({"content": JSON}, ['{"y":[1,{}]}', section(CALL_A)], ["Six.", "[]", "{}" + section(CALL_A)]),
