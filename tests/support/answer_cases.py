@@ -72,6 +72,7 @@ CASES = {
     "late marks of thinking": Case("A.</think>B<think>C</think>D", content="A.BCD"),
     "blanks are content": Case("</think>\n\n", None, "\n\n", thinking=True),
     "blanks around content": Case("\n\nYes. \n", content="\n\nYes. \n"),
+    "beginnings of markers": Case("a < b</think>a </thin <|tool_call", "a < b", "a </thin <|tool_call", thinking=True),
     "a call": Case(section(call()), **calls(F0)),
     "blanks before a call": Case(f"Hm.</think>\n\n{section(call())}", "Hm.", thinking=True, **calls(F0)),
     "content before a call": Case(f"Look.\n\n{section(call())}", None, "Look.\n\n", **calls(F0)),
@@ -80,12 +81,18 @@ CASES = {
     "two calls": Case(section(call(), call("functions.g:7", "[]")), **calls(F0, ("functions.g:7", "g", "[]"))),
     "two sections": Case(section(call()) + " and " + section(call("g:1")), **calls(F0, ("g:1", "g", '{"x":1}'))),
     "an empty section": Case(f"Well.{section()} Done.", None, "Well."),
-    "noise": Case(f"{SECTION} um {ARGUMENTS}1{call()} and {END_CALL}{END_SECTION}so", **calls(F0)),
+    "noise": Case(
+        f"{SECTION} um {ARGUMENTS}1{call()} and {END_CALL}{END_THINK}{END_SECTION}{END_THINK}so", **calls(F0)
+    ),
     "a call outside a section": Case(f"A{call('b', 'c')}{END_SECTION}d", content="Abcd"),
     "blanks in a call": Case(
         section(call(" \nfunctions.f:0\n ", '\n {"x": 1}\t\n')), **calls(("functions.f:0", "f", '{"x": 1}'))
     ),
     "no arguments": Case(section(call(arguments=" \n")), **calls(("functions.f:0", "f", "{}"))),
+    "no arguments after some": Case(section(call(), call("f:1", " ")), **calls(F0, ("f:1", "f", "{}"))),
+    "two marks of arguments": Case(
+        section(call("f:0", f"1{ARGUMENTS}2"), call("f", f":0{ARGUMENTS}1")), **calls(("f:0", "f", "12"))
+    ),
     "broken arguments": Case(section(call(arguments='{"x": ')), **calls(("functions.f:0", "f", '{"x":'))),
     "marks of thinking in arguments": Case(
         section(call(arguments='{"x":"<think> </think>"}')), **calls(("functions.f:0", "f", '{"x":"<think> </think>"}'))
