@@ -9,7 +9,9 @@ Models leave markers out and put others in. The rules, where the published parse
 
 import enum
 from collections.abc import Collection
+from typing import get_args
 
+from kimi_jax.printable import printable
 from kimi_jax.text.answers import Delta, EngineFinish
 
 
@@ -116,7 +118,9 @@ class AnswerStates:
                 self._enter(State.SECTION)
 
     def end(self, finish: EngineFinish) -> None:
-        """Ends the answer, for the engine's reason `finish`."""
+        """Ends the answer, for the engine's reason `finish`. Raises ValueError for a reason that no answer has."""
+        if finish not in get_args(EngineFinish):
+            raise ValueError(f"finish is {printable(repr(finish), 60)}, expected stop or length")
         if self.state is State.CONTENT and self._blanks:
             self._deltas.append(Delta(content="".join(self._blanks)))
         if finish == "stop":
