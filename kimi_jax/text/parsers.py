@@ -80,7 +80,7 @@ class Parser:
     def end(self, finish: EngineFinish = "stop") -> list[Delta]:
         """Returns the rest, the last delta with the answer's finish_reason.
 
-        finish: why the engine ended the answer. Raises ValueError for another reason, and where `end` was called before.
+        finish: why the engine ended the answer. Raises ValueError for another reason, and after `end`.
         """
         _refuse(self._finished)
         self._finished = True
@@ -135,7 +135,7 @@ class TextParser:
     def end(self, finish: EngineFinish = "stop") -> list[Delta]:
         """Returns the rest, the last delta with the answer's finish_reason.
 
-        finish: why the engine ended the answer. Raises ValueError for another reason, and where `end` was called before.
+        finish: why the engine ended the answer. Raises ValueError for another reason, and after `end`.
         """
         _refuse(self._finished)
         self._finished = True
