@@ -21,7 +21,8 @@ from kimi_jax.model.param import weight_specs
 from kimi_jax.runtime import cache as caches
 from kimi_jax.runtime.batch import CHOSEN_BEFORE, Batch, Chosen, Finish
 from kimi_jax.runtime.cache import Cache
-from kimi_jax.runtime.sampling import SamplingRows, sample
+from kimi_jax.runtime.draw import sample
+from kimi_jax.runtime.sampling import SamplingRows
 from sharding import REPLICATED, Partition, choose_layout
 
 

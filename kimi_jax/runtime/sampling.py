@@ -1,5 +1,6 @@
-"""Samples the next token: greedy, or drawn after temperature, top-k, top-p (nucleus sampling, arXiv 1904.09751) and
-min-p (arXiv 2407.01082). Each sequence has its own values, which are arrays, so that new values compile nothing."""
+"""Says how the next token is chosen: greedily, or drawn after temperature, top-k, top-p (nucleus sampling, arXiv
+1904.09751) and min-p (arXiv 2407.01082). Each sequence has its own values, which are arrays, so that new values compile
+nothing; `draw` computes with them."""
 
 import dataclasses
 import math
@@ -7,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
 from kimi_jax import json_reader
-from kimi_jax.axes import AnyArray, Array, Float32, Int32, LastLogits, UInt32
+from kimi_jax.axes import AnyArray, Float32, Int32, UInt32
 from kimi_jax.config_json.fields import ConfigError, Fields
 from kimi_jax.model.token_ids import integers
 from kimi_jax.printable import printable
@@ -104,36 +103,3 @@ def checked_seeds(seed: int | ArrayLike, rows: int) -> np.ndarray:
     if values.size and (values.min() < 0 or values.max() >= SEEDS):
         raise ValueError(f"seeds lie between {values.min()} and {values.max()}, expected 0 to 2**63 - 1")
     return np.broadcast_to(values.astype(np.uint64), (rows,))
-
-
-def filtered(logits: LastLogits, rows: SamplingRows) -> tuple[LastLogits, Int32[jax.Array, "b w"]]:
-    """Returns logits divided by the temperature, best first, -inf where a filter drops them; and their tokens."""
-    temperature, top_k, top_p, min_p = (values[:, None] for values in rows[:4])
-    order = jnp.argsort(logits, axis=-1, descending=True, stable=True).astype(jnp.int32)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    # The best logit is subtracted first, so that no temperature, however small, makes it infinite
-    ranked = (ranked - ranked[:, :1]) / jnp.where(temperature > 0, temperature, 1)
-    ranked = jnp.where((top_k == 0) | (jnp.arange(ranked.shape[-1]) < top_k), ranked, -jnp.inf)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    preceding = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranked = jnp.where((top_p >= 1) | (preceding < top_p), ranked, -jnp.inf)
-    return jnp.where(ranked >= jnp.log(min_p), ranked, -jnp.inf), order
-
-
-def sample(logits: LastLogits, rows: SamplingRows, positions: Int32[Array, "b"]) -> Int32[jax.Array, "b"]:
-    """Chooses a token for each row, the one at `positions` of its sequence.
-
-    A draw's key is made of the row's seed and this position, so it depends neither on the row's place in a batch nor on
-    other rows. Where all rows are greedy nothing is sorted.
-    """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def drawn() -> jax.Array:
-        ranked, order = filtered(logits, rows)
-        keys = jax.random.wrap_key_data(jnp.asarray(rows.seeds), impl="threefry2x32")
-        keys = jax.vmap(jax.random.fold_in)(keys, positions)
-        rank = jax.vmap(jax.random.categorical)(keys, ranked)
-        token = jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
-        return jnp.where(rows.temperature > 0, token, greedy)
-
-    return jax.lax.cond(jnp.any(rows.temperature > 0), drawn, lambda: greedy)
