@@ -36,7 +36,8 @@ def sample(logits: LastLogits, rows: SamplingRows, positions: Int32[Array, "b"])
 def filtered_weights(logits: LastLogits, rows: SamplingRows) -> Float32[jax.Array, "b w"]:
     """Returns each token's probability as a multiple of the best one's, 0 where a filter drops it. Of equally likely
     tokens a filter keeps those with lower ids."""
-    temperature, top_k, top_p, min_p = rows.temperature, rows.top_k, rows.top_p, rows.min_p
+    temperature, min_p = rows.temperature, jnp.asarray(rows.min_p)
+    top_k, top_p = jnp.where(temperature > 0, rows.top_k, 0), jnp.where(temperature > 0, rows.top_p, 1)
     # The best logit is subtracted first, so that no temperature, however small, makes it infinite
     shifted = logits - logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(shifted / jnp.where(temperature > 0, temperature, 1)[:, None])
@@ -53,7 +54,7 @@ def filtered_weights(logits: LastLogits, rows: SamplingRows) -> Float32[jax.Arra
         return jnp.where(most_likely(places, weights, target), weights, 0)
 
     weights = jax.lax.cond(jnp.any(top_p < 1), nucleus, lambda: weights)
-    return jnp.where(weights >= jnp.asarray(min_p)[:, None], weights, 0)
+    return jnp.where(weights >= min_p[:, None], weights, 0)
 
 
 def most_likely(

@@ -19,6 +19,8 @@ from kimi_jax.printable import printable
 
 SEEDS = 2**63
 MAX_TOP_K = 2**31 - 1  # an int32 on the device
+# Presence, frequency and repetition penalty that change nothing.
+NO_PENALTIES = (0.0, 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Sampling:
     `top_k` most likely tokens (0: all), of these the fewest whose probabilities add up to `top_p`, and of these the
     tokens with at least `min_p` times the best one's probability.
 
+    Before all that, and for greedy answers too, the logits of tokens that occurred already are lowered: those above 0
+    are divided by `repetition_penalty` and those below multiplied by it where the token occurred in the prompt or the
+    answer; then `frequency_penalty` is subtracted for each time that the answer has the token, and `presence_penalty`
+    once.
+
     Raises ValueError for a value outside its range.
     """
 
@@ -34,6 +41,9 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         ranges = {
@@ -41,10 +51,19 @@ class Sampling:
             "top_k": (self.top_k >= 0 and self.top_k == math.floor(self.top_k), "a whole number, at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            # (further away a logit could become infinite)
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
         }
         for name, (holds, expected) in ranges.items():
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+    @property
+    def penalties(self) -> tuple[float, float, float]:
+        """The penalties in the order of `NO_PENALTIES`."""
+        return self.presence_penalty, self.frequency_penalty, self.repetition_penalty
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Sampling":
@@ -69,13 +88,15 @@ class Sampling:
 
 
 class SamplingRows(NamedTuple):
-    """Holds the `Sampling` of each sequence of a batch as arrays; `seeds` are two halves, the upper first."""
+    """Holds the `Sampling` of each sequence of a batch as arrays; `seeds` are two halves, the upper first, `penalties`
+    those of presence, frequency and repetition."""
 
     temperature: Float32[AnyArray, "b"]
     top_k: Int32[AnyArray, "b"]
     top_p: Float32[AnyArray, "b"]
     min_p: Float32[AnyArray, "b"]
     seeds: UInt32[AnyArray, "b 2"]
+    penalties: Float32[AnyArray, "b 3"]
 
 
 def sampling_rows(sampling: Sequence[Sampling], seeds: np.ndarray) -> SamplingRows:
@@ -89,6 +110,7 @@ def sampling_rows(sampling: Sequence[Sampling], seeds: np.ndarray) -> SamplingRo
         np.array([one.top_p for one in sampling], np.float32),
         np.array([one.min_p for one in sampling], np.float32),
         np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], axis=1).astype(np.uint32),
+        np.array([one.penalties for one in sampling], np.float32),
     )
 
 
