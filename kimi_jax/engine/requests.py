@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from kimi_jax.axes import AnyArray
+from kimi_jax.engine.mask_provider import MaskProvider
 from kimi_jax.model.splice import Media
 from kimi_jax.runtime.sampling import Sampling
 
@@ -25,6 +26,9 @@ class Request:
     priority: requests with a larger one go first; a waiting request's rises as it ages.
     shared_prefixes: lengths of beginnings of `tokens` that other requests share, such as a system prompt with its
         tools. Ends of messages are found without it; only where a model has recurrent states does it matter.
+    top_logprobs: the number of alternatives, 0 to 20, whose logprobs come with each token, beside that of the token
+        itself; None computes none.
+    mask_provider: says before each token which ones are allowed; None allows all.
     timeout: seconds from `submit` after which the request is cancelled; None is no limit.
     """
 
@@ -37,6 +41,8 @@ class Request:
     media: Media | None = None
     priority: int = 0
     shared_prefixes: tuple[int, ...] = ()
+    top_logprobs: int | None = None
+    mask_provider: MaskProvider | None = None
     timeout: float | None = None
 
 
@@ -60,10 +66,20 @@ class Times:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """The logarithm of a token's probability by the model itself, before filters, penalties and masks; and the most
+    likely tokens with theirs, the best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Event:
     """New tokens of an answer, without a stop id; the last event has a reason, usage and times too.
 
-    `error` says in words why an answer ended by "error" or "cancelled".
+    `error` says in words why an answer ended by "error" or "cancelled". `logprobs` has one for each of the tokens where
+    the request asked for them.
     """
 
     tokens: tuple[int, ...] = ()
@@ -71,6 +87,7 @@ class Event:
     usage: Usage | None = None
     times: Times | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +99,7 @@ class Result:
     usage: Usage
     times: Times
     error: str | None = None
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
 
 
 class QueueFullError(RuntimeError):

@@ -21,12 +21,14 @@ class Status(enum.Enum):
 @dataclasses.dataclass(eq=False)
 class Sequence:
     """`tokens` are the known ones: the prompt's, then those generated and read. Of these and the one not yet read, the
-    first `dispatched` have been given to the device. `ends` is the length at which it is full."""
+    first `dispatched` have been given to the device. `ends` is the length at which it is full. A `stepwise` sequence's
+    token is read before its next step, whose mask depends on it."""
 
     tokens: list[int]
     ends: int
     number: int
     priority: int = 0
+    stepwise: bool = False
     media: tuple[Placeholders, ...] = ()
     boundaries: tuple[int, ...] = ()
     status: Status = Status.WAITING
