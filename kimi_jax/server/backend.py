@@ -41,6 +41,7 @@ class Prompt:
     media: Any = None
 
 
+@runtime_checkable
 class Usage(Protocol):
     """Counts the tokens of one answer."""
 
@@ -49,6 +50,7 @@ class Usage(Protocol):
     cached_tokens: int
 
 
+@runtime_checkable
 class Times(Protocol):
     """Holds seconds on the clock of `time.monotonic`."""
 
@@ -57,6 +59,7 @@ class Times(Protocol):
     finished: float
 
 
+@runtime_checkable
 class TokenLogprobs(Protocol):
     """Holds a token's log probability, and those of the most likely tokens with their ids."""
 
@@ -64,28 +67,30 @@ class TokenLogprobs(Protocol):
     top: tuple[tuple[int, float], ...]
 
 
+@runtime_checkable
 class Event(Protocol):
     """Holds new tokens of an answer; the last event of a stream has a reason, usage and times."""
 
     tokens: tuple[int, ...]
     finish_reason: Literal["stop", "length", "cancelled", "error"] | None
-    usage: Any
-    times: Any
+    usage: Usage | None
+    times: Times | None
     error: str | None
-    logprobs: tuple[Any, ...]
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @runtime_checkable
 class Stream(Protocol):
     """Yields the events of one answer. `cancel` ends it early: its last event still comes. `aclose` drops the rest."""
 
-    def __aiter__(self) -> AsyncIterator[Any]: ...
+    def __aiter__(self) -> AsyncIterator[Any]: ...  # of `Event`
 
     def cancel(self) -> None: ...
 
     async def aclose(self) -> None: ...
 
 
+@runtime_checkable
 class Stats(Protocol):
     """Counts what an engine has and does at the moment."""
 
@@ -122,8 +127,8 @@ class Backend(Protocol):
         """Takes in a request, in the event loop that reads the stream. Raises `RequestError`."""
         ...
 
-    def stats(self) -> Any:
-        """Returns the engine's `Stats`."""
+    def stats(self) -> Stats:
+        """Returns the engine's counts of the moment."""
         ...
 
     @property

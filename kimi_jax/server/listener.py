@@ -1,6 +1,5 @@
 """Listens on a port with uvicorn, in a thread of its own, so that a program can load its model meanwhile."""
 
-import asyncio
 import socket
 import threading
 from typing import Any
@@ -18,7 +17,7 @@ BACKLOG = 2_048
 class _Protocol(HttpToolsProtocol):
     """Closes a connection on which no request begins."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+    def connection_made(self, transport: Any) -> None:  # asyncio's, or uvloop's, which is no subclass of it
         super().connection_made(transport)
         self._first = self.loop.call_later(HEADER_SECONDS, self._close_unless_begun)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from kimi_jax.server.backend import Times
+from kimi_jax.server.backend import Stats, Times
 from kimi_jax.server.counts import Usage
 
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -18,7 +18,7 @@ class Metrics:
     stats: returns the engine's counts, None while there is no engine.
     """
 
-    def __init__(self, stats: Callable[[], object | None]):
+    def __init__(self, stats: Callable[[], Stats | None]):
         self.registry = registry = CollectorRegistry()
         self._stats = stats
         self.finished = Counter("kimi_jax_requests", "Answers by why they ended", ["finish"], registry=registry)

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
+from kimi_jax.server.backend import TokenLogprobs
 from kimi_jax.server.counts import Usage, add, total
 from kimi_jax.server.run import Part, Run, Whole
 from kimi_jax.text import Tokenizer
@@ -94,7 +95,7 @@ class Answer:
             "finish_reason": one.end.finish_reason,
         }
 
-    def _logprobs(self, logprobs: Sequence[tuple[int, Any]]) -> dict[str, Any] | None:
+    def _logprobs(self, logprobs: Sequence[tuple[int, TokenLogprobs]]) -> dict[str, Any] | None:
         if not logprobs:
             return None
         if self.is_chat:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from kimi_jax.printable import printable
-from kimi_jax.server.backend import Backend, Stream
+from kimi_jax.server.backend import Backend, Event, Stream, TokenLogprobs
 from kimi_jax.server.counts import Usage
 from kimi_jax.server.errors import RequestError, failed, unavailable
 from kimi_jax.server.generation import Generation
@@ -36,7 +36,7 @@ class Part:
 
     choice: int
     deltas: Sequence[Delta]
-    logprobs: Sequence[tuple[int, Any]] = ()
+    logprobs: Sequence[tuple[int, TokenLogprobs]] = ()
     end: End | None = None
 
 
@@ -46,7 +46,7 @@ class Whole:
 
     parsed: Parsed
     end: End
-    logprobs: list[tuple[int, Any]] = field(default_factory=list)
+    logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
 
 
 @runtime_checkable
@@ -131,7 +131,7 @@ class Run:
         """Waits for all choices. Raises `RequestError` where the engine fails."""
         count = len(self.generation.settings)
         deltas: list[list[Delta]] = [[] for _ in range(count)]
-        logprobs: list[list[tuple[int, Any]]] = [[] for _ in range(count)]
+        logprobs: list[list[tuple[int, TokenLogprobs]]] = [[] for _ in range(count)]
         ends: dict[int, End] = {}
         async with contextlib.aclosing(self.parts()) as parts:
             async for part in parts:
@@ -145,16 +145,17 @@ class Run:
         generation = self.generation
         reader = self._reader()
         stop = StopText(generation.stop) if generation.stop else None
-        logprobs: list[tuple[int, Any]] = []
+        logprobs: list[tuple[int, TokenLogprobs]] = []
         try:
+            event: Event
             async for event in stream:
                 reason = event.finish_reason
-                if reason in ("cancelled", "error") and (stop is None or stop.found is None):
-                    raise self._failure(event.error)
                 deltas: list[Delta] = []
                 if stop is None or stop.found is None:
                     deltas = reader.feed(event.tokens)
                     logprobs += zip(event.tokens, event.logprobs, strict=False)
+                    if reason == "cancelled" or reason == "error":
+                        raise self._failure(event.error)
                     if reason is not None:
                         deltas += reader.end(reason)
                     if stop is not None:
@@ -169,13 +170,14 @@ class Run:
                 found = None if stop is None else stop.found
                 if found is not None:
                     deltas.append(Delta(finish_reason="stop"))
-                usage = event.usage
+                usage, times = event.usage, event.times
+                assert usage is not None and times is not None
                 counts = Usage(
                     usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, reader.reasoning_tokens
                 )
                 finish = deltas[-1].finish_reason
                 assert finish is not None
-                self.metrics.ended(finish, counts, event.times)
+                self.metrics.ended(finish, counts, times)
                 yield Part(choice, deltas, logprobs, End(finish, found, counts))
                 return
         finally:
