@@ -2,7 +2,7 @@
 
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from kimi_jax import json_reader
@@ -30,7 +30,7 @@ def whole_message(model: str, answer: Whole) -> dict[str, Any]:
     return _head(model) | {"content": content, **_ending(answer.end), "usage": usage_object(answer.end.usage)}
 
 
-async def events(model: str, run: Run) -> AsyncIterator[dict[str, Any]]:
+async def events(model: str, run: Run) -> AsyncGenerator[dict[str, Any], None]:
     """Yields the events of an answer, from message_start to message_stop."""
     usage = usage_object(Usage(prompt=len(run.generation.prompt.ids)))
     yield {"type": "message_start", "message": _head(model) | {"content": [], **_ending(None), "usage": usage}}

@@ -1,10 +1,11 @@
 """The application: its state, its paths, and the handler of each."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -234,11 +235,12 @@ def _event(value: dict[str, Any]) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (value["type"].encode(), _encode(value))
 
 
-async def _openai_frames(chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes, None]:
+async def _openai_frames(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
     """Yields the events of OpenAI's API, and in the place of the end what went wrong."""
     try:
-        async for chunk in chunks:
-            yield b"data: %b\n\n" % _encode(chunk)
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                yield b"data: %b\n\n" % _encode(chunk)
         yield b"data: [DONE]\n\n"
     except RequestError as error:
         yield b"data: %b\n\n" % _encode(error.body("openai"))
@@ -247,11 +249,12 @@ async def _openai_frames(chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerato
         yield b"data: %b\n\n" % _encode(failed().body("openai"))
 
 
-async def _anthropic_frames(events: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes, None]:
+async def _anthropic_frames(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
     """Yields the events of Anthropic's API, and in the place of the end what went wrong."""
     try:
-        async for event in events:
-            yield _event(event)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield _event(event)
     except RequestError as error:
         yield _event(error.body("anthropic"))
     except Exception:

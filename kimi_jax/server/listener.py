@@ -15,11 +15,15 @@ BACKLOG = 2_048
 
 
 class _Protocol(HttpToolsProtocol):
-    """Closes a connection on which no request begins."""
+    """Closes a connection on which no request begins, and lets an application abort one."""
 
     def connection_made(self, transport: Any) -> None:  # asyncio's, or uvloop's, which is no subclass of it
         super().connection_made(transport)
         self._first = self.loop.call_later(HEADER_SECONDS, self._close_unless_begun)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"]["abort"] = self.transport.abort
 
     def on_headers_complete(self) -> None:
         self._first.cancel()

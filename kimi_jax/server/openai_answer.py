@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from kimi_jax.server.backend import TokenLogprobs
@@ -37,7 +37,7 @@ class Answer:
             "usage": usage_object(add(counts)),
         }
 
-    async def pieces(self, runs: Sequence[Run], include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    async def pieces(self, runs: Sequence[Run], include_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
         """Yields the chunks of an answer, the runs one after another."""
         if self.is_chat:
             self.head["object"] = "chat.completion.chunk"

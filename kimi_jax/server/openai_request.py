@@ -102,6 +102,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
     """Returns tools, None where there are none. Raises `RequestError` for one that is no function."""
+    if len(tools or ()) > grammar.MAX_TOOLS:
+        raise invalid(f"tools has {len(tools or ())} tools, expected at most {grammar.MAX_TOOLS}", "tools")
     for index, tool in enumerate(tools or ()):
         if tool.get("type") != "function" or not isinstance(tool.get("function"), Mapping):
             raise invalid(f"tools[{index}] is no object of type function with a function", "tools")

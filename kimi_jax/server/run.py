@@ -92,8 +92,9 @@ class Run:
     async def parts(self) -> AsyncGenerator[Part, None]:
         """Yields the parts of all choices as they come. Raises `RequestError` where the engine fails."""
         if len(self.generation.settings) == 1:
-            async for part in self._choice(0, self._first):
-                yield part
+            async with contextlib.aclosing(self._choice(0, self._first)) as first:
+                async for part in first:
+                    yield part
             return
         parts: asyncio.Queue[Part | BaseException] = asyncio.Queue()
         begun = asyncio.Event()
@@ -105,9 +106,10 @@ class Run:
                     stream = self.backend.submit(self.generation.prompt, self.generation.settings[choice])
                 else:
                     stream = self._first
-                async for part in self._choice(choice, stream):
-                    begun.set()
-                    parts.put_nowait(part)
+                async with contextlib.aclosing(self._choice(choice, stream)) as found:
+                    async for part in found:
+                        begun.set()
+                        parts.put_nowait(part)
             except Exception as failure:
                 parts.put_nowait(failure)
             finally:
@@ -193,8 +195,8 @@ class Run:
     def _failure(self, error: str | None) -> RequestError:
         log.error("a request failed: %s", printable(error, 1_000))
         self.metrics.finished.labels("error").inc()
-        if self.backend.failed:
-            return unavailable("the engine has failed; the server's log says why")
         if error is not None and "closed" in error:
             return unavailable("the server is stopping, and cut this answer off")
+        if self.backend.failed:
+            return unavailable("the engine has failed; the server's log says why")
         return failed()

@@ -51,8 +51,11 @@ class EventStream:
         self._sending: float | None = None  # since when the client has not taken what is sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientGoneError):
+        try:
             await until_gone(self._write(send), disconnected(receive), self._keep_open(send))
+        except ClientGoneError:
+            if (abort := scope.get("state", {}).get("abort")) is not None:
+                abort()  # closing would wait until the client has taken the rest
 
     async def _write(self, send: Send) -> None:
         headers = [

@@ -31,16 +31,15 @@ def processor(toy_folder):
 @pytest.fixture(scope="session")
 def serve(processor):
     """Returns a function from limits and a mode of sampling to a server with its engine and clients."""
-    listeners = []
+    started = []
 
     def start(limits=None, sampling="open", engine=None):
         engine = engine or FakeEngine(processor)
         service = Service([NAME, "other-name"], limits, sampling)
         listener = Listener(service.app(), "127.0.0.1", 0).start()
-        listeners.append(listener)
         service.ready(EngineBackend(engine, processor))
         key = service.limits.api_key or "none"
-        return SimpleNamespace(
+        server = SimpleNamespace(
             engine=engine,
             service=service,
             listener=listener,
@@ -48,10 +47,14 @@ def serve(processor):
             anthropic=anthropic.Anthropic(base_url=listener.url, api_key=key, max_retries=0),
             http=httpx.Client(base_url=listener.url),
         )
+        started.append(server)
+        return server
 
     yield start
-    for listener in listeners:
-        listener.stop(2.0)
+    for server in started:
+        for client in (server.openai, server.anthropic, server.http):
+            client.close()
+        server.listener.stop(2.0)
 
 
 @pytest.fixture(scope="session")
@@ -63,4 +66,5 @@ def _shared(serve):
 def served(_shared, processor):
     """Returns the server that tests share, its engine as new."""
     _shared.engine.__init__(processor)
+    _shared.service.backend.max_length = _shared.engine.sizes.max_length
     return _shared
