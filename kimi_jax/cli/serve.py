@@ -1,6 +1,7 @@
 """`kimi-jax serve`: a model over HTTP, in the APIs of OpenAI and Anthropic."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -109,13 +111,11 @@ def run(arguments: argparse.Namespace) -> None:
         log_requests=arguments.log_requests,
     )
     names = arguments.served_model_name or [printable(arguments.path.resolve().name)]
-    _begin_log()
     if not is_local and key is None:
         _note(f"--host {arguments.host} without --api-key: everybody who reaches this port may use the model")
     service = Service(names, limits, arguments.sampling)
     listener = Listener(service.app(), arguments.host, arguments.port, behind_proxy=arguments.behind_proxy)
-    stop = _Stop()
-    with stop:
+    with _log(), _Stop() as stop:
         listener.start()
         engine = _load(arguments, service)
         try:
@@ -212,15 +212,21 @@ def _curl(url: str, name: str, has_key: bool) -> str:
     return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{quoted}'"
 
 
-def _begin_log() -> None:
-    """Sends the server's log to standard error. A log that cannot be written ends no request."""
-    logging.raiseExceptions = False
+@contextlib.contextmanager
+def _log() -> Iterator[None]:
+    """Sends the server's log to standard error while in this context. A log that cannot be written ends no request."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    for name, level in (("kimi_jax.server", logging.INFO), ("uvicorn.error", logging.ERROR)):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk, say
+    loggers = {"kimi_jax.server": logging.INFO, "uvicorn.error": logging.ERROR}
+    for name, level in loggers.items():
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name in loggers:
+            logging.getLogger(name).removeHandler(handler)
 
 
 def _note(text: str) -> None:

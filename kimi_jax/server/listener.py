@@ -8,34 +8,32 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# A request's headers must come within so many seconds of its connection.
+# A request's headers must come within so many seconds of its first byte, or of the connection.
 HEADER_SECONDS = 30.0
 MAX_CONNECTIONS = 1_024
 BACKLOG = 2_048
 
 
 class _Protocol(HttpToolsProtocol):
-    """Closes a connection on which no request begins, and lets an application abort one."""
+    """Aborts a connection on which a request's headers are late, and lets an application abort one."""
 
     def connection_made(self, transport: Any) -> None:  # asyncio's, or uvloop's, which is no subclass of it
         super().connection_made(transport)
-        self._first = self.loop.call_later(HEADER_SECONDS, self._close_unless_begun)
+        self._late = self.loop.call_later(HEADER_SECONDS, transport.abort)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["state"]["abort"] = self.transport.abort
+        self._late.cancel()
+        self._late = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
     def on_headers_complete(self) -> None:
-        self._first.cancel()
+        self._late.cancel()
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._first.cancel()
+        self._late.cancel()
         super().connection_lost(exc)
-
-    def _close_unless_begun(self) -> None:
-        if self.cycle is None:
-            self.transport.close()
 
 
 class Listener:
