@@ -56,7 +56,7 @@ class EngineBackend:
         except ValueError as error:
             raise invalid(str(error), str(error).split(" ", 1)[0]) from None
         except QueueFullError as error:
-            raise RequestError(429, str(error), code="rate_limit_exceeded", retry_after=2) from None
+            raise RequestError(429, str(error), code="rate_limit_exceeded", retry_after=1) from None
         except RuntimeError:
             raise unavailable("the engine takes no requests") if self.failed else failed() from None
 

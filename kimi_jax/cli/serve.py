@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -119,6 +120,8 @@ def run(arguments: argparse.Namespace) -> None:
         listener.start()
         engine = _load(arguments, service)
         try:
+            # Texts of requests would fill the log, and Python keeps each of them
+            warnings.filterwarnings("ignore", module=r"kimi_jax\.")
             print(f"serving {names[0]} at {listener.url}/v1", flush=True)
             print(_curl(listener.url, names[0], key is not None), flush=True)
             stop.wait(listener.ended)

@@ -103,7 +103,7 @@ def _has_key(headers: Headers, key: str) -> bool:
     """Says whether the request has the key. The comparison takes as long for a wrong key as for the right one."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    return hmac.compare_digest(given.encode(), key.encode())
+    return hmac.compare_digest(given.encode("latin-1"), key.encode())  # (a header is bytes)
 
 
 def _name(host: str) -> str:

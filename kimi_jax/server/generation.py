@@ -13,6 +13,7 @@ from kimi_jax.server.errors import invalid
 from kimi_jax.server.masks import Masks
 from kimi_jax.text import Tokenizer, chat, grammar
 from kimi_jax.text.answer_states import Marker
+from kimi_jax.text.messages import REASONING
 
 SamplingMode = Literal["open", "kimi"]
 
@@ -99,7 +100,7 @@ def write_prompt(backend: Backend, request: Chat, thinking: bool) -> Prompt:
     if not messages or not messages[-1].get("partial"):
         return backend.prompt(messages, request.tools, thinking, request.preserve_thinking)
     last, where = messages.pop(), f"messages[{len(messages)}]"
-    content, reasoning = last.get("content"), last.get("reasoning_content")
+    content, reasoning = last.get("content"), next((last[key] for key in REASONING if last.get(key)), None)
     if last["role"] != "assistant" or not isinstance(content, str) or last.get("tool_calls"):
         raise invalid(f"{where}.partial is true, expected so of an assistant's message with a text", "messages")
     if request.content is not None:

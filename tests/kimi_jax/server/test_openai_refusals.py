@@ -236,4 +236,21 @@ def test_a_full_queue_says_when_to_come_again(served):
     served.engine.full = True
     with pytest.raises(openai.RateLimitError, match="3 requests wait") as found:
         served.openai.chat.completions.create(model=NAME, messages=HELLO)
-    assert found.value.response.headers["retry-after"] == "2"
+    assert found.value.response.headers["retry-after"] == "1"
+
+
+def test_a_client_tries_again_and_gives_up_in_time(served):
+    served.engine.text, answered = "</think>Hi", []
+
+    def makes_room(request):
+        served.engine.full = False
+
+    hooks = {"response": [makes_room]}
+    with openai.DefaultHttpxClient(event_hooks=hooks) as http:
+        client = openai.OpenAI(base_url=f"{served.listener.url}/v1", api_key="none", http_client=http, max_retries=1)
+        served.engine.full = True
+        answered.append(client.chat.completions.create(model=NAME, messages=HELLO).choices[0].message.content)
+        served.engine.pause = 0.2
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.05, max_retries=0).chat.completions.create(model=NAME, messages=HELLO)
+    assert answered == ["Hi"]

@@ -5,6 +5,7 @@ import functools
 import json
 import socket
 import struct
+import threading
 import time
 import zlib
 
@@ -55,6 +56,38 @@ def test_the_row_of_a_client_that_left_is_freed(served):
         served.http.post("/v1/chat/completions", json=BODY | {"max_tokens": 500}, timeout=0.1)
     until(lambda: len(closed) == 6)
     assert all(len(one.tokens) < 400 for one in closed)
+
+
+def test_sixteen_streams_of_which_five_are_cut_off_lose_nothing(served):
+    call = "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
+    arguments = json.dumps({"text": "word " * 30})
+    served.engine.text = f"Hm.</think>{call}{arguments}<|tool_call_end|><|tool_calls_section_end|>"
+    served.engine.pause = 0.001
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    found: dict[int, str] = {}
+
+    def use(number):
+        with httpx.Client(base_url=served.listener.url) as http:
+            body = BODY | {"stream": True, "tools": tools}
+            with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+                text = ""
+                for data in (line[6:] for line in answer.iter_lines() if line.startswith("data: {")):
+                    if number < 5 and len(text) > 20 * number:
+                        return
+                    if number == 5:
+                        time.sleep(0.01)
+                    (choice,) = json.loads(data)["choices"]
+                    for one in choice["delta"].get("tool_calls", ()):
+                        text += one["function"]["arguments"]
+                found[number] = text
+
+    users = [threading.Thread(target=use, args=(number,)) for number in range(16)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert found == dict.fromkeys(range(5, 16), arguments)
+    until(lambda: len(served.engine.closed_streams) == 16)
 
 
 def test_a_stream_without_news_is_kept_open(served, monkeypatch):
