@@ -118,8 +118,12 @@ def run(arguments: argparse.Namespace) -> None:
     listener = Listener(service.app(), arguments.host, arguments.port, behind_proxy=arguments.behind_proxy)
     with _log(), _Stop() as stop:
         listener.start()
-        engine = _load(arguments, service)
         try:
+            engine = _load(arguments, service)
+        except BaseException:
+            listener.stop(0.0)
+            raise
+        with engine:
             # Texts of requests would fill the log, and Python keeps each of them
             warnings.filterwarnings("ignore", module=r"kimi_jax\.")
             print(f"serving {names[0]} at {listener.url}/v1", flush=True)
@@ -128,8 +132,6 @@ def run(arguments: argparse.Namespace) -> None:
             service.stopping = True
             _note(f"stopping: {engine.stats().running} answers are running")
             finished = listener.stop(arguments.grace, engine.close)
-        finally:
-            engine.close()
     _note("stopped" if finished else f"stopped: answers that were not complete after {arguments.grace:g} s were cut")
 
 
