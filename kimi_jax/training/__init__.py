@@ -1,0 +1,1 @@
+"""Training: packed rows, the loss and its statistics."""
