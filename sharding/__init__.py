@@ -3,7 +3,7 @@
 A model's code imports everything that it needs of these from here.
 """
 
-from sharding.collectives import all_gather, gather_columns
+from sharding.collectives import all_gather, all_reduce, gather_columns
 from sharding.expert_dispatch import dispatch_and_combine, first_local_expert
 from sharding.layouts import ReplicatedStream, StreamLayout, choose_layout
 from sharding.matrix_homes import MatrixHomes
@@ -33,6 +33,7 @@ __all__ = [
     "Rules",
     "StreamLayout",
     "all_gather",
+    "all_reduce",
     "array_mesh",
     "choose_layout",
     "default_shape",

@@ -9,6 +9,7 @@ from kimi_jax.model.block import ONE_DEVICE, Block
 from kimi_jax.model.context import Context, LayerCache
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, gather_weights
+from kimi_jax.model.statistics import LayerStatistics
 from sharding import SINGLE_DEVICE, Partition, StreamLayout
 
 
@@ -48,3 +49,13 @@ class Decoder(nnx.Module):
             x, with_tokens = gather_weights(block, layout.partition)(x, context, cache, layout)
             after.append(with_tokens)
         return self.norm(x), None if caches is None else tuple(cache for cache in after if cache is not None)
+
+    def with_statistics(
+        self, x: Stream, context: Context, layout: StreamLayout = ONE_DEVICE
+    ) -> tuple[Stream, tuple[LayerStatistics, ...]]:
+        """Maps the stream without a cache, and returns each layer's statistics."""
+        found = []
+        for block in self.layers:
+            x, statistics = gather_weights(block, layout.partition).with_statistics(x, context, layout)
+            found.append(statistics)
+        return self.norm(x), tuple(found)

@@ -13,12 +13,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from numpy.typing import ArrayLike
 
-from kimi_jax.axes import Float32, Int32, Logits, MediaTokens, Stream, Tokens
+from kimi_jax.axes import Float32, Int32, Logits, MediaTokens, Positions, Stream, Tokens
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.context import Context, LayerCache
 from kimi_jax.model.decoder import Decoder
 from kimi_jax.model.param import Init, Linear, gather_weights, weight_shardings, weight_specs
 from kimi_jax.model.splice import Media, media_index, tokens_per_item
+from kimi_jax.model.statistics import Statistics
 from kimi_jax.model.token_ids import token_ids
 from kimi_jax.model.vision import Projector, VisionTower
 from kimi_jax.model.vision_layout import PatchLayout, lay_out_patches
@@ -128,6 +129,46 @@ class Kimi(nnx.Module):
         in_specs = (weight_specs(params, partition), rows, rows, rows, REPLICATED)
         run = partition.shard_map(on_device, in_specs, layout.row_spec(None, "vocab"))
         return run(params, tokens, positions, index, media_tokens)
+
+    def forward_with_statistics(
+        self,
+        tokens: Tokens,
+        index: Int32[jax.Array, "b t"] | None = None,
+        media_tokens: MediaTokens | None = None,
+        partition: Partition = SINGLE_DEVICE,
+        *,
+        positions: Positions | None = None,
+        segments: Positions | None = None,
+        num_segments: int = 1,
+    ) -> tuple[Logits, Statistics]:
+        """Computes logits at every position as a training step does, and the statistics of all rows.
+
+        Rows may be packed: `positions` [b, t] then restart at 0 in each of the sequences, whose numbers `segments`
+        [b, t] has (0 to num_segments - 1, in order); both are -1 for padding. Sequences see nothing of one another.
+        Positions without segments are those of one sequence per row, its padding last.
+        """
+        layout = self.stream_layout(partition, *tokens.shape)
+        # Segments are whole where a recurrence reads them, and a layout of single tokens has no mask of its own.
+        token_axes = layout.token_axes if segments is None else ()
+        layout = StreamLayout(partition, layout.row_axes, token_axes, layout.dispatches)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        graph, params = nnx.split(self)
+        text = self.config.text
+
+        def on_device(params: Any, tokens: Any, positions: Any, segments: Any, index: Any, media_tokens: Any) -> Any:
+            model = nnx.merge(graph, params)
+            context = Context(positions, segments=segments, num_segments=num_segments)
+            x, layers = model.model.with_statistics(model.embed(tokens, index, media_tokens, layout), context, layout)
+            heads = text.num_attention_heads // partition.num_shards("heads")
+            statistics = Statistics.stack(layers, text.n_routed_experts, heads)
+            return model.logits(layout.gather_rows(layout.take_local(x)), partition), statistics
+
+        rows = layout.row_spec()
+        in_specs = (weight_specs(params, partition), rows, rows, rows, rows, REPLICATED)
+        out_specs = (layout.row_spec(None, "vocab"), Statistics.specs(layout))
+        run = partition.shard_map(on_device, in_specs, out_specs)
+        return run(params, tokens, positions, segments, index, media_tokens)
 
     def stream_layout(self, partition: Partition, rows: int, tokens: int) -> StreamLayout:
         """Chooses the layout of the residual stream of a call of `rows` rows with `tokens` tokens each."""

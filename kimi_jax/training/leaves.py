@@ -84,7 +84,8 @@ def split_trained(model: nnx.Module, trainable: Callable[[str], bool] = everythi
         name = ".".join(map(str, path))
         return issubclass(variable.type, nnx.Param) and not name.endswith(ROUTER_BIAS) and trainable(name)
 
-    graph, trained, frozen = nnx.split(model, is_trained, ...)
+    graph, state = nnx.split(model)
+    trained, frozen = nnx.split_state(state, is_trained, ...)
     if not jax.tree.leaves(trained):
         raise ValueError("no parameter is trained, expected `trainable` to be true of one name at least")
     return graph, trained, frozen

@@ -15,9 +15,9 @@ from sharding import SINGLE_DEVICE, Partition
 
 
 class MuonState(NamedTuple):
-    """The number of updates so far, and the momentum of every matrix in float32, sharded as the matrices are."""
+    """The number of updates made, and the momentum of every matrix in float32, sharded as the matrices are."""
 
-    count: jax.Array
+    updates: jax.Array
     momentum: Any
 
 
@@ -78,7 +78,7 @@ def scale_by_muon(
     def update(updates: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         gradients = optax.tree.cast(updates, jnp.float32)
         moments = optax.tree.update_moment(gradients, state.momentum, momentum, 1)
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.updates)
         ahead = optax.tree.bias_correction(moments, momentum, optax.safe_increment(count))
         now = optax.tree.bias_correction(gradients, momentum, count)
         nesterov = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)

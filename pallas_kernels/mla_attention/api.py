@@ -5,6 +5,7 @@ tokens are along the last axis, for a row-major width of 576 would be padded to 
 """
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +80,7 @@ def mla_prefill(
     if q_segments is None or kv_segments is None:
         q_segments, kv_segments = jnp.zeros_like(q_positions), jnp.zeros_like(kv_positions)
     operands = tuple(map(jnp.asarray, (q, k, v, q_positions, kv_positions, q_segments, kv_segments)))
-    options = {"scale": scale, "return_max": return_max}
+    options: dict[str, Any] = {"scale": scale, "return_max": return_max}
     backends = (
         Backend("mosaic_tpu", partial(mosaic_prefill.mla_prefill, **options), ("tpu",), mosaic_prefill.unsupported),
         Backend("xla", partial(xla.mla_prefill, **options)),

@@ -20,7 +20,7 @@ another overlap: some 750 stores and loads in 4,940 bundles on v6e, and 1,200 in
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def mla_prefill(
 ) -> tuple[Array, ...]:
     """See `api.mla_prefill`; returns the output in v's dtype, the float32 log-sum-exp, and with `return_max` the
     largest scores [B, H]. Gradients are `xla`'s."""
-    options = {"scale": scale, "return_max": return_max}
+    options: dict[str, Any] = {"scale": scale, "return_max": return_max}
     run = with_gradient(partial(_forward, **options, interpret=interpret), partial(xla.mla_prefill, **options))
     return run(q, k, v, q_positions, kv_positions, q_segments, kv_segments)
 
