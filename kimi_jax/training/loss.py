@@ -8,22 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kimi_jax.axes import Array, Float32, Int32, MediaTokens
-from kimi_jax.model.block import BlockStatistics
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.param import gather_weights, weight_specs
+from kimi_jax.model.statistics import Statistics
 from kimi_jax.training.rows import Rows
 from sharding import SINGLE_DEVICE, Partition
-
-
-class Statistics(NamedTuple):
-    """What the layers saw of a batch, the layers of one kind in their order. No gradient goes through it.
-
-    max_logits: the largest score of each head of each MLA layer, `softmax` scale included.
-    expert_counts: the tokens that chose each expert of each layer of experts, without padding.
-    """
-
-    max_logits: Float32[Array, "mla_layers h"]
-    expert_counts: Int32[Array, "moe_layers e"]
 
 
 class Losses(NamedTuple):
@@ -62,7 +51,7 @@ def label_logits(
         layout = dataclasses.replace(layout, token_axes=())
     graph, weights = nnx.split(model)
 
-    def on_device(weights: Any, rows: Rows) -> tuple[Array, tuple[BlockStatistics, ...]]:
+    def on_device(weights: Any, rows: Rows) -> tuple[Array, Statistics]:
         local = nnx.merge(graph, weights)
         media, index = None, rows.media_index
         if index is not None:
@@ -70,25 +59,15 @@ def label_logits(
             first = jnp.arange(len(index))[:, None] * (len(media) // len(index))
             index = jnp.where(index >= 0, index + first, -1)
         x = local.embed(rows.tokens, index, media, layout)
-        x, seen = local.model.observe(x, rows.context, layout)
+        x, layers = local.model.with_statistics(x, rows.context, layout)
         columns = jnp.maximum(rows.columns, 0)[:, :, None]
         hidden = jnp.take_along_axis(layout.gather_rows(layout.take_local(x)), columns, axis=1)
-        return local.logits(hidden, partition), seen
+        heads = text.num_attention_heads // partition.num_shards("heads")
+        return local.logits(hidden, partition), Statistics.stack(layers, text.n_routed_experts, heads)
 
-    statistics_specs = tuple(
-        BlockStatistics(
-            partition.spec(("heads",), (text.num_attention_heads,)) if kind == "mla" else None,
-            partition.spec((None,), (text.n_routed_experts,)) if text.is_moe(i) else None,
-        )
-        for i, kind in enumerate(text.layer_kinds)
-    )
     in_specs = (weight_specs(weights, partition), jax.tree.map(lambda _: layout.row_spec(), rows))
-    run = partition.shard_map(on_device, in_specs, (layout.row_spec(None, "vocab"), statistics_specs))
-    logits, seen = run(weights, rows)
-    return logits, Statistics(
-        _stack([one.max_logits for one in seen], text.num_attention_heads, jnp.float32),
-        _stack([one.expert_counts for one in seen], text.n_routed_experts or 0, jnp.int32),
-    )
+    out_specs = (layout.row_spec(None, "vocab"), Statistics.specs(layout))
+    return partition.shard_map(on_device, in_specs, out_specs)(weights, rows)
 
 
 def encode_rows(model: Kimi, rows: Rows, partition: Partition) -> MediaTokens:
@@ -103,8 +82,3 @@ def encode_rows(model: Kimi, rows: Rows, partition: Partition) -> MediaTokens:
 
     media = encode(weights, rows.patches.astype(model.dtype), rows.patch_layout)
     return media.reshape(-1, media.shape[-1])
-
-
-def _stack(found: list[Array | None], width: int, dtype: jax.typing.DTypeLike) -> Array:
-    arrays = [array for array in found if array is not None]
-    return jnp.stack(arrays) if arrays else jnp.zeros((0, width), dtype)

@@ -125,12 +125,11 @@ def _row_media(documents: Sequence[Document], config: KimiConfig, room: int) -> 
     """Returns the patches of a row's documents [room, 3, h, w], and their places."""
     assert config.vision is not None
     patch = config.vision.patch_size
-    found = [document for document in documents if document.grids is not None]
-    patches = np.zeros((room, 3, patch, patch), np.float32)
-    grids = np.concatenate([np.zeros((0, 3), np.int32), *(document.grids for document in found)])
-    for document, end in zip(found, np.cumsum([len(document.patches) for document in found]), strict=True):
-        patches[end - len(document.patches) : end] = document.patches
-    return patches, lay_out_patches(grids, config.vision, room)
+    grids = [document.grids for document in documents if document.grids is not None]
+    found = [document.patches for document in documents if document.patches is not None]
+    joined = np.concatenate([np.zeros((0, 3, patch, patch), np.float32), *found])
+    patches = np.pad(joined, [(0, room - len(joined)), (0, 0), (0, 0), (0, 0)])
+    return patches, lay_out_patches(np.concatenate([np.zeros((0, 3), np.int32), *grids]), config.vision, room)
 
 
 def _sizes(document: Document) -> tuple[int, int, int, int]:

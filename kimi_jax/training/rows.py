@@ -38,4 +38,4 @@ class Rows:
     @property
     def context(self) -> Context:
         """Returns the description of the tokens that a model's layers take."""
-        return Context(self.positions, segments=self.segments, packed=self.documents)
+        return Context(self.positions, segments=self.segments, num_segments=self.documents)

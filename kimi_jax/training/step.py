@@ -57,7 +57,7 @@ class Metrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a model is trained, beside its optimizer.
+    """Says how a model is trained, beside its optimizer.
 
     config: the configuration of what is published: with its `quantization`, experts are trained for INT4.
     qk_threshold: tau of QK-Clip. bias_rate: a function from the step's number to gamma of the routers' biases.

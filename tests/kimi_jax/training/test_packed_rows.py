@@ -1,4 +1,4 @@
-"""Documents packed in a row are trained as each alone, in both families and with images, on one device and on a mesh."""
+"""Documents packed in a row are trained as each alone, in both families, with images, and on a mesh."""
 
 import dataclasses
 import functools
@@ -152,14 +152,17 @@ def test_a_rows_broken_picture_breaks_no_other_rows_logits(pictures):
     np.testing.assert_allclose(after[0], before[0], rtol=0, atol=3e-6 * np.abs(before[0]).max())
 
 
-@pytest.mark.parametrize("dispatches", [False, True])
-def test_the_loss_and_what_layers_saw_on_a_mesh(monkeypatch, pictures, dispatches):
-    (_, rows), (params, _, _) = pictures, compiled("k2.5")
-    mesh = make_mesh("2x2x2x1")
-    graph, _ = nnx.split(nnx.eval_shape(lambda: make_model("k2.5")))
-    expected, expected_seen = sum_losses(make_model("k2.5"), rows)
+@pytest.mark.parametrize(
+    ("name", "shape", "dispatches"), [("k2.5", "2x2x2x1", True), ("kimi-linear", "1x2x2x2", False)]
+)
+def test_the_loss_and_what_layers_saw_on_a_mesh(monkeypatch, pictures, name, shape, dispatches):
+    config = from_dict(CONFIGS[name])
+    rows = pictures[1] if name == "k2.5" else make_rows([[text(20), text(11)], [text(31)]], config, PICTURES)
+    expected, expected_seen = sum_losses(make_model(name), rows)
     if dispatches:
         monkeypatch.setattr(expert_dispatch, "MIN_BYTES_SAVED", -1e9)
+    (params, _, _), mesh = compiled(name), make_mesh(shape)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make_model(name)))
     placed = jax.device_put(params, weight_shardings(params, mesh, TRAIN))
 
     @jax.jit
@@ -171,3 +174,4 @@ def test_the_loss_and_what_layers_saw_on_a_mesh(monkeypatch, pictures, dispatche
     assert int(losses.correct) == int(expected.correct)
     np.testing.assert_array_equal(seen.expert_counts, expected_seen.expert_counts)
     np.testing.assert_allclose(seen.max_logits, expected_seen.max_logits, rtol=3e-6)
+    assert seen.max_logits.shape == ({"k2.5": 2, "kimi-linear": 1}[name], 4)
