@@ -19,10 +19,9 @@ from kimi_jax.media.conversation import read_all
 from kimi_jax.printable import printable
 from kimi_jax.processor import Processor
 from kimi_jax.text import chat
-from kimi_jax.text.messages import read_messages
+from kimi_jax.text.messages import REASONING, read_messages
 
 _FIELDS = ("messages", "tools", "thinking")
-_REASONING = ("reasoning_content", "reasoning")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +81,15 @@ def documents(
     if not answers:
         raise ValueError("messages: no message is an assistant's, so that there is nothing to train on")
     folder = None if files is None else Path(files)
-    parts = [(part.kind, media.from_message(part.source, folder)) for part in chat.media_parts(messages)]
+    parts = [
+        (part.kind, media.from_message(part.source, folder)) for part in chat.media_parts(conversation["messages"])
+    ]
     pictures = read_all(parts, processor.media_config) if parts and processor.config.vision else None
     if parts and pictures is None:
         raise ValueError(f"messages hold {len(parts)} images or videos; this model takes none")
     videos = () if pictures is None else pictures.videos
 
-    def encode(messages: Sequence[Mapping[str, Any]], *, prompts: bool) -> list[int]:
+    def encode(messages: Sequence[Mapping[str, Any]], *, prompts: bool = True, keep: bool = True) -> list[int]:
         kinds = [part.kind for part in chat.media_parts(messages)]
         return chat.encode(
             processor.tokenizer,
@@ -96,7 +97,7 @@ def documents(
             conversation.get("tools"),
             thinking,
             processor.template,
-            preserve_thinking=True,
+            preserve_thinking=keep,
             add_generation_prompt=prompts,
             videos=videos[: kinds.count("video")],
         )
@@ -104,8 +105,10 @@ def documents(
     found: list[tuple[list[int], list[bool]]] = []
     for index in answers:
         shown = _as_seen(messages[: index + 1], thinking)
-        prompt, whole = encode(shown[:-1], prompts=True), encode(shown, prompts=False)
-        if whole[: len(prompt)] != prompt:
+        if not index:
+            raise ValueError("messages[0] is an assistant's, expected a message to answer before it")
+        prompt, whole = encode(shown[:-1]), encode(shown, prompts=False)
+        if prompt != encode(messages[:index], keep=False) or whole[: len(prompt)] != prompt:
             raise ValueError(f"messages[{index}]: the chat template writes it otherwise than after its prompt")
         written = [False] * len(prompt) + [True] * (len(whole) - len(prompt))
         if found and prompt[: len(found[-1][0])] == found[-1][0]:
@@ -125,7 +128,7 @@ def _as_seen(messages: Sequence[Mapping[str, Any]], thinking: bool) -> list[dict
     return [
         dict(message)
         if thinking and index >= first
-        else {key: value for key, value in message.items() if key not in _REASONING}
+        else {key: value for key, value in message.items() if key not in REASONING}
         for index, message in enumerate(messages)
     ]
 

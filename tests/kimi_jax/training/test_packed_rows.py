@@ -118,7 +118,7 @@ def picture_document(config, seed, pictures=1):
     return Document(tokens, np.arange(len(tokens)) >= len(tokens) - 2, patches, grids)
 
 
-PICTURES = Room(tokens=32, labels=8, documents=3, patches=64)
+PICTURES = Room(tokens=32, labels=32, documents=3, patches=64)
 
 
 @pytest.fixture(scope="module")
