@@ -109,12 +109,12 @@ def test_pictures_go_with_the_documents_that_show_them(processor, tmp_path):
     np.testing.assert_array_equal(second.patches, prompt.media.patches)
     # In rows, media tokens are counted within their own
     room = Room.of([first, second, third], 128)
-    assert room.patches == 64 and room.tokens == 128
+    assert room.patches == 128 and room.tokens == 128
     rows = make_rows([[third, second], [first]], processor.config, room)
     at = len(third.tokens) + np.flatnonzero(second.tokens == pad)
     assert rows.media_index[0, at].tolist() == list(range(10)) and (rows.media_index[1] >= 0).sum() == 4
     np.testing.assert_array_equal(rows.patches[0, :40], second.patches)
-    assert rows.patch_layout.segment[0].tolist() == [0] * 16 + [1] * 24 + [-1] * 24
+    assert rows.patch_layout.segment[0].tolist() == [0] * 16 + [1] * 24 + [-1] * 88
 
 
 @pytest.mark.parametrize(
