@@ -6,6 +6,8 @@ from kimi_jax.training.leaves import treatment as treatment
 from kimi_jax.training.muon import muon as muon
 from kimi_jax.training.optimizer import optimizer as optimizer
 from kimi_jax.training.optimizer import warmup_stable_decay as warmup_stable_decay
+from kimi_jax.training.packing import Rows as Rows
+from kimi_jax.training.packing import pack as pack
 from kimi_jax.training.parl import critical_steps as critical_steps
 from kimi_jax.training.parl import finish_reward as finish_reward
 from kimi_jax.training.parl import parallel_reward as parallel_reward
@@ -19,6 +21,8 @@ from kimi_jax.training.rl_losses import k2_rl_loss as k2_rl_loss
 from kimi_jax.training.rl_losses import kimi_rl_loss as kimi_rl_loss
 from kimi_jax.training.router_bias import load_imbalance as load_imbalance
 from kimi_jax.training.router_bias import update_router_bias as update_router_bias
+from kimi_jax.training.samples import Sample as Sample
+from kimi_jax.training.samples import make_samples as make_samples
 from kimi_jax.training.toggle import is_budgeted as is_budgeted
 from kimi_jax.training.toggle import length_budget as length_budget
 from kimi_jax.training.toggle import toggle_rewards as toggle_rewards
