@@ -58,19 +58,16 @@ def test_each_is_updated_by_its_own_rule(step):
     params, gradients, updates = map(named_leaves, step)
     norm = np.sqrt(sum(np.sum(np.square(x)) for x in gradients.values()))
     assert norm < 1  # so that nothing is clipped
-    # AdamW's first step is the sign of the gradient
-    table = "model.embed_tokens.weight"
-    expected = -0.005 * (np.sign(gradients[table]) + 0.3 * params[table])
-    np.testing.assert_allclose(updates[table], expected, rtol=0, atol=2e-7 + 1e-5 * 0.005)
-    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
-    assert not np.any(updates[bias])
-    scale = "model.norm.weight"
-    np.testing.assert_allclose(updates[scale], -0.005 * np.sign(gradients[scale]), rtol=0, atol=1e-6)
-    chosen = {name: gradients[name] for name in ("model.layers.1.mlp.experts.up_proj.weight",)}
+    # The first step of AdamW is g / (|g| + eps), with and without decay
+    for name, decay in (("model.embed_tokens.weight", 0.3), ("model.norm.weight", 0.0)):
+        g = gradients[name]
+        expected = -0.005 * (g / (np.abs(g) + 1e-8) + decay * params[name])
+        np.testing.assert_allclose(updates[name], expected, rtol=0, atol=1e-7)
+    assert not np.any(updates["model.layers.1.mlp.gate.e_score_correction_bias"])
+    name = "model.layers.1.mlp.experts.up_proj.weight"
     alone = muon(0.01)
-    kept = {name: params[name] for name in chosen}
-    for name, want in alone.update(chosen, alone.init(kept), kept)[0].items():
-        np.testing.assert_allclose(updates[name], want, rtol=0, atol=1e-6 * np.abs(want).max())
+    want, _ = jax.jit(alone.update)(gradients[name], alone.init(params[name]), params[name])
+    np.testing.assert_allclose(updates[name], want, rtol=0, atol=3e-6 * np.abs(want).max())
 
 
 def test_gradients_are_clipped_to_their_norm():
@@ -90,7 +87,8 @@ def test_a_mesh_makes_the_same_updates(step):
     update = optimizer(params, 0.01, adamw_schedule=0.005, adamw_weight_decay=0.3, partition=Partition(mesh, TRAIN))
     found, _ = jax.jit(update.update)(gradients, update.init(params), params)
     for (name, one), other in zip(named_leaves(found).items(), named_leaves(expected).values(), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * max(np.abs(other).max(), 1e-9), err_msg=name)
+        assert np.sqrt(np.mean(np.square(one - other))) <= 1e-6 * np.sqrt(np.mean(np.square(other))), name
+        np.testing.assert_allclose(one, other, rtol=0, atol=5e-6 * max(np.abs(other).max(), 1e-9), err_msg=name)
     for one, sharding in zip(jax.tree.leaves(found), jax.tree.leaves(shardings), strict=True):
         assert one.sharding.is_equivalent_to(sharding, one.ndim)
     with pytest.raises(ValueError, match=r"on a mesh parameters are an nnx\.State with logical axes, found a dict"):
