@@ -48,8 +48,8 @@ def named_leaves(params: Any) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in leaves}
 
 
-def treatment(name: str, leaf: jax.Array) -> Treatment:
-    """Returns what an optimizer does with a parameter.
+def treatment(name: str, leaf: Any) -> Treatment:
+    """Returns what an optimizer does with a parameter, an array or its shape.
 
     Muon takes matrices of layers: projections, experts, routers. Vocabulary tables are AdamW's with weight decay;
     norms, biases, taps of convolutions, KDA's decays, and embeddings of patches and their places are AdamW's without.

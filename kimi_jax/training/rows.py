@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from kimi_jax.model.context import Context
 
@@ -34,6 +35,13 @@ class Rows:
     patches: Any = None
     patch_layout: Any = None
     documents: int = dataclasses.field(default=1, metadata={"static": True})
+
+    @classmethod
+    def whole(cls, tokens: np.ndarray) -> "Rows":
+        """Returns rows of one document each, tokens int32 [b, t], every token of which predicts the next."""
+        tokens = np.asarray(tokens, np.int32)
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        return cls(tokens, positions, np.zeros_like(tokens), positions[:, :-1], tokens[:, 1:])
 
     @property
     def context(self) -> Context:
