@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn_models import drawn, structure
 from flax import nnx
 
 from checkpoints.toy import toy_config
-from kimi_jax import Kimi
 from kimi_jax.config_json import from_dict
 from kimi_jax.model.param import weight_shardings
 from sharding import TRAIN, Partition, expert_dispatch, make_mesh
@@ -29,10 +29,6 @@ ROWS = ([1, 14, 1, 1, 46, 1, 1, 20], [1] * 10)
 T = 90
 
 
-def make_model(name):
-    return Kimi(from_dict(CONFIGS[name]), rngs=nnx.Rngs(0), dtype=jnp.float32)
-
-
 def packed_rows():
     """Returns tokens, positions and segments [2, T]."""
     tokens = np.random.RandomState(0).randint(0, 500, (2, T)).astype(np.int32)
@@ -48,7 +44,7 @@ def packed_rows():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_documents_are_each_alone(name):
-    graph, params = nnx.split(make_model(name))
+    graph, params = drawn(from_dict(CONFIGS[name]))
     tokens, positions, segments = packed_rows()
     weights = np.random.RandomState(1).standard_normal((2, T, 768)).astype(np.float32) * (segments >= 0)[..., None]
 
@@ -103,7 +99,7 @@ def test_packed_documents_are_each_alone(name):
 
 def run(name, params, partition=None, packed=True):
     """Returns logits and statistics of the packed rows, or of their tokens as rows of one sequence."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: make_model(name)))
+    graph, _ = structure(from_dict(CONFIGS[name]))
     tokens, positions, segments = map(jnp.asarray, packed_rows())
     options = {"positions": positions, "segments": segments, "num_segments": 10} if packed else {}
     partition = Partition() if partition is None else partition
@@ -117,7 +113,7 @@ def run(name, params, partition=None, packed=True):
 
 @pytest.mark.parametrize(("name", "shape", "dispatches"), [("k2", "2x2x2x1", True), ("kimi-linear", "1x2x2x2", False)])
 def test_statistics_on_a_mesh_are_those_of_one_device(monkeypatch, name, shape, dispatches):
-    _, params = nnx.split(make_model(name))
+    _, params = drawn(from_dict(CONFIGS[name]))
     expected_logits, expected = run(name, params)
     if dispatches:
         monkeypatch.setattr(expert_dispatch, "MIN_BYTES_SAVED", -1e9)
@@ -134,6 +130,8 @@ def test_statistics_on_a_mesh_are_those_of_one_device(monkeypatch, name, shape, 
 
 
 def test_logits_are_those_of_the_forward_pass_for_inference():
-    model = make_model("kimi-linear")
-    logits, _ = run("kimi-linear", nnx.split(model)[1], packed=False)
-    np.testing.assert_allclose(logits, model(packed_rows()[0]), rtol=0, atol=1e-6 * np.abs(logits).max())
+    graph, params = drawn(from_dict(CONFIGS["kimi-linear"]))
+    logits, _ = run("kimi-linear", params, packed=False)
+    np.testing.assert_allclose(
+        logits, nnx.merge(graph, params)(packed_rows()[0]), rtol=0, atol=1e-6 * np.abs(logits).max()
+    )
