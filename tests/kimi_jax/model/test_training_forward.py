@@ -44,7 +44,7 @@ def packed_rows():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_documents_are_each_alone(name):
-    graph, params = drawn(from_dict(CONFIGS[name]))
+    graph, params = drawn(from_dict(CONFIGS[name]), std=0.2)
     tokens, positions, segments = packed_rows()
     weights = np.random.RandomState(1).standard_normal((2, T, 768)).astype(np.float32) * (segments >= 0)[..., None]
 
@@ -113,7 +113,7 @@ def run(name, params, partition=None, packed=True):
 
 @pytest.mark.parametrize(("name", "shape", "dispatches"), [("k2", "2x2x2x1", True), ("kimi-linear", "1x2x2x2", False)])
 def test_statistics_on_a_mesh_are_those_of_one_device(monkeypatch, name, shape, dispatches):
-    _, params = drawn(from_dict(CONFIGS[name]))
+    _, params = drawn(from_dict(CONFIGS[name]), std=0.2)
     expected_logits, expected = run(name, params)
     if dispatches:
         monkeypatch.setattr(expert_dispatch, "MIN_BYTES_SAVED", -1e9)
@@ -130,7 +130,7 @@ def test_statistics_on_a_mesh_are_those_of_one_device(monkeypatch, name, shape, 
 
 
 def test_logits_are_those_of_the_forward_pass_for_inference():
-    graph, params = drawn(from_dict(CONFIGS["kimi-linear"]))
+    graph, params = drawn(from_dict(CONFIGS["kimi-linear"]), std=0.2)
     logits, _ = run("kimi-linear", params, packed=False)
     np.testing.assert_allclose(
         logits, nnx.merge(graph, params)(packed_rows()[0]), rtol=0, atol=1e-6 * np.abs(logits).max()
