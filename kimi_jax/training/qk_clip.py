@@ -50,7 +50,9 @@ def qk_clip(
         )
 
     def scale(name: str, weight: jax.Array) -> jax.Array:
-        return (weight * factors[name][:, None]).astype(weight.dtype) if name in factors else weight
+        if name not in factors:
+            return weight
+        return (weight.astype(jnp.float32) * factors[name][:, None]).astype(weight.dtype)
 
     return map_leaves(scale, params)
 

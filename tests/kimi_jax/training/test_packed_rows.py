@@ -4,13 +4,13 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn_models import drawn, structure
 from flax import nnx
 
 from checkpoints.toy import toy_config
-from kimi_jax import Kimi, Media
+from kimi_jax import Media
 from kimi_jax.config_json import from_dict
 from kimi_jax.model.param import weight_shardings
 from kimi_jax.training.loss import label_logits, sum_losses
@@ -38,7 +38,7 @@ ROOM = Room(tokens=256, labels=256, documents=8, patches=0)
 
 
 def make_model(name):
-    return Kimi(from_dict(CONFIGS[name]), rngs=nnx.Rngs(0), dtype=jnp.float32)
+    return nnx.merge(*drawn(from_dict(CONFIGS[name])))
 
 
 def text(length, seed=0):
@@ -54,7 +54,7 @@ def trained_logits(logits, rows):
 def compiled(name):
     """Returns weights, the jitted loss of weights and rows with its gradients and what the layers saw, and the jitted
     logits."""
-    graph, params = nnx.split(make_model(name))
+    graph, params = drawn(from_dict(CONFIGS[name]))
 
     @jax.jit
     def gradients(params, rows):
@@ -162,7 +162,7 @@ def test_the_loss_and_what_layers_saw_on_a_mesh(monkeypatch, pictures, name, sha
     if dispatches:
         monkeypatch.setattr(expert_dispatch, "MIN_BYTES_SAVED", -1e9)
     (params, _, _), mesh = compiled(name), make_mesh(shape)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: make_model(name)))
+    graph, _ = structure(config)
     placed = jax.device_put(params, weight_shardings(params, mesh, TRAIN))
 
     @jax.jit

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn_models import drawn, structure
 from flax import nnx
 
 from checkpoints.published.quantization_config import int4
 from checkpoints.toy import toy_config
-from kimi_jax import Kimi
 from kimi_jax.config_json import from_dict
 from kimi_jax.training import as_published, fake_quantize_experts, optimizer, split_trained
 from kimi_jax.training.leaves import named_leaves
@@ -31,8 +31,7 @@ def loss_of(logits):
 
 def published(params):
     """Returns the model of published INT4 experts, and of all else in bf16, that computes in float32."""
-    model = Kimi(CONFIG, rngs=nnx.Rngs(1), dtype=jnp.float32)
-    graph, state = nnx.split(model)
+    graph, state = structure(CONFIG)
     leaves = {name: x.astype(jnp.bfloat16).astype(jnp.float32) for name, x in named_leaves(params).items()}
     for name in EXPERTS:
         weight = Int4.from_dense(named_leaves(params)[f"{name}.weight"])
@@ -45,7 +44,7 @@ def published(params):
 @pytest.fixture(scope="module")
 def masters():
     """Returns the model's structure and its masters, with loss, logits and gradients of what is published."""
-    graph, params = nnx.split(Kimi(CONFIG.dense(), rngs=nnx.Rngs(0), dtype=jnp.float32))
+    graph, params = drawn(CONFIG.dense())
 
     @jax.jit
     def run(params):
