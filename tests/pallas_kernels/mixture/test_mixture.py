@@ -186,7 +186,7 @@ def test_gradient(implementation):
         out = mixture(x, chosen, weights, *matrices, first=1, implementation=implementation)
         return jnp.sum(out * jnp.asarray(cotangent, jnp.float32))
 
-    dx, dweights = jax.grad(loss, (0, 1))(x, weights)
+    dx, dweights = jax.jit(jax.grad(loss, (0, 1)))(x, weights)
 
     def moved(step, x_step, weight_step):
         new = np.asarray(x, np.float64) + step * x_step, np.asarray(weights, np.float64) + step * weight_step
