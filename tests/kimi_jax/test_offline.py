@@ -19,8 +19,8 @@ from kimi_jax.runtime.sampling import Sampling
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """Returns the engine and processor of a K2 of two layers."""
-    sizes = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+    """Returns the engine and processor of a K2 of one layer of experts."""
+    sizes = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
     folder = write_toy(tmp_path_factory.mktemp("offline") / "k2", toy_config("k2", **sizes))
     with Engine(kimi_jax.load(folder, dtype=jnp.float32), slots=2, cache_memory="4MiB", prefill_chunk=64) as engine:
         yield engine, Processor.from_folder(folder)
