@@ -85,14 +85,18 @@ def make_job(
     if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
         raise ValueError(f"timeout is {timeout!r}, expected seconds above 0, or None")
     index = media_index(ids[None], request.media, config)
-    shared = tuple(_whole("shared_prefixes", length) for length in request.shared_prefixes)
+    ends, shared = message_ends(ids.tolist(), frozenset(config.stop_ids)), request.shared_prefixes
+    if shared is not None:
+        if not isinstance(shared, list | tuple):
+            raise ValueError(f"shared_prefixes is {shared!r}, expected lengths, or None")
+        ends += tuple(_whole("shared_prefixes", length) for length in shared)
     sequence = Sequence(
         ids.tolist(),
         len(ids) + new,
         number,
         priority=_whole("priority", request.priority),
         media=placeholders(request.media, index, config),
-        boundaries=(*message_ends(ids.tolist(), frozenset(config.stop_ids)), *shared),
+        boundaries=ends if ends or shared is not None else None,
     )
     return Job(
         dataclasses.replace(request, seed=int(seed)),

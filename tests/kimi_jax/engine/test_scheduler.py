@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_jax.engine.pages import PagePool, Placeholders, extend_keys
-from kimi_jax.engine.scheduler import AGEING, Scheduler, Shard
+from kimi_jax.engine.scheduler import AGEING, Scheduler
 from kimi_jax.engine.sequence import Sequence, Status
+from kimi_jax.engine.shard import Shard
 from kimi_jax.engine.snapshots import SnapshotPool
 from kimi_jax.model.context import PAGE
 
