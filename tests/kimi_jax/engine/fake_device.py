@@ -15,18 +15,23 @@ from kimi_jax.model.context import PAGE
 STOP, NOTHING = 0, 65535
 
 
-def next_token(tokens: list[int]) -> int:
-    """Returns the token after `tokens`, 0 to 399; one in four hundred is STOP."""
-    return zlib.crc32(array("H", tokens)) % 400
+def next_token(tokens: list[int], before: int = 0) -> tuple[int, int]:
+    """Returns the token after `tokens`, 0 to 399, of which one in four hundred is STOP, and a hash of all of them.
+
+    `before` is the hash of those that are left out.
+    """
+    total = zlib.crc32(array("H", tokens), before)
+    return total % 400, total
 
 
 def whole_answer(prompt: list[int], ends: int) -> list[int]:
     """Returns what a sequence must become that is computed alone."""
-    tokens = list(prompt)
+    tokens, (token, total) = list(prompt), next_token(prompt)
     while len(tokens) < ends:
-        tokens.append(next_token(tokens))
-        if tokens[-1] == STOP:
+        tokens.append(token)
+        if token == STOP:
             break
+        token, total = next_token([token], total)
     return tokens
 
 
@@ -81,7 +86,7 @@ class FakeDevice:
         return list(itertools.chain.from_iterable(pages))[:count]
 
     def _choose(self, sequence: Sequence, count: int) -> tuple[int, bool]:
-        token = next_token(self._history(sequence, count))
+        token, _ = next_token(self._history(sequence, count))
         return token, token == STOP or count + 1 >= sequence.ends
 
 
