@@ -240,7 +240,7 @@ class Engine:
     def _admit(self, job: Job) -> None:
         sequence, request = job.sequence, job.request
         self.runner.admit(sequence, request.sampling, request.seed, job.stop_ids)
-        if job.index is None or not any(item.stop > sequence.dispatched for item in sequence.media):
+        if job.index is None or not any(item.stop > sequence.begin for item in sequence.media):
             return  # no picture, or none that is not in the pages found
         if request.media is not None and sequence.number not in self.runner.media:
             embeddings = self.model.encode_media_padded(request.media)

@@ -33,10 +33,11 @@ class Sequence:
     status: Status = Status.WAITING
     arrived: int = 0
     prompt: int = 0
+    begin: int = 0  # the number of tokens not computed at its last admission, since pages were found
     prefill: int = 0  # the number of tokens known when prefill began: it ends with the last of them
     dispatched: int = 0
     unread: int = 0  # steps dispatched whose token for this sequence is not read yet
-    cached: int | None = None  # prompt tokens that were not computed at its first admission
+    cached: int | None = None  # `begin` of its first admission
     shard: int = 0
     slot: int = -1
     pages: list[Page] = dataclasses.field(default_factory=list)

@@ -63,9 +63,10 @@ class Shard:
             assert page is not None
             sequence.pages.append(page)
         sequence.slot = self.slots.pop()
-        sequence.dispatched, sequence.prefill = usable * PAGE, len(sequence.tokens)
+        sequence.begin = sequence.dispatched = usable * PAGE
+        sequence.prefill = len(sequence.tokens)
         if sequence.cached is None:
-            sequence.cached = sequence.dispatched
+            sequence.cached = sequence.begin
         sequence.status = Status.PREFILL
         self.running.append(sequence)
         if self.snapshots is None:
