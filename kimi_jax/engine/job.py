@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,8 @@ def make_job(
             f"{max_length} in all"
         )
     (seed,) = checked_seeds(request.seed, 1)
+    if not isinstance(request.stop_ids, Iterable | None):
+        raise ValueError(f"stop_ids is {request.stop_ids!r}, expected token ids, or None")
     stops = sorted(set(config.stop_ids if request.stop_ids is None else request.stop_ids))
     if stops and not 0 <= integers("stop_ids", stops).min() <= max(stops) < vocab:
         raise ValueError(f"stop_ids are {stops}, expected token ids from 0 to {vocab - 1}")

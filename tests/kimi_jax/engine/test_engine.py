@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from idle_engine import forget_all
 
 import kimi_jax
 from kimi_jax.engine import Engine, QueueFullError, Request
 from kimi_jax.engine.pages import PagePool
-from kimi_jax.engine.snapshots import SnapshotPool
 from kimi_jax.model.context import PAGE
 
 NAMES = ["k2.5", "kimi-linear"]
@@ -90,6 +90,40 @@ def test_many_at_once_answer_as_each_alone(engine, expected, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_in_few_pages_answers_are_those_of_each_alone(engine, expected, monkeypatch, name):
+    """Preempted, resumed and cancelled in a pool of six pages, where the prompts need up to four."""
+    one, preempted = engine(name), []
+    (shard,), preempt = one.scheduler.shards, one.scheduler._preempt
+    forget_all(one)
+    whole, shard.pages = shard.pages, PagePool(6)
+    monkeypatch.setattr(one.scheduler, "_preempt", lambda sequence: (preempted.append(sequence), preempt(sequence)))
+    random, programs = np.random.RandomState(5), one.stats().compiled_programs
+
+    async def everybody():
+        async def late(number, request):
+            await asyncio.sleep(random.uniform(0, 0.2))
+            return number, (await read(one, request))[0]
+
+        async def quitter(prompt):
+            stream = one.submit(ask(prompt, max_new_tokens=100, priority=2))
+            await stream.__anext__()
+            await stream.aclose()
+
+        quitters = [quitter(PROMPTS[number]) for number in (1, 6)]
+        asked = [late(number, ask(PROMPTS[number], priority=int(random.randint(3)))) for number in [*range(9)] * 2]
+        return (await asyncio.gather(*asked, *quitters))[: len(asked)]
+
+    answers = asyncio.run(everybody())
+    for number, tokens in answers:
+        assert tokens == expected(name)[number]
+    stats = one.stats()
+    assert preempted and stats.compiled_programs == programs
+    assert (stats.free_pages, stats.free_slots, stats.waiting, stats.running) == (6, 3, 0, 0)
+    forget_all(one)
+    shard.pages = whole
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_prefix_in_the_cache_changes_no_token(engine, expected, name):
     one, (_, _, _, longest, *_) = engine(name), PROMPTS
     one.answer(ask(longest))
@@ -100,14 +134,6 @@ def test_a_prefix_in_the_cache_changes_no_token(engine, expected, name):
     other = np.concatenate([longest[: 2 * PAGE], PROMPTS[1]])
     one.answer(ask(other))
     assert drawn[0] == drawn[1] != again.tokens
-
-
-def forget_all(engine):
-    """Gives an idle engine empty pools."""
-    for shard in engine.scheduler.shards:
-        shard.pages = PagePool(shard.pages.pages, shard.pages.parts)
-        if shard.snapshots is not None:
-            shard.snapshots = SnapshotPool(shard.snapshots.places)
 
 
 @pytest.fixture
@@ -255,8 +281,7 @@ def test_a_stop_string_ends_an_answer_before_it(engine, expected, tiny_tokenizer
         (Request([1], stop_strings=("x" * 10_000,)), "10,000 characters"),
         (Request([1], priority=True), "priority is True"),
         (Request([1], timeout=-1.0), "timeout is -1"),
-        (Request([1], shared_prefixes=(1.5,)), "shared_prefixes is 1.5"),
-        (Request([1], shared_prefixes="ab"), "shared_prefixes is 'ab'"),
+        (Request([1], shared_prefixes=(True,)), "shared_prefixes is True"),
         (Request([1], media=kimi_jax.Media(np.zeros((4, 3, 14, 14), np.float32), np.array([[1, 2, 2]]))), "placehold"),
     ],
 )
