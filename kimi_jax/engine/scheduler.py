@@ -8,7 +8,6 @@ pages and waits to be computed again, which the pages that are still found by th
 """
 
 from collections import Counter
-from collections.abc import Iterable
 
 from kimi_jax.engine.sequence import Piece, Sequence, Snapshot, Status, Step
 from kimi_jax.engine.shard import Shard
@@ -55,7 +54,8 @@ class Scheduler:
         sequence.unread -= 1
         sequence.tokens.append(token)
         if sequence.status is Status.DECODE:
-            self.shards[sequence.shard].publish(sequence)
+            if sequence.computed % PAGE == 0:
+                self.shards[sequence.shard].publish(sequence)
         elif sequence.status is Status.LEAVING and not sequence.unread:
             sequence.status = Status.WAITING
             self.waiting.append(sequence)
@@ -116,6 +116,8 @@ class Scheduler:
         admitted: list[Sequence] = []
         loads: list[Snapshot] = []
         reserved: Counter[int] = Counter()
+        if not any(shard.slots for shard in self.shards):
+            return admitted, loads
         for sequence in sorted(self.waiting, key=self.urgency):
             if (found := self._shard_for(sequence, reserved)) is None:
                 break
@@ -176,8 +178,3 @@ class Scheduler:
         if stop == sequence.prefill:
             sequence.status = Status.DECODE
         return Piece(sequence, first, stop, stop == sequence.prefill)
-
-
-def message_ends(tokens: Iterable[int], ends: frozenset[int]) -> tuple[int, ...]:
-    """Returns the positions just after each token that ends a message, which a model's stop ids do."""
-    return tuple(position + 1 for position, token in enumerate(tokens) if token in ends)

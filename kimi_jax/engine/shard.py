@@ -10,9 +10,6 @@ from kimi_jax.engine.sequence import Snapshot, Status
 from kimi_jax.engine.snapshots import SnapshotPool
 from kimi_jax.model.context import PAGE
 
-# Ends of messages at which states are copied: the first ones are of the system prompt and tools, the last of the turn.
-FIRST_ENDS, LAST_ENDS = 2, 2
-
 
 @dataclass
 class Shard:
@@ -134,14 +131,13 @@ class Shard:
 
     def _cuts(self, sequence: Running, found: int) -> dict[int, bool]:
         """Returns the page boundaries at which to copy states, and whether each has a meaning: the last of the tokens,
-        ends of messages, and the one up to which another sequence's tokens are alike, which is a place where more may
+        known ones, and the one up to which another sequence's tokens are alike, which is a place where more may
         meet. Where nothing is known of a prompt, every boundary may be such a place: as many as there are places for
         are guesses."""
         assert self.snapshots is not None
         first, last = sequence.dispatched // PAGE, sequence.sharable_pages
-        ends = sorted({end // PAGE for end in sequence.boundaries or () if end <= len(sequence.tokens)})
-        meant = {*ends[:FIRST_ENDS], *ends[-LAST_ENDS:], last, found}
-        cuts = {page * PAGE: True for page in meant if page > first}
+        known = (end // PAGE for end in sequence.boundaries or () if end <= len(sequence.tokens))
+        cuts = {page * PAGE: True for page in (*known, last, found) if page > first}
         if sequence.boundaries is None and (places := self.snapshots.guessable):
             stride = max(1, -(-(last - first) // places))
             guesses = range(first // stride * stride + stride, last, stride)

@@ -9,6 +9,7 @@ from fake_device import FakeDevice, every_page, whole_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_jax.engine.job import message_ends
 from kimi_jax.engine.pages import PagePool, Placeholders, extend_keys
 from kimi_jax.engine.scheduler import AGEING, Scheduler
 from kimi_jax.engine.sequence import Sequence, Status
@@ -178,6 +179,18 @@ def test_who_waits_for_a_prefix_keeps_its_slot_and_waits_for_nobody_less_urgent(
     assert second.cached == 7 * PAGE
 
 
+def test_nobody_waits_for_a_state_that_was_passed_without_a_copy():
+    run = Run(make_scheduler(pages=60, slots=2, places=8))
+    first, second = sequence(0, 900, 1), sequence(1, 900, 1)
+    second.tokens[: 3 * PAGE] = first.tokens[: 3 * PAGE]
+    run.scheduler.add(first)
+    run.step()
+    run.step()
+    run.scheduler.add(second)
+    run.step()
+    assert first.status is second.status is Status.PREFILL and second.cached == 2 * PAGE
+
+
 def test_the_one_that_others_wait_for_may_be_cancelled():
     run = Run(make_scheduler(pages=60, slots=4, places=6))
     alike = [sequence(0, 900, 3) for _ in range(4)]
@@ -220,6 +233,26 @@ def test_a_preempted_answer_goes_on_at_its_last_page(monkeypatch):
     assert again and all(piece.stop - piece.first <= PAGE for piece in again)
     for one in answers:
         assert one.tokens == whole_answer(one.tokens[: one.prompt], one.ends)
+
+
+def test_known_beginnings_are_the_first_and_last_messages():
+    """Of several ends between two page boundaries the last one; none before the first boundary."""
+    tokens = [1] * 1000
+    for place in (50, 200, 220, 300, 450, 600, 650, 700, 990):
+        tokens[place] = 0
+    assert message_ends(tokens, (0, 9)) == (221, 301, 701, 991)
+    assert message_ends(tokens[:250], (0,)) == (221,) and message_ends(tokens[:100], (0,)) == ()
+
+
+def test_every_known_beginning_is_copied():
+    run = Run(make_scheduler(pages=60, slots=2, places=8))
+    run.scheduler.add(one := sequence(0, 1200, 1))
+    one.boundaries = (150, 450, 700, 950)
+    run.until_idle()
+    for number, length in enumerate((150, 450, 700, 950), 1):
+        run.scheduler.add(other := Sequence([*one.tokens[:length], *range(50)], length + 60, number))
+        run.until_idle()
+        assert other.cached == length // PAGE * PAGE
 
 
 def test_two_pictures_with_equal_placeholders_are_two_prefixes():
