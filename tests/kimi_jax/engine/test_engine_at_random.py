@@ -3,6 +3,7 @@ tokens that each has alone."""
 
 import asyncio
 import dataclasses
+import functools
 import time
 
 import cases
@@ -17,12 +18,7 @@ from kimi_jax.model.context import PAGE
 from sharding import make_mesh
 
 COUNT, LONGEST, SHARE = 64, 3000, 0.4
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Returns a folder for checkpoints of two layers."""
-    return tmp_path_factory.mktemp("random")
+LENGTH = LONGEST + 256  # with the answer
 
 
 def random_requests(config):
@@ -71,19 +67,30 @@ async def ask_all(engine, requests):
     return await asyncio.gather(*answers)
 
 
+@pytest.fixture(scope="module")
+def single_runs(tmp_path_factory):
+    """Maps a name to its checkpoint's folder, the requests, and the tokens that each has alone on one device."""
+    folder = tmp_path_factory.mktemp("random")
+
+    @functools.cache
+    def of(name):
+        model = kimi_jax.load(cases.two_layers(name, folder), dtype=jnp.float32)
+        requests, tokens = random_requests(model.config), []
+        with kimi_jax.Engine(model, slots=1, cache_memory="64MiB", prefill_chunk=256, max_length=LENGTH) as one:
+            for request in requests:
+                forget_all(one)
+                tokens.append(one.answer(request).tokens)
+        return folder / name, requests, tokens
+
+    return of
+
+
 # Each compiles about ten programs, and takes in 30,000 tokens.
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", ["1x1x1x1", "1x2x4x1", "2x2x2x1"])
 @pytest.mark.parametrize("name", ["k2.5", "kimi-linear"])
-def test_64_random_requests_have_the_tokens_of_single_runs(folder, monkeypatch, name):
-    checkpoint = folder / name
-    cases.two_layers(name, folder)
-    plain = kimi_jax.load(checkpoint, dtype=jnp.float32)
-    requests = random_requests(plain.config)
-    with kimi_jax.Engine(plain, slots=1, cache_memory="64MiB", prefill_chunk=256, max_length=LONGEST + 256) as one:
-        expected = []
-        for request in requests:
-            forget_all(one)
-            expected.append(one.answer(request).tokens)
+def test_64_random_requests_have_the_tokens_of_single_runs(single_runs, monkeypatch, name, shape):
+    checkpoint, requests, expected = single_runs(name)
     needed = sum(-(-(len(request.tokens) + request.max_new_tokens) // PAGE) for request in requests)
     sizes_of = engine_module.pool_sizes
 
@@ -92,14 +99,14 @@ def test_64_random_requests_have_the_tokens_of_single_runs(folder, monkeypatch, 
         return dataclasses.replace(sizes, pages=int(needed * SHARE) // 2 * 2)  # (a data axis may have two shards)
 
     monkeypatch.setattr(engine_module, "pool_sizes", few_pages)
-    for shape in (None, "1x2x4x1", "2x2x2x1"):
-        model = kimi_jax.load(checkpoint, dtype=jnp.float32, mesh=None if shape is None else make_mesh(shape))
-        with kimi_jax.Engine(model, slots=32, prefill_chunk=256, max_length=LONGEST + 256) as engine:
-            programs, preempted = engine.stats().compiled_programs, count_preempted(engine.scheduler, monkeypatch)
-            answers = asyncio.run(ask_all(engine, requests))
-            while (stats := engine.stats()).running or stats.waiting:
-                time.sleep(0.1)
-        for number, (answer, tokens) in enumerate(zip(answers, expected, strict=True)):
-            assert answer is None or answer == tokens, (shape, number)
-        assert preempted and stats.compiled_programs == programs
-        assert (stats.free_pages, stats.free_slots) == (stats.pages, 32)
+    mesh = None if shape == "1x1x1x1" else make_mesh(shape)
+    model = kimi_jax.load(checkpoint, dtype=jnp.float32, mesh=mesh)
+    with kimi_jax.Engine(model, slots=32, prefill_chunk=256, max_length=LENGTH) as engine:
+        programs, preempted = engine.stats().compiled_programs, count_preempted(engine.scheduler, monkeypatch)
+        answers = asyncio.run(ask_all(engine, requests))
+        while (stats := engine.stats()).running or stats.waiting:
+            time.sleep(0.1)
+    for number, (answer, tokens) in enumerate(zip(answers, expected, strict=True)):
+        assert answer is None or answer == tokens, number
+    assert preempted and stats.compiled_programs == programs
+    assert (stats.free_pages, stats.free_slots) == (stats.pages, 32)

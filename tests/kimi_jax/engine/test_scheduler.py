@@ -189,6 +189,11 @@ def test_nobody_waits_for_a_state_that_was_passed_without_a_copy():
     run.scheduler.add(second)
     run.step()
     assert first.status is second.status is Status.PREFILL and second.cached == 2 * PAGE
+    run = Run(make_scheduler(pages=60, slots=2, places=0))
+    for number in range(2):
+        run.scheduler.add(Sequence(list(first.tokens), 901, number))
+    run.step()
+    assert len(run.scheduler.running) == 2
 
 
 def test_the_one_that_others_wait_for_may_be_cancelled():
