@@ -167,8 +167,12 @@ def test_a_prefix_of_every_kind_gives_the_tokens_and_logits_of_a_cold_run(engine
         return random.randint(0, 500, tokens).tolist()
 
     system, question = [*text(299), end], [*text(139), end]
-    first = [*system, *question, *text(3)]
-    answered = [*first, *one.answer(ask(first, max_new_tokens=200)).tokens, end]
+    placeholder = one.config.media_placeholder_token_id
+    answer = [placeholder]
+    while placeholder in answer:  # as part of a prompt it would need a picture
+        first = [*system, *question, *text(3)]
+        answer = one.answer(ask(first, max_new_tokens=200)).tokens
+    answered = [*first, *answer, end]
     tools = [*answered, *text(50), end, *text(3)]
     prompts = {  # and how many pages of each are there, after all before it were asked in this order
         "the first": (first, 0),

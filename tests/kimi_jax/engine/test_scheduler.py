@@ -223,6 +223,59 @@ def test_the_next_turn_begins_at_the_last_page_of_the_answer(places, monkeypatch
         assert turn.cached == pages * PAGE and turn.tokens == whole_answer(tokens, turn.ends)
 
 
+def test_the_last_copy_of_an_answer_outlives_guesses(monkeypatch):
+    monkeypatch.setattr(fake_device, "STOP", -1)
+    run, turn = Run(make_scheduler(pages=60, slots=2, places=8)), sequence(0, 200, 200)
+    run.scheduler.add(turn)
+    run.until_idle()
+    for number in (1, 2):
+        run.scheduler.add(other := sequence(number, 1500, 2))
+        other.boundaries = None
+        run.until_idle()
+    run.scheduler.add(after := Sequence([*turn.tokens, *range(1, 41)], 500, 3))
+    run.until_idle()
+    assert after.cached == 3 * PAGE
+
+
+def test_kept_copies_leave_places_to_guesses():
+    run = Run(make_scheduler(pages=60, slots=2, places=8))
+    for number in range(10):
+        run.scheduler.add(sequence(number, 300, 2))
+        run.until_idle()
+    for number, cached in ((10, 0), (11, PAGE)):
+        run.scheduler.add(one := sequence(number, 500, 2, prefix=PAGE + 5))
+        one.boundaries = None
+        run.until_idle()
+        assert one.cached == cached
+
+
+def test_answers_alike_share_one_copy(monkeypatch):
+    monkeypatch.setattr(fake_device, "STOP", -1)
+    run, alike = Run(make_scheduler(pages=60, slots=2, places=8)), [sequence(0, 200, 200) for _ in range(2)]
+    for number, one in enumerate(alike):
+        one.number = number
+        run.scheduler.add(one)
+    run.until_idle()  # (which asserts that no place is lost)
+    assert alike[0].tokens == alike[1].tokens == whole_answer(alike[0].tokens[:200], 400)
+    assert run.scheduler.shards[0].snapshots.copies == 3
+
+
+def test_the_state_of_an_answer_that_stopped_on_a_page_boundary_is_no_copy(monkeypatch):
+    """The step that was sent before the stop was read computes nothing, and what it would have copied is another state:
+    the turns after, of which the first computes that page, begin elsewhere."""
+    monkeypatch.setattr(fake_device, "STOP", -1)
+    run, prompt = Run(make_scheduler(pages=60, slots=2, places=8)), sequence(0, 250, 0).tokens
+    *_, stop = whole_answer(prompt, 2 * PAGE)
+    monkeypatch.setattr(fake_device, "STOP", stop)
+    assert len(whole_answer(prompt, 300)) == 2 * PAGE
+    tokens = list(prompt)
+    for number, cached in enumerate((0, PAGE, 2 * PAGE)):
+        run.scheduler.add(one := Sequence(list(tokens), len(tokens) + 20, number))
+        run.until_idle()
+        assert one.cached == cached and one.tokens == whole_answer(tokens, one.ends)
+        tokens = [*one.tokens, 41 + number]
+
+
 def test_a_preempted_answer_goes_on_at_its_last_page(monkeypatch):
     """Two answers outgrow seven pages; the later one is preempted, and computes less than a page again."""
     monkeypatch.setattr(fake_device, "STOP", -1)
@@ -241,7 +294,7 @@ def test_a_preempted_answer_goes_on_at_its_last_page(monkeypatch):
 
 
 def test_known_beginnings_are_the_first_and_last_messages():
-    """Of several ends between two page boundaries the last one; none before the first boundary."""
+    """Between two page boundaries the last of several ends counts, and before the first boundary none does."""
     tokens = [1] * 1000
     for place in (50, 200, 220, 300, 450, 600, 650, 700, 990):
         tokens[place] = 0
