@@ -139,7 +139,7 @@ class Shard:
         known = (end // PAGE for end in sequence.boundaries or () if end <= len(sequence.tokens))
         cuts = {page * PAGE: True for page in (*known, last, found) if page > first}
         if sequence.boundaries is None and (places := self.snapshots.guessable):
-            stride = max(1, -(-(last - first) // places))
+            stride = max(1, -(-(last - first - 1) // places))
             guesses = range(first // stride * stride + stride, last, stride)
             cuts = {page * PAGE: False for page in guesses} | cuts
         return cuts

@@ -18,7 +18,7 @@ class SnapshotPool:
     """The places for copies of one data shard. Of each kind, the copy used longest ago makes room for a new one."""
 
     def __init__(self, places: int):
-        self.places = places
+        self.places, self._most_kept = places, places - int(places * GUESSES)
         self._free = list(reversed(range(places)))
         self._kept: OrderedDict[Key, int] = OrderedDict()
         self._guesses: OrderedDict[Key, int] = OrderedDict()
@@ -54,7 +54,7 @@ class SnapshotPool:
         caller gives it back by `publish` or `discard`."""
         if self._free:
             return self._free.pop()
-        if self._guesses:
+        if self._guesses and (guess or len(self._kept) < self._most_kept):
             return self._guesses.popitem(last=False)[1]
         if self._kept and not guess:
             return self._kept.popitem(last=False)[1]
@@ -82,6 +82,6 @@ class SnapshotPool:
 
     def _keep(self, key: Key, place: int) -> None:
         self._kept[key] = place
-        if len(self._kept) > self.places - int(self.places * GUESSES):
+        if len(self._kept) > self._most_kept:
             oldest, freed = self._kept.popitem(last=False)
             self._guesses[oldest] = freed

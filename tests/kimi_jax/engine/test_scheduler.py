@@ -179,6 +179,17 @@ def test_who_waits_for_a_prefix_keeps_its_slot_and_waits_for_nobody_less_urgent(
     assert second.cached == 7 * PAGE
 
 
+def test_a_prefix_that_is_being_computed_counts_for_the_choice_of_a_shard():
+    run = Run(make_scheduler(pages=30, slots=2, shards=2))
+    alike = [sequence(0, 900, 1) for _ in range(3)]
+    for number, one in enumerate(alike):
+        one.number = number
+        run.scheduler.add(one)
+    run.until_idle()
+    # (the third does not wait for a slot in the first shard)
+    assert [one.shard for one in alike] == [0, 0, 1] and [one.cached for one in alike] == [0, 7 * PAGE, 0]
+
+
 def test_nobody_waits_for_a_state_that_was_passed_without_a_copy():
     run = Run(make_scheduler(pages=60, slots=2, places=8))
     first, second = sequence(0, 900, 1), sequence(1, 900, 1)
