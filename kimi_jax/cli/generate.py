@@ -172,6 +172,7 @@ def _answer_file(arguments: argparse.Namespace) -> None:
     """Answers a file of prompts."""
     import asyncio
     import contextlib
+    import itertools
     import sys
 
     import checkpoints
@@ -182,43 +183,50 @@ def _answer_file(arguments: argparse.Namespace) -> None:
 
     if arguments.distributed or arguments.image or arguments.video:
         raise ValueError("--prompts goes without --distributed, --image and --video")
-    arguments.prompts.open("rb").close()  # raises now, and not after the model is loaded and compiled
     log = console(stderr=True)
-    processor = Processor.from_folder(arguments.path)
-    defaults = offline.Defaults(
-        _sampling(arguments), arguments.max_new_tokens, arguments.seed, arguments.thinking, arguments.prompts.parent
-    )
-    model = checkpoints.load(
-        arguments.path, mesh=_mesh(arguments, processor), dtype=arguments.dtype, verify=arguments.verify
-    )
     done: set[str] = set()
     counts = {"answered": 0, "failed": 0, "tokens": 0}
 
-    async def write(engine: Any, out: Any) -> None:
-        lines, began = offline.read_lines(arguments.prompts, done, arguments.part), time.perf_counter()
+    async def write(engine: Any, processor: Any, lines: Any, defaults: Any, out: Any) -> None:
         async for result in offline.answer_lines(engine, processor, lines, defaults, in_order=arguments.in_order):
             out.write(offline.result_line(result))
             out.flush()
             counts["failed" if "error" in result else "answered"] += 1
             counts["tokens"] += result.get("usage", {}).get("completion_tokens", 0)
-        rate = counts["tokens"] / (time.perf_counter() - began)
-        left_out = f", {len(done)} were there already" if done else ""
-        log.print(f"{counts['answered']} answered, {counts['failed']} refused{left_out}; {rate:.1f} tokens per second")
 
     with contextlib.ExitStack() as stack:
-        out = sys.stdout
+        # Both files are opened now, and not after the model is loaded and compiled
+        arguments.prompts.open("rb").close()
+        out, seconds = sys.stdout, 0.0
         if arguments.out is not None:
             done, out = offline.open_results(arguments.out)
             stack.enter_context(out)
-        engine = stack.enter_context(
-            Engine(
-                model,
-                slots=arguments.slots,
-                cache_memory=arguments.cache_memory,
-                progress=lambda name: log.print(f"compiling: {name}"),
+        lines = offline.read_lines(arguments.prompts, done, arguments.part)
+        if (first := next(lines, None)) is not None:  # else there is nothing to load a model for
+            processor = Processor.from_folder(arguments.path)
+            defaults = offline.Defaults(
+                _sampling(arguments),
+                arguments.max_new_tokens,
+                arguments.seed,
+                arguments.thinking,
+                arguments.prompts.parent,
             )
-        )
-        asyncio.run(write(engine, out))
+            mesh = _mesh(arguments, processor)
+            model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
+            engine = stack.enter_context(
+                Engine(
+                    model,
+                    slots=arguments.slots,
+                    cache_memory=arguments.cache_memory,
+                    progress=lambda name: log.print(f"compiling: {name}"),
+                )
+            )
+            began = time.perf_counter()
+            asyncio.run(write(engine, processor, itertools.chain([first], lines), defaults, out))
+            seconds = time.perf_counter() - began
+    rate = f"; {counts['tokens'] / seconds:.1f} tokens per second" if seconds else ""
+    left_out = f", {len(done)} were there already" if done else ""
+    log.print(f"{counts['answered']} answered, {counts['failed']} refused{left_out}{rate}")
     if counts["failed"]:
         raise ValueError(f"{counts['failed']} prompts were refused; their results say why")
 
