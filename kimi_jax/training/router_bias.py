@@ -10,7 +10,9 @@ from jaxtyping import Array, Float32, Int32
 from kimi_jax.training.leaves import ROUTER_BIAS, map_leaves, named_leaves
 
 
-def update_router_bias(params: Any, expert_counts: Int32[Array, "layers experts"], rate: float = 1e-3) -> Any:
+def update_router_bias(
+    params: Any, expert_counts: Int32[Array, "layers experts"], rate: float | jax.Array = 1e-3
+) -> Any:
     """Returns the parameters with every `e_score_correction_bias` moved by `rate` against its layer's load.
 
     bias[e] += rate * sign(mean(count) - count[e]), after the optimizer's step.

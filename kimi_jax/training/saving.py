@@ -51,10 +51,11 @@ class Checkpoints:
         for name, value in self.settings.items():
             if (found := meta.get(name)) != value:
                 raise ValueError(f"{where} was saved with {name} {found!r}, this run has {value!r}")
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_name(like))
+        arrays = _by_name(like)
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
         found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
-        leaves = [found[name] for name in shapes]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        # (in the order of `arrays`: a dict that passed through `jax.tree` is sorted)
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in arrays])
 
     def wait(self) -> None:
         """Waits until what was saved is on disk, and raises what went wrong."""

@@ -111,7 +111,7 @@ class Trainer:
         metrics = Metrics(
             loss=loss,
             accuracy=losses.correct / jnp.maximum(labels, 1),
-            gradient_norm=optax.global_norm(gradients),
+            gradient_norm=optax.tree.norm(gradients),
             largest_logit=jnp.max(seen.max_logits, initial=-jnp.inf),
             imbalance=jnp.max(load_imbalance(seen.expert_counts), initial=0.0),
             labels=labels,
