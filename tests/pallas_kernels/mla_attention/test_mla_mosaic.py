@@ -198,6 +198,28 @@ def test_prefill_of_two_halves_merged(dtype, tolerance):
     close_to(merge_partials(*parts), expected, tolerance)
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "xla"])
+def test_prefill_returns_the_largest_score_of_each_head(implementation):
+    # Given a row without any visible key beside one whose queries see some
+    arrays, marks = prompt(jnp.float32, 30, 90, 2, 2)
+    marks["q_segments"] = np.stack([marks["q_segments"][0], np.full(30, -1, np.int32)])
+    run = partial(mla_prefill, **marks, scale=SCALE, implementation=implementation)
+    out, lse, top = jax.jit(partial(run, return_lse=True, return_max=True))(*arrays)
+    # Then it is that of the whole matrix of scores
+    close_to((out, lse), expected_prefill(arrays, marks), 1e-5)
+    q, k = (np.nan_to_num(np.asarray(array, np.float64)) for array in arrays[:2])
+    visible = marks["kv_positions"][:, None] <= marks["q_positions"][:, :, None]
+    segments = marks["q_segments"][..., None]
+    visible &= (marks["kv_segments"][:, None] == segments) & (segments >= 0)
+    scores = np.where(visible[:, None], SCALE * np.einsum("bshd,bthd->bhst", q, k), -np.inf)
+    np.testing.assert_allclose(top, scores.max(axis=(2, 3)), rtol=1e-5)
+    assert top.dtype == jnp.float32 and np.isneginf(top[1]).all()
+    # And no gradient flows through it
+    if implementation == "xla":
+        gradient = jax.jit(jax.grad(lambda q: jnp.sum(run(q, *arrays[1:], return_max=True)[1][0])))(arrays[0])
+        assert not np.any(gradient)
+
+
 STRICT = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
 
 
