@@ -355,7 +355,7 @@ class Engine:
         prompt = job.sequence.prompt
         usage = Usage(prompt, job.generated, min(job.sequence.cached or 0, prompt))
         times = Times(job.submitted, job.first_token, time.monotonic())
-        self._deliver(job, job.event(tokens, reason, usage, times, error))
+        self._deliver(job, job.event(tokens, finish_reason=reason, usage=usage, times=times, error=error))
 
     def _deliver(self, job: Job, event: Event) -> None:
         try:

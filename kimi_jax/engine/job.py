@@ -61,10 +61,10 @@ class Job:
             top = logprobs.top[: self.request.top_logprobs]
             self.logprobs.append(dataclasses.replace(logprobs, top=top))
 
-    def event(self, tokens: tuple[int, ...], *end: Any) -> Event:
+    def event(self, tokens: tuple[int, ...], **end: Any) -> Event:
         """Returns an event of tokens with their logprobs; `end` are the further fields of the last one."""
         count = len(tokens) if self.request.top_logprobs is not None else 0
-        return Event(tokens, *end, logprobs=tuple(self.logprobs.popleft() for _ in range(count)))
+        return Event(tokens, logprobs=tuple(self.logprobs.popleft() for _ in range(count)), **end)
 
 
 def make_job(

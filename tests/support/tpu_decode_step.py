@@ -82,7 +82,7 @@ def main(preset: str, slice_: str, shape: str, batch: int) -> None:
 
 
 def choosing(program: Program, batch: int, row_pages: int) -> str:
-    """Returns the HLO of choosing tokens from a decode step's logits with all that requests of an engine can ask for."""
+    """Returns the HLO of choosing tokens from a decode step's logits, with all that an engine's requests can ask."""
     everything = program.batch_shapes("decode", batch, 1, row_pages, extras=True)
     # The logits are sharded as the counts of tokens are
     logits = jax.ShapeDtypeStruct(everything.counts.shape, jnp.float32, sharding=everything.counts.sharding)

@@ -15,8 +15,8 @@ from kimi_jax.model.context import PAGE
 @pytest.mark.parametrize("places", [None, 2])
 @pytest.mark.parametrize("seed", range(4))
 def test_forced_runs_among_other_sequences(seed, places):
-    # Given a pool too small for all, sequences that wait for their token, some of which are now and then forced to go on
-    # with up to two pages of tokens
+    # Given a pool too small for all, and sequences that wait for their token, some of which are now and then forced to
+    # go on with up to two pages of tokens
     random, slots, pages = Random(seed), 3, 8
     scheduler = Scheduler([Shard(PagePool(pages), list(range(slots)), places and SnapshotPool(places))], 2 * PAGE, 2)
     device, before, ended, forced = FakeDevice(places is not None), [], [], {}
