@@ -17,8 +17,18 @@ from typing import Any
 import numpy as np
 
 from kimi_jax.engine.job import Job, make_job, placeholders, prompt_ids
+from kimi_jax.engine.mask_provider import MaskError
 from kimi_jax.engine.pages import PagePool
-from kimi_jax.engine.requests import Event, FinishReason, QueueFullError, Request, Result, Times, Usage
+from kimi_jax.engine.requests import (
+    Event,
+    FinishReason,
+    QueueFullError,
+    Request,
+    Result,
+    Times,
+    TokenLogprobs,
+    Usage,
+)
 from kimi_jax.engine.runner import PACKED, Dispatched, MediaTokens, Runner
 from kimi_jax.engine.scheduler import Scheduler
 from kimi_jax.engine.sequence import Sequence, Status, Step
@@ -111,13 +121,15 @@ class Engine:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         job = self._enqueue(request, events.put)
         tokens: list[int] = []
+        logprobs: list[TokenLogprobs] = []
         try:
             while True:
                 event = events.get()
                 tokens += event.tokens
+                logprobs += event.logprobs
                 if event.finish_reason is not None:
                     assert event.usage is not None and event.times is not None
-                    return Result(tokens, event.finish_reason, event.usage, event.times, event.error)
+                    return Result(tokens, event.finish_reason, event.usage, event.times, event.error, logprobs)
         finally:
             self._cancel(job)
 
@@ -199,6 +211,11 @@ class Engine:
                         self._lock.wait()
                     if self._closed:
                         break
+                if before is not None and self._mostly_stepwise():
+                    self._read(before)
+                    before = None
+                self._take_in()
+                with self._lock:
                     step = self._next_step()
                 dispatched = None if step.empty else self.runner.run(step)
                 if before is not None:
@@ -214,12 +231,24 @@ class Engine:
                 self._end(job, reason, why)
             self._inbox.clear()
 
-    def _next_step(self) -> Step:
-        """Takes in what has come, ends what is cancelled or late, and plans."""
+    def _mostly_stepwise(self) -> bool:
+        """Returns whether at least half of the running rows wait for their token before they go on. Beside other rows
+        they are part of every second step, while those are always a step ahead; from here on that would lose more than
+        reading each step before the next."""
+        running = self.scheduler.running
+        return 2 * sum(sequence.stepwise for sequence in running) >= len(running) > 0
+
+    def _take_in(self) -> None:
+        """Gives the scheduler what has come."""
         while self._inbox:
-            job = self._inbox.popleft()
-            self._jobs[job.sequence] = job
-            self.scheduler.add(job.sequence)
+            with self._lock:
+                job = self._inbox.popleft()
+                self._jobs[job.sequence] = job
+                self.scheduler.add(job.sequence)
+            self._guide(job)
+
+    def _next_step(self) -> Step:
+        """Ends what is cancelled or late, and plans."""
         now = time.monotonic()
         for job in list(self._jobs.values()):
             if job.cancelled or now > job.deadline:
@@ -239,7 +268,7 @@ class Engine:
 
     def _admit(self, job: Job) -> None:
         sequence, request = job.sequence, job.request
-        self.runner.admit(sequence, request.sampling, request.seed, job.stop_ids)
+        self.runner.admit(sequence, request, job.stop_ids)
         if job.index is None or not any(item.stop > sequence.begin for item in sequence.media):
             return  # no picture, or none that is not in the pages found
         if request.media is not None and sequence.number not in self.runner.media:
@@ -249,35 +278,87 @@ class Engine:
 
     def _read(self, dispatched: Dispatched) -> None:
         """Waits for a step, and hands its tokens out."""
-        for sequence, token, finish in dispatched.read():
+        for sequence, token, finish, logprobs in dispatched.read():
             with self._lock:
                 if sequence.status is Status.DONE:
                     continue
                 job = self._jobs[sequence]
-                if finish != Finish.NOT_FINITE:
-                    self.scheduler.read(sequence, token)
-                    job.generated += 1
-                    job.first_token = job.first_token or time.monotonic()
-                tokens = job.take(token) if finish in (Finish.NOT_YET, Finish.LENGTH) else ()
-                stopped = job.stop_strings is not None and job.stop_strings.stopped
-                if finish == Finish.NOT_YET and not stopped:
-                    if tokens:
-                        self._deliver(job, Event(tokens))
-                    continue
-                self.scheduler.finish(sequence, sound=finish != Finish.NOT_FINITE)
                 if finish == Finish.NOT_FINITE:
+                    self.scheduler.finish(sequence, sound=False)
                     self._end(job, "error", f"the logits after {job.generated} new tokens are not finite")
-                else:
-                    self._end(job, "stop" if stopped or finish == Finish.STOP else "length", tokens=tokens)
+                    continue
+                self.scheduler.read(sequence, token)
+                job.take_logprobs(logprobs)
+                goes_on = self._hand_out(job, token, finish)
+            if goes_on:
+                self._guide(job)
+
+    def _hand_out(self, job: Job, token: int, finish: int) -> bool:
+        """Hands a new token out, and ends the answer where it is the last. Returns whether the answer goes on."""
+        job.generated += 1
+        job.first_token = job.first_token or time.monotonic()
+        tokens = () if finish == Finish.STOP else job.take(token)
+        stopped = job.stop_strings is not None and job.stop_strings.stopped
+        if finish == Finish.NOT_YET and not stopped:
+            if tokens:
+                self._deliver(job, job.event(tokens))
+            return True
+        self.scheduler.finish(job.sequence)
+        self._end(job, "stop" if stopped or finish == Finish.STOP else "length", tokens=tokens)
+        return False
+
+    def _guide(self, job: Job) -> None:
+        """Asks a request's mask provider, if it has one, about the next token, and takes in tokens that it forces.
+
+        The provider is asked without the lock, for which submitting waits.
+        """
+        sequence = job.sequence
+        if job.guide is None:
+            return
+        try:
+            while True:
+                answer = sequence.tokens[sequence.prompt :]
+                if job.guide.stopped(answer):
+                    self._finish(job, "stop")
+                    return
+                forced = job.guide.forced(answer) if job.request.top_logprobs is None else []
+                if not forced:
+                    self.runner.masks[sequence.number] = job.guide.mask(answer)
+                    return
+                with self._lock:
+                    if not self._force(job, forced):
+                        return
+        except MaskError as failure:
+            self._finish(job, "error", f"after {job.generated} new tokens {failure}")
+
+    def _finish(self, job: Job, reason: FinishReason, error: str | None = None) -> None:
+        with self._lock:
+            self.scheduler.finish(job.sequence)
+            self._end(job, reason, error)
+
+    def _force(self, job: Job, forced: list[int]) -> bool:
+        """Takes in tokens that an answer must go on with, up to its end. Returns whether it goes on after them."""
+        sequence = job.sequence
+        known = len(sequence.tokens)
+        for number, token in enumerate(forced, known + 1):
+            finish = Finish.LENGTH if number >= sequence.ends else Finish.NOT_YET
+            if not self._hand_out(job, token, Finish.STOP if token in job.stop_ids else finish):
+                return False
+        self.scheduler.extend(sequence, forced)
+        if sequence.status is Status.PREFILL:
+            self.runner.count(sequence)
+        return True
 
     def _end(self, job: Job, reason: FinishReason, error: str | None = None, tokens: tuple[int, ...] = ()) -> None:
         self._jobs.pop(job.sequence, None)
         self.runner.media.pop(job.sequence.number, None)
+        self.runner.masks.pop(job.sequence.number, None)
         if job.stop_strings is not None and not job.stop_strings.stopped:
             tokens += job.stop_strings.rest()
-        usage = Usage(job.sequence.prompt, job.generated, job.sequence.cached or 0)
+        prompt = job.sequence.prompt
+        usage = Usage(prompt, job.generated, min(job.sequence.cached or 0, prompt))
         times = Times(job.submitted, job.first_token, time.monotonic())
-        self._deliver(job, Event(tokens, reason, usage, times, error))
+        self._deliver(job, job.event(tokens, finish_reason=reason, usage=usage, times=times, error=error))
 
     def _deliver(self, job: Job, event: Event) -> None:
         try:

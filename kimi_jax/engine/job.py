@@ -5,20 +5,23 @@ import dataclasses
 import hashlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from kimi_jax.config import KimiConfig
+from kimi_jax.engine.mask_provider import Guide, MaskProvider
 from kimi_jax.engine.pages import Placeholders
-from kimi_jax.engine.requests import Event, Request
+from kimi_jax.engine.requests import Event, Request, TokenLogprobs
 from kimi_jax.engine.runner import STOP_IDS
 from kimi_jax.engine.sequence import Sequence
 from kimi_jax.engine.stop_strings import StopStrings, check_stop_strings
 from kimi_jax.model.context import PAGE
 from kimi_jax.model.splice import Media, media_index, tokens_per_item
 from kimi_jax.model.token_ids import integers, token_ids
+from kimi_jax.runtime.choose import MOST_LOGPROBS
 from kimi_jax.runtime.sampling import Sampling, checked_seeds
 from kimi_jax.text import StreamDecoder, Tokenizer
 
@@ -41,9 +44,11 @@ class Job:
     deliver: Callable[[Event], Any]
     submitted: float
     stop_strings: StopStrings | None
+    guide: Guide | None = None
     first_token: float | None = None
     generated: int = 0
     cancelled: bool = False
+    logprobs: deque[TokenLogprobs] = dataclasses.field(default_factory=deque)  # of tokens that are not handed out yet
 
     @property
     def deadline(self) -> float:
@@ -52,6 +57,17 @@ class Job:
     def take(self, token: int) -> tuple[int, ...]:
         """Takes a new token, and returns those that are part of the answer by now."""
         return (token,) if self.stop_strings is None else self.stop_strings.push(token)
+
+    def take_logprobs(self, logprobs: TokenLogprobs | None) -> None:
+        """Keeps a new token's logprobs, with the alternatives that the request wants, until the token is handed out."""
+        if self.request.top_logprobs is not None and logprobs is not None:
+            top = logprobs.top[: self.request.top_logprobs]
+            self.logprobs.append(dataclasses.replace(logprobs, top=top))
+
+    def event(self, tokens: tuple[int, ...], **end: Any) -> Event:
+        """Returns an event of tokens with their logprobs; `end` are the further fields of the last one."""
+        count = len(tokens) if self.request.top_logprobs is not None else 0
+        return Event(tokens, logprobs=tuple(self.logprobs.popleft() for _ in range(count)), **end)
 
 
 def make_job(
@@ -89,6 +105,12 @@ def make_job(
     timeout = request.timeout
     if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
         raise ValueError(f"timeout is {timeout!r}, expected seconds above 0, or None")
+    top = request.top_logprobs
+    if top is not None and not 0 <= _whole("top_logprobs", top) <= min(MOST_LOGPROBS, vocab):
+        raise ValueError(f"top_logprobs is {top}, expected 0 to {min(MOST_LOGPROBS, vocab)}, or None")
+    provider = request.mask_provider
+    if provider is not None and not isinstance(provider, MaskProvider):
+        raise ValueError(f"mask_provider is {type(provider).__name__}, expected the methods of MaskProvider")
     index = media_index(ids[None], request.media, config)
     ends, shared = message_ends(ids.tolist(), config.stop_ids), request.shared_prefixes
     if shared is not None:
@@ -100,6 +122,7 @@ def make_job(
         len(ids) + new,
         number,
         priority=_whole("priority", request.priority),
+        stepwise=provider is not None,
         media=placeholders(request.media, index, config),
         boundaries=ends if ends or shared is not None else None,
     )
@@ -111,6 +134,7 @@ def make_job(
         deliver,
         time.monotonic(),
         StopStrings(strings, StreamDecoder(tokenizer)) if strings and tokenizer is not None else None,
+        None if provider is None else Guide(provider, vocab),
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from kimi_jax.axes import AnyArray
+from kimi_jax.engine.mask_provider import MaskProvider
 from kimi_jax.model.splice import Media
 from kimi_jax.runtime.sampling import Sampling
 
@@ -26,6 +27,9 @@ class Request:
     shared_prefixes: lengths of beginnings of `tokens` that other requests share, such as a system prompt with its
         tools; it matters only where a model has recurrent states. Ends of messages are found without it. None, in a
         prompt without any: every 128 tokens may be such a place, which costs shorter pieces of prefill; () is none.
+    top_logprobs: the number of alternatives, 0 to 20, whose logprobs come with each token, beside that of the token
+        itself; None computes none.
+    mask_provider: says before each token which ones are allowed; None allows all.
     timeout: seconds from `submit` after which the request is cancelled; None is no limit.
     """
 
@@ -38,6 +42,8 @@ class Request:
     media: Media | None = None
     priority: int = 0
     shared_prefixes: tuple[int, ...] | None = None
+    top_logprobs: int | None = None
+    mask_provider: MaskProvider | None = None
     timeout: float | None = None
 
 
@@ -61,10 +67,20 @@ class Times:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """The logarithm of a token's probability by the model itself, before filters, penalties and masks; and the most
+    likely tokens with theirs, the best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Event:
     """New tokens of an answer, without a stop id; the last event has a reason, usage and times too.
 
-    `error` says in words why an answer ended by "error" or "cancelled".
+    `error` says in words why an answer ended by "error" or "cancelled". `logprobs` has one for each of the tokens where
+    the request asked for them.
     """
 
     tokens: tuple[int, ...] = ()
@@ -72,6 +88,7 @@ class Event:
     usage: Usage | None = None
     times: Times | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +100,7 @@ class Result:
     usage: Usage
     times: Times
     error: str | None = None
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
 
 
 class QueueFullError(RuntimeError):

@@ -1,8 +1,8 @@
 """Carries out the scheduler's steps on the device: the arrays of each, and what the device keeps between them.
 
 A few programs do everything: decode for one or a few numbers of rows, prefill for a few lengths of a piece (with
-media and without), and three that move values between slots, places for snapshots and steps. All are compiled by
-`warm`; nothing that a request chooses compiles another.
+media and without), three that move values between slots, places for snapshots and steps, and two that count tokens
+for penalties. All are compiled by `warm`; nothing that a request chooses compiles another.
 """
 
 import dataclasses
@@ -14,14 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kimi_jax.engine.requests import Request, TokenLogprobs
 from kimi_jax.engine.sequence import Piece, Snapshot, Step
 from kimi_jax.engine.sequence import Sequence as Running
 from kimi_jax.model.context import PAGE
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.runtime.batch import CHOSEN_BEFORE, Batch, Chosen
 from kimi_jax.runtime.cache import states_alone
+from kimi_jax.runtime.choose import Logprobs, occurred
 from kimi_jax.runtime.program import Program
-from kimi_jax.runtime.sampling import Sampling, SamplingRows, sampling_rows
+from kimi_jax.runtime.sampling import NO_PENALTIES, Sampling, SamplingRows, sampling_rows
 
 # The width of `Batch.stop_ids`, and so the most stop ids of a request.
 STOP_IDS = 16
@@ -39,16 +41,19 @@ class MediaTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Dispatched:
-    """A step on its way: for each of its programs, the sequences that it chooses tokens for, their rows, `Chosen`."""
+    """A step on its way: for each of its programs, the sequences that it chooses tokens for, their rows, `Chosen`,
+    whose `logprobs` are None where no sequence asks for them."""
 
     parts: tuple[tuple[tuple[Running, ...], tuple[int, ...], Chosen], ...]
 
-    def read(self) -> Iterator[tuple[Running, int, int]]:
-        """Waits for the step: each sequence, its token, and its `Finish`."""
+    def read(self) -> Iterator[tuple[Running, int, int, TokenLogprobs | None]]:
+        """Waits for the step: each sequence, its token, its `Finish`, and logprobs of as many tokens as there are."""
         for sequences, rows, chosen in self.parts:
             tokens, finish = np.asarray(chosen.tokens), np.asarray(chosen.finish)
+            logprobs = None if chosen.logprobs is None else jax.tree.map(np.asarray, chosen.logprobs)
             for sequence, row in zip(sequences, rows, strict=True):
-                yield sequence, int(tokens[row]), int(finish[row])
+                found = None if logprobs is None else _token_logprobs(logprobs, row)
+                yield sequence, int(tokens[row]), int(finish[row]), found
 
 
 class Runner:
@@ -80,23 +85,40 @@ class Runner:
         self.stop_ids = np.full((slots, STOP_IDS), -1, np.int32)
         self.ends = np.zeros(slots, np.int32)
         self.sampling = sampling_rows([Sampling()] * slots, np.zeros(slots, np.uint64))
+        self.logprobs = np.zeros(slots, bool)
+        self.penalized = np.zeros(slots, bool)
+        self.counts = self.program.counts(slots)
         self.media: dict[int, MediaTokens] = {}
+        self.no_masks: dict[int, jax.Array] = {}
+        self.masks: dict[int, np.ndarray | None] = {}  # of the next token, by a sequence's number
         self.compiled = 0  # programs: those that `warm` made ready, and any that a step should have found ready
 
     def slot_number(self, sequence: Running) -> int:
         """Returns a sequence's slot, counted over all data shards."""
         return sequence.shard * (self.slots // self.data) + sequence.slot
 
-    def admit(self, sequence: Running, sampling: Sampling, seed: int, stop_ids: Sequence[int]) -> None:
+    def admit(self, sequence: Running, request: Request, stop_ids: Sequence[int]) -> None:
         """Fills the values of a sequence's slot."""
+        sampling, seed = request.sampling, request.seed
         slot = self.slot_number(sequence)
         self.stop_ids[slot], self.ends[slot] = -1, sequence.ends
         self.stop_ids[slot, : len(stop_ids)] = stop_ids
         for values, new in zip(self.sampling, sampling_rows([sampling], np.array([seed], np.uint64)), strict=True):
             np.asarray(values)[slot] = new[0]
+        self.logprobs[slot] = request.top_logprobs is not None
+        self.penalized[slot] = sampling.penalties != NO_PENALTIES
+        self.count(sequence)
         self.table[slot] = 0
         for index in range(len(sequence.pages)):
             self._enter_page(slot, sequence, index)
+
+    def count(self, sequence: Running) -> None:
+        """Counts the known tokens of a sequence anew, if it has penalties."""
+        slot = self.slot_number(sequence)
+        if self.penalized[slot]:
+            prompt, generated = sequence.tokens[: sequence.prompt], sequence.tokens[sequence.prompt :]
+            row = occurred(prompt, generated, self.model.config.text.vocab_size)
+            self.counts = self.program.set_counts(self.counts, slot, row)
 
     def encode(self, sequence: Running, media: MediaTokens) -> None:
         """Keeps the media embeddings of a sequence until its prefill ends."""
@@ -119,8 +141,9 @@ class Runner:
             parts.append(run(step.pieces))
         for save in step.saves:
             self._copy_states(save, into_slot=False)
+        self._count_chosen([self.slot_number(sequence) for sequence in step.choosing])
         for _, _, chosen in parts:
-            for array in chosen:
+            for array in jax.tree.leaves(chosen):
                 array.copy_to_host_async()
         return Dispatched(tuple(parts))
 
@@ -144,6 +167,40 @@ class Runner:
                 self.compiled += 1
                 yield f"copies of states {'from' if into_slot else 'to'} snapshots"
                 self._copy_states(None, into_slot=into_slot)
+        self.compiled += 2
+        yield "counts of tokens"
+        self.counts = self.program.set_counts(self.counts, 0, occurred((), (), self.counts.shape[1]))
+        self._count_chosen([], warm=True)
+
+    def _count_chosen(self, slots: Sequence[int], *, warm: bool = False) -> None:
+        """Counts the tokens that a step has chosen for slots with penalties."""
+        counted = np.zeros(self.slots, bool)
+        counted[slots] = self.penalized[slots]
+        if counted.any() or warm:
+            self.counts = self.program.count_tokens(self.counts, self.chosen.tokens, counted)
+
+    def _mask(self, sequences: Sequence[Running], places: Sequence[int], rows: int) -> jax.Array:
+        """Returns the masks of a step's rows, which are made anew only where a sequence has one."""
+        found = {row: self.masks.get(sequence.number) for sequence, row in zip(sequences, places, strict=True)}
+        if all(mask is None for mask in found.values()):
+            if rows not in self.no_masks:
+                self.no_masks[rows] = self.program.replicate(self._all_words(rows))
+            return self.no_masks[rows]
+        masks = self._all_words(rows)
+        for row, mask in found.items():
+            if mask is not None:
+                masks[row] = mask
+        return self.program.replicate(masks)
+
+    def _all_words(self, rows: int) -> np.ndarray:
+        return np.full((rows, -(-self.model.config.text.vocab_size // 32)), 2**32 - 1, np.uint32)
+
+    def _step(self, batch: Batch, sequences: Sequence[Running], places: Sequence[int]) -> Chosen:
+        """Runs a step that chooses for these sequences in these rows. Returns `Chosen`, with logprobs if one asks."""
+        mask = self._mask(sequences, places, len(batch.ends))
+        self.cache, chosen = self.program.step(self.cache, dataclasses.replace(batch, mask=mask))
+        asked = any(self.logprobs[self.slot_number(sequence)] for sequence in sequences)
+        return chosen if asked else chosen._replace(logprobs=None)
 
     def _cached(self) -> int:
         return self.program.compiled + self.take._cache_size() + self.place._cache_size()
@@ -152,6 +209,11 @@ class Runner:
         parts = self.program.sequence
         column = index % parts * (self.table.shape[1] // parts) + index // parts
         self.table[slot, column] = sequence.pages[index].number
+
+    def _enter_pages(self, piece: Piece) -> None:
+        """Enters the pages of a piece's tokens, some of which its sequence may have been given since admission."""
+        for index in range(piece.first // PAGE, -(-piece.stop // PAGE)):
+            self._enter_page(self.slot_number(piece.sequence), piece.sequence, index)
 
     def _decode(self, sequences: tuple[Running, ...], rows: int | None = None) -> Any:
         """Dispatches a token of each sequence. All slots are rows where there are many, else rows are gathered."""
@@ -173,8 +235,9 @@ class Runner:
             slots=None if full else self._local(slots),
             phase="decode",
         )
-        self.cache, chosen = self.program.step(self.cache, batch)
-        self.chosen = chosen if full else self.place(self.chosen, chosen, slots)
+        chosen = self._step(batch, sequences, places)
+        plain = chosen._replace(logprobs=None)
+        self.chosen = plain if full else self.place(self.chosen, plain, slots)
         return sequences, tuple(places), chosen
 
     def _prefill(self, pieces: tuple[Piece, ...], tokens: int | None = None, media: bool = False) -> Any:
@@ -189,6 +252,7 @@ class Runner:
             ids[row, :count] = sequence.tokens[piece.first : piece.stop]
             positions[row, :count] = np.arange(piece.first, piece.stop)
             slots[row], choosing[row] = self.slot_number(sequence), piece.last
+            self._enter_pages(piece)
             if (own := self.media.get(sequence.number)) is not None:
                 here = own.index[piece.first : piece.stop]
                 if (here >= 0).any():
@@ -207,11 +271,12 @@ class Runner:
             media_index=index if media else None,
             media_tokens=self._side_by_side(embeddings, tokens) if media else None,
         )
-        self.cache, chosen = self.program.step(self.cache, batch)
+        chosen_for = tuple(piece.sequence for piece in pieces if piece.last)
+        places = tuple(sequence.shard for sequence in chosen_for)
+        chosen = self._step(batch, chosen_for, places)
         last = np.where(choosing, slots, -1)
-        self.chosen = self.place(self.chosen, chosen, last)
-        chosen_for = [piece.sequence for piece in pieces if piece.last]
-        return tuple(chosen_for), tuple(sequence.shard for sequence in chosen_for), chosen
+        self.chosen = self.place(self.chosen, chosen._replace(logprobs=None), last)
+        return chosen_for, places, chosen
 
     def _prefill_packed(self, pieces: tuple[Piece, ...], tokens: int | None = None) -> Any:
         """Dispatches several pieces of a data shard, one after another in a row; row i is data shard i's."""
@@ -231,6 +296,7 @@ class Runner:
                 positions[number, begin:end] = np.arange(piece.first, piece.stop)
                 segments[number, begin:end] = nth
                 slots[number, nth], choosing[number, nth] = self.slot_number(piece.sequence), piece.last
+                self._enter_pages(piece)
                 if piece.last:
                     chosen_for.append(piece.sequence)
                     places.append(number * PACKED + nth)
@@ -243,8 +309,9 @@ class Runner:
             choosing=choosing.reshape(-1),
             slots=self._local(slots.reshape(-1)),
         )
-        self.cache, chosen = self.program.step(self.cache, batch)
-        self.chosen = self.place(self.chosen, chosen, np.where(choosing, slots, -1).reshape(-1))
+        chosen = self._step(batch, chosen_for, places)
+        plain = chosen._replace(logprobs=None)
+        self.chosen = self.place(self.chosen, plain, np.where(choosing, slots, -1).reshape(-1))
         return tuple(chosen_for), tuple(places), chosen
 
     def _side_by_side(self, embeddings: dict[int, jax.Array], tokens: int) -> jax.Array:
@@ -266,6 +333,8 @@ class Runner:
             stop_ids=self.stop_ids[at],
             ends=self.ends[at],
             choosing=nothing,
+            counts=self.counts,
+            logprobs=self.logprobs[at],
         )
 
     def _local(self, slots: np.ndarray) -> np.ndarray:
@@ -283,6 +352,11 @@ class Runner:
             self.cache = self.program.copy_slots(self.cache, places, slots, origin=self.snapshots)
         else:
             self.snapshots = self.program.copy_slots(self.snapshots, slots, places, origin=self.cache)
+
+
+def _token_logprobs(logprobs: Logprobs, row: int) -> TokenLogprobs:
+    top = zip(logprobs.top_tokens[row].tolist(), logprobs.top[row].tolist(), strict=True)
+    return TokenLogprobs(float(logprobs.chosen[row]), tuple(top))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -60,6 +60,19 @@ class Scheduler:
             sequence.status = Status.WAITING
             self.waiting.append(sequence)
 
+    def extend(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Takes tokens that a sequence, all of whose steps are read, goes on with: a piece of prefill computes them."""
+        sequence.tokens += tokens
+        if sequence.status is not Status.DECODE:
+            return
+        pool = self.shards[sequence.shard].pages
+        while len(sequence.pages) * PAGE < len(sequence.tokens):
+            if (page := pool.allocate(len(sequence.pages))) is None:
+                self._preempt(sequence)
+                return
+            sequence.pages.append(page)
+        sequence.prefill, sequence.cuts, sequence.status = len(sequence.tokens), {}, Status.PREFILL
+
     def finish(self, sequence: Sequence, *, sound: bool = True) -> None:
         """Ends a sequence, and frees what it has. `sound` is false where its numbers were not finite: nobody is to find
         its pages."""
@@ -88,6 +101,8 @@ class Scheduler:
         for shard in self.shards:
             for sequence in sorted(shard.running, key=self.urgency):
                 if sequence.status is not Status.DECODE or not sequence.has_more:
+                    continue
+                if sequence.stepwise and sequence.unread:
                     continue
                 while sequence.status is Status.DECODE and sequence.dispatched // PAGE >= len(sequence.pages):
                     if (page := shard.pages.allocate(len(sequence.pages))) is not None:

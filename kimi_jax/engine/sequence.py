@@ -21,13 +21,15 @@ class Status(enum.Enum):
 @dataclasses.dataclass(eq=False)
 class Sequence:
     """`tokens` are the known ones: the prompt's, then those generated and read. Of these and the one not yet read, the
-    first `dispatched` have been given to the device. `ends` is the length at which it is full. `boundaries` are lengths
-    of beginnings that other sequences may share, None where nothing is known of them."""
+    first `dispatched` have been given to the device. `ends` is the length at which it is full. A `stepwise` sequence's
+    token is read before its next step, whose mask depends on it. `boundaries` are lengths of beginnings that other
+    sequences may share, None where nothing is known of them."""
 
     tokens: list[int]
     ends: int
     number: int
     priority: int = 0
+    stepwise: bool = False
     media: tuple[Placeholders, ...] = ()
     boundaries: tuple[int, ...] | None = ()
     status: Status = Status.WAITING

@@ -27,10 +27,12 @@ class Finish(enum.IntEnum):
 
 
 class Chosen(NamedTuple):
-    """A step's result for each of its sequences: the last token chosen, and its `Finish`, int32 [b] each."""
+    """A step's result for each of its sequences: the last token chosen, and its `Finish`, int32 [b] each; and
+    `choose.Logprobs` where the batch has `logprobs`."""
 
     tokens: Any
     finish: Any
+    logprobs: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +49,9 @@ class Batch:
     choosing: bool [b], False where this step has no token to choose: a prompt with more tokens to come, or no tokens.
     previous: the last step's `Chosen`, on the device; None where all tokens are given and no sequence is finished.
     mask: uint32 [b, words / 32], a bit for each token that may be chosen, the lowest first; None allows all.
+    counts: int32 [slots, words] on the device, for penalties: how often each token was generated in the sequence of
+        each slot, and `choose.IN_PROMPT` more for those in its prompt; None applies no penalties.
+    logprobs: bool [b], True for sequences that ask for `Chosen.logprobs`; None computes them for nobody.
     media_index, media_tokens: int32 [rows, t] and [m, d], from `splice.media_index` and `Kimi.encode_media_padded`.
 
     On a mesh rows and sequences are sharded over `data`, which must divide their numbers. A program is compiled for
@@ -64,6 +69,8 @@ class Batch:
     slots: Any = None
     segments: Any = None
     mask: Any = None
+    counts: Any = None
+    logprobs: Any = None
     media_index: Any = None
     media_tokens: Any = None
     phase: Phase = dataclasses.field(default="prefill", metadata={"static": True})

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -11,9 +12,11 @@ from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media, media_index
 from kimi_jax.model.token_ids import integers, token_ids
-from kimi_jax.runtime.batch import Batch, Finish, padded_stop_ids, pages_in_order, prompts
+from kimi_jax.runtime.batch import Batch, Chosen, Finish, padded_stop_ids, pages_in_order, prompts
+from kimi_jax.runtime.cache import Cache
+from kimi_jax.runtime.choose import occurred
 from kimi_jax.runtime.program import Program
-from kimi_jax.runtime.sampling import Sampling, checked_seeds
+from kimi_jax.runtime.sampling import NO_PENALTIES, Sampling, checked_seeds
 
 PREFILL_CHUNK = 2048
 
@@ -121,27 +124,48 @@ def stream(
         media_index=None if index is None else np.pad(index, [(0, padding), (0, 0)], constant_values=-1),
         media_tokens=None if media is None else model.encode_media_padded(media),
     )
-    return _columns(program, steps, table, lengths, max_new_tokens)
+    counts = None
+    if sampling.penalties != NO_PENALTIES:
+        counts = program.counts(rows + padding)
+        for row, (prompt, length) in enumerate(zip(ids, lengths, strict=True)):
+            counts = program.set_counts(counts, row, occurred(prompt[:length], (), config.text.vocab_size))
+    return _columns(program, steps, table, lengths, max_new_tokens, counts)
 
 
 def _columns(
-    program: Program, steps: Iterator[Batch], table: np.ndarray, lengths: np.ndarray, max_new_tokens: int
+    program: Program,
+    steps: Iterator[Batch],
+    table: np.ndarray,
+    lengths: np.ndarray,
+    max_new_tokens: int,
+    counts: jax.Array | None,
 ) -> Iterator[Column]:
     cache, chosen = program.cache(table.size, len(table)), program.nothing_chosen(len(table))
     for batch in steps:
-        cache, chosen = program.step(cache, dataclasses.replace(batch, previous=chosen))
+        cache, chosen, counts = _step(program, cache, dataclasses.replace(batch, previous=chosen), counts)
     rows, positions = len(lengths), np.pad(lengths, (0, len(table) - len(lengths)), constant_values=-max_new_tokens)
     finished = np.zeros(rows, bool)
     for i in range(max_new_tokens):
         previous = chosen
         if i + 1 < max_new_tokens:  # dispatched first, so that the device works while its last tokens are read
-            cache, chosen = program.step(cache, batch.next_token(np.maximum(positions + i, -1), previous))
-        new, finish = (np.asarray(array)[:rows] for array in previous)
+            batch = batch.next_token(np.maximum(positions + i, -1), previous)
+            cache, chosen, counts = _step(program, cache, batch, counts)
+        new, finish = (np.asarray(array)[:rows] for array in (previous.tokens, previous.finish))
         unusable = finished | (finish == Finish.NOT_FINITE)
         yield Column(np.where(unusable, program.config.text.pad_token_id, new).astype(np.int32), finish)
         finished = finish != Finish.NOT_YET
         if finished.all():
             return
+
+
+def _step(
+    program: Program, cache: Cache, batch: Batch, counts: jax.Array | None
+) -> tuple[Cache, Chosen, jax.Array | None]:
+    """Runs a step, and counts the tokens that it chose where there are penalties."""
+    cache, chosen = program.step(cache, dataclasses.replace(batch, counts=counts))
+    if counts is not None:
+        counts = program.count_tokens(counts, chosen.tokens, batch.choosing)
+    return cache, chosen, counts
 
 
 def checked_lengths(

@@ -21,7 +21,8 @@ from kimi_jax.model.param import weight_specs
 from kimi_jax.runtime import cache as caches
 from kimi_jax.runtime.batch import CHOSEN_BEFORE, Batch, Chosen, Finish
 from kimi_jax.runtime.cache import Cache
-from kimi_jax.runtime.sampling import SamplingRows, sample
+from kimi_jax.runtime.choose import choose, count_tokens
+from kimi_jax.runtime.sampling import SamplingRows
 from sharding import REPLICATED, Partition, choose_layout
 
 
@@ -44,7 +45,8 @@ class Program:
 
     def step(self, cache: Cache, batch: Batch) -> tuple[Cache, Chosen]:
         """Runs the batch's tokens and chooses the next ones. Returns the cache, and tokens and `Finish`, int32 [b]
-        each, on every device. A sequence that chooses nothing, or is finished, keeps its values of `batch.previous`."""
+        each, on every device. A sequence that chooses nothing, or is finished, keeps its values of `batch.previous`.
+        Give the next step's `previous` without the logprobs."""
         self.check(batch)
         return self.jitted.step(self.arrays, cache, batch)
 
@@ -83,36 +85,70 @@ class Program:
 
     def nothing_chosen(self, sequences: int) -> Chosen:
         """Returns `Batch.previous` for a first step: no sequence has a chosen token, none is finished."""
-        zeros = np.zeros(sequences, np.int32)
-        everywhere = self.placement if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-        array = jax.make_array_from_callback(zeros.shape, everywhere, zeros.__getitem__)
+        array = self.replicate(np.zeros(sequences, np.int32))
         return Chosen(array, array)
 
-    def batch_shapes(self, phase: Phase, rows: int, tokens: int, row_pages: int, stop_ids: int = 8) -> Batch:
-        """Returns the shapes, dtypes and shardings of a batch without segments, masks and media, whose tokens are all
-        given, to compile a step without values."""
+    def replicate(self, array: np.ndarray) -> jax.Array:
+        """Copies an array of the host to every device."""
+        everywhere = self.placement if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        return jax.make_array_from_callback(array.shape, everywhere, array.__getitem__)
+
+    def counts(self, slots: int) -> jax.Array:
+        """Allocates `Batch.counts` for `slots` sequences, int32 [slots, vocab_size], in which no token occurred."""
+        zeros = np.zeros((slots, self.config.text.vocab_size), np.int32)
+        return jax.make_array_from_callback(zeros.shape, self._counts_sharding(slots), zeros.__getitem__)
+
+    def count_tokens(self, counts: jax.Array, tokens: Int32[AnyArray, "slots"], counted: np.ndarray) -> jax.Array:
+        """Adds one for each slot's token where `counted`, bool [slots]. `counts` is donated."""
+        return self.jitted.count_tokens(counts, tokens, counted)
+
+    def set_counts(self, counts: jax.Array, slot: int, row: np.ndarray) -> jax.Array:
+        """Replaces the counts of a slot, numbered over all devices, by `row`, int32 [vocab_size]. `counts` is
+        donated."""
+        return self.jitted.set_counts(counts, np.int32(slot), row)
+
+    def batch_shapes(
+        self, phase: Phase, rows: int, tokens: int, row_pages: int, stop_ids: int = 8, extras: bool = False
+    ) -> Batch:
+        """Returns the shapes, dtypes and shardings of a batch without segments and media, whose tokens are all given,
+        to compile a step without values. `extras` are masks, penalties and logprobs, which the engine's steps have;
+        row i is slot i."""
 
         def array(*shape: int, dtype: jax.typing.DTypeLike = jnp.int32, spec: Any = ("data",)) -> Any:
             sharding = self.placement if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(*spec))
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-        number, seeds = array(rows, dtype=jnp.float32), array(rows, 2, dtype=jnp.uint32)
+        # Values that say which branches of a step run are on all devices, as the host's arrays are
+        number, seeds = array(rows, dtype=jnp.float32, spec=()), array(rows, 2, dtype=jnp.uint32)
+        penalties, words = array(rows, 3, dtype=jnp.float32, spec=()), self.config.text.vocab_size
+        counts = self._counts_sharding(rows) if extras else None
         return Batch(
             tokens=array(rows, tokens),
             positions=array(rows, tokens),
             page_table=array(rows, row_pages, spec=("data", "sequence")),
-            sampling=SamplingRows(number, array(rows), number, number, seeds),
+            sampling=SamplingRows(number, array(rows, spec=()), number, number, seeds, penalties),
             stop_ids=array(rows, stop_ids),
             ends=array(rows),
-            choosing=array(rows, dtype=jnp.bool_),
+            choosing=array(rows, dtype=jnp.bool_, spec=()),
+            mask=array(rows, -(-words // 32), dtype=jnp.uint32, spec=()) if extras else None,
+            counts=jax.ShapeDtypeStruct((rows, words), jnp.int32, sharding=counts) if extras else None,
+            logprobs=array(rows, dtype=jnp.bool_, spec=()) if extras else None,
             phase=phase,
         )
 
+    def _counts_sharding(self, slots: int) -> Sharding:
+        if self.mesh is None:
+            return self.placement
+        if slots % self.data:
+            raise ValueError(f"counts for {slots} sequences cannot be sharded over a data axis of {self.data}")
+        return NamedSharding(self.mesh, _counts_spec(Partition(self.mesh)))
+
     @property
     def compiled(self) -> int:
-        """The number of programs compiled so far for models of this structure: steps, and copies of states."""
+        """The number of programs compiled so far for models of this structure: steps, copies of states, counts."""
         jitted = self.jitted
-        return sum(function._cache_size() for function in (jitted.step, jitted.logits, jitted.copy_slots))
+        steps = jitted.step, jitted.logits, jitted.copy_slots
+        return sum(function._cache_size() for function in (*steps, jitted.count_tokens, jitted.set_counts))
 
     def check(self, batch: Batch) -> None:
         """Raises ValueError for a batch that the mesh does not divide, and for a decode step of several tokens each."""
@@ -133,10 +169,15 @@ class _Jitted:
 
     def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: Mesh | AbstractMesh | None):
         self.graph, self.tree, self.partition = graph, tree, Partition(mesh)
-        everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        everywhere = counts = None
+        if mesh is not None:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            counts = NamedSharding(mesh, _counts_spec(self.partition))
         self.step: Any = jax.jit(self.run_and_choose, donate_argnames="cache", out_shardings=(None, everywhere))
         self.logits: Any = jax.jit(self.run, donate_argnames="cache")
         self.copy_slots: Any = jax.jit(self.copy, donate_argnames="cache")
+        self.count_tokens: Any = jax.jit(count_tokens, donate_argnames="counts", out_shardings=counts)
+        self.set_counts: Any = jax.jit(_set_row, donate_argnames="array", out_shardings=counts)
 
     def run(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, LastLogits]:
         params = jax.tree.unflatten(self.tree, arrays)
@@ -163,7 +204,7 @@ class _Jitted:
 
     def run_and_choose(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, Chosen]:
         cache, logits = self.run(arrays, cache, batch)
-        return cache, choose(logits, batch)
+        return cache, choose(logits, batch, self.partition.num_shards("batch"))
 
     def copy(self, cache: Cache, source: jax.Array, target: jax.Array, origin: Cache | None) -> Cache:
         specs = caches.specs(cache, self.partition)
@@ -171,6 +212,10 @@ class _Jitted:
         origin_specs = None if origin is None else caches.specs(origin, self.partition)
         in_specs = (specs, numbers, numbers, origin_specs)
         return self.partition.shard_map(caches.copy_slots, in_specs, specs)(cache, source, target, origin)
+
+
+def _set_row(array: jax.Array, number: jax.Array, row: jax.Array) -> jax.Array:
+    return array.at[number].set(row)
 
 
 _jitted = functools.lru_cache(maxsize=16)(_Jitted)
@@ -190,6 +235,11 @@ def _empty(
     return jax.jit(make, out_shardings=jax.tree.unflatten(tree, shardings))
 
 
+def _counts_spec(partition: Partition) -> PartitionSpec:
+    """Returns the PartitionSpec of counts [slots, words]: that of a decode step's logits."""
+    return PartitionSpec(*(partition.axis_names(axis) or None for axis in ("batch", "vocab")))
+
+
 def _as_returned(spec: PartitionSpec) -> PartitionSpec:
     """Returns a spec as that of a step's result: without None at its end. In another spelling the first step's cache
     would compile the second step again."""
@@ -204,7 +254,7 @@ def _with_tokens(batch: Batch) -> Batch:
     tokens of finished sequences."""
     if batch.previous is None:
         return batch
-    token, finish = batch.previous
+    token, finish = batch.previous.tokens, batch.previous.finish
     if batch.segments is None:
         token, finish = token[:, None], finish[:, None]
     else:
@@ -215,23 +265,3 @@ def _with_tokens(batch: Batch) -> Batch:
         tokens=jnp.where(batch.tokens == CHOSEN_BEFORE, token, batch.tokens),
         positions=jnp.where(finish == Finish.NOT_YET, batch.positions, -1),
     )
-
-
-def choose(logits: LastLogits, batch: Batch) -> Chosen:
-    """Samples each sequence's next token from its logits, and says whether it is the last."""
-    context = batch.context
-    finite = jnp.isfinite(logits).all(axis=-1)
-    if batch.mask is not None:
-        bits = batch.mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
-        allowed = bits.reshape(len(batch.mask), -1)[:, : logits.shape[1]]
-        logits = jnp.where(allowed == 1, logits, -jnp.inf)
-    rows, columns = len(batch.positions), context.last()
-    last = jnp.take_along_axis(batch.positions, columns.reshape(rows, -1), axis=1).reshape(-1)
-    token = sample(logits, batch.sampling, last + 1)
-    finish = jnp.where(last + 2 >= batch.ends, Finish.LENGTH, Finish.NOT_YET)
-    finish = jnp.where((token[:, None] == batch.stop_ids).any(axis=1), Finish.STOP, finish)
-    finish = jnp.where(finite, finish, Finish.NOT_FINITE).astype(jnp.int32)
-    if batch.previous is None:
-        return Chosen(token, finish)
-    chooses = batch.choosing & (batch.previous.finish == Finish.NOT_YET)
-    return Chosen(jnp.where(chooses, token, batch.previous.tokens), jnp.where(chooses, finish, batch.previous.finish))

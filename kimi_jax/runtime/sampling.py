@@ -1,5 +1,6 @@
-"""Samples the next token: greedy, or drawn after temperature, top-k, top-p (nucleus sampling, arXiv 1904.09751) and
-min-p (arXiv 2407.01082). Each sequence has its own values, which are arrays, so that new values compile nothing."""
+"""Says how the next token is chosen: greedily, or drawn after temperature, top-k, top-p (nucleus sampling, arXiv
+1904.09751) and min-p (arXiv 2407.01082). Each sequence has its own values, which are arrays, so that new values compile
+nothing; `draw` computes with them."""
 
 import dataclasses
 import math
@@ -7,19 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
 from kimi_jax import json_reader
-from kimi_jax.axes import AnyArray, Array, Float32, Int32, LastLogits, UInt32
+from kimi_jax.axes import AnyArray, Float32, Int32, UInt32
 from kimi_jax.config_json.fields import ConfigError, Fields
 from kimi_jax.model.token_ids import integers
 from kimi_jax.printable import printable
 
 SEEDS = 2**63
 MAX_TOP_K = 2**31 - 1  # an int32 on the device
+# Presence, frequency and repetition penalty that change nothing.
+NO_PENALTIES = (0.0, 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Sampling:
     `top_k` most likely tokens (0: all), of these the fewest whose probabilities add up to `top_p`, and of these the
     tokens with at least `min_p` times the best one's probability.
 
+    Before all that, and for greedy answers too, the logits of tokens that occurred already are lowered: those above 0
+    are divided by `repetition_penalty` and those below multiplied by it where the token occurred in the prompt or the
+    answer; then `frequency_penalty` is subtracted for each time that the answer has the token, and `presence_penalty`
+    once.
+
     Raises ValueError for a value outside its range.
     """
 
@@ -35,6 +41,9 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         ranges = {
@@ -42,10 +51,19 @@ class Sampling:
             "top_k": (self.top_k >= 0 and self.top_k == math.floor(self.top_k), "a whole number, at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            # (further away a logit could become infinite)
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
         }
         for name, (holds, expected) in ranges.items():
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+    @property
+    def penalties(self) -> tuple[float, float, float]:
+        """The penalties in the order of `NO_PENALTIES`."""
+        return self.presence_penalty, self.frequency_penalty, self.repetition_penalty
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Sampling":
@@ -70,13 +88,15 @@ class Sampling:
 
 
 class SamplingRows(NamedTuple):
-    """Holds the `Sampling` of each sequence of a batch as arrays; `seeds` are two halves, the upper first."""
+    """Holds the `Sampling` of each sequence of a batch as arrays; `seeds` are two halves, the upper first, `penalties`
+    those of presence, frequency and repetition."""
 
     temperature: Float32[AnyArray, "b"]
     top_k: Int32[AnyArray, "b"]
     top_p: Float32[AnyArray, "b"]
     min_p: Float32[AnyArray, "b"]
     seeds: UInt32[AnyArray, "b 2"]
+    penalties: Float32[AnyArray, "b 3"]
 
 
 def sampling_rows(sampling: Sequence[Sampling], seeds: np.ndarray) -> SamplingRows:
@@ -90,6 +110,7 @@ def sampling_rows(sampling: Sequence[Sampling], seeds: np.ndarray) -> SamplingRo
         np.array([one.top_p for one in sampling], np.float32),
         np.array([one.min_p for one in sampling], np.float32),
         np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], axis=1).astype(np.uint32),
+        np.array([one.penalties for one in sampling], np.float32),
     )
 
 
@@ -104,36 +125,3 @@ def checked_seeds(seed: int | ArrayLike, rows: int) -> np.ndarray:
     if values.size and (values.min() < 0 or values.max() >= SEEDS):
         raise ValueError(f"seeds lie between {values.min()} and {values.max()}, expected 0 to 2**63 - 1")
     return np.broadcast_to(values.astype(np.uint64), (rows,))
-
-
-def filtered(logits: LastLogits, rows: SamplingRows) -> tuple[LastLogits, Int32[jax.Array, "b w"]]:
-    """Returns logits divided by the temperature, best first, -inf where a filter drops them; and their tokens."""
-    temperature, top_k, top_p, min_p = (values[:, None] for values in rows[:4])
-    order = jnp.argsort(logits, axis=-1, descending=True, stable=True).astype(jnp.int32)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    # The best logit is subtracted first, so that no temperature, however small, makes it infinite
-    ranked = (ranked - ranked[:, :1]) / jnp.where(temperature > 0, temperature, 1)
-    ranked = jnp.where((top_k == 0) | (jnp.arange(ranked.shape[-1]) < top_k), ranked, -jnp.inf)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    preceding = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranked = jnp.where((top_p >= 1) | (preceding < top_p), ranked, -jnp.inf)
-    return jnp.where(ranked >= jnp.log(min_p), ranked, -jnp.inf), order
-
-
-def sample(logits: LastLogits, rows: SamplingRows, positions: Int32[Array, "b"]) -> Int32[jax.Array, "b"]:
-    """Chooses a token for each row, the one at `positions` of its sequence.
-
-    A draw's key is made of the row's seed and this position, so it depends neither on the row's place in a batch nor on
-    other rows. Where all rows are greedy nothing is sorted.
-    """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def drawn() -> jax.Array:
-        ranked, order = filtered(logits, rows)
-        keys = jax.random.wrap_key_data(jnp.asarray(rows.seeds), impl="threefry2x32")
-        keys = jax.vmap(jax.random.fold_in)(keys, positions)
-        rank = jax.vmap(jax.random.categorical)(keys, ranked)
-        token = jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
-        return jnp.where(rows.temperature > 0, token, greedy)
-
-    return jax.lax.cond(jnp.any(rows.temperature > 0), drawn, lambda: greedy)

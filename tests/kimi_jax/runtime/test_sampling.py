@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from kimi_jax.config_json import ConfigError
-from kimi_jax.runtime.sampling import Sampling, checked_seeds, filtered, sample, sampling_rows
+from kimi_jax.runtime import draw
+from kimi_jax.runtime.sampling import Sampling, checked_seeds, sampling_rows
 
+sample, filtered_weights = jax.jit(draw.sample), jax.jit(draw.filtered_weights)
 LOGITS = np.random.RandomState(0).normal(size=(4, 50)).astype(np.float32) * 2
 
 
@@ -48,11 +50,48 @@ SETTINGS = [
 
 @pytest.mark.parametrize("sampling", SETTINGS)
 def test_filters_keep_what_their_definitions_keep(sampling):
-    ranked, order = filtered(jnp.asarray(LOGITS), rows(sampling, 4))
-    for row in range(len(LOGITS)):
-        got = np.zeros(LOGITS.shape[1])
-        got[np.asarray(order[row])] = jax.nn.softmax(ranked[row])
-        np.testing.assert_allclose(got, expected(LOGITS[row], sampling), rtol=2e-6, atol=1e-9)
+    weights = np.asarray(filtered_weights(jnp.asarray(LOGITS), rows(sampling, 4)))
+    for row, got in zip(LOGITS, weights, strict=True):
+        np.testing.assert_allclose(got / got.sum(), expected(row, sampling), rtol=2e-6, atol=1e-9)
+
+
+def test_filters_keep_what_a_stable_sort_keeps_among_many_equals():
+    # Given logits of a few values each, infinite ones of masked words among them, and settings drawn at random
+    random = np.random.RandomState(1)
+    logits = (random.randint(-6, 6, (400, 50)) / 2).astype(np.float32)
+    logits[::3, ::5] = -np.inf
+    logits[(logits == 0) & (np.arange(50) % 2 == 1)] = -0.0
+    settings = [
+        Sampling(
+            float(random.choice([0.3, 1.0, 2.0])),
+            top_k=int(random.choice([0, 1, 7, 25, 49, 50, 1000])),
+            top_p=float(random.choice([1.0, random.uniform()])),
+            min_p=float(random.choice([0.0, random.uniform(0, 0.5)])),
+        )
+        for _ in logits
+    ]
+    weights = filtered_weights(jnp.asarray(logits), sampling_rows(settings, checked_seeds(0, len(logits))))
+    for row, sampling, got in zip(logits, settings, np.asarray(weights), strict=True):
+        want = expected(row, sampling)
+        np.testing.assert_array_equal(got > 0, want > 0, err_msg=f"{sampling} of {row}")
+
+
+def test_places_are_ordered_as_floats_are():
+    floats = np.array([-np.inf, -3e38, -1.5, -1e-30, -0.0, 0.0, 1e-30, 1.5, 3e38, np.inf], np.float32)
+    places = np.asarray(draw.float_places(jnp.asarray(floats)[None])[0]).astype(np.int64)
+    np.testing.assert_array_equal(np.sign(np.diff(places)), np.sign(np.diff(floats.astype(np.float64))))
+
+
+@pytest.mark.parametrize("words", [1, 2, 31, 32, 33])
+def test_a_draw_never_takes_a_token_without_weight(words):
+    random = np.random.RandomState(words)
+    weights = random.randint(0, 3, (50, words)).astype(np.float32)
+    weights[weights.sum(1) == 0, 0] = 1
+    total, draws = weights.sum(1), np.concatenate([[0.0, 0.0, 1.0, 1.0], random.uniform(size=46)]).astype(np.float32)
+    found = np.asarray(draw.index_of(jnp.asarray(weights), jnp.asarray(draws * total)))
+    for row, token, target in zip(weights, found, draws * total, strict=True):
+        assert row[token] > 0 and row[:token].sum() <= target
+        assert row[: token + 1].sum() > target or not row[token + 1 :].any()
 
 
 def test_rows_of_one_batch_have_values_of_their_own():
@@ -70,8 +109,8 @@ def test_rows_of_one_batch_have_values_of_their_own():
 
 
 def test_top_k_keeps_exactly_k_of_equals():
-    ranked, _ = filtered(jnp.zeros((1, 10)), rows(Sampling(1.0, top_k=3), 1))
-    assert int(jnp.isfinite(ranked).sum()) == 3
+    weights = filtered_weights(jnp.zeros((1, 10)), rows(Sampling(1.0, top_k=3), 1))
+    assert np.flatnonzero(weights[0]).tolist() == [0, 1, 2]
 
 
 def test_draws_have_the_right_frequencies():
@@ -129,12 +168,12 @@ def test_greedy_is_the_best_token_whatever_the_filters():
     np.testing.assert_array_equal(greedy, LOGITS.argmax(-1))
 
 
-def test_greedy_rows_alone_sort_nothing():
-    # The only sort is in the branch that runs for a row that draws
+def test_nothing_is_sorted_and_greedy_rows_alone_draw_nothing():
     values = rows(Sampling(), 4)
-    jaxpr = jax.make_jaxpr(sample)(jnp.asarray(LOGITS), values, jnp.zeros(4, jnp.int32)).jaxpr
-    assert [eqn.primitive.name for eqn in jaxpr.eqns].count("cond") == 1
-    assert "sort" not in {eqn.primitive.name for eqn in jaxpr.eqns}
+    jaxpr = jax.make_jaxpr(draw.sample)(jnp.asarray(LOGITS), values, jnp.zeros(4, jnp.int32))
+    names = [eqn.primitive.name for eqn in jaxpr.jaxpr.eqns]
+    assert names.count("cond") == 1 and not {"exp", "scan", "random_bits"} & set(names)
+    assert "sort" not in str(jaxpr) and "top_k" not in str(jaxpr)
 
 
 @pytest.mark.parametrize(
