@@ -1,20 +1,23 @@
 """Messages of a step that is not compiled, read off traces of the program that runs it.
 
-JAX traces the real program over abstract devices, with shapes for values: one layer of each kind, and the step's ends,
-which have no layers. Ops send nothing, and only their shapes are traced. A compiler may then merge small messages, and
+JAX traces the real program over abstract devices, with shapes for values and one layer of each kind, whose messages
+count for all such layers. Ops send nothing, and only their shapes are traced. A compiler may then merge small messages, and
 writes some in another form.
 """
 
 import dataclasses
 import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from kimi_jax.model.block import Block
 from kimi_jax.model.kimi import placed
 from kimi_jax.plan.job import Job, bits, first_alike, pool_sizes, shortened
 from kimi_jax.plan.traffic import Collective, ragged_bytes
@@ -38,6 +41,8 @@ _KINDS = {
     "ragged_all_to_all": ("ragged-all-to-all", "axis_name"),
 }
 
+_LAYER = re.compile(r"\blayer (\d+)")
+
 
 def trace(program: Program, job: Job, layers: tuple[int, ...] | None = None) -> Any:
     """Traces the job's step; `layers` are the numbers of those that the program's model has left, None for all."""
@@ -60,45 +65,51 @@ def messages(job: Job, platform: str = "tpu") -> tuple[Collective, ...]:
     return _messages(dataclasses.replace(job, topology=topologies()[0]), platform)
 
 
+class _Numbered(nnx.Module):
+    """A layer whose equations have its number in their name stack."""
+
+    def __init__(self, block: Block, number: int):
+        self.block, self.number = block, number
+
+    def __call__(self, *inputs: Any) -> Any:
+        with jax.named_scope(f"layer {self.number}"):
+            return self.block(*inputs)
+
+
 @functools.cache
 def _messages(job: Job, platform: str) -> tuple[Collective, ...]:
     mesh = job.partition.mesh
     assert mesh is not None
     model = placed(shortened(dataclasses.replace(job.config, vision=None)), mesh)
-    blocks = list(model.model.layers)
-
-    def found(*layers: int) -> Counter[Collective]:
-        model.model.layers = nnx.List([blocks[number] for number in layers])
-        with shapes_only(True):
-            jaxpr = trace(Program(model), job, layers).jaxpr
-        once: Counter[Collective] = Counter()
-        for message, times in _sent(jaxpr.jaxpr, job.mesh, platform):
-            once[message] += times
-        return once
-
-    ends = found()
-    total = Counter(ends)
-    for number, count in Counter(first_alike(job.config)).items():
-        of_layer = found(number)
-        of_layer.subtract(ends)
-        total.update({message: count * times for message, times in of_layer.items()})
-    listed = [dataclasses.replace(message, count=times) for message, times in total.items() if times]
+    alike = Counter(first_alike(job.config))
+    numbers = tuple(alike)
+    model.model.layers = nnx.List([_Numbered(model.model.layers[number], number) for number in numbers])
+    with shapes_only(True):
+        jaxpr = trace(Program(model), job, numbers).jaxpr
+    total: Counter[Collective] = Counter()
+    for message, times, layer in _sent(jaxpr.jaxpr, job.mesh, platform):
+        total[message] += times * (1 if layer is None else alike[layer])
+    listed = [dataclasses.replace(message, count=times) for message, times in total.items()]
     return tuple(sorted(listed, key=lambda one: (-one.count * one.nbytes, one)))
 
 
-def _sent(jaxpr: Jaxpr, mesh: dict[str, int], platform: str) -> Iterator[tuple[Collective, int]]:
-    """Yields a jaxpr's messages, each with a count of one, and how often it is sent."""
+def _sent(jaxpr: Jaxpr, mesh: dict[str, int], platform: str) -> Iterator[tuple[Collective, int, int | None]]:
+    """Yields a jaxpr's messages, each with a count of one, how often it is sent, and its layer's number, None at the
+    step's ends."""
     for equation in jaxpr.eqns:
+        numbered = _LAYER.search(str(equation.source_info.name_stack))
+        layer = None if numbered is None else int(numbered[1])
         if equation.primitive.name in _KINDS:
             message = _message(equation, mesh)
             if message.group > 1:
-                yield message, 1
+                yield message, 1, layer
             continue
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         in_loop = equation.primitive.name == "while"
         for inner in _inner(equation, platform):
-            for message, count in _sent(inner, mesh, platform):
-                yield dataclasses.replace(message, in_loop=message.in_loop or in_loop), count * times
+            for message, count, nested in _sent(inner, mesh, platform):
+                message = dataclasses.replace(message, in_loop=message.in_loop or in_loop)
+                yield message, count * times, nested if layer is None else layer
 
 
 def _message(equation: JaxprEqn, mesh: dict[str, int]) -> Collective:
