@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +19,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from kimi_jax.model.block import Block
 from kimi_jax.model.kimi import placed
-from kimi_jax.plan.job import Job, bits, first_alike, pool_sizes, shortened
+from kimi_jax.plan.job import Job, bits, pool_sizes, shortened
 from kimi_jax.plan.traffic import Collective, ragged_bytes
 from kimi_jax.runtime.cache import Cache
 from kimi_jax.runtime.program import Program
 from pallas_kernels.dispatch import shapes_only
-from sharding import AXES
+from sharding import AXES, StreamLayout
 from sharding.topologies import topologies
 
 # HLO's name of what JAX's primitives do, and the parameter that has their mesh axes.
@@ -41,10 +41,10 @@ _KINDS = {
     "ragged_all_to_all": ("ragged-all-to-all", "axis_name"),
 }
 
-_LAYER = re.compile(r"\blayer (\d+)")
+_HALF = re.compile(r"\bhalf (\d+)")
 
 
-def trace(program: Program, job: Job, layers: tuple[int, ...] | None = None) -> Any:
+def trace(program: Program, job: Job, layers: Sequence[int] | None = None) -> Any:
     """Traces the job's step; `layers` are the numbers of those that the program's model has left, None for all."""
     pages, slots = pool_sizes(job.batch, job.context, job.partition)
     cache = program.cache_shapes(pages, slots)
@@ -65,39 +65,52 @@ def messages(job: Job, platform: str = "tpu") -> tuple[Collective, ...]:
     return _messages(dataclasses.replace(job, topology=topologies()[0]), platform)
 
 
-class _Numbered(nnx.Module):
-    """A layer whose equations have its number in their name stack."""
+class _Halves(nnx.Module):
+    """The token mixer of a block, and the feed-forward layers of several. The equations of each have a number in their
+    name stack: the mixer's kind's, and those of `forwards`."""
 
-    def __init__(self, block: Block, number: int):
-        self.block, self.number = block, number
+    def __init__(self, mixer: Block, number: int, forwards: dict[int, Block]):
+        self.mixer, self.number = mixer, number
+        self.numbers, self.forwards = tuple(forwards), nnx.List(forwards.values())
 
-    def __call__(self, *inputs: Any) -> Any:
-        with jax.named_scope(f"layer {self.number}"):
-            return self.block(*inputs)
+    def __call__(self, x: Any, context: Any, cache: Any, layout: StreamLayout) -> tuple[Any, Any]:
+        with jax.named_scope(f"half {self.number}"):
+            mixed, cache = self.mixer.mix_tokens(x, context, cache, layout)
+            x = x + mixed
+        for number, block in zip(self.numbers, self.forwards, strict=True):
+            with jax.named_scope(f"half {number}"):
+                x = x + block.feed_forward(x, layout)
+        return x, cache
 
 
 @functools.cache
 def _messages(job: Job, platform: str) -> tuple[Collective, ...]:
-    mesh = job.partition.mesh
+    mesh, text = job.partition.mesh, job.config.text
     assert mesh is not None
     model = placed(shortened(dataclasses.replace(job.config, vision=None)), mesh)
-    alike = Counter(first_alike(job.config))
-    numbers = tuple(alike)
-    model.model.layers = nnx.List([_Numbered(model.model.layers[number], number) for number in numbers])
+    blocks, of_mixer = model.model.layers, list(text.layer_kinds)
+    of_forward = [text.is_moe(number) for number in range(text.num_hidden_layers)]
+    first = [*map(of_mixer.index, dict.fromkeys(of_mixer)), *map(of_forward.index, dict.fromkeys(of_forward))]
+    counts = [*Counter(of_mixer).values(), *Counter(of_forward).values()]
+    mixers = len(set(of_mixer))
+    forwards = {number: blocks[first[number]] for number in range(mixers, len(first))}
+    model.model.layers = nnx.List(
+        [_Halves(blocks[first[number]], number, {} if number else forwards) for number in range(mixers)]
+    )
     with shapes_only(True):
-        jaxpr = trace(Program(model), job, numbers).jaxpr
+        jaxpr = trace(Program(model), job, first[:mixers]).jaxpr
     total: Counter[Collective] = Counter()
-    for message, times, layer in _sent(jaxpr.jaxpr, job.mesh, platform):
-        total[message] += times * (1 if layer is None else alike[layer])
+    for message, times, half in _sent(jaxpr.jaxpr, job.mesh, platform):
+        total[message] += times * (1 if half is None else counts[half])
     listed = [dataclasses.replace(message, count=times) for message, times in total.items()]
     return tuple(sorted(listed, key=lambda one: (-one.count * one.nbytes, one)))
 
 
 def _sent(jaxpr: Jaxpr, mesh: dict[str, int], platform: str) -> Iterator[tuple[Collective, int, int | None]]:
-    """Yields a jaxpr's messages, each with a count of one, how often it is sent, and its layer's number, None at the
+    """Yields a jaxpr's messages, each with a count of one, how often it is sent, and the half of a layer, None at the
     step's ends."""
     for equation in jaxpr.eqns:
-        numbered = _LAYER.search(str(equation.source_info.name_stack))
+        numbered = _HALF.search(str(equation.source_info.name_stack))
         layer = None if numbered is None else int(numbered[1])
         if equation.primitive.name in _KINDS:
             message = _message(equation, mesh)
