@@ -1,8 +1,8 @@
 """Messages of a step that is not compiled, read off traces of the program that runs it.
 
 JAX traces the real program over abstract devices, with shapes for values and one layer of each kind, whose messages
-count for all such layers. Ops send nothing, and only their shapes are traced. A compiler may then merge small messages, and
-writes some in another form.
+count for all such layers. Ops send nothing, and only their shapes are traced. A compiler may then merge small messages,
+and writes some in another form.
 """
 
 import dataclasses
@@ -87,7 +87,9 @@ class _Halves(nnx.Module):
 def _messages(job: Job, platform: str) -> tuple[Collective, ...]:
     mesh, text = job.partition.mesh, job.config.text
     assert mesh is not None
-    model = placed(shortened(dataclasses.replace(job.config, vision=None)), mesh)
+    model = placed(shortened(job.config), mesh)
+    # A text step has no use for the vision tower
+    model.vision_tower = model.mm_projector = None
     blocks, of_mixer = model.model.layers, list(text.layer_kinds)
     of_forward = [text.is_moe(number) for number in range(text.num_hidden_layers)]
     first = [*map(of_mixer.index, dict.fromkeys(of_mixer)), *map(of_forward.index, dict.fromkeys(of_forward))]

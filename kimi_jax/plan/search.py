@@ -12,12 +12,12 @@ from kimi_jax.plan.analytic import Memory, StepBound
 from kimi_jax.plan.job import Job, Phase, Sizes
 from kimi_jax.plan.messages import messages
 from kimi_jax.plan.traffic import Collective
-from sharding import AXES, SINGLE_DEVICE, StreamLayout
+from sharding import AXES, StreamLayout
 from sharding.topologies import Topology, topologies
 
 # A message on a slice takes microseconds however small it is. Only the choice of a mesh counts them, no bound does.
 MESSAGE_SECONDS = 2e-6
-Pattern = tuple[KimiConfig, Phase, StreamLayout, tuple[str, ...]]
+Pattern = tuple[KimiConfig, Phase, type[StreamLayout], bool, tuple[str, ...], tuple[str, ...]]
 # The time of all messages, from the first trace of each pattern; it serves all slices.
 _latency: dict[Pattern, float] = {}
 
@@ -56,10 +56,10 @@ class Candidate:
 
     @property
     def pattern(self) -> Pattern:
-        """The model, the phase, the stream's layout and the axes of several devices: they decide which messages there
-        are, sizes aside."""
-        layout = dataclasses.replace(self.job.layout, partition=SINGLE_DEVICE)
-        return self.job.config, self.job.phase, layout, self.job.partition.mesh_axes
+        """The model, the phase, the stream's layout and last the axes of several devices: they decide which messages
+        there are, sizes aside."""
+        job, layout = self.job, self.job.layout
+        return job.config, job.phase, type(layout), layout.dispatches, layout.token_axes, job.partition.mesh_axes
 
     @property
     def bytes_over(self) -> int:
@@ -106,8 +106,10 @@ def ranked(found: Iterable[Candidate]) -> Iterator[Candidate]:
 
 
 def _least(one: Candidate) -> float:
-    """Computes a cost that the candidate's is at least."""
-    return one.least_cost + _latency.get(one.pattern, 0.0)
+    """Computes a cost that the candidate's is at least. More axes of several devices only add messages."""
+    *alike, axes = one.pattern
+    known = (seconds for (*other, fewer), seconds in _latency.items() if other == alike and set(fewer) <= set(axes))
+    return one.least_cost + max(known, default=0.0)
 
 
 def smallest_that_fits(job: Job) -> Topology | None:
