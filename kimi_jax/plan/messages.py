@@ -20,7 +20,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from kimi_jax.model.block import Block
 from kimi_jax.model.kimi import placed
 from kimi_jax.plan.job import Job, bits, pool_sizes, shortened
-from kimi_jax.plan.traffic import Collective, ragged_bytes
+from kimi_jax.plan.traffic import Collective, ragged_operand
 from kimi_jax.runtime.cache import Cache
 from kimi_jax.runtime.program import Program
 from pallas_kernels.dispatch import shapes_only
@@ -132,8 +132,10 @@ def _message(equation: JaxprEqn, mesh: dict[str, int]) -> Collective:
     among = equation.params[names]
     axes = tuple(name for name in AXES if name in ((among,) if isinstance(among, str) else among))
     sizes = [_nbytes(x.aval) for x in equation.invars]
-    nbytes = ragged_bytes(sizes) if kind == "ragged-all-to-all" else sum(sizes)
-    return Collective(kind, axes, math.prod(mesh[name] for name in axes), nbytes, 1)
+    nbytes, to_all = sum(sizes), False
+    if kind == "ragged-all-to-all":
+        nbytes, to_all = ragged_operand(sizes, equation.invars[0].aval.shape[0])
+    return Collective(kind, axes, math.prod(mesh[name] for name in axes), nbytes, 1, to_all=to_all)
 
 
 def _nbytes(array: Any) -> int:
