@@ -195,7 +195,7 @@ def test_a_plan_in_json(capsys, tmp_path):
     for one in (first, second):
         assert set(one) == {
             "model", "topology", "devices", "mesh", "why", "phase", "batch", "context", "chunk", "memory", "per_layer",
-            "step", "collectives", "largest", "alternatives", "compiled", "warnings",
+            "step", "collectives", "largest", "engine", "alternatives", "compiled", "warnings",
         }  # fmt: skip
         assert list(one["mesh"]) == list(AXES) and math.prod(one["mesh"].values()) == one["devices"]
         memory = one["memory"]
