@@ -96,9 +96,8 @@ def _messages(job: Job, platform: str) -> tuple[Collective, ...]:
     counts = [*Counter(of_mixer).values(), *Counter(of_forward).values()]
     mixers = len(set(of_mixer))
     forwards = {number: blocks[first[number]] for number in range(mixers, len(first))}
-    model.model.layers = nnx.List(
-        [_Halves(blocks[first[number]], number, {} if number else forwards) for number in range(mixers)]
-    )
+    halves: Any = [_Halves(blocks[first[number]], number, {} if number else forwards) for number in range(mixers)]
+    model.model.layers = nnx.List(halves)
     with shapes_only(True):
         jaxpr = trace(Program(model), job, first[:mixers]).jaxpr
     total: Counter[Collective] = Counter()
@@ -134,7 +133,8 @@ def _message(equation: JaxprEqn, mesh: dict[str, int]) -> Collective:
     sizes = [_nbytes(x.aval) for x in equation.invars]
     nbytes, to_all = sum(sizes), False
     if kind == "ragged-all-to-all":
-        nbytes, to_all = ragged_operand(sizes, equation.invars[0].aval.shape[0])
+        source: Any = equation.invars[0].aval
+        nbytes, to_all = ragged_operand(sizes, source.shape[0])
     return Collective(kind, axes, math.prod(mesh[name] for name in axes), nbytes, 1, to_all=to_all)
 
 

@@ -19,7 +19,7 @@ from kimi_jax.model.context import Phase
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.param import weight_specs
 from kimi_jax.runtime import cache as caches
-from kimi_jax.runtime.batch import CHOSEN_BEFORE, Batch, Chosen, Finish
+from kimi_jax.runtime.batch import CHOSEN_BEFORE, STOP_IDS, Batch, Chosen, Finish
 from kimi_jax.runtime.cache import Cache
 from kimi_jax.runtime.sampling import SamplingRows, sample
 from sharding import REPLICATED, Partition, choose_layout
@@ -88,7 +88,7 @@ class Program:
         array = jax.make_array_from_callback(zeros.shape, everywhere, zeros.__getitem__)
         return Chosen(array, array)
 
-    def batch_shapes(self, phase: Phase, rows: int, tokens: int, row_pages: int, stop_ids: int = 8) -> Batch:
+    def batch_shapes(self, phase: Phase, rows: int, tokens: int, row_pages: int, stop_ids: int = STOP_IDS) -> Batch:
         """Returns the shapes, dtypes and shardings of a batch without segments, masks and media, whose tokens are all
         given, to compile a step without values."""
 
