@@ -15,12 +15,12 @@ from kimi_jax.config import KimiConfig
 from kimi_jax.engine.mask_provider import Guide, MaskProvider
 from kimi_jax.engine.pages import Placeholders
 from kimi_jax.engine.requests import Event, Request, TokenLogprobs
-from kimi_jax.engine.runner import STOP_IDS
 from kimi_jax.engine.sequence import Sequence
 from kimi_jax.engine.stop_strings import StopStrings, check_stop_strings
 from kimi_jax.model.context import PAGE
 from kimi_jax.model.splice import Media, media_index, tokens_per_item
 from kimi_jax.model.token_ids import integers, token_ids
+from kimi_jax.runtime.batch import STOP_IDS
 from kimi_jax.runtime.choose import MOST_LOGPROBS
 from kimi_jax.runtime.sampling import Sampling, checked_seeds
 from kimi_jax.text import StreamDecoder, Tokenizer

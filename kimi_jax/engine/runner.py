@@ -19,14 +19,12 @@ from kimi_jax.engine.sequence import Piece, Snapshot, Step
 from kimi_jax.engine.sequence import Sequence as Running
 from kimi_jax.model.context import PAGE
 from kimi_jax.model.kimi import Kimi
-from kimi_jax.runtime.batch import CHOSEN_BEFORE, Batch, Chosen
+from kimi_jax.runtime.batch import CHOSEN_BEFORE, STOP_IDS, Batch, Chosen
 from kimi_jax.runtime.cache import states_alone
 from kimi_jax.runtime.choose import Logprobs, occurred
 from kimi_jax.runtime.program import Program
 from kimi_jax.runtime.sampling import NO_PENALTIES, Sampling, SamplingRows, sampling_rows
 
-# The width of `Batch.stop_ids`, and so the most stop ids of a request.
-STOP_IDS = 16
 # The most prompts in one row of a prefill step.
 PACKED = 8
 
