@@ -110,25 +110,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.prompts is not None:
-        return _answer_file(arguments)
-    if arguments.out or arguments.in_order or arguments.cache_memory or arguments.part != (0, 1):
+    answer = _answer if arguments.prompts is None else _answer_file
+    if arguments.prompts is not None and (arguments.image or arguments.video):
+        raise ValueError("--prompts goes without --image and --video")
+    if arguments.prompts is None and (
+        arguments.out or arguments.in_order or arguments.cache_memory or arguments.part != (0, 1)
+    ):
         raise ValueError("--out, --in-order, --cache-memory and --part go with --prompts")
     who = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if not arguments.distributed:
         if who != (None, None, None):
             raise ValueError("--coordinator, --num-processes and --process-id go with --distributed")
-        return _answer(arguments, aloud=True)
+        return answer(arguments, None)
     if arguments.mesh is None:
         raise ValueError("--distributed needs --mesh: the devices of all processes, and what they split")
     from kimi_jax import processes
 
-    with processes.joined(*who) as aloud:
-        _answer(arguments, aloud)
+    with processes.joined(*who) as links:
+        answer(arguments, links)
 
 
-def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
-    """Generates; prints only where `aloud`."""
+def _answer(arguments: argparse.Namespace, links: Any) -> None:
+    """Generates; of several processes, which `links` connect, the first prints."""
     import checkpoints
     from kimi_jax.answering import checked_max_new_tokens
     from kimi_jax.cli.console import console
@@ -137,6 +140,7 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     from kimi_jax.runtime.generate import stream
     from kimi_jax.text import StreamDecoder
 
+    aloud = links is None or links.first
     log = console(stderr=True, quiet=not aloud)
     conversation = _conversation(arguments)
     began = time.perf_counter()
@@ -168,8 +172,9 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     log.print(f"{len(times) - 1} tokens; the first after {times[1] - times[0]:.1f} s, compilation included{rate}")
 
 
-def _answer_file(arguments: argparse.Namespace) -> None:
-    """Answers a file of prompts."""
+def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
+    """Answers a file of prompts; of several processes, which `links` connect, the first has the file and the
+    results."""
     import asyncio
     import contextlib
     import sys
@@ -177,12 +182,12 @@ def _answer_file(arguments: argparse.Namespace) -> None:
     import checkpoints
     from kimi_jax import offline
     from kimi_jax.cli.console import console
-    from kimi_jax.engine import Engine
+    from kimi_jax.engine import Engine, follow
     from kimi_jax.processor import Processor
 
-    if arguments.distributed or arguments.image or arguments.video:
-        raise ValueError("--prompts goes without --distributed, --image and --video")
-    arguments.prompts.open("rb").close()  # raises now, and not after the model is loaded and compiled
+    first = links is None or links.first
+    if first:
+        arguments.prompts.open("rb").close()  # raises now, and not after the model is loaded and compiled
     log = console(stderr=True)
     processor = Processor.from_folder(arguments.path)
     defaults = offline.Defaults(
@@ -191,6 +196,8 @@ def _answer_file(arguments: argparse.Namespace) -> None:
     model = checkpoints.load(
         arguments.path, mesh=_mesh(arguments, processor), dtype=arguments.dtype, verify=arguments.verify
     )
+    if not first:
+        return follow(model, links)
     done: set[str] = set()
     counts = {"answered": 0, "failed": 0, "tokens": 0}
 
@@ -216,6 +223,7 @@ def _answer_file(arguments: argparse.Namespace) -> None:
                 slots=arguments.slots,
                 cache_memory=arguments.cache_memory,
                 progress=lambda name: log.print(f"compiling: {name}"),
+                links=links,
             )
         )
         asyncio.run(write(engine, out))

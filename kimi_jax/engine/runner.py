@@ -18,6 +18,7 @@ from kimi_jax.engine.sequence import Piece, Snapshot, Step
 from kimi_jax.engine.sequence import Sequence as Running
 from kimi_jax.model.context import PAGE
 from kimi_jax.model.kimi import Kimi
+from kimi_jax.model.splice import Media
 from kimi_jax.runtime.batch import CHOSEN_BEFORE, Batch, Chosen
 from kimi_jax.runtime.cache import states_alone
 from kimi_jax.runtime.program import Program
@@ -98,9 +99,14 @@ class Runner:
         for index in range(len(sequence.pages)):
             self._enter_page(slot, sequence, index)
 
-    def encode(self, sequence: Running, media: MediaTokens) -> None:
-        """Keeps the media embeddings of a sequence until its prefill ends."""
-        self.media[sequence.number] = media
+    def encode(self, sequence: Running, media: Media, index: np.ndarray) -> None:
+        """Computes the media embeddings of a sequence, and keeps them until its prefill ends. `index` says for each of
+        its tokens which embedding it takes, -1 for text."""
+        self.media[sequence.number] = MediaTokens(self.model.encode_media_padded(media), index)
+
+    def forget(self, sequence: Running) -> None:
+        """Drops what is kept of a sequence that has ended."""
+        self.media.pop(sequence.number, None)
 
     def run(self, step: Step) -> Dispatched:
         """Sends a step to the device, and returns without waiting for it."""
