@@ -14,7 +14,7 @@ import dataclasses
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -28,14 +28,6 @@ SILENCE_S = 5.0
 _MEET_S = 60.0
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 _WATCHED = zmq.EVENT_DISCONNECTED | _REFUSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-
-
-class Store(Protocol):
-    """Keeps texts that all processes of a job can read; the coordinator of `jax.distributed` does."""
-
-    def key_value_set(self, key: str, value: str) -> None: ...
-
-    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str: ...
 
 
 @dataclasses.dataclass
@@ -58,7 +50,7 @@ class Links:
     Raises ConnectionError where the others do not answer within a minute, or process 0 refuses this process.
     """
 
-    def __init__(self, store: Store, process: int, processes: int, address: str):
+    def __init__(self, store: Any, process: int, processes: int, address: str):
         self.process, self.processes = process, processes
         self._context: zmq.Context[Any] = zmq.Context()
         self._links: dict[int, _Link] = {}
@@ -111,7 +103,8 @@ class Links:
         self._over.set()
         if self._watching is not None:
             self._watching.join()
-        for link in self._links.values():
+        while self._links:
+            _, link = self._links.popitem()
             link.socket.disable_monitor()
             link.monitor.close(linger=0)
             link.socket.close(linger=0)
@@ -129,7 +122,7 @@ class Links:
         made.setsockopt(zmq.RCVHWM, 0)
         return _Link(key, host, made, made.get_monitor_socket(_WATCHED))
 
-    def _accept(self, store: Store) -> None:
+    def _accept(self, store: Any) -> None:
         """Takes in every other process, each at a port of its own."""
         known = _KnownKeys({str(other): link.key for other, link in self._links.items()})
         authenticator = ThreadAuthenticator(self._context)
@@ -147,7 +140,7 @@ class Links:
         finally:
             authenticator.stop()
 
-    def _connect(self, store: Store, address: str) -> None:
+    def _connect(self, store: Any, address: str) -> None:
         port = store.blocking_key_value_get(f"kimi-jax/port/{self.process}", round(1000 * _MEET_S))
         self._links[0].socket.setsockopt(zmq.CURVE_SERVERKEY, self._links[0].key)
         self._links[0].socket.connect(f"tcp://{address}:{port}")

@@ -101,6 +101,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     many.add_argument("--in-order", action="store_true", help="write results in the order of the prompts")
     many.add_argument("--slots", type=whole(1), default=16, metavar="N", help="prompts at one time (default 16)")
     many.add_argument(
+        "--prefill-chunk",
+        type=whole(1),
+        default=512,
+        metavar="N",
+        help="tokens of prompts that are taken in beside the next tokens of answers (default 512)",
+    )
+    many.add_argument(
         "--cache-memory", metavar="SIZE", help="memory of each device for the cache, like 8GiB (default: what is left)"
     )
     many.add_argument(
@@ -222,6 +229,7 @@ def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
                 model,
                 slots=arguments.slots,
                 cache_memory=arguments.cache_memory,
+                prefill_chunk=arguments.prefill_chunk,
                 progress=lambda name: log.print(f"compiling: {name}"),
                 links=links,
             )
