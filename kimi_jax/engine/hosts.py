@@ -48,7 +48,6 @@ class LeadingRunner(Runner):
             "admit",
             place
             | {
-                "tokens": np.array(sequence.tokens, np.int32),
                 "pages": np.array([page.number for page in sequence.pages], np.int32),
                 "sampling": dataclasses.asdict(sampling),
                 "seed": seed,
@@ -68,12 +67,16 @@ class LeadingRunner(Runner):
 
     def run(self, step: Step) -> Dispatched:
         decode = [(one.number, one.dispatched, one.pages[(one.dispatched - 1) // PAGE].number) for one in step.decode]
+        pages = [page.number for piece in step.pieces for page in piece.sequence.pages[_pages(piece.first, piece.stop)]]
+        tokens = [token for piece in step.pieces for token in piece.sequence.tokens[piece.first : piece.stop]]
         self._call(
             "run",
             {
                 "loads": _rows(2, [(load.sequence.number, load.place) for load in step.loads]),
                 "decode": _rows(3, decode),
                 "pieces": _rows(4, [(one.sequence.number, one.first, one.stop, one.last) for one in step.pieces]),
+                "pages": np.array(pages, np.int32),
+                "tokens": np.array(tokens, np.int32),
                 "saves": _rows(2, [(save.sequence.number, save.place) for save in step.saves]),
             },
         )
@@ -132,14 +135,13 @@ class _Follower:
         shard: int,
         slot: int,
         dispatched: int,
-        tokens: np.ndarray,
         pages: np.ndarray,
         sampling: dict[str, Any],
         seed: int,
         stop_ids: list[int],
     ) -> None:
-        sequence = Sequence(tokens.tolist(), ends, number, shard=shard, slot=slot, dispatched=dispatched)
-        sequence.pages = [Page(part=0, number=page) for page in pages.tolist()]
+        sequence = Sequence([], ends, number, shard=shard, slot=slot, dispatched=dispatched)
+        sequence.pages = _as_pages(pages)
         self.sequences[number] = sequence
         self.runner.admit(sequence, Sampling(**sampling), seed, stop_ids)
 
@@ -150,12 +152,25 @@ class _Follower:
         if (sequence := self.sequences.pop(number, None)) is not None:  # (else it ended while it waited)
             self.runner.forget(sequence)
 
-    def run(self, loads: np.ndarray, decode: np.ndarray, pieces: np.ndarray, saves: np.ndarray) -> None:
+    def run(
+        self,
+        loads: np.ndarray,
+        decode: np.ndarray,
+        pieces: np.ndarray,
+        pages: np.ndarray,
+        tokens: np.ndarray,
+        saves: np.ndarray,
+    ) -> None:
         for number, dispatched, page in decode.tolist():
             sequence = self.sequences[number]
             sequence.dispatched = dispatched
-            if (dispatched - 1) // PAGE == len(sequence.pages):
-                sequence.pages.append(Page(part=0, number=page))
+            _put(sequence.pages, (dispatched - 1) // PAGE, [Page(part=0, number=page)])
+        for number, first, stop, _ in pieces.tolist():
+            sequence, here = self.sequences[number], _pages(first, stop)
+            count = here.stop - here.start
+            _put(sequence.tokens, first, tokens[: stop - first].tolist())
+            _put(sequence.pages, here.start, _as_pages(pages[:count]))
+            tokens, pages = tokens[stop - first :], pages[count:]
         step = Step(
             loads=self._snapshots(loads),
             decode=tuple(self.sequences[number] for number in decode[:, 0].tolist()),
@@ -176,3 +191,18 @@ class _Follower:
 
 def _rows(width: int, rows: Iterable[tuple[int, ...]]) -> np.ndarray:
     return np.array(list(rows), np.int32).reshape(-1, width)
+
+
+def _pages(first: int, stop: int) -> slice:
+    """Returns which pages of a sequence have its tokens [first, stop)."""
+    return slice(first // PAGE, -(-stop // PAGE))
+
+
+def _as_pages(numbers: np.ndarray) -> list[Page]:
+    return [Page(part=0, number=number) for number in numbers.tolist()]
+
+
+def _put(values: list[Any], at: int, new: list[Any]) -> None:
+    """Replaces the values from `at` on, before which a follower need not know all."""
+    values += [None] * (at - len(values))
+    values[at : at + len(new)] = new

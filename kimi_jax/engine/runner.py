@@ -75,7 +75,7 @@ class Runner:
         self.cache = self.program.cache(pages, slots)
         self.snapshots = states_alone(self.program.cache(0, places)) if places else None
         self.chosen = self.program.nothing_chosen(slots)
-        self.take, self.place = _moves(self.chosen.tokens.sharding)
+        self.take, self.place, self.slice, self.concatenate = _moves(self.chosen.tokens.sharding)
         # A row for each slot, filled when it is taken over
         self.table = np.zeros((slots, row_pages), np.int32)
         self.stop_ids = np.full((slots, STOP_IDS), -1, np.int32)
@@ -200,7 +200,7 @@ class Runner:
                 if (here >= 0).any():
                     start = int(here[here >= 0].min())
                     index[row, :count] = np.where(here >= 0, here - start + row * tokens, -1)
-                    embeddings[row] = _slice(own.embeddings, start, tokens)
+                    embeddings[row] = self.slice(own.embeddings, start, tokens)
                 if piece.last:
                     del self.media[sequence.number]
         media = media or bool(embeddings)
@@ -255,10 +255,10 @@ class Runner:
 
     def _side_by_side(self, embeddings: dict[int, jax.Array], tokens: int) -> jax.Array:
         """Returns the media embeddings of a piece of each data shard, [data * tokens, d]."""
-        if self.data == 1 and embeddings:
-            return embeddings[0]
-        zeros = jnp.zeros((tokens, self.model.config.text.hidden_size), self.program.dtype)
-        return jnp.concatenate([embeddings.get(row, zeros) for row in range(self.data)])
+        shape = (tokens, self.model.config.text.hidden_size)
+        zeros = np.zeros(shape, self.program.dtype)
+        none = jax.make_array_from_callback(shape, self.chosen.tokens.sharding, zeros.__getitem__)
+        return self.concatenate([embeddings.get(row, none) for row in range(self.data)])
 
     def _rows(self, slots: np.ndarray) -> Batch:
         """Returns a batch with the values of these slots; -1 is a row of its own without any."""
@@ -291,7 +291,6 @@ class Runner:
             self.snapshots = self.program.copy_slots(self.snapshots, slots, places, origin=self.cache)
 
 
-@functools.partial(jax.jit, static_argnums=2)
 def _slice(embeddings: jax.Array, start: jax.Array | int, tokens: int) -> jax.Array:
     """Returns `tokens` embeddings from `start` on, zeros past the last."""
     return jax.lax.dynamic_slice_in_dim(jnp.pad(embeddings, [(0, tokens), (0, 0)]), start, tokens)
@@ -308,7 +307,8 @@ def _place(chosen: Chosen, new: Chosen, slots: jax.Array) -> Chosen:
 
 
 @functools.lru_cache(maxsize=16)
-def _moves(placement: jax.sharding.Sharding) -> tuple[Any, Any]:
-    """Returns `_take` and `_place` jitted, with results on all devices, where a step leaves its own: a result that is
-    placed otherwise would compile the next step again."""
-    return jax.jit(_take, out_shardings=placement), jax.jit(_place, out_shardings=placement)
+def _moves(placement: jax.sharding.Sharding) -> tuple[Any, Any, Any, Any]:
+    """Returns `_take`, `_place`, `_slice` and a concatenation jitted, with results on all devices, where a step leaves
+    its own: a result that is placed otherwise would compile the next step again."""
+    jitted = functools.partial(jax.jit, out_shardings=placement)
+    return jitted(_take), jitted(_place), jitted(_slice, static_argnums=2), jitted(jnp.concatenate)
