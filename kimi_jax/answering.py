@@ -1,7 +1,7 @@
 """From a sentence to an answer: the prompt, its tokens one after another, and their text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,17 +21,20 @@ MAX_NEW_TOKENS = 1024  # where nobody says: room for a short question's reasonin
 class Answer:
     """One answer of a model.
 
-    content: its text without reasoning and without the token that ended it; calls of tools stand in it as written.
-    reasoning: the text inside `<think>`, None where the model opened none. Where the tokens ran out in it, `content`
-        is empty.
+    content: its text without reasoning, calls of tools and markers. Where the tokens ran out in the reasoning, or the
+        model only called tools, it is empty.
+    reasoning: the text inside `<think>`, None where there is none.
     token_ids: every new token, the one that ended the answer included.
-    finish_reason: "stop" after a token that ends a text, "length" where there were no more to be had.
+    finish_reason: "length" where there were no more tokens to be had, else "tool_calls" where the model called tools,
+        else "stop".
+    tool_calls: the calls, in OpenAI's schema, as a message of the conversation has them.
     """
 
     content: str
     reasoning: str | None
     token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
 def answer(
@@ -81,12 +84,14 @@ def answer(
         if finish == Finish.NOT_FINITE:
             raise ValueError(f"the logits after {len(ids)} new tokens are not finite (NaN or infinity)")
         ids.append(int(column.tokens[0]))
-    reasoning, content = split_reasoning(ids, int(prompt.tokens[0, -1]), processor.tokenizer.special_tokens)
+    reason: Literal["stop", "length"] = "stop" if finish == Finish.STOP else "length"
+    parsed = processor.parse(ids, thinking, tools, reason, prompt=prompt.tokens[0])
     return Answer(
-        content=processor.decode(content),
-        reasoning=None if reasoning is None else processor.decode(reasoning),
+        content=parsed.content or "",
+        reasoning=parsed.reasoning,
         token_ids=tuple(ids),
-        finish_reason="stop" if finish == Finish.STOP else "length",
+        finish_reason=parsed.finish_reason,
+        tool_calls=parsed.tool_calls,
     )
 
 
@@ -108,22 +113,3 @@ def _folder(model: Kimi | str | Path) -> str | Path:
     if model.config.folder is None:
         raise ValueError("the model was not loaded from a folder, so that answer() needs processor=")
     return model.config.folder
-
-
-def split_reasoning(
-    ids: list[int], before: int, special_tokens: Mapping[str, int]
-) -> tuple[list[int] | None, list[int]]:
-    """Returns the tokens of reasoning and of content, of an answer that follows the token `before`.
-
-    Reasoning begins with `<think>`, the prompt's last token or the answer's first, and ends with `</think>` or before
-    calls of tools, which Kimi K2 writes without closing its reasoning.
-    """
-    think, end, calls = (special_tokens.get(name) for name in ("<think>", "</think>", "<|tool_calls_section_begin|>"))
-    if ids[:1] == [think]:
-        ids = ids[1:]
-    elif before != think:
-        return None, ids
-    for place, token in enumerate(ids):
-        if token in (end, calls):
-            return ids[:place], ids[place + (token == end) :]
-    return ids, []

@@ -12,10 +12,12 @@ import json
 from collections.abc import AsyncIterator, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
+
+import numpy as np
 
 from kimi_jax import json_reader
-from kimi_jax.answering import checked_max_new_tokens, split_reasoning
+from kimi_jax.answering import checked_max_new_tokens
 from kimi_jax.engine import Engine, Request
 from kimi_jax.printable import printable
 from kimi_jax.processor import Processor
@@ -81,8 +83,9 @@ def open_results(path: Path) -> tuple[set[str], TextIO]:
 async def answer_lines(
     engine: Engine, processor: Processor, lines: Iterator[Line], defaults: Defaults, *, in_order: bool = False
 ) -> AsyncIterator[dict[str, Any]]:
-    """Yields the result of each line when it is there, or in the lines' order: id, content, reasoning (where the model
-    has some), finish_reason and usage, or id and error. Raises RuntimeError where the engine fails."""
+    """Yields the result of each line when it is there, or in the lines' order: id, content, reasoning and tool_calls
+    (where the model has some), finish_reason and usage, or id and error. Raises RuntimeError where the engine
+    fails."""
     running: list[asyncio.Task[dict[str, Any]]] = []
     more = True
     while more or running:
@@ -122,12 +125,14 @@ async def _answer(engine: Engine, processor: Processor, line: Line, defaults: De
             raise ValueError(event.error or "the request was cancelled")
     except (ValueError, OSError) as error:
         return {"id": line.id, "error": printable(error)}
-    last = int(request.tokens[-1])
-    reasoning, content = split_reasoning(ids, last, processor.tokenizer.special_tokens)
-    result = {"id": line.id, "content": processor.decode(content)}
-    if reasoning is not None:
-        result["reasoning"] = processor.decode(reasoning)
-    return result | {"finish_reason": event.finish_reason, "usage": dataclasses.asdict(event.usage)}
+    reason: Literal["stop", "length"] = "length" if event.finish_reason == "length" else "stop"
+    parsed = processor.parse(ids, tools=line.fields.get("tools"), finish=reason, prompt=np.asarray(request.tokens))
+    result: dict[str, Any] = {"id": line.id, "content": parsed.content or ""}
+    if parsed.reasoning is not None:
+        result["reasoning"] = parsed.reasoning
+    if parsed.tool_calls:
+        result["tool_calls"] = parsed.tool_calls
+    return result | {"finish_reason": parsed.finish_reason, "usage": dataclasses.asdict(event.usage)}
 
 
 def _request(processor: Processor, fields: dict[str, Any], defaults: Defaults) -> Request:

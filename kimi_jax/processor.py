@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 
@@ -103,8 +103,34 @@ class Processor:
         Other special tokens (`</think>`, those around calls of tools) stand in the text by their names. Raises
         ValueError for an id beyond the vocabulary.
         """
+        return self.tokenizer.decode(self._until_end(ids))
+
+    def parse(
+        self,
+        ids: Iterable[SupportsIndex],
+        thinking: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        finish: Literal["stop", "length"] = "stop",
+        *,
+        prompt: Sequence[SupportsIndex] | np.ndarray | None = None,
+    ) -> chat.Parsed:
+        """Returns the reasoning, content and calls of tools of an answer's ids, up to the first that ends a text or
+        pads a row.
+
+        thinking, tools: those of the prompt.
+        finish: "length" where the tokens ran out.
+        prompt: the prompt's ids; where given, they say instead of `thinking` whether the answer begins in reasoning.
+
+        Raises ValueError for an id beyond the vocabulary.
+        """
+        starts_in = None if prompt is None else chat.answer_starts_in(self.tokenizer, prompt)
+        return chat.parse(
+            self.tokenizer, self._until_end(ids), thinking, tools, self.template, finish, starts_in=starts_in
+        )
+
+    def _until_end(self, ids: Iterable[SupportsIndex]) -> Iterator[int]:
         ends = {*self.config.stop_ids, self.config.text.pad_token_id}
-        return self.tokenizer.decode(takewhile(lambda token: token not in ends, map(int, ids)))
+        return takewhile(lambda token: token not in ends, map(int, ids))
 
     @functools.cached_property
     def media_config(self) -> media.MediaConfig:

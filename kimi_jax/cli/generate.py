@@ -179,62 +179,80 @@ def _answer(arguments: argparse.Namespace, links: Any) -> None:
     log.print(f"{len(times) - 1} tokens; the first after {times[1] - times[0]:.1f} s, compilation included{rate}")
 
 
+def _follow_file(arguments: argparse.Namespace, links: Any) -> None:
+    """Does a part of the work of process 0, which answers a file of prompts."""
+    import checkpoints
+    from kimi_jax.engine import follow
+    from kimi_jax.processor import Processor
+
+    mesh = _mesh(arguments, Processor.from_folder(arguments.path))
+    follow(checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify), links)
+
+
 def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
     """Answers a file of prompts; of several processes, which `links` connect, the first has the file and the
     results."""
     import asyncio
     import contextlib
+    import itertools
     import sys
 
     import checkpoints
     from kimi_jax import offline
     from kimi_jax.cli.console import console
-    from kimi_jax.engine import Engine, follow
+    from kimi_jax.engine import Engine, dismiss
     from kimi_jax.processor import Processor
 
-    first = links is None or links.first
-    if first:
-        arguments.prompts.open("rb").close()  # raises now, and not after the model is loaded and compiled
+    if links is not None and not links.first:
+        return _follow_file(arguments, links)
     log = console(stderr=True)
-    processor = Processor.from_folder(arguments.path)
-    defaults = offline.Defaults(
-        _sampling(arguments), arguments.max_new_tokens, arguments.seed, arguments.thinking, arguments.prompts.parent
-    )
-    model = checkpoints.load(
-        arguments.path, mesh=_mesh(arguments, processor), dtype=arguments.dtype, verify=arguments.verify
-    )
-    if not first:
-        return follow(model, links)
     done: set[str] = set()
     counts = {"answered": 0, "failed": 0, "tokens": 0}
 
-    async def write(engine: Any, out: Any) -> None:
-        lines, began = offline.read_lines(arguments.prompts, done, arguments.part), time.perf_counter()
+    async def write(engine: Any, processor: Any, lines: Any, defaults: Any, out: Any) -> None:
         async for result in offline.answer_lines(engine, processor, lines, defaults, in_order=arguments.in_order):
             out.write(offline.result_line(result))
             out.flush()
             counts["failed" if "error" in result else "answered"] += 1
             counts["tokens"] += result.get("usage", {}).get("completion_tokens", 0)
-        rate = counts["tokens"] / (time.perf_counter() - began)
-        left_out = f", {len(done)} were there already" if done else ""
-        log.print(f"{counts['answered']} answered, {counts['failed']} refused{left_out}; {rate:.1f} tokens per second")
 
     with contextlib.ExitStack() as stack:
-        out = sys.stdout
+        # Both files are opened now, and not after the model is loaded and compiled
+        arguments.prompts.open("rb").close()
+        out, seconds = sys.stdout, 0.0
         if arguments.out is not None:
             done, out = offline.open_results(arguments.out)
             stack.enter_context(out)
-        engine = stack.enter_context(
-            Engine(
-                model,
-                slots=arguments.slots,
-                cache_memory=arguments.cache_memory,
-                prefill_chunk=arguments.prefill_chunk,
-                progress=lambda name: log.print(f"compiling: {name}"),
-                links=links,
+        lines = offline.read_lines(arguments.prompts, done, arguments.part)
+        if (first := next(lines, None)) is not None:  # else there is nothing to load a model for
+            processor = Processor.from_folder(arguments.path)
+            defaults = offline.Defaults(
+                _sampling(arguments),
+                arguments.max_new_tokens,
+                arguments.seed,
+                arguments.thinking,
+                arguments.prompts.parent,
             )
-        )
-        asyncio.run(write(engine, out))
+            mesh = _mesh(arguments, processor)
+            model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
+            engine = stack.enter_context(
+                Engine(
+                    model,
+                    slots=arguments.slots,
+                    cache_memory=arguments.cache_memory,
+                    prefill_chunk=arguments.prefill_chunk,
+                    progress=lambda name: log.print(f"compiling: {name}"),
+                    links=links,
+                )
+            )
+            began = time.perf_counter()
+            asyncio.run(write(engine, processor, itertools.chain([first], lines), defaults, out))
+            seconds = time.perf_counter() - began
+        elif links is not None:
+            dismiss(links)
+    rate = f"; {counts['tokens'] / seconds:.1f} tokens per second" if seconds else ""
+    left_out = f", {len(done)} were there already" if done else ""
+    log.print(f"{counts['answered']} answered, {counts['failed']} refused{left_out}{rate}")
     if counts["failed"]:
         raise ValueError(f"{counts['failed']} prompts were refused; their results say why")
 

@@ -22,8 +22,9 @@ from kimi_jax.engine.job import Job, make_job, placeholders, prompt_ids
 from kimi_jax.engine.pages import PagePool
 from kimi_jax.engine.requests import Event, FinishReason, QueueFullError, Request, Result, Times, Usage
 from kimi_jax.engine.runner import PACKED, Dispatched, Runner
-from kimi_jax.engine.scheduler import Scheduler, Shard
+from kimi_jax.engine.scheduler import Scheduler
 from kimi_jax.engine.sequence import Sequence, Status, Step
+from kimi_jax.engine.shard import Shard
 from kimi_jax.engine.sizes import pool_sizes
 from kimi_jax.engine.snapshots import SnapshotPool
 from kimi_jax.links import Links
@@ -251,7 +252,9 @@ class Engine:
     def _admit(self, job: Job) -> None:
         sequence, request = job.sequence, job.request
         self.runner.admit(sequence, request.sampling, request.seed, job.stop_ids)
-        if request.media is not None and job.index is not None and sequence.number not in self.runner.media:
+        if job.index is None or not any(item.stop > sequence.begin for item in sequence.media):
+            return  # no picture, or none that is not in the pages found
+        if request.media is not None and sequence.number not in self.runner.media:
             index = np.pad(job.index, (0, len(sequence.tokens) - len(job.index)), constant_values=-1)
             self.runner.encode(sequence, request.media, index)
 

@@ -38,7 +38,7 @@ class LeadingRunner(Runner):
 
     def __init__(self, links: Links, model: Kimi, **sizes: Any):
         self._links, self._released = links, False
-        self._send({name: list(size) if isinstance(size, tuple) else size for name, size in sizes.items()})
+        self._call("begin", {name: list(size) if isinstance(size, tuple) else size for name, size in sizes.items()})
         super().__init__(model, **sizes)
 
     def admit(self, sequence: Sequence, sampling: Sampling, seed: int, stop_ids: Iterable[int]) -> None:
@@ -86,13 +86,15 @@ class LeadingRunner(Runner):
         """Lets `follow` return in the other processes."""
         if not self._released:
             self._released = True
-            self._call("return", {})
+            dismiss(self._links)
 
     def _call(self, call: str, arguments: dict[str, Any]) -> None:
-        self._send({"call": call, "arguments": arguments})
+        _send(self._links, call, arguments)
 
-    def _send(self, message: dict[str, Any]) -> None:
-        self._links.send(msgpack_serialize(message))
+
+def dismiss(links: Links) -> None:
+    """Lets `follow` return in the other processes, where process 0 has no work for an engine."""
+    _send(links, "return", {})
 
 
 def follow(model: Kimi, links: Links) -> None:
@@ -101,7 +103,9 @@ def follow(model: Kimi, links: Links) -> None:
     model: like that of process 0, on the same mesh.
     """
     links.send(msgpack_serialize(free_memory()))
-    follower = _Follower(Runner(model, **_receive(links)))
+    if (message := _receive(links))["call"] == "return":
+        return
+    follower = _Follower(Runner(model, **message["arguments"]))
     calls: dict[str, Any] = {
         "admit": follower.admit,
         "encode": follower.encode,
@@ -110,6 +114,10 @@ def follow(model: Kimi, links: Links) -> None:
     }
     while (message := _receive(links))["call"] != "return":
         calls[message["call"]](**message["arguments"])
+
+
+def _send(links: Links, call: str, arguments: dict[str, Any]) -> None:
+    links.send(msgpack_serialize({"call": call, "arguments": arguments}))
 
 
 def _receive(links: Links) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Turns conversations into prompts: `render` shows one as text, `encode` gives its token ids.
+"""Turns conversations into prompts and answers into their parts.
+
+`render` shows a prompt as text, `encode` gives its token ids; `parse` takes an answer's ids apart, and
+`Parser` does so as they come.
 
 `model` names the template: "k2.5" and "k2" are built in, anything else is a folder whose own chat template is used.
 Markers (`<|im_user|>`, `<think>`, ...) become special tokens only where the template wrote them: contents, names,
@@ -14,13 +17,29 @@ from pathlib import Path
 from kimi_jax.media import VideoChunk
 from kimi_jax.printable import printable
 from kimi_jax.text import templates
+from kimi_jax.text.answers import Delta, Parsed, join
 from kimi_jax.text.folder_template import FolderTemplate
 from kimi_jax.text.messages import MediaPart, Messages, media_parts, read_messages, unread_keys
+from kimi_jax.text.parsers import Parser, TextParser, answer_starts_in, parse, parse_text
 from kimi_jax.text.templates import VIDEO_PLACEHOLDER, Segment
 from kimi_jax.text.tokenizer import Tokenizer
 from kimi_jax.text.tools import Tools, declare_tools, read_tools
 
-__all__ = ["MediaPart", "declare_tools", "encode", "media_parts", "render"]
+__all__ = [
+    "Delta",
+    "MediaPart",
+    "Parsed",
+    "Parser",
+    "TextParser",
+    "answer_starts_in",
+    "declare_tools",
+    "encode",
+    "join",
+    "media_parts",
+    "parse",
+    "parse_text",
+    "render",
+]
 
 
 def _segments(

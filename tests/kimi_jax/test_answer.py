@@ -19,17 +19,19 @@ from kimi_jax.runtime.generate import stream as real_stream
 from kimi_jax.runtime.program import Program
 
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1,
+    "first_k_dense_replace": 0, "n_routed_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "vt_num_hidden_layers": 1, "vt_intermediate_size": 32, "max_position_embeddings": 256,
 }  # fmt: skip
+SECTION = "<|tool_calls_section_begin|>"
 IM_END, CALLS, THINK, END_THINK, PAD = 514, 523, 534, 535, 767
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Writes a K2.5 of two layers in the published layout."""
+    """Writes a K2.5 of one layer of experts in the published layout."""
     return write_toy(tmp_path_factory.mktemp("answer") / "k2.5", toy_config("k2.5", **SIZES))
 
 
@@ -103,13 +105,13 @@ def test_a_sampling_and_its_values_are_two_spellings_of_one_call(kimi, processor
     [
         (True, ["let me", END_THINK, "Yes.", IM_END], "let me", "Yes."),
         (True, [THINK, "let me", END_THINK, "Yes.", IM_END], "let me", "Yes."),
-        (True, [END_THINK, "Yes."], "", "Yes."),
+        (True, [END_THINK, "Yes."], None, "Yes."),
         (True, ["let me"], "let me", ""),
         (True, ["let me", IM_END], "let me", ""),
-        (True, ["a", CALLS, "x", IM_END], "a", "<|tool_calls_section_begin|>x"),
-        (True, ["a</think>", END_THINK, "b", END_THINK, "c"], "a</think>", "b</think>c"),
+        (True, ["a", CALLS, "x", IM_END], "a", ""),
+        (True, ["a</think>", END_THINK, "b", END_THINK, "c"], "a</think>", "bc"),
         (False, ["Yes.", IM_END], None, "Yes."),
-        (False, ["a", END_THINK, "b"], None, "a</think>b"),
+        (False, ["a", END_THINK, "b"], None, "ab"),
         (False, [THINK, "a", END_THINK, "b"], "a", "b"),
     ],
 )
@@ -120,6 +122,25 @@ def test_reasoning_lies_between_special_tokens(kimi, processor, monkeypatch, thi
     says(monkeypatch, ids, Finish.STOP if ids[-1] == IM_END else Finish.LENGTH)
     expected = Answer(content, reasoning, tuple(ids), "stop" if ids[-1] == IM_END else "length")
     assert answer(kimi, "Hello", thinking=thinking, processor=processor) == expected
+
+
+def test_calls_of_tools_are_parsed_and_go_into_the_next_prompt(kimi, processor, monkeypatch):
+    spell = processor.tokenizer.encode
+    call = f"{SECTION}<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+    ids = [*spell("Look." + call), IM_END]
+    says(monkeypatch, ids, Finish.STOP)
+    called = answer(kimi, "Hello", TOOLS, thinking=False, processor=processor)
+    calls = [{"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    assert called == Answer("Look.", None, tuple(ids), "tool_calls", calls)
+    message = {"role": "assistant", "content": called.content, "tool_calls": called.tool_calls}
+    prompt = processor([{"role": "user", "content": "Hello"}, message], TOOLS).tokens[0].tolist()
+    assert processor.tokenizer.decode(prompt).count(call) == 1
+    # Cut off, or its number alone where one tool is declared
+    says(monkeypatch, ids[:-2], Finish.LENGTH)
+    assert answer(kimi, "Hello", TOOLS, processor=processor).finish_reason == "length"
+    says(monkeypatch, [*spell(call.replace("functions.f:0", "0")), IM_END], Finish.STOP)
+    assert answer(kimi, "Hello", TOOLS, processor=processor).tool_calls == calls
+    assert answer(kimi, "Hello", processor=processor).tool_calls == []
 
 
 def test_logits_that_are_not_finite_are_no_answer(kimi, processor, monkeypatch):

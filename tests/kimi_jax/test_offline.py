@@ -3,6 +3,7 @@
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -11,14 +12,15 @@ import kimi_jax
 from checkpoints.toy import toy_config, write_toy
 from kimi_jax import offline
 from kimi_jax.engine import Engine
+from kimi_jax.engine.requests import Event, Usage
 from kimi_jax.processor import Processor
 from kimi_jax.runtime.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """Returns the engine and processor of a K2 of two layers."""
-    sizes = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+    """Returns the engine and processor of a K2 of one layer of experts."""
+    sizes = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
     folder = write_toy(tmp_path_factory.mktemp("offline") / "k2", toy_config("k2", **sizes))
     with Engine(kimi_jax.load(folder, dtype=jnp.float32), slots=2, cache_memory="4MiB", prefill_chunk=64) as engine:
         yield engine, Processor.from_folder(folder)
@@ -53,6 +55,32 @@ def test_each_line_has_the_answer_that_it_has_alone(served, tmp_path):
     assert expected.content.startswith(results["1"]["content"]) and results["1"]["usage"]["completion_tokens"] == 2
     drawn = kimi_jax.answer(model, "Hello", max_new_tokens=4, sampling=Sampling(1.5), seed=7)
     assert results["drawn"]["content"] == drawn.content != expected.content
+
+
+class Says(Engine):
+    """An engine of one slot that gives an answer without a model."""
+
+    def __init__(self, tokens, finish):
+        self.event = Event(tuple(tokens), finish, Usage(1, len(tokens), 0))
+
+    def stats(self):
+        return SimpleNamespace(slots=1)
+
+    async def submit(self, request):
+        yield self.event
+
+
+def test_calls_of_tools_are_part_of_a_result(served, tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    file = write(tmp_path / "prompts.jsonl", {"prompt": "Hello", "tools": tools})
+    call = "<|tool_calls_section_begin|><|tool_call_begin|>0<|tool_call_argument_begin|>{}"
+    ids = served[1].tokenizer.encode("<think>Hm.</think>Look." + call)
+    for engine_finish, finish in (("stop", "tool_calls"), ("length", "length")):
+        (result,) = answers((Says(ids, engine_finish), served[1]), file)
+        assert (result["reasoning"], result["content"], result["finish_reason"]) == ("Hm.", "Look.", finish)
+        assert result["tool_calls"] == [
+            {"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        ]
 
 
 def test_results_come_in_order_on_request_and_a_part_at_a_time(served, tmp_path):

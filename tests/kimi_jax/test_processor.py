@@ -12,6 +12,7 @@ from PIL import Image
 import kimi_jax
 from kimi_jax import Processor
 from kimi_jax.config_json import from_folder
+from kimi_jax.text import chat
 
 # The synthetic tokenizer's special slots begin at 512, at the offsets of the real one.
 IM_END, IM_USER, IM_ASSISTANT, IM_MIDDLE = 514, 515, 516, 529
@@ -251,6 +252,17 @@ def test_decoding_ends_with_the_text_and_keeps_other_markers(k25):
         assert k25.decode(np.array([*ids, *end], np.int32)) == text
     with pytest.raises(ValueError, match="token id 99999 is outside the vocabulary"):
         k25.decode([99999])
+
+
+def test_an_answer_is_parsed_up_to_its_end(k25):
+    pad = k25.config.text.pad_token_id
+    ids = spell(k25, "so", END_THINK, "Hé", IM_END, "more", pad)
+    assert k25.parse(np.array(ids, np.int32)) == chat.Parsed("so", "Hé", [], "stop")
+    assert k25.parse([*ids[:-3], pad, pad], thinking=False, finish="length") == chat.Parsed(None, "soHé", [], "length")
+    # The prompt says better than `thinking` where the answer begins
+    for thinking, reasoning, content in ((True, "so", "Hé"), (False, None, "soHé")):
+        prompt = k25("Hello", thinking=thinking).tokens[0]
+        assert k25.parse(ids, prompt=prompt) == chat.Parsed(reasoning, content, [], "stop")
 
 
 def test_an_unknown_key_is_named_once_though_processor_and_model_read_it(own):

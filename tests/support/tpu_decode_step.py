@@ -1,5 +1,5 @@
-"""Compiles a decode step of a small model of a preset's kind for a mesh of TPU cores that this machine does not have,
-and prints what is in it. Its arguments: the preset, the slice, the mesh, the batch.
+"""Compiles decode steps of small models of a preset's kind for meshes of TPU cores that this machine does not have, and
+prints what is in each, a line for each. Its arguments, four for each: the preset, the slice, the mesh, the batch.
 
 Run by test_tpu_decode_step.py in a process of its own: libtpu reads flags that the tests set for simulated devices.
 """
@@ -86,4 +86,5 @@ def _copies(instruction: Instruction) -> bool:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], batch=int(sys.argv[4]))
+    for first in range(1, len(sys.argv), 4):
+        main(*sys.argv[first : first + 3], batch=int(sys.argv[first + 3]))

@@ -154,7 +154,7 @@ def close_to(found, expected, tolerance):
 )
 def test_prefill(queries, keys, heads, dtype, tolerance):
     arrays, marks = prompt(dtype, queries, keys, heads)
-    out, lse = PREFILL(*arrays, **marks)
+    out, lse = PREFILL_JIT(*arrays, **marks)
     assert out.dtype == dtype and lse.dtype == jnp.float32
     close_to((out, lse), expected_prefill(arrays, marks), tolerance)
 
@@ -167,7 +167,7 @@ def test_prefill_without_segments_of_a_later_chunk():
 
     # When keys after the last query are arbitrary
     unseen = jnp.asarray(marks["kv_positions"] > positions["q_positions"].max())[..., None, None]
-    found = PREFILL(q, jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v), **positions)
+    found = PREFILL_JIT(q, jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v), **positions)
 
     # Then it is causal attention
     zeros = {name.replace("positions", "segments"): np.zeros_like(marks) for name, marks in positions.items()}
@@ -179,7 +179,7 @@ def test_prefill_without_segments_of_a_later_chunk():
 def test_prefill_of_widths_that_fill_vectors_and_of_large_scores():
     q, k, v = (10 * normal(i, 1, 130, 3, 128) for i in range(3))
     positions = np.zeros((1, 130), np.int32)  # bidirectional
-    found = PREFILL(*map(jnp.asarray, (q, k, v)), q_positions=positions, kv_positions=positions)
+    found = PREFILL_JIT(*map(jnp.asarray, (q, k, v)), q_positions=positions, kv_positions=positions)
     close_to(found, reference.mla_prefill(q, k, v, *[positions] * 4, SCALE), 1e-5)
 
 
@@ -216,7 +216,9 @@ def test_prefill_gradients_are_those_of_the_plain_form():
         out = mla_prefill(*arrays, **marks, scale=SCALE, implementation=implementation)
         return jnp.sum(jnp.sin(out))
 
-    found, expected = (jax.grad(partial(loss, implementation))(arrays) for implementation in ("mosaic_tpu", "xla"))
+    found, expected = (
+        jax.jit(jax.grad(partial(loss, implementation)))(arrays) for implementation in ("mosaic_tpu", "xla")
+    )
     for one, other in zip(found, expected, strict=True):
         assert relative_rmse(one, other) <= 1e-5
 

@@ -1,0 +1,204 @@
+"""Parses what Kimi K2 and K2.5 answer into reasoning, content and calls of tools, whole or as it comes.
+
+`Parser` takes token ids: only special tokens are markers, so that text which spells one stays text. `TextParser` takes
+text from elsewhere, in which a marker is what is spelt like one. Both keep the rules of `answer_states.AnswerStates`,
+hold no more back than may turn out to be a marker, half a character or blanks, and take linear time.
+"""
+
+import codecs
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, SupportsIndex
+
+import numpy as np
+
+from kimi_jax.text.answer_states import SPELLINGS, AnswerStates, Marker, State
+from kimi_jax.text.answers import Delta, EngineFinish, Parsed, join
+from kimi_jax.text.folder_template import FolderTemplate
+from kimi_jax.text.templates import BUILT_IN, Segment
+from kimi_jax.text.tokenizer import Tokenizer
+from kimi_jax.text.tools import Tools, read_tools
+
+StartsIn = Literal["reasoning", "content"]
+
+_TEXT_MARKER = re.compile("|".join(map(re.escape, SPELLINGS)))
+_ENDS = ("<|im_end|>", "[EOS]", "[EOT]")
+
+
+class Parser:
+    """Parses one answer, given as token ids.
+
+    tok: the tokenizer of the model.
+    thinking, tools, model: those with which `encode` made the prompt; they say whether the answer begins in reasoning,
+        and which tool a bare number calls.
+    starts_in: overrules `thinking` and `model`, for a prompt that ends otherwise.
+
+    `reasoning_tokens` counts the ids of reasoning so far, without markers. Raises ValueError where `tools` is not a
+    list of objects, and where `model` is a folder without a chat template that can be rendered.
+    """
+
+    def __init__(
+        self,
+        tok: Tokenizer,
+        thinking: bool = True,
+        tools: Tools = None,
+        model: str | Path = "k2.5",
+        *,
+        starts_in: StartsIn | None = None,
+    ) -> None:
+        self.reasoning_tokens = 0
+        self._states = _states(thinking, tools, model, starts_in)
+        self._tok = tok
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        special = tok.special_tokens
+        self._special = frozenset(special.values())
+        self._markers = {special[name]: marker for name, marker in SPELLINGS.items() if name in special}
+        ends = (tok.eos_id, tok.pad_id, *(special.get(name) for name in _ENDS))
+        self._markers |= {token: Marker.END for token in ends if token is not None}
+        self._finished = False
+
+    def feed(self, ids: Iterable[SupportsIndex]) -> list[Delta]:
+        """Returns what further `ids` of the answer are certain to give, which may be nothing.
+
+        Raises ValueError for an id outside the vocabulary, and after `end`.
+        """
+        _refuse(self._finished)
+        run: list[int] = []
+        for token in map(operator.index, ids):
+            if token not in self._special:
+                run.append(token)
+                continue
+            self._add(run, final=True)
+            run = []
+            if token in self._markers:  # the others have no meaning in an answer, and no text
+                self._states.add_marker(self._markers[token])
+        self._add(run)
+        return self._states.take()
+
+    def end(self, finish: EngineFinish = "stop") -> list[Delta]:
+        """Returns the rest, the last delta with the answer's finish_reason.
+
+        finish: why the engine ended the answer. Raises ValueError for another reason, and after `end`.
+        """
+        _refuse(self._finished)
+        self._finished = True
+        self._add([], final=True)
+        self._states.end(finish)
+        return self._states.take()
+
+    def _add(self, run: list[int], final: bool = False) -> None:
+        """Adds ids without special tokens; a character cut by a marker or by the end is `final`, and U+FFFD."""
+        if self._states.state is State.REASONING and not self._states.ended:
+            self.reasoning_tokens += len(run)
+        self._states.add_text(self._utf8.decode(self._tok.decode_bytes(run), final))
+
+
+class TextParser:
+    """Parses one answer, given as text that spells its markers.
+
+    The arguments are those of `Parser`.
+    """
+
+    def __init__(
+        self,
+        thinking: bool = True,
+        tools: Tools = None,
+        model: str | Path = "k2.5",
+        *,
+        starts_in: StartsIn | None = None,
+    ) -> None:
+        self._states = _states(thinking, tools, model, starts_in)
+        self._rest = ""  # what may be the beginning of a marker
+        self._finished = False
+
+    def feed(self, text: str) -> list[Delta]:
+        """Returns what further `text` of the answer is certain to give, which may be nothing.
+
+        Raises ValueError after `end`.
+        """
+        _refuse(self._finished)
+        text = self._rest + text
+        place = 0
+        for found in _TEXT_MARKER.finditer(text):
+            self._states.add_text(text[place : found.start()])
+            self._states.add_marker(SPELLINGS[found[0]])
+            place = found.end()
+        cut = text.rfind("<", place)  # no marker has another `<` than its first character
+        if cut < 0 or not any(spelling.startswith(text[cut:]) for spelling in SPELLINGS):
+            cut = len(text)
+        self._states.add_text(text[place:cut])
+        self._rest = text[cut:]
+        return self._states.take()
+
+    def end(self, finish: EngineFinish = "stop") -> list[Delta]:
+        """Returns the rest, the last delta with the answer's finish_reason.
+
+        finish: why the engine ended the answer. Raises ValueError for another reason, and after `end`.
+        """
+        _refuse(self._finished)
+        self._finished = True
+        self._states.add_text(self._rest)
+        self._states.end(finish)
+        return self._states.take()
+
+
+def parse(
+    tok: Tokenizer,
+    ids: Iterable[SupportsIndex],
+    thinking: bool = True,
+    tools: Tools = None,
+    model: str | Path = "k2.5",
+    finish: EngineFinish = "stop",
+    *,
+    starts_in: StartsIn | None = None,
+) -> Parsed:
+    """Parses a whole answer, given as token ids, as `Parser` does it piece by piece."""
+    parser = Parser(tok, thinking, tools, model, starts_in=starts_in)
+    return join([*parser.feed(ids), *parser.end(finish)])
+
+
+def parse_text(
+    text: str,
+    thinking: bool = True,
+    tools: Tools = None,
+    model: str | Path = "k2.5",
+    finish: EngineFinish = "stop",
+    *,
+    starts_in: StartsIn | None = None,
+) -> Parsed:
+    """Parses a whole answer, given as text that spells its markers, as `TextParser` does it piece by piece."""
+    parser = TextParser(thinking, tools, model, starts_in=starts_in)
+    return join([*parser.feed(text), *parser.end(finish)])
+
+
+def answer_starts_in(tok: Tokenizer, prompt: Sequence[SupportsIndex] | np.ndarray) -> StartsIn:
+    """Returns where the answer to the prompt's ids begins: "reasoning" where a `<think>` of its last turn is open."""
+    ids = [tok.special_tokens.get(name) for name in ("<think>", "</think>", "<|im_middle|>")]
+    last = next((token for token in map(operator.index, reversed(prompt)) if token in ids), None)
+    return "reasoning" if last is not None and last == ids[0] else "content"
+
+
+def _states(thinking: bool, tools: Tools, model: str | Path, starts_in: StartsIn | None) -> AnswerStates:
+    tools = read_tools(tools)
+    if starts_in is None:
+        starts_in = "reasoning" if _ends_in_think(thinking, tools, model) else "content"
+    functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), Mapping)]
+    names = [name for function in functions if isinstance(name := function.get("name"), str)]
+    return AnswerStates(State.REASONING if starts_in == "reasoning" else State.CONTENT, names)
+
+
+def _ends_in_think(thinking: bool, tools: Sequence[Mapping[str, Any]], model: str | Path) -> bool:
+    """Says whether the prompts of `model`'s template end in `<think>`, by writing one."""
+    messages = [{"role": "user", "content": ""}]
+    options = {"thinking": thinking, "preserve_thinking": False, "add_generation_prompt": True}
+    if model in BUILT_IN:
+        return BUILT_IN[str(model)].write(messages, None, **options)[-1] == Segment(Marker.THINK.value, True)
+    prompt = FolderTemplate(model, with_tools=bool(tools)).render(messages, tools, **options)
+    return prompt.rstrip().endswith(Marker.THINK.value)
+
+
+def _refuse(finished: bool) -> None:
+    if finished:
+        raise ValueError("this parser's answer has ended; each answer needs a parser of its own")
