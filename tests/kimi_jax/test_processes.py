@@ -109,7 +109,8 @@ def test_an_engine_on_two_processes_answers_until_one_is_killed(folder, single, 
         took = time.monotonic() - killed
 
     # Then the others are those of one process, and the other process soon ends with the name of the killed one
-    assert [result["content"] + "\n" for result in results] == [single, single]
+    content = re.sub(r"<\|\w+\|>", "", single).rstrip("\n")  # a result has no special tokens
+    assert content and [result["content"] for result in results] == [content, content]
     assert [result["id"] for result in results] == ["a", "b"] and out == ""
     assert first.returncode == 1 and took < 10, (first.returncode, took, err)
     host = socket.gethostname()
