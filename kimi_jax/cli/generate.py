@@ -185,6 +185,8 @@ def _follow_file(arguments: argparse.Namespace, links: Any) -> None:
     from kimi_jax.engine import follow
     from kimi_jax.processor import Processor
 
+    if links.receive() == [b""]:
+        return  # process 0 has no prompt to answer
     mesh = _mesh(arguments, Processor.from_folder(arguments.path))
     follow(checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify), links)
 
@@ -200,7 +202,7 @@ def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
     import checkpoints
     from kimi_jax import offline
     from kimi_jax.cli.console import console
-    from kimi_jax.engine import Engine, dismiss
+    from kimi_jax.engine import Engine
     from kimi_jax.processor import Processor
 
     if links is not None and not links.first:
@@ -224,7 +226,10 @@ def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
             done, out = offline.open_results(arguments.out)
             stack.enter_context(out)
         lines = offline.read_lines(arguments.prompts, done, arguments.part)
-        if (first := next(lines, None)) is not None:  # else there is nothing to load a model for
+        first = next(lines, None)
+        if links is not None:
+            links.send(b"" if first is None else b"load")
+        if first is not None:  # else there is nothing to load a model for
             processor = Processor.from_folder(arguments.path)
             defaults = offline.Defaults(
                 _sampling(arguments),
@@ -248,8 +253,6 @@ def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
             began = time.perf_counter()
             asyncio.run(write(engine, processor, itertools.chain([first], lines), defaults, out))
             seconds = time.perf_counter() - began
-        elif links is not None:
-            dismiss(links)
     rate = f"; {counts['tokens'] / seconds:.1f} tokens per second" if seconds else ""
     left_out = f", {len(done)} were there already" if done else ""
     log.print(f"{counts['answered']} answered, {counts['failed']} refused{left_out}{rate}")

@@ -86,15 +86,10 @@ class LeadingRunner(Runner):
         """Lets `follow` return in the other processes."""
         if not self._released:
             self._released = True
-            dismiss(self._links)
+            self._call("return", {})
 
     def _call(self, call: str, arguments: dict[str, Any]) -> None:
-        _send(self._links, call, arguments)
-
-
-def dismiss(links: Links) -> None:
-    """Lets `follow` return in the other processes, where process 0 has no work for an engine."""
-    _send(links, "return", {})
+        self._links.send(msgpack_serialize({"call": call, "arguments": arguments}))
 
 
 def follow(model: Kimi, links: Links) -> None:
@@ -103,9 +98,7 @@ def follow(model: Kimi, links: Links) -> None:
     model: like that of process 0, on the same mesh.
     """
     links.send(msgpack_serialize(free_memory()))
-    if (message := _receive(links))["call"] == "return":
-        return
-    follower = _Follower(Runner(model, **message["arguments"]))
+    follower = _Follower(Runner(model, **_receive(links)["arguments"]))
     calls: dict[str, Any] = {
         "admit": follower.admit,
         "encode": follower.encode,
@@ -114,10 +107,6 @@ def follow(model: Kimi, links: Links) -> None:
     }
     while (message := _receive(links))["call"] != "return":
         calls[message["call"]](**message["arguments"])
-
-
-def _send(links: Links, call: str, arguments: dict[str, Any]) -> None:
-    links.send(msgpack_serialize({"call": call, "arguments": arguments}))
 
 
 def _receive(links: Links) -> dict[str, Any]:
