@@ -98,7 +98,7 @@ def test_an_engine_on_two_processes_answers_until_one_is_killed(folder, single, 
     ]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = ["--prompts", prompts, *OPTIONS[2:], "--slots", "1", "--prefill-chunk", "16", "--cache-memory", "4MiB"]
+    options = ["--prompts", prompts, *OPTIONS[2:], "--slots", "4", "--prefill-chunk", "16", "--cache-memory", "4MiB"]
 
     # When one of two processes is killed before the engine has the last answer
     with started(folder, folder, options=options) as (first, second):
@@ -111,7 +111,7 @@ def test_an_engine_on_two_processes_answers_until_one_is_killed(folder, single, 
     # Then the others are those of one process, and the other process soon ends with the name of the killed one
     content = re.sub(r"<\|\w+\|>", "", single).rstrip("\n")  # a result has no special tokens
     assert content and [result["content"] for result in results] == [content, content]
-    assert [result["id"] for result in results] == ["a", "b"] and out == ""
+    assert sorted(result["id"] for result in results) == ["a", "b"] and out == "", out
     assert first.returncode == 1 and took < 10, (first.returncode, took, err)
     host = socket.gethostname()
     (line,) = re.findall("^kimi-jax: .*", err, re.M)
