@@ -101,6 +101,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     many.add_argument("--in-order", action="store_true", help="write results in the order of the prompts")
     many.add_argument("--slots", type=whole(1), default=16, metavar="N", help="prompts at one time (default 16)")
     many.add_argument(
+        "--prefill-chunk",
+        type=whole(1),
+        default=512,
+        metavar="N",
+        help="tokens of prompts that are taken in beside the next tokens of answers (default 512)",
+    )
+    many.add_argument(
         "--cache-memory", metavar="SIZE", help="memory of each device for the cache, like 8GiB (default: what is left)"
     )
     many.add_argument(
@@ -110,25 +117,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.prompts is not None:
-        return _answer_file(arguments)
-    if arguments.out or arguments.in_order or arguments.cache_memory or arguments.part != (0, 1):
+    answer = _answer if arguments.prompts is None else _answer_file
+    if arguments.prompts is not None and (arguments.image or arguments.video):
+        raise ValueError("--prompts goes without --image and --video")
+    if arguments.prompts is None and (
+        arguments.out or arguments.in_order or arguments.cache_memory or arguments.part != (0, 1)
+    ):
         raise ValueError("--out, --in-order, --cache-memory and --part go with --prompts")
     who = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if not arguments.distributed:
         if who != (None, None, None):
             raise ValueError("--coordinator, --num-processes and --process-id go with --distributed")
-        return _answer(arguments, aloud=True)
+        return answer(arguments, None)
     if arguments.mesh is None:
         raise ValueError("--distributed needs --mesh: the devices of all processes, and what they split")
     from kimi_jax import processes
 
-    with processes.joined(*who) as aloud:
-        _answer(arguments, aloud)
+    with processes.joined(*who) as links:
+        answer(arguments, links)
 
 
-def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
-    """Generates; prints only where `aloud`."""
+def _answer(arguments: argparse.Namespace, links: Any) -> None:
+    """Generates; of several processes, which `links` connect, the first prints."""
     import checkpoints
     from kimi_jax.answering import checked_max_new_tokens
     from kimi_jax.cli.console import console
@@ -137,6 +147,7 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     from kimi_jax.runtime.generate import stream
     from kimi_jax.text import StreamDecoder
 
+    aloud = links is None or links.first
     log = console(stderr=True, quiet=not aloud)
     conversation = _conversation(arguments)
     began = time.perf_counter()
@@ -168,8 +179,21 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     log.print(f"{len(times) - 1} tokens; the first after {times[1] - times[0]:.1f} s, compilation included{rate}")
 
 
-def _answer_file(arguments: argparse.Namespace) -> None:
-    """Answers a file of prompts."""
+def _follow_file(arguments: argparse.Namespace, links: Any) -> None:
+    """Does a part of the work of process 0, which answers a file of prompts."""
+    import checkpoints
+    from kimi_jax.engine import follow
+    from kimi_jax.processor import Processor
+
+    if links.receive() == [b""]:
+        return  # process 0 has no prompt to answer
+    mesh = _mesh(arguments, Processor.from_folder(arguments.path))
+    follow(checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify), links)
+
+
+def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
+    """Answers a file of prompts; of several processes, which `links` connect, the first has the file and the
+    results."""
     import asyncio
     import contextlib
     import itertools
@@ -181,8 +205,8 @@ def _answer_file(arguments: argparse.Namespace) -> None:
     from kimi_jax.engine import Engine
     from kimi_jax.processor import Processor
 
-    if arguments.distributed or arguments.image or arguments.video:
-        raise ValueError("--prompts goes without --distributed, --image and --video")
+    if links is not None and not links.first:
+        return _follow_file(arguments, links)
     log = console(stderr=True)
     done: set[str] = set()
     counts = {"answered": 0, "failed": 0, "tokens": 0}
@@ -202,7 +226,10 @@ def _answer_file(arguments: argparse.Namespace) -> None:
             done, out = offline.open_results(arguments.out)
             stack.enter_context(out)
         lines = offline.read_lines(arguments.prompts, done, arguments.part)
-        if (first := next(lines, None)) is not None:  # else there is nothing to load a model for
+        first = next(lines, None)
+        if links is not None:
+            links.send(b"" if first is None else b"load")
+        if first is not None:  # else there is nothing to load a model for
             processor = Processor.from_folder(arguments.path)
             defaults = offline.Defaults(
                 _sampling(arguments),
@@ -218,7 +245,9 @@ def _answer_file(arguments: argparse.Namespace) -> None:
                     model,
                     slots=arguments.slots,
                     cache_memory=arguments.cache_memory,
+                    prefill_chunk=arguments.prefill_chunk,
                     progress=lambda name: log.print(f"compiling: {name}"),
+                    links=links,
                 )
             )
             began = time.perf_counter()

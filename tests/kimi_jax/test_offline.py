@@ -123,3 +123,22 @@ def test_a_bad_line_ends_alone(served, tmp_path, line, message):
     (bad,) = (result for name, result in results.items() if name != "good")
     assert message in bad["error"] and "\n" not in bad["error"]
     assert results["good"]["finish_reason"] in ("stop", "length")
+
+
+def test_a_failed_engine_writes_no_results(tmp_path, served, monkeypatch):
+    # (a result would keep the line from being answered after a new start)
+    engine, processor = served
+
+    class Failed:
+        failure = RuntimeError("the device is gone")
+        stats = engine.stats
+
+        def submit(self, request):
+            return self.events()
+
+        async def events(self):
+            yield Event((), "error", Usage(1, 0, 0), None, "the engine has failed: the device is gone")
+
+    file = write(tmp_path / "prompts.jsonl", {"id": "a", "prompt": "Hello"})
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        answers((Failed(), processor), file)

@@ -229,7 +229,9 @@ def test_pictures_of_one_size_are_no_prefix_of_each_other(engine):
     before, after = np.full(120, 3), np.full(60, 4)
     tokens = np.concatenate([before, np.full(count, config.media_placeholder_token_id), after]).astype(np.int32)
     pictures = [kimi_jax.Media(cases.media(grid[0]) * scale, grid) for scale in (1.0, -1.0)]
+    programs = one.stats().compiled_programs
     answers = [one.answer(ask(tokens, media=picture)) for picture in (*pictures, *pictures)]
+    assert one.stats().compiled_programs == programs
     expected = [kimi_jax.generate(one.model, tokens[None], NEW, media=p, stop_ids=())[0].tolist() for p in pictures]
     assert [answer.tokens for answer in answers] == expected * 2 and expected[0] != expected[1]
     assert [answer.usage.cached_tokens for answer in answers] == [0, 0, PAGE, PAGE]
