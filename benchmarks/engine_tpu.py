@@ -71,11 +71,19 @@ class Noted(Program):
     def cache(self, pages: int, slots: int) -> Cache:
         return self.cache_shapes(pages, slots)
 
-    def nothing_chosen(self, sequences: int) -> Chosen:
+    def replicate(self, array: np.ndarray) -> Any:
         assert self.mesh is not None
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        array = jax.ShapeDtypeStruct((sequences,), np.int32, sharding=everywhere)
-        return Chosen(array, array)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
+
+    def counts(self, slots: int) -> Any:
+        shape = (slots, self.config.text.vocab_size)
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=self._counts_sharding(slots))
+
+    def count_tokens(self, counts: Any, tokens: Any, counted: np.ndarray) -> Any:
+        return counts
+
+    def set_counts(self, counts: Any, slot: int, row: np.ndarray) -> Any:
+        return counts
 
     def step(self, cache: Cache, batch: Batch) -> tuple[Cache, Chosen]:
         self.check(batch)
@@ -128,7 +136,8 @@ def engine_steps(model: Kimi, slots: int, tokens: int, context: int, cache: Cach
     runner.take = runner.place = lambda chosen, *_: chosen
     runner.packed_chunks = (tokens,)
     noted: Any = runner.program
-    return dict(zip(list(runner.warm()), noted.steps, strict=True))
+    # (those of counts come last, and are no steps)
+    return dict(zip(list(runner.warm())[: len(noted.steps)], noted.steps, strict=True))
 
 
 def lowered(program: Program, step: tuple[Cache, Batch]) -> Any:

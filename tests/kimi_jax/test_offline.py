@@ -60,6 +60,8 @@ def test_each_line_has_the_answer_that_it_has_alone(served, tmp_path):
 class Says(Engine):
     """An engine of one slot that gives an answer without a model."""
 
+    failure = None
+
     def __init__(self, tokens, finish):
         self.event = Event(tuple(tokens), finish, Usage(1, len(tokens), 0))
 

@@ -52,7 +52,7 @@ def compiled():
 def test_a_decode_step_compiles_for_a_tpu_mesh(compiled, number):
     # Given the step of a preset on a mesh
     assert len(compiled) == len(MESHES)
-    preset, _, _, batch, messages = MESHES[number]
+    preset, _, mesh, batch, messages = MESHES[number]
     found = compiled[number]
     # Then every op is its kernel, messages are few and no larger than batch x hidden x 4, and nothing is copied
     assert found["kernels"] == KERNELS[preset]
