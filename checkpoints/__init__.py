@@ -6,6 +6,7 @@ from checkpoints.jobs.export import Exported, export
 from checkpoints.jobs.inspect import Summary, summary, summary_of_config, table
 from checkpoints.jobs.verify import Verdict, verify
 from checkpoints.load import load
+from checkpoints.publish import publish
 from checkpoints.published.safetensors import CheckpointError
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "load",
     "progress_bar",
     "progress_events",
+    "publish",
     "summary",
     "summary_of_config",
     "table",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from checkpoints.load import load as load
     from kimi_jax import media as media
+    from kimi_jax import training as training
     from kimi_jax.answering import Answer as Answer
     from kimi_jax.answering import answer as answer
     from kimi_jax.engine.engine import Engine as Engine
@@ -35,7 +36,12 @@ _HOMES = {
     "load": "checkpoints",
     "stream": "kimi_jax.runtime.generate",
 }
-_MODULES = {"chat": "kimi_jax.text.chat", "decoding": "kimi_jax.runtime.generate", "media": "kimi_jax.media"}
+_MODULES = {
+    "chat": "kimi_jax.text.chat",
+    "decoding": "kimi_jax.runtime.generate",
+    "media": "kimi_jax.media",
+    "training": "kimi_jax.training",
+}
 
 __all__ = sorted([*_HOMES, *_MODULES])
 

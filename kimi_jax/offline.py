@@ -84,7 +84,8 @@ async def answer_lines(
     engine: Engine, processor: Processor, lines: Iterator[Line], defaults: Defaults, *, in_order: bool = False
 ) -> AsyncIterator[dict[str, Any]]:
     """Yields the result of each line when it is there, or in the lines' order: id, content, reasoning and tool_calls
-    (where the model has some), finish_reason and usage, or id and error."""
+    (where the model has some), finish_reason and usage, or id and error. Raises RuntimeError where the engine
+    fails."""
     running: list[asyncio.Task[dict[str, Any]]] = []
     more = True
     while more or running:
@@ -118,6 +119,8 @@ async def _answer(engine: Engine, processor: Processor, line: Line, defaults: De
         ids: list[int] = []
         async for event in engine.submit(request):
             ids += event.tokens
+        if engine.failure is not None:  # no fault of this line, which is to be answered after a new start
+            raise RuntimeError(f"the engine has failed: {engine.failure}") from engine.failure
         if event.usage is None or event.error is not None:
             raise ValueError(event.error or "the request was cancelled")
     except (ValueError, OSError) as error:

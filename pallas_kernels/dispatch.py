@@ -121,8 +121,9 @@ def _once(kernel: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> C
 
 
 def with_gradient(run: Callable[..., Any], twin: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `run` with the gradient of `twin`, the same function in a form that JAX can differentiate."""
-    if run is twin:
+    """Returns `run` with the gradient of `twin`, the same function in a form that JAX can differentiate; within
+    `shapes_only`, `run` alone."""
+    if run is twin or shapes_only.value:
         return run
 
     @jax.custom_vjp

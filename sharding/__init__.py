@@ -3,9 +3,10 @@
 A model's code imports everything that it needs of these from here.
 """
 
-from sharding.collectives import all_gather, gather_columns
+from sharding.collectives import all_gather, all_reduce, gather_columns
 from sharding.expert_dispatch import dispatch_and_combine, first_local_expert
 from sharding.layouts import ReplicatedStream, StreamLayout, choose_layout
+from sharding.matrix_homes import MatrixHomes
 from sharding.mesh import AXES, array_mesh, default_shape, make_mesh, mesh_sizes
 from sharding.page_ring import (
     gather_pages,
@@ -25,12 +26,14 @@ __all__ = [
     "SERVE",
     "SINGLE_DEVICE",
     "TRAIN",
+    "MatrixHomes",
     "Partition",
     "ReplicatedStream",
     "Rule",
     "Rules",
     "StreamLayout",
     "all_gather",
+    "all_reduce",
     "array_mesh",
     "choose_layout",
     "default_shape",

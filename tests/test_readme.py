@@ -12,7 +12,10 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_python_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    write_toy(tmp_path / "toy", toy_config("k2", hidden_size=64, num_hidden_layers=2, n_routed_experts=8))
+    write_toy(
+        tmp_path / "toy",
+        toy_config("k2", hidden_size=64, num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=8),
+    )
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as out:

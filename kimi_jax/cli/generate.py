@@ -96,6 +96,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     many.add_argument("--in-order", action="store_true", help="write results in the order of the prompts")
     many.add_argument("--slots", type=whole(1), default=16, metavar="N", help="prompts at one time (default 16)")
     many.add_argument(
+        "--prefill-chunk",
+        type=whole(1),
+        default=512,
+        metavar="N",
+        help="tokens of prompts that are taken in beside the next tokens of answers (default 512)",
+    )
+    many.add_argument(
         "--cache-memory", metavar="SIZE", help="memory of each device for the cache, like 8GiB (default: what is left)"
     )
     many.add_argument(
@@ -105,25 +112,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.prompts is not None:
-        return _answer_file(arguments)
-    if arguments.out or arguments.in_order or arguments.cache_memory or arguments.part != (0, 1):
+    answer = _answer if arguments.prompts is None else _answer_file
+    if arguments.prompts is not None and (arguments.image or arguments.video):
+        raise ValueError("--prompts goes without --image and --video")
+    if arguments.prompts is None and (
+        arguments.out or arguments.in_order or arguments.cache_memory or arguments.part != (0, 1)
+    ):
         raise ValueError("--out, --in-order, --cache-memory and --part go with --prompts")
     who = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if not arguments.distributed:
         if who != (None, None, None):
             raise ValueError("--coordinator, --num-processes and --process-id go with --distributed")
-        return _answer(arguments, aloud=True)
+        return answer(arguments, None)
     if arguments.mesh is None:
         raise ValueError("--distributed needs --mesh: the devices of all processes, and what they split")
     from kimi_jax import processes
 
-    with processes.joined(*who) as aloud:
-        _answer(arguments, aloud)
+    with processes.joined(*who) as links:
+        answer(arguments, links)
 
 
-def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
-    """Generates; prints only where `aloud`."""
+def _answer(arguments: argparse.Namespace, links: Any) -> None:
+    """Generates; of several processes, which `links` connect, the first prints."""
     import checkpoints
     from kimi_jax.answering import checked_max_new_tokens
     from kimi_jax.cli.console import console
@@ -132,6 +142,7 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     from kimi_jax.runtime.generate import stream
     from kimi_jax.text import StreamDecoder
 
+    aloud = links is None or links.first
     log = console(stderr=True, quiet=not aloud)
     conversation = _conversation(arguments)
     began = time.perf_counter()
@@ -163,10 +174,24 @@ def _answer(arguments: argparse.Namespace, aloud: bool) -> None:
     log.print(f"{len(times) - 1} tokens; the first after {times[1] - times[0]:.1f} s, compilation included{rate}")
 
 
-def _answer_file(arguments: argparse.Namespace) -> None:
-    """Answers a file of prompts."""
+def _follow_file(arguments: argparse.Namespace, links: Any) -> None:
+    """Does a part of the work of process 0, which answers a file of prompts."""
+    import checkpoints
+    from kimi_jax.engine import follow
+    from kimi_jax.processor import Processor
+
+    if links.receive() == [b""]:
+        return  # process 0 has no prompt to answer
+    mesh = mesh_of(arguments.mesh, Processor.from_folder(arguments.path).config)
+    follow(checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify), links)
+
+
+def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
+    """Answers a file of prompts; of several processes, which `links` connect, the first has the file and the
+    results."""
     import asyncio
     import contextlib
+    import itertools
     import sys
 
     import checkpoints
@@ -175,45 +200,57 @@ def _answer_file(arguments: argparse.Namespace) -> None:
     from kimi_jax.engine import Engine
     from kimi_jax.processor import Processor
 
-    if arguments.distributed or arguments.image or arguments.video:
-        raise ValueError("--prompts goes without --distributed, --image and --video")
-    arguments.prompts.open("rb").close()  # raises now, and not after the model is loaded and compiled
+    if links is not None and not links.first:
+        return _follow_file(arguments, links)
     log = console(stderr=True)
-    processor = Processor.from_folder(arguments.path)
-    defaults = offline.Defaults(
-        _sampling(arguments), arguments.max_new_tokens, arguments.seed, arguments.thinking, arguments.prompts.parent
-    )
-    model = checkpoints.load(
-        arguments.path, mesh=mesh_of(arguments.mesh, processor.config), dtype=arguments.dtype, verify=arguments.verify
-    )
     done: set[str] = set()
     counts = {"answered": 0, "failed": 0, "tokens": 0}
 
-    async def write(engine: Any, out: Any) -> None:
-        lines, began = offline.read_lines(arguments.prompts, done, arguments.part), time.perf_counter()
+    async def write(engine: Any, processor: Any, lines: Any, defaults: Any, out: Any) -> None:
         async for result in offline.answer_lines(engine, processor, lines, defaults, in_order=arguments.in_order):
             out.write(offline.result_line(result))
             out.flush()
             counts["failed" if "error" in result else "answered"] += 1
             counts["tokens"] += result.get("usage", {}).get("completion_tokens", 0)
-        rate = counts["tokens"] / (time.perf_counter() - began)
-        left_out = f", {len(done)} were there already" if done else ""
-        log.print(f"{counts['answered']} answered, {counts['failed']} refused{left_out}; {rate:.1f} tokens per second")
 
     with contextlib.ExitStack() as stack:
-        out = sys.stdout
+        # Both files are opened now, and not after the model is loaded and compiled
+        arguments.prompts.open("rb").close()
+        out, seconds = sys.stdout, 0.0
         if arguments.out is not None:
             done, out = offline.open_results(arguments.out)
             stack.enter_context(out)
-        engine = stack.enter_context(
-            Engine(
-                model,
-                slots=arguments.slots,
-                cache_memory=arguments.cache_memory,
-                progress=lambda name: log.print(f"compiling: {name}"),
+        lines = offline.read_lines(arguments.prompts, done, arguments.part)
+        first = next(lines, None)
+        if links is not None:
+            links.send(b"" if first is None else b"load")
+        if first is not None:  # else there is nothing to load a model for
+            processor = Processor.from_folder(arguments.path)
+            defaults = offline.Defaults(
+                _sampling(arguments),
+                arguments.max_new_tokens,
+                arguments.seed,
+                arguments.thinking,
+                arguments.prompts.parent,
             )
-        )
-        asyncio.run(write(engine, out))
+            mesh = mesh_of(arguments.mesh, processor.config)
+            model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
+            engine = stack.enter_context(
+                Engine(
+                    model,
+                    slots=arguments.slots,
+                    cache_memory=arguments.cache_memory,
+                    prefill_chunk=arguments.prefill_chunk,
+                    progress=lambda name: log.print(f"compiling: {name}"),
+                    links=links,
+                )
+            )
+            began = time.perf_counter()
+            asyncio.run(write(engine, processor, itertools.chain([first], lines), defaults, out))
+            seconds = time.perf_counter() - began
+    rate = f"; {counts['tokens'] / seconds:.1f} tokens per second" if seconds else ""
+    left_out = f", {len(done)} were there already" if done else ""
+    log.print(f"{counts['answered']} answered, {counts['failed']} refused{left_out}{rate}")
     if counts["failed"]:
         raise ValueError(f"{counts['failed']} prompts were refused; their results say why")
 

@@ -3,6 +3,7 @@
 from kimi_jax.engine.engine import Engine as Engine
 from kimi_jax.engine.engine import Stats as Stats
 from kimi_jax.engine.engine import Stream as Stream
+from kimi_jax.engine.hosts import follow as follow
 from kimi_jax.engine.mask_provider import MaskProvider as MaskProvider
 from kimi_jax.engine.requests import Event as Event
 from kimi_jax.engine.requests import QueueFullError as QueueFullError

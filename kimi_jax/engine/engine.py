@@ -7,6 +7,7 @@ what cannot be served is refused in words when it is submitted, and a row whose 
 import asyncio
 import collections
 import dataclasses
+import functools
 import itertools
 import queue
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from kimi_jax.engine.hosts import LeadingRunner, common_memory
 from kimi_jax.engine.job import Job, make_job, placeholders, prompt_ids
 from kimi_jax.engine.mask_provider import MaskError
 from kimi_jax.engine.pages import PagePool
@@ -29,11 +31,13 @@ from kimi_jax.engine.requests import (
     TokenLogprobs,
     Usage,
 )
-from kimi_jax.engine.runner import PACKED, Dispatched, MediaTokens, Runner
-from kimi_jax.engine.scheduler import Scheduler, Shard
+from kimi_jax.engine.runner import PACKED, Dispatched, Runner
+from kimi_jax.engine.scheduler import Scheduler
 from kimi_jax.engine.sequence import Sequence, Status, Step
+from kimi_jax.engine.shard import Shard
 from kimi_jax.engine.sizes import pool_sizes
 from kimi_jax.engine.snapshots import SnapshotPool
+from kimi_jax.links import Links
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media, media_index
 from kimi_jax.runtime.batch import Finish
@@ -65,6 +69,7 @@ class Engine:
     tokenizer: makes text of tokens, for requests with stop strings.
     max_waiting: requests that wait at most; more are refused with `QueueFullError`.
     progress: is given the name of each program before it is compiled.
+    links: connect this process, number 0 of several with one mesh, with the others; these call `follow`.
 
     Raises ValueError where the mesh's data axis does not divide `slots`, or the memory holds no sequence.
     """
@@ -80,11 +85,15 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         max_waiting: int = 1024,
         progress: Callable[[str], Any] | None = None,
+        links: Links | None = None,
     ):
         self.model, self.config = model, model.config
+        self.links = links
+        if links is not None:
+            cache_memory = common_memory(links, cache_memory)
         self.sizes = pool_sizes(model, slots, cache_memory, prefill_chunk, max_length)
         sizes, self.max_waiting, self.tokenizer = self.sizes, max_waiting, tokenizer
-        self.runner = Runner(
+        self.runner = (Runner if links is None else functools.partial(LeadingRunner, links))(
             model,
             slots=slots,
             pages=sizes.pages,
@@ -111,7 +120,7 @@ class Engine:
         self._inbox: collections.deque[Job] = collections.deque()
         self._lock = threading.Condition()
         self._closed = False
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None  # why the engine answers nobody any more
         self._thread = threading.Thread(target=self._loop, name="kimi-jax engine", daemon=True)
         self._thread.start()
 
@@ -180,6 +189,8 @@ class Engine:
             self._closed = True
             self._lock.notify()
         self._thread.join()
+        if isinstance(self.runner, LeadingRunner):
+            self.runner.release_followers()
 
     def __enter__(self) -> "Engine":
         return self
@@ -191,8 +202,8 @@ class Engine:
         limits = self.sizes.max_length
         job = make_job(request, self.config, limits, self.tokenizer, next(self._numbers), deliver)
         with self._lock:
-            if self._failure is not None:
-                raise RuntimeError(f"the engine has failed: {self._failure}") from self._failure
+            if self.failure is not None:
+                raise RuntimeError(f"the engine has failed: {self.failure}") from self.failure
             if self._closed:
                 raise RuntimeError("the engine is closed")
             if len(self.scheduler.waiting) + len(self._inbox) >= self.max_waiting:
@@ -226,11 +237,11 @@ class Engine:
                     self._read(before)
                 before = dispatched
         except BaseException as failure:  # the device's state is unknown: every request is told, and no more are taken
-            self._failure = failure
+            self.failure = failure
         with self._lock:
             self._closed = True
-            reason: FinishReason = "cancelled" if self._failure is None else "error"
-            why = "the engine was closed" if self._failure is None else f"the engine has failed: {self._failure}"
+            reason: FinishReason = "cancelled" if self.failure is None else "error"
+            why = "the engine was closed" if self.failure is None else f"the engine has failed: {self.failure}"
             for job in [*self._jobs.values(), *self._inbox]:
                 self._end(job, reason, why)
             self._inbox.clear()
@@ -265,6 +276,8 @@ class Engine:
             try:
                 self._admit(job)
             except Exception as failure:  # no memory for its pictures, say: it ends alone
+                if self.links is not None:  # the other processes may have encoded them
+                    raise
                 self.scheduler.finish(sequence, sound=False)
                 self._end(job, "error", f"its media could not be encoded: {failure}")
                 step = step.without(sequence)
@@ -272,11 +285,13 @@ class Engine:
 
     def _admit(self, job: Job) -> None:
         sequence, request = job.sequence, job.request
-        self.runner.admit(sequence, request, job.stop_ids)
-        if request.media is not None and job.index is not None and sequence.number not in self.runner.media:
-            embeddings = self.model.encode_media_padded(request.media)
+        asked = request.top_logprobs is not None
+        self.runner.admit(sequence, request.sampling, request.seed, job.stop_ids, logprobs=asked)
+        if job.index is None or not any(item.stop > sequence.begin for item in sequence.media):
+            return  # no picture, or none that is not in the pages found
+        if request.media is not None and sequence.number not in self.runner.media:
             index = np.pad(job.index, (0, len(sequence.tokens) - len(job.index)), constant_values=-1)
-            self.runner.encode(sequence, MediaTokens(embeddings, index))
+            self.runner.encode(sequence, request.media, index)
 
     def _read(self, dispatched: Dispatched) -> None:
         """Waits for a step, and hands its tokens out."""
@@ -353,14 +368,13 @@ class Engine:
 
     def _end(self, job: Job, reason: FinishReason, error: str | None = None, tokens: tuple[int, ...] = ()) -> None:
         self._jobs.pop(job.sequence, None)
-        self.runner.media.pop(job.sequence.number, None)
-        self.runner.masks.pop(job.sequence.number, None)
+        self.runner.forget(job.sequence)
         if job.stop_strings is not None and not job.stop_strings.stopped:
             tokens += job.stop_strings.rest()
         prompt = job.sequence.prompt
         usage = Usage(prompt, job.generated, min(job.sequence.cached or 0, prompt))
         times = Times(job.submitted, job.first_token, time.monotonic())
-        self._deliver(job, job.event(tokens, reason, usage, times, error))
+        self._deliver(job, job.event(tokens, finish_reason=reason, usage=usage, times=times, error=error))
 
     def _deliver(self, job: Job, event: Event) -> None:
         try:

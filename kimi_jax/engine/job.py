@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,18 @@ from kimi_jax.config import KimiConfig
 from kimi_jax.engine.mask_provider import Guide, MaskProvider
 from kimi_jax.engine.pages import Placeholders
 from kimi_jax.engine.requests import Event, Request, TokenLogprobs
-from kimi_jax.engine.runner import STOP_IDS
-from kimi_jax.engine.scheduler import message_ends
 from kimi_jax.engine.sequence import Sequence
 from kimi_jax.engine.stop_strings import StopStrings, check_stop_strings
+from kimi_jax.model.context import PAGE
 from kimi_jax.model.splice import Media, media_index, tokens_per_item
 from kimi_jax.model.token_ids import integers, token_ids
+from kimi_jax.runtime.batch import STOP_IDS
 from kimi_jax.runtime.choose import MOST_LOGPROBS
 from kimi_jax.runtime.sampling import Sampling, checked_seeds
 from kimi_jax.text import StreamDecoder, Tokenizer
+
+# Ends of messages that are known beginnings: the first ones are of the system prompt and tools, the last of the turn.
+FIRST_ENDS, LAST_ENDS = 2, 2
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,10 +64,10 @@ class Job:
             top = logprobs.top[: self.request.top_logprobs]
             self.logprobs.append(dataclasses.replace(logprobs, top=top))
 
-    def event(self, tokens: tuple[int, ...], *end: Any) -> Event:
+    def event(self, tokens: tuple[int, ...], **end: Any) -> Event:
         """Returns an event of tokens with their logprobs; `end` are the further fields of the last one."""
         count = len(tokens) if self.request.top_logprobs is not None else 0
-        return Event(tokens, *end, logprobs=tuple(self.logprobs.popleft() for _ in range(count)))
+        return Event(tokens, logprobs=tuple(self.logprobs.popleft() for _ in range(count)), **end)
 
 
 def make_job(
@@ -87,6 +90,8 @@ def make_job(
             f"{max_length} in all"
         )
     (seed,) = checked_seeds(request.seed, 1)
+    if not isinstance(request.stop_ids, Iterable | None):
+        raise ValueError(f"stop_ids is {request.stop_ids!r}, expected token ids, or None")
     stops = sorted(set(config.stop_ids if request.stop_ids is None else request.stop_ids))
     if stops and not 0 <= integers("stop_ids", stops).min() <= max(stops) < vocab:
         raise ValueError(f"stop_ids are {stops}, expected token ids from 0 to {vocab - 1}")
@@ -107,7 +112,11 @@ def make_job(
     if provider is not None and not isinstance(provider, MaskProvider):
         raise ValueError(f"mask_provider is {type(provider).__name__}, expected the methods of MaskProvider")
     index = media_index(ids[None], request.media, config)
-    shared = tuple(_whole("shared_prefixes", length) for length in request.shared_prefixes)
+    ends, shared = message_ends(ids.tolist(), config.stop_ids), request.shared_prefixes
+    if shared is not None:
+        if not isinstance(shared, list | tuple):
+            raise ValueError(f"shared_prefixes is {shared!r}, expected lengths, or None")
+        ends += tuple(_whole("shared_prefixes", length) for length in shared)
     sequence = Sequence(
         ids.tolist(),
         len(ids) + new,
@@ -115,7 +124,7 @@ def make_job(
         priority=_whole("priority", request.priority),
         stepwise=provider is not None,
         media=placeholders(request.media, index, config),
-        boundaries=(*message_ends(ids.tolist(), frozenset(config.stop_ids)), *shared),
+        boundaries=ends if ends or shared is not None else None,
     )
     return Job(
         dataclasses.replace(request, seed=int(seed)),
@@ -159,3 +168,15 @@ def _whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise ValueError(f"{name} is {value!r}, expected a whole number")
     return int(value)
+
+
+def message_ends(tokens: Iterable[int], stop_ids: Iterable[int]) -> tuple[int, ...]:
+    """Returns the lengths of the beginnings of a prompt that end with a message, which a stop id ends: the first ones,
+    of the system prompt and tools, and the last ones, of the turn. Of those between two page boundaries it is the last.
+    """
+    stops, last_in_page = frozenset(stop_ids), {}
+    for length, token in enumerate(tokens, 1):
+        if token in stops and length >= PAGE:
+            last_in_page[length // PAGE] = length
+    ends = list(last_in_page.values())
+    return tuple(sorted({*ends[:FIRST_ENDS], *ends[-LAST_ENDS:]}))

@@ -1,4 +1,4 @@
-"""What says which tokens an answer may go on with, a grammar say, and how the engine asks it.
+"""Defines the protocol of what says which tokens an answer may go on with, a grammar say, and asks it.
 
 A matcher of llguidance is a provider in a few lines: each method gives it the tokens that it has not consumed yet
 (`consume_tokens`), and then returns its bitmask (`fill_next_token_bitmask`, a row of int32), `compute_ff_tokens()` or

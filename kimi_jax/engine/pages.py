@@ -7,6 +7,7 @@ of the key before it, its token ids, and the digests of the pictures whose place
 placeholders have one token id.
 """
 
+import bisect
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -49,6 +50,11 @@ def extend_keys(keys: list[Key], tokens: Sequence[int], media: Sequence[Placehol
             if item.start < first + PAGE and item.stop > first:
                 content.update(item.digest)
         keys.append(content.digest())
+
+
+def count_shared(keys: Sequence[Key], others: Sequence[Key]) -> int:
+    """Returns how many of the first keys are equal: by bisection, since equal keys have equal ones before them."""
+    return bisect.bisect_left(range(min(len(keys), len(others))), True, key=lambda page: keys[page] != others[page])
 
 
 class PagePool:

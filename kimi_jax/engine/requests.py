@@ -25,7 +25,8 @@ class Request:
     media: belongs to the placeholders in `tokens`.
     priority: requests with a larger one go first; a waiting request's rises as it ages.
     shared_prefixes: lengths of beginnings of `tokens` that other requests share, such as a system prompt with its
-        tools. Ends of messages are found without it; only where a model has recurrent states does it matter.
+        tools; it matters only where a model has recurrent states. Ends of messages are found without it. None, in a
+        prompt without any: every 128 tokens may be such a place, which costs shorter pieces of prefill; () is none.
     top_logprobs: the number of alternatives, 0 to 20, whose logprobs come with each token, beside that of the token
         itself; None computes none.
     mask_provider: says before each token which ones are allowed; None allows all.
@@ -40,7 +41,7 @@ class Request:
     stop_strings: tuple[str, ...] = ()
     media: Media | None = None
     priority: int = 0
-    shared_prefixes: tuple[int, ...] = ()
+    shared_prefixes: tuple[int, ...] | None = None
     top_logprobs: int | None = None
     mask_provider: MaskProvider | None = None
     timeout: float | None = None

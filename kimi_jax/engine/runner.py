@@ -14,19 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kimi_jax.engine.requests import Request, TokenLogprobs
+from kimi_jax.engine.requests import TokenLogprobs
 from kimi_jax.engine.sequence import Piece, Snapshot, Step
 from kimi_jax.engine.sequence import Sequence as Running
 from kimi_jax.model.context import PAGE
 from kimi_jax.model.kimi import Kimi
-from kimi_jax.runtime.batch import CHOSEN_BEFORE, Batch, Chosen
+from kimi_jax.model.splice import Media
+from kimi_jax.runtime.batch import CHOSEN_BEFORE, STOP_IDS, Batch, Chosen
 from kimi_jax.runtime.cache import states_alone
 from kimi_jax.runtime.choose import Logprobs, occurred
 from kimi_jax.runtime.program import Program
 from kimi_jax.runtime.sampling import NO_PENALTIES, Sampling, SamplingRows, sampling_rows
 
-# The width of `Batch.stop_ids`, and so the most stop ids of a request.
-STOP_IDS = 16
 # The most prompts in one row of a prefill step.
 PACKED = 8
 
@@ -79,7 +78,7 @@ class Runner:
         self.cache = self.program.cache(pages, slots)
         self.snapshots = states_alone(self.program.cache(0, places)) if places else None
         self.chosen = self.program.nothing_chosen(slots)
-        self.take, self.place = _moves(self.chosen.tokens.sharding)
+        self.take, self.place, self.slice, self.concatenate = _moves(self.chosen.tokens.sharding)
         # A row for each slot, filled when it is taken over
         self.table = np.zeros((slots, row_pages), np.int32)
         self.stop_ids = np.full((slots, STOP_IDS), -1, np.int32)
@@ -97,32 +96,35 @@ class Runner:
         """Returns a sequence's slot, counted over all data shards."""
         return sequence.shard * (self.slots // self.data) + sequence.slot
 
-    def admit(self, sequence: Running, request: Request, stop_ids: Sequence[int]) -> None:
+    def admit(
+        self, sequence: Running, sampling: Sampling, seed: int, stop_ids: Sequence[int], *, logprobs: bool = False
+    ) -> None:
         """Fills the values of a sequence's slot."""
-        sampling, seed = request.sampling, request.seed
         slot = self.slot_number(sequence)
         self.stop_ids[slot], self.ends[slot] = -1, sequence.ends
         self.stop_ids[slot, : len(stop_ids)] = stop_ids
         for values, new in zip(self.sampling, sampling_rows([sampling], np.array([seed], np.uint64)), strict=True):
             np.asarray(values)[slot] = new[0]
-        self.logprobs[slot] = request.top_logprobs is not None
+        self.logprobs[slot] = logprobs
         self.penalized[slot] = sampling.penalties != NO_PENALTIES
-        self.count(sequence)
+        self._count(sequence)
         self.table[slot] = 0
         for index in range(len(sequence.pages)):
             self._enter_page(slot, sequence, index)
 
     def count(self, sequence: Running) -> None:
         """Counts the known tokens of a sequence anew, if it has penalties."""
-        slot = self.slot_number(sequence)
-        if self.penalized[slot]:
-            prompt, generated = sequence.tokens[: sequence.prompt], sequence.tokens[sequence.prompt :]
-            row = occurred(prompt, generated, self.model.config.text.vocab_size)
-            self.counts = self.program.set_counts(self.counts, slot, row)
+        self._count(sequence)
 
-    def encode(self, sequence: Running, media: MediaTokens) -> None:
-        """Keeps the media embeddings of a sequence until its prefill ends."""
-        self.media[sequence.number] = media
+    def encode(self, sequence: Running, media: Media, index: np.ndarray) -> None:
+        """Computes the media embeddings of a sequence, and keeps them until its prefill ends. `index` says for each of
+        its tokens which embedding it takes, -1 for text."""
+        self.media[sequence.number] = MediaTokens(self.model.encode_media_padded(media), index)
+
+    def forget(self, sequence: Running) -> None:
+        """Drops what is kept of a sequence that has ended."""
+        self.media.pop(sequence.number, None)
+        self.masks.pop(sequence.number, None)
 
     def run(self, step: Step) -> Dispatched:
         """Sends a step to the device, and returns without waiting for it."""
@@ -171,6 +173,13 @@ class Runner:
         yield "counts of tokens"
         self.counts = self.program.set_counts(self.counts, 0, occurred((), (), self.counts.shape[1]))
         self._count_chosen([], warm=True)
+
+    def _count(self, sequence: Running) -> None:
+        slot = self.slot_number(sequence)
+        if self.penalized[slot]:
+            prompt, generated = sequence.tokens[: sequence.prompt], sequence.tokens[sequence.prompt :]
+            row = occurred(prompt, generated, self.model.config.text.vocab_size)
+            self.counts = self.program.set_counts(self.counts, slot, row)
 
     def _count_chosen(self, slots: Sequence[int], *, warm: bool = False) -> None:
         """Counts the tokens that a step has chosen for slots with penalties."""
@@ -258,7 +267,7 @@ class Runner:
                 if (here >= 0).any():
                     start = int(here[here >= 0].min())
                     index[row, :count] = np.where(here >= 0, here - start + row * tokens, -1)
-                    embeddings[row] = _slice(own.embeddings, start, tokens)
+                    embeddings[row] = self.slice(own.embeddings, start, tokens)
                 if piece.last:
                     del self.media[sequence.number]
         media = media or bool(embeddings)
@@ -316,10 +325,10 @@ class Runner:
 
     def _side_by_side(self, embeddings: dict[int, jax.Array], tokens: int) -> jax.Array:
         """Returns the media embeddings of a piece of each data shard, [data * tokens, d]."""
-        if self.data == 1 and embeddings:
-            return embeddings[0]
-        zeros = jnp.zeros((tokens, self.model.config.text.hidden_size), self.program.dtype)
-        return jnp.concatenate([embeddings.get(row, zeros) for row in range(self.data)])
+        shape = (tokens, self.model.config.text.hidden_size)
+        zeros = np.zeros(shape, self.program.dtype)
+        none = jax.make_array_from_callback(shape, self.chosen.tokens.sharding, zeros.__getitem__)
+        return self.concatenate([embeddings.get(row, none) for row in range(self.data)])
 
     def _rows(self, slots: np.ndarray) -> Batch:
         """Returns a batch with the values of these slots; -1 is a row of its own without any."""
@@ -359,7 +368,6 @@ def _token_logprobs(logprobs: Logprobs, row: int) -> TokenLogprobs:
     return TokenLogprobs(float(logprobs.chosen[row]), tuple(top))
 
 
-@functools.partial(jax.jit, static_argnums=2)
 def _slice(embeddings: jax.Array, start: jax.Array | int, tokens: int) -> jax.Array:
     """Returns `tokens` embeddings from `start` on, zeros past the last."""
     return jax.lax.dynamic_slice_in_dim(jnp.pad(embeddings, [(0, tokens), (0, 0)]), start, tokens)
@@ -376,7 +384,8 @@ def _place(chosen: Chosen, new: Chosen, slots: jax.Array) -> Chosen:
 
 
 @functools.lru_cache(maxsize=16)
-def _moves(placement: jax.sharding.Sharding) -> tuple[Any, Any]:
-    """Returns `_take` and `_place` jitted, with results on all devices, where a step leaves its own: a result that is
-    placed otherwise would compile the next step again."""
-    return jax.jit(_take, out_shardings=placement), jax.jit(_place, out_shardings=placement)
+def _moves(placement: jax.sharding.Sharding) -> tuple[Any, Any, Any, Any]:
+    """Returns `_take`, `_place`, `_slice` and a concatenation jitted, with results on all devices, where a step leaves
+    its own: a result that is placed otherwise would compile the next step again."""
+    jitted = functools.partial(jax.jit, out_shardings=placement)
+    return jitted(_take), jitted(_place), jitted(_slice, static_argnums=2), jitted(jnp.concatenate)

@@ -22,7 +22,8 @@ class Status(enum.Enum):
 class Sequence:
     """`tokens` are the known ones: the prompt's, then those generated and read. Of these and the one not yet read, the
     first `dispatched` have been given to the device. `ends` is the length at which it is full. A `stepwise` sequence's
-    token is read before its next step, whose mask depends on it."""
+    token is read before its next step, whose mask depends on it. `boundaries` are lengths of beginnings that other
+    sequences may share, None where nothing is known of them."""
 
     tokens: list[int]
     ends: int
@@ -30,19 +31,23 @@ class Sequence:
     priority: int = 0
     stepwise: bool = False
     media: tuple[Placeholders, ...] = ()
-    boundaries: tuple[int, ...] = ()
+    boundaries: tuple[int, ...] | None = ()
     status: Status = Status.WAITING
     arrived: int = 0
     prompt: int = 0
+    begin: int = 0  # the number of tokens not computed at its last admission, since pages were found
     prefill: int = 0  # the number of tokens known when prefill began: it ends with the last of them
     dispatched: int = 0
     unread: int = 0  # steps dispatched whose token for this sequence is not read yet
-    cached: int | None = None  # prompt tokens that were not computed at its first admission
+    cached: int | None = None  # `begin` of its first admission
     shard: int = 0
     slot: int = -1
     pages: list[Page] = dataclasses.field(default_factory=list)
     keys: list[Key] = dataclasses.field(default_factory=list)
-    cuts: list[int] = dataclasses.field(default_factory=list)
+    # Where prefill pieces end so that the state can be copied: True where the place has a meaning, False for a guess
+    cuts: dict[int, bool] = dataclasses.field(default_factory=dict)
+    # Places of copies made while decoding, by the number of tokens before, until these are read
+    unpublished: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
@@ -56,6 +61,16 @@ class Sequence:
     def has_more(self) -> bool:
         """True while a decode step is left to dispatch: the token at `ends - 1` is chosen, never computed."""
         return self.dispatched < self.ends - 1
+
+    @property
+    def needed_pages(self) -> int:
+        """The number of pages that hold the known tokens."""
+        return -(-len(self.tokens) // PAGE)
+
+    @property
+    def sharable_pages(self) -> int:
+        """The number of full pages before the last known token, which is computed in any case: to choose the next."""
+        return (len(self.tokens) - 1) // PAGE
 
     def update_keys(self) -> list[Key]:
         """Returns the keys of all full pages of the known tokens."""
@@ -88,7 +103,7 @@ class Snapshot:
 @dataclasses.dataclass(frozen=True)
 class Step:
     """Work of the device, in this order: fill slots from snapshots, decode one token of each of `decode`, the
-    pieces of prefill, and copy states at the pieces' ends. `admitted` have new slots and pages."""
+    pieces of prefill, and copy the states after them. `admitted` have new slots and pages."""
 
     admitted: tuple[Sequence, ...] = ()
     loads: tuple[Snapshot, ...] = ()

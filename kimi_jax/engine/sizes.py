@@ -6,16 +6,11 @@ from dataclasses import dataclass
 
 import jax
 
-from kimi_jax.model.context import PAGE
 from kimi_jax.model.kimi import Kimi
-from kimi_jax.runtime.cache import pages_within, slot_bytes
+from kimi_jax.runtime.pools import HEADROOM, pools_within, row_pages
 from kimi_jax.runtime.program import Program
+from sharding import Partition
 
-# Of the memory that a device has left when the engine begins; the rest is for what a step computes with.
-HEADROOM = 0.6
-# Of the pages' memory, for snapshots of recurrent states.
-SNAPSHOT_SHARE = 0.1
-FEWEST_PLACES = 4  # snapshots of a data shard: a system prompt's, and of some conversations
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -47,28 +42,19 @@ def pool_sizes(
     model: Kimi, slots: int, cache_memory: int | str | None, prefill_chunk: int, max_length: int | None
 ) -> Sizes:
     """Returns the sizes of an engine's pools. Raises ValueError where arguments do not fit the mesh or the memory."""
-    program, text = Program(model), model.config.text
-    data, parts = program.data, program.data * program.sequence
-    if slots < 1 or slots % data:
-        raise ValueError(f"slots is {slots}, expected a multiple of the data axis, {data}")
+    program = Program(model)
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
-    longest = min(max_length or text.max_position_embeddings, text.max_position_embeddings)
-    recurrent = "kda" in text.layer_kinds
-    latent = "mla" in text.layer_kinds
-    most = slots * -(-longest // (PAGE * program.sequence)) * program.sequence
-    each_state = slot_bytes(model.config, program.dtype, program.mesh)
     memory = free_memory() if cache_memory is None else parse_bytes(cache_memory)
-    budget = int(memory * (1 - SNAPSHOT_SHARE)) if recurrent else memory
-    pages = min(pages_within(model.config, budget, slots, program.dtype, program.mesh), most) if latent else parts
-    places = 0
-    if recurrent:
-        places = max(FEWEST_PLACES, min(int(memory * SNAPSHOT_SHARE) // each_state, slots * 16)) * data
-    shard_tokens = pages // data * PAGE
-    longest = min(longest, shard_tokens) if latent else longest
-    row_pages = -(-longest // (PAGE * program.sequence)) * program.sequence
+    pools = pools_within(model.config, memory, slots, program.dtype, program.mesh, max_length)
     return Sizes(
-        pages, places, row_pages, piece_lengths(prefill_chunk), decode_row_counts(slots, data), longest, recurrent
+        pools.pages,
+        pools.places,
+        row_pages(pools.longest, Partition(program.mesh)),
+        piece_lengths(prefill_chunk),
+        decode_row_counts(slots, program.data),
+        pools.longest,
+        "kda" in model.config.text.layer_kinds,
     )
 
 

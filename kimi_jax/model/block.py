@@ -14,6 +14,7 @@ from kimi_jax.model.mla import MLA
 from kimi_jax.model.moe import MLP, MoE
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, reshard
+from kimi_jax.model.statistics import LayerStatistics, count_choices, largest_logits
 from sharding import StreamLayout, dispatch_and_combine, first_local_expert
 
 ONE_DEVICE = StreamLayout()
@@ -37,6 +38,24 @@ class Block(nnx.Module):
         x = x + mixed
         return x + self.feed_forward(x, layout), cache
 
+    def with_statistics(
+        self, x: Stream, context: Context, layout: StreamLayout = ONE_DEVICE
+    ) -> tuple[Stream, LayerStatistics]:
+        """Maps the stream without a cache, and returns the layer's statistics."""
+        if isinstance(self.self_attn, MLA):
+            h = layout.gather_rows(self.input_layernorm(layout.take_local(x)))
+            y, top = self.self_attn.with_max(h, context, layout.partition)
+            mixed, max_logits = layout.reduce_rows(y, "heads", x.dtype), largest_logits(top, layout)
+        else:
+            (mixed, _), max_logits = self.mix_tokens(x, context, None, layout), None
+        x = x + mixed
+        if not isinstance(self.mlp, MoE):
+            return x + self.feed_forward(x, layout), LayerStatistics(None, max_logits)
+        y, chosen = route_and_mix(self.mlp, self.post_attention_layernorm(x), layout)
+        valid = layout.slice_rows(context.valid)
+        counts = count_choices(chosen, valid, self.mlp.gate.config.n_routed_experts, layout)
+        return x + y, LayerStatistics(counts, max_logits)
+
     def mix_tokens(
         self, x: Stream, context: Context, cache: LayerCache | None, layout: StreamLayout
     ) -> tuple[Stream, LayerCache | None]:
@@ -47,7 +66,7 @@ class Block(nnx.Module):
             state = None if cache is None else read_slots(cache, context)
             valid = layout.slice_rows(context.valid)
             segments = None if context.segments is None else layout.slice_rows(context.segments)
-            y, state = self.self_attn(h, valid, state, context.phase, layout.token_axes, segments)
+            y, state = self.self_attn(h, valid, state, context.phase, layout.token_axes, segments, context.num_segments)
             cache = None if cache is None or state is None else write_slots(cache, state, context)
             return layout.reduce_local(y, "kda_heads", x.dtype), cache
         assert not isinstance(cache, KDAState)
@@ -64,6 +83,14 @@ class Block(nnx.Module):
 
 def mix_experts(moe: MoE, h: Stream, layout: StreamLayout) -> Stream:
     """Computes the mixture's part of the stream, in one of the two ways of `sharding.expert_dispatch`."""
+    return route_and_mix(moe, h, layout)[0]
+
+
+def route_and_mix(moe: MoE, h: Stream, layout: StreamLayout) -> tuple[Stream, Array]:
+    """Computes `mix_experts`, and returns the experts [tokens, j] that it chose on this device.
+
+    The tokens are those of `layout.scatter_unique` where the layout dispatches, and else of `layout.gather_all`.
+    """
     partition, num_local, num_experts = layout.partition, moe.experts.num_local, moe.gate.config.n_routed_experts
 
     def sum_experts(x: Array, chosen: Array, weights: Array) -> Array:
@@ -71,15 +98,17 @@ def mix_experts(moe: MoE, h: Stream, layout: StreamLayout) -> Stream:
 
     if not layout.dispatches:
         tokens = layout.gather_all(h)
-        y = sum_experts(tokens, *moe.gate(tokens))
+        chosen, weights = moe.gate(tokens)
+        y = sum_experts(tokens, chosen, weights)
         if moe.shared_experts is not None:
             y = y + moe.shared_experts(tokens)
-        return layout.reduce_all(y, like=h)
+        return layout.reduce_all(y, like=h), chosen
     unique = layout.scatter_unique(h)
-    y = dispatch_and_combine(unique, *moe.gate(unique), sum_experts, num_local, num_experts, partition)
+    chosen, weights = moe.gate(unique)
+    y = dispatch_and_combine(unique, chosen, weights, sum_experts, num_local, num_experts, partition)
     y = layout.gather_unique(y, like=h)
     if moe.shared_experts is None:
-        return y
+        return y, chosen
     # No device has all tokens: the shared experts of each take the tokens of its rows.
     shared = reshard(moe.shared_experts, "shared_mlp", "mlp", partition)
-    return y + layout.reduce_rows(shared(layout.gather_rows(h)), "mlp", h.dtype)
+    return y + layout.reduce_rows(shared(layout.gather_rows(h)), "mlp", h.dtype), chosen

@@ -54,6 +54,7 @@ class Context:
     segments: int32 [rows, t], the sequence (0 to n - 1, in order) of each token of a packed row, -1 for padding. None:
         a row is one sequence, its padding last.
     phase: "decode" promises t = 1 and no segments.
+    num_segments: n, the sequences of each packed row, where nothing is cached.
     """
 
     positions: Positions
@@ -61,6 +62,7 @@ class Context:
     slots: Int32[Array, "sequences"] | None = None
     segments: Positions | None = None
     phase: Phase = dataclasses.field(default="prefill", metadata={"static": True})
+    num_segments: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def valid(self) -> jax.Array:
@@ -87,7 +89,7 @@ class Context:
         """Returns a mask of each sequence's tokens, bool [rows, n, t]."""
         assert self.segments is not None
         rows = len(self.positions)
-        sequences = self.page_table.shape[0] // rows if self.page_table is not None else 1
+        sequences = self.page_table.shape[0] // rows if self.page_table is not None else self.num_segments
         return (self.segments[:, None] == jnp.arange(sequences)[:, None]) & self.valid[:, None]
 
 

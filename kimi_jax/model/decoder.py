@@ -1,5 +1,6 @@
 """The language model's trunk: embedding, residual blocks, final norm."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -9,6 +10,7 @@ from kimi_jax.model.block import ONE_DEVICE, Block
 from kimi_jax.model.context import Context, LayerCache
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, gather_weights
+from kimi_jax.model.statistics import LayerStatistics
 from sharding import SINGLE_DEVICE, Partition, StreamLayout
 
 
@@ -48,3 +50,26 @@ class Decoder(nnx.Module):
             x, with_tokens = gather_weights(block, layout.partition)(x, context, cache, layout)
             after.append(with_tokens)
         return self.norm(x), None if caches is None else tuple(cache for cache in after if cache is not None)
+
+    def with_statistics(
+        self, x: Stream, context: Context, layout: StreamLayout = ONE_DEVICE
+    ) -> tuple[Stream, tuple[LayerStatistics, ...]]:
+        """Maps the stream without a cache for training, and returns each layer's statistics.
+
+        A gradient keeps the stream before each layer, and computes the layer again, its gathered weights too.
+        """
+        found = []
+        for block in self.layers:
+            x, statistics = _recomputed(block, x, context, layout)
+            found.append(statistics)
+        return self.norm(x), tuple(found)
+
+
+def _recomputed(block: Block, x: Stream, context: Context, layout: StreamLayout) -> tuple[Stream, LayerStatistics]:
+    graph, weights = nnx.split(block)
+
+    @jax.checkpoint
+    def run(weights: nnx.State, x: Stream, context: Context) -> tuple[Stream, LayerStatistics]:
+        return gather_weights(nnx.merge(graph, weights), layout.partition).with_statistics(x, context, layout)
+
+    return run(weights, x, context)

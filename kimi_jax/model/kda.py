@@ -69,17 +69,22 @@ class KDA(nnx.Module):
         phase: Phase = "prefill",
         token_axes: tuple[str, ...] = (),
         segments: Positions | None = None,
+        num_segments: int = 1,
     ) -> tuple[Float32[jax.Array, "b t d"], KDAState | None]:
         """Mixes x [b, t, d]: returns this device's heads' part of the sum for the stream, and the state after the call.
 
         `valid` tokens come first in each row. The rows' tokens are sharded over the mesh axes `token_axes`. `segments`
-        are those of `Context`, with the states of all sequences, [b * n, ...].
+        are those of `Context`, with the states of all sequences, [b * n, ...], or with `num_segments`, which all begin
+        with an empty state.
         """
         raw = jnp.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         if segments is None:
             mixed, tail = self.convolve(raw, valid, state, token_axes)
+        elif state is None:
+            assert not token_axes
+            mixed = self.convolve_segments(raw, segments)
         else:
-            assert state is not None and not token_axes
+            assert not token_axes
             mixed, tail = self.convolve_packed(raw, valid, state, segments)
         q, k, v = (rearrange(part, "b t (h k) -> b t h k", k=self.head_dim) for part in jnp.split(mixed, 3, axis=-1))
         g, beta = self.gates(x, valid)
@@ -87,10 +92,10 @@ class KDA(nnx.Module):
         if state is not None and phase == "decode":
             o, S = kda_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], state.S, normalize_qk=True, scale=scale)
             o = o[:, None]
-        elif state is not None and segments is not None:
-            each = rearrange(state.S, "(b n) h k v -> b n h k v", b=len(x))
-            ids = jnp.where(valid, segments, -1)
-            packed = functools.partial(kda, segment_ids=ids, num_segments=each.shape[1], initial_state=each)
+        elif segments is not None:
+            each = None if state is None else rearrange(state.S, "(b n) h k v -> b n h k v", b=len(x))
+            ids, count = jnp.where(valid, segments, -1), num_segments if each is None else each.shape[1]
+            packed = functools.partial(kda, segment_ids=ids, num_segments=count, initial_state=each)
             o, S = packed(q, k, v, g, beta, normalize_qk=True, scale=scale)
             S = rearrange(S, "b n h k v -> (b n) h k v")
         else:
@@ -124,6 +129,22 @@ class KDA(nnx.Module):
         counts = jnp.sum(valid, axis=1, dtype=jnp.int32)
         tail = jnp.take_along_axis(padded, (counts[:, None] + jnp.arange(reach))[:, :, None], axis=1)
         return jax.nn.silu(y).astype(raw.dtype), select_last(tail.astype(before.dtype), counts, t, token_axes)
+
+    def convolve_segments(self, raw: jax.Array, segments: Positions) -> jax.Array:
+        """Computes `convolve` of packed rows whose sequences all begin here: no tap reaches into another sequence."""
+        w, t = self.taps(), raw.shape[1]
+        reach = w.shape[-1] - 1
+
+        def raw_before(distance: int) -> jax.Array:
+            """Returns the raw values so many tokens before each in its own sequence, b t c."""
+            if not distance:
+                return raw
+            own = jnp.pad(raw, ((0, 0), (distance, 0), (0, 0)))[:, :t]
+            owner = jnp.pad(segments, ((0, 0), (distance, 0)), constant_values=-1)[:, :t]
+            return jnp.where((owner == segments)[:, :, None], own, 0)
+
+        y = sum(raw_before(reach - j).astype(jnp.float32) * w[:, j] for j in range(reach + 1))
+        return jax.nn.silu(y).astype(raw.dtype)
 
     def convolve_packed(
         self, raw: jax.Array, valid: Valid, state: KDAState, segments: Positions

@@ -81,6 +81,15 @@ class MLA(nnx.Module):
         cache = MLACache(mla_write(cache.pages, latents, *self.places(context, table, partition)))
         return self.output(self.with_history(q, latents, context, cache, table, partition)), cache
 
+    def with_max(
+        self, x: Hidden, context: Context, partition: Partition = SINGLE_DEVICE
+    ) -> tuple[Float32[jax.Array, "b t d"], Float32[jax.Array, "b h"]]:
+        """Mixes x [b, t, d] without a cache, and returns each row's largest score of this device's heads."""
+        q, latents = self.project(x, context.positions, partition)
+        out, _, top = self.attend(q, latents, context, context.positions, self.segments(context))
+        assert top is not None
+        return self.output(out), top
+
     def places(
         self, context: Context, table: PageTable, partition: Partition
     ) -> tuple[Int32[jax.Array, "b pages"], Positions]:
@@ -124,8 +133,11 @@ class MLA(nnx.Module):
 
     def within(self, q: Queries, latents: Latents, context: Context) -> tuple[Values, LogSumExp]:
         """Attends from the tokens of a call to one another."""
-        segments = jnp.where(context.valid, 0, -1) if context.segments is None else context.segments
-        return self.expanded(q, latents, context, context.positions, segments)
+        return self.expanded(q, latents, context, context.positions, self.segments(context))
+
+    def segments(self, context: Context) -> Positions:
+        """Returns each token's sequence in its row, -1 for padding."""
+        return jnp.where(context.valid, 0, -1) if context.segments is None else context.segments
 
     def expanded(
         self,
@@ -136,11 +148,24 @@ class MLA(nnx.Module):
         kv_segments: Int32[jax.Array, "b s"],
     ) -> tuple[Values, LogSumExp]:
         """Attends to keys and values made from `latents`; also returns the log-sum-exp of the scores [b, t, h]."""
+        out, lse, _ = self.attend(q, latents, context, kv_positions, kv_segments, return_max=False)
+        return out, lse
+
+    def attend(
+        self,
+        q: Queries,
+        latents: Latents,
+        context: Context,
+        kv_positions: Int32[jax.Array, "b s"],
+        kv_segments: Int32[jax.Array, "b s"],
+        return_max: bool = True,
+    ) -> tuple[Values, LogSumExp, Float32[jax.Array, "b h"] | None]:
+        """Computes `expanded`, and the largest score of each row and head where asked."""
         c, pe = jnp.split(latents, [self.config.kv_lora_rank], axis=-1)
         kv = rearrange(self.kv_b_proj(c), "b s (h kv) -> b s h kv", h=q.shape[2])
         k, v = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
         k = jnp.concatenate([k, jnp.broadcast_to(pe[:, :, None], (*k.shape[:-1], pe.shape[-1]))], axis=-1)
-        out, lse = mla_prefill(
+        out, lse, *top = mla_prefill(
             q,
             k,
             v,
@@ -150,8 +175,9 @@ class MLA(nnx.Module):
             q_segments=jnp.zeros_like(context.positions) if context.segments is None else context.segments,
             scale=rope.softmax_scale(self.config),
             return_lse=True,
+            return_max=return_max,
         )
-        return out, lse
+        return out, lse, top[0] if return_max else None
 
     def with_history(
         self,

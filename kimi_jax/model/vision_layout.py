@@ -39,15 +39,20 @@ def padded_size(patches: int) -> int:
     return -(-patches // step) * step
 
 
-def lay_out_patches(grids: np.ndarray, config: VisionConfig) -> PatchLayout:
-    """Lays out `grids` [items, (t, h, w)] in patches, items in the order of their patches, padded to `padded_size`."""
+def lay_out_patches(grids: np.ndarray, config: VisionConfig, size: int | None = None) -> PatchLayout:
+    """Lays out `grids` [items, (t, h, w)] in patches, items in the order of their patches, padded to `size` patches,
+    or to `padded_size` of their number. Without items all is padding, which needs a `size`."""
+    if not len(grids):
+        kernel = np.array([[1, *config.merge_kernel_size]], np.int32)
+        one = lay_out_patches(kernel, config, size)
+        return PatchLayout(*(np.zeros_like(array) for array in one))._replace(segment=np.full_like(one.segment, -1))
     items = [_item(int(t), int(h), int(w), config) for t, h, w in grids]
     patches = sum(len(item["angles"]) for item in items)
     first = np.cumsum([0] + [len(item["angles"]) for item in items])
     joined = {name: np.concatenate([item[name] for item in items]) for name in items[0] if name != "merge_index"}
     joined["merge_index"] = np.concatenate([item["merge_index"] + at for item, at in zip(items, first, strict=False)])
     joined["segment"] = np.repeat(np.arange(len(items), dtype=np.int32), np.diff(first))
-    size = padded_size(patches)
+    size = padded_size(patches) if size is None else size
     cells = config.merge_kernel_size[0] * config.merge_kernel_size[1]
 
     def pad(name: str, values: np.ndarray) -> np.ndarray:

@@ -8,8 +8,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from kimi_jax.model.context import PAGE
-from kimi_jax.plan.job import Job, Parameter, layer_cache, parameters
+from kimi_jax.plan.job import Job, Parameter, parameters, pool_sizes
 from kimi_jax.plan.traffic import Collective
+from kimi_jax.runtime import pools
 
 # Programs, and what the compiler keeps beside buffers: 61 layers' kernels came to 60 to 250 MB.
 PROGRAM_BYTES = 300 * 10**6
@@ -62,6 +63,21 @@ class StepBound:
 
 
 @dataclasses.dataclass(frozen=True)
+class EnginePools:
+    """The pools that `kimi_jax.Engine` makes, by default, of what weights leave: `cache_memory` bytes of each device.
+
+    Slots, pages and places for copies of recurrent states are those of all devices. `sequences` of the job's context
+    are computed at one time.
+    """
+
+    cache_memory: int
+    slots: int
+    pages: int
+    places: int
+    sequences: int
+
+
+@dataclasses.dataclass(frozen=True)
 class PerLayer:
     """The last layer's share, with its part of the cache: bytes on a device, and bytes that a step reads there."""
 
@@ -96,9 +112,23 @@ def memory(job: Job, temporaries: int | None = None) -> Memory:
 
 def cache_bytes(job: Job) -> int:
     """Computes the bytes of all layers' caches on each device."""
-    each = layer_cache(job.config, job.batch, job.context, job.sizes)
-    kinds = job.config.text.layer_kinds
-    return each.mla * kinds.count("mla") + each.kda * kinds.count("kda")
+    pages, slots = pool_sizes(job.batch, job.context, job.partition)
+    return pools.cache_bytes(job.config, pages, slots, job.dtype, job.partition)
+
+
+def engine_pools(job: Job) -> EnginePools | None:
+    """Computes the pools of an engine with a slot for each of the job's rows; None where it finds no room."""
+    without_cache = memory(job, 0)
+    left = without_cache.available - without_cache.weights - without_cache.vision
+    cache_memory = int(left * pools.HEADROOM)
+    try:
+        found = pools.pools_within(job.config, cache_memory, job.batch, job.dtype, job.partition.mesh)
+    except ValueError:
+        return None
+    data = job.mesh["data"]
+    fit = found.pages // data // pools.row_pages(job.context, job.partition)
+    sequences = min(job.batch, data * fit) if "mla" in job.config.text.layer_kinds else job.batch
+    return EnginePools(cache_memory, found.slots, found.pages, found.places, sequences)
 
 
 def _temporaries(job: Job) -> int:
@@ -124,11 +154,17 @@ def touched(job: Job) -> float:
 def hbm_bytes(job: Job) -> float:
     """Computes HBM bytes: weights once (the chosen share of experts), latents once, KDA states read and written
     once."""
-    each = layer_cache(job.config, job.batch, job.context, job.sizes)
+    latents, states = _layer_cache(job)
     kinds = job.config.text.layer_kinds
-    return (
-        _weights_read(job, parameters(job.config)) + each.mla * kinds.count("mla") + 2 * each.kda * kinds.count("kda")
-    )
+    return _weights_read(job, parameters(job.config)) + latents * kinds.count("mla") + 2 * states * kinds.count("kda")
+
+
+def _layer_cache(job: Job) -> tuple[int, int]:
+    """Computes the bytes on each device of an MLA layer's and of a KDA layer's cache."""
+    pages, slots = pool_sizes(job.batch, job.context, job.partition)
+    each = pools.layer_bytes(job.config, job.dtype, job.partition)
+    shards = job.partition.num_shards
+    return pages // shards("pages") * each.page, slots // shards("batch") * each.slot
 
 
 def _weights_read(job: Job, read: tuple[tuple[Parameter, int], ...]) -> float:
@@ -144,8 +180,8 @@ def per_layer(job: Job) -> PerLayer:
     """Computes the share of the last layer, a mixture in every published model."""
     text = job.config.text
     last = parameters(job.config, text.num_hidden_layers - 1)
-    each = layer_cache(job.config, job.batch, job.context, job.sizes)
-    kept, moved = (each.mla, each.mla) if text.layer_kinds[-1] == "mla" else (each.kda, 2 * each.kda)
+    latents, states = _layer_cache(job)
+    kept, moved = (latents, latents) if text.layer_kinds[-1] == "mla" else (states, 2 * states)
     resident = sum(count * weight.local_bytes(job.sizes) for weight, count in last)
     return PerLayer(resident + kept, _weights_read(job, last) + moved)
 

@@ -144,3 +144,11 @@ def nbytes(shape: str, *, hbm_only: bool = False) -> int:
         bits = 8 if width is None else int(width[0])  # pred has none
         total += math.prod(int(n.strip("<=")) for n in dims.split(",") if n) * bits // 8
     return total
+
+
+def rows(shape: str) -> int:
+    """Returns an array's first dimension. Raises ValueError where it has none."""
+    found = _ARRAY.search(shape)
+    if found is None or not found[2]:
+        raise ValueError(f"a shape is {shape!r}, expected an array with at least one dimension")
+    return int(found[2].split(",")[0].strip("<="))

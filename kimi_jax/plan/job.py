@@ -3,17 +3,15 @@
 import dataclasses
 import functools
 from collections import Counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType
 
 from kimi_jax.config import KimiConfig
-from kimi_jax.model.context import PAGE, KDAState, MLACache
 from kimi_jax.model.kimi import Kimi, abstract
-from kimi_jax.runtime import cache as caches
+from kimi_jax.runtime.pools import row_pages
 from sharding import AXES, Partition, StreamLayout
 from sharding.topologies import Topology
 
@@ -144,28 +142,6 @@ def bits(dtype: Any) -> int:
     return 4 if jnp.dtype(dtype).name in ("int4", "uint4") else 8 * jnp.dtype(dtype).itemsize
 
 
-class LayerCacheBytes(NamedTuple):
-    """Bytes of a layer's cache on each device, for each kind of layer; 0 where there are no such layers."""
-
-    mla: int
-    kda: int
-
-
-@functools.cache
-def layer_cache(config: KimiConfig, batch: int, context: int, sizes: Sizes) -> LayerCacheBytes:
-    """Computes the bytes of a layer's cache. Raises ValueError where the mesh does not divide the batch or the
-    heads."""
-    partition = _partition(sizes)
-    cache = _cache(config, *pool_sizes(batch, context, partition))
-
-    def nbytes(array: jax.ShapeDtypeStruct, spec: PartitionSpec) -> int:
-        return partition.local_size(array.shape, spec) * array.dtype.itemsize
-
-    sized = jax.tree.map(nbytes, cache, caches.specs(cache, partition))
-    of_kind = {type(layer): sum(layer) for layer in sized.layers}
-    return LayerCacheBytes(of_kind.get(MLACache, 0), of_kind.get(KDAState, 0))
-
-
 def pool_sizes(batch: int, context: int, partition: Partition) -> tuple[int, int]:
     """Computes the pages and slots of a cache for `batch` rows of `context` tokens.
 
@@ -173,12 +149,4 @@ def pool_sizes(batch: int, context: int, partition: Partition) -> tuple[int, int
     """
     if batch % (parts := partition.num_shards("batch")):
         raise ValueError(f"a batch of {batch} rows cannot be sharded over a data axis of {parts}")
-    shards = partition.num_shards("row_pages")
-    return batch * -(-context // (PAGE * shards)) * shards, batch
-
-
-@functools.cache
-def _cache(config: KimiConfig, pages: int, slots: int) -> caches.Cache:
-    """Returns the shapes of a layer of each kind: the others are alike."""
-    cache = jax.eval_shape(lambda: caches.empty(shortened(config).config, pages, slots, jnp.dtype(config.text.dtype)))
-    return caches.Cache(tuple({type(layer): layer for layer in cache.layers}.values()))
+    return batch * row_pages(context, partition), batch

@@ -1,27 +1,30 @@
 """Messages of a step that is not compiled, read off traces of the program that runs it.
 
-JAX traces the real program over abstract devices, with shapes for values: one layer of each kind, and the step's ends,
-which have no layers. Ops send nothing, and only their shapes are traced. A compiler may then merge small messages, and
-writes some in another form.
+JAX traces the real program over abstract devices, with shapes for values and one layer of each kind, whose messages
+count for all such layers. Ops send nothing, and only their shapes are traced. A compiler may then merge small messages,
+and writes some in another form.
 """
 
 import dataclasses
 import functools
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from kimi_jax.model.block import Block
 from kimi_jax.model.kimi import placed
-from kimi_jax.plan.job import Job, bits, first_alike, pool_sizes, shortened
-from kimi_jax.plan.traffic import Collective, ragged_bytes
+from kimi_jax.plan.job import Job, bits, pool_sizes, shortened
+from kimi_jax.plan.traffic import Collective, ragged_operand
 from kimi_jax.runtime.cache import Cache
 from kimi_jax.runtime.program import Program
 from pallas_kernels.dispatch import shapes_only
-from sharding import AXES
+from sharding import AXES, StreamLayout
 from sharding.topologies import topologies
 
 # HLO's name of what JAX's primitives do, and the parameter that has their mesh axes.
@@ -38,8 +41,10 @@ _KINDS = {
     "ragged_all_to_all": ("ragged-all-to-all", "axis_name"),
 }
 
+_HALF = re.compile(r"\bhalf (\d+)")
 
-def trace(program: Program, job: Job, layers: tuple[int, ...] | None = None) -> Any:
+
+def trace(program: Program, job: Job, layers: Sequence[int] | None = None) -> Any:
     """Traces the job's step; `layers` are the numbers of those that the program's model has left, None for all."""
     pages, slots = pool_sizes(job.batch, job.context, job.partition)
     cache = program.cache_shapes(pages, slots)
@@ -60,45 +65,65 @@ def messages(job: Job, platform: str = "tpu") -> tuple[Collective, ...]:
     return _messages(dataclasses.replace(job, topology=topologies()[0]), platform)
 
 
+class _Halves(nnx.Module):
+    """The token mixer of a block, and the feed-forward layers of several. The equations of each have a number in their
+    name stack: the mixer's kind's, and those of `forwards`."""
+
+    def __init__(self, mixer: Block, number: int, forwards: dict[int, Block]):
+        self.mixer, self.number = mixer, number
+        self.numbers, self.forwards = tuple(forwards), nnx.List(forwards.values())
+
+    def __call__(self, x: Any, context: Any, cache: Any, layout: StreamLayout) -> tuple[Any, Any]:
+        with jax.named_scope(f"half {self.number}"):
+            mixed, cache = self.mixer.mix_tokens(x, context, cache, layout)
+            x = x + mixed
+        for number, block in zip(self.numbers, self.forwards, strict=True):
+            with jax.named_scope(f"half {number}"):
+                x = x + block.feed_forward(x, layout)
+        return x, cache
+
+
 @functools.cache
 def _messages(job: Job, platform: str) -> tuple[Collective, ...]:
-    mesh = job.partition.mesh
+    mesh, text = job.partition.mesh, job.config.text
     assert mesh is not None
-    model = placed(shortened(dataclasses.replace(job.config, vision=None)), mesh)
-    blocks = list(model.model.layers)
-
-    def found(*layers: int) -> Counter[Collective]:
-        model.model.layers = nnx.List([blocks[number] for number in layers])
-        with shapes_only(True):
-            jaxpr = trace(Program(model), job, layers).jaxpr
-        once: Counter[Collective] = Counter()
-        for message, times in _sent(jaxpr.jaxpr, job.mesh, platform):
-            once[message] += times
-        return once
-
-    ends = found()
-    total = Counter(ends)
-    for number, count in Counter(first_alike(job.config)).items():
-        of_layer = found(number)
-        of_layer.subtract(ends)
-        total.update({message: count * times for message, times in of_layer.items()})
-    listed = [dataclasses.replace(message, count=times) for message, times in total.items() if times]
+    model = placed(shortened(job.config), mesh)
+    # A text step has no use for the vision tower
+    model.vision_tower = model.mm_projector = None
+    blocks, of_mixer = model.model.layers, list(text.layer_kinds)
+    of_forward = [text.is_moe(number) for number in range(text.num_hidden_layers)]
+    first = [*map(of_mixer.index, dict.fromkeys(of_mixer)), *map(of_forward.index, dict.fromkeys(of_forward))]
+    counts = [*Counter(of_mixer).values(), *Counter(of_forward).values()]
+    mixers = len(set(of_mixer))
+    forwards = {number: blocks[first[number]] for number in range(mixers, len(first))}
+    halves: Any = [_Halves(blocks[first[number]], number, {} if number else forwards) for number in range(mixers)]
+    model.model.layers = nnx.List(halves)
+    with shapes_only(True):
+        jaxpr = trace(Program(model), job, first[:mixers]).jaxpr
+    total: Counter[Collective] = Counter()
+    for message, times, half in _sent(jaxpr.jaxpr, job.mesh, platform):
+        total[message] += times * (1 if half is None else counts[half])
+    listed = [dataclasses.replace(message, count=times) for message, times in total.items()]
     return tuple(sorted(listed, key=lambda one: (-one.count * one.nbytes, one)))
 
 
-def _sent(jaxpr: Jaxpr, mesh: dict[str, int], platform: str) -> Iterator[tuple[Collective, int]]:
-    """Yields a jaxpr's messages, each with a count of one, and how often it is sent."""
+def _sent(jaxpr: Jaxpr, mesh: dict[str, int], platform: str) -> Iterator[tuple[Collective, int, int | None]]:
+    """Yields a jaxpr's messages, each with a count of one, how often it is sent, and the half of a layer, None at the
+    step's ends."""
     for equation in jaxpr.eqns:
+        numbered = _HALF.search(str(equation.source_info.name_stack))
+        layer = None if numbered is None else int(numbered[1])
         if equation.primitive.name in _KINDS:
             message = _message(equation, mesh)
             if message.group > 1:
-                yield message, 1
+                yield message, 1, layer
             continue
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         in_loop = equation.primitive.name == "while"
         for inner in _inner(equation, platform):
-            for message, count in _sent(inner, mesh, platform):
-                yield dataclasses.replace(message, in_loop=message.in_loop or in_loop), count * times
+            for message, count, nested in _sent(inner, mesh, platform):
+                message = dataclasses.replace(message, in_loop=message.in_loop or in_loop)
+                yield message, count * times, nested if layer is None else layer
 
 
 def _message(equation: JaxprEqn, mesh: dict[str, int]) -> Collective:
@@ -106,8 +131,11 @@ def _message(equation: JaxprEqn, mesh: dict[str, int]) -> Collective:
     among = equation.params[names]
     axes = tuple(name for name in AXES if name in ((among,) if isinstance(among, str) else among))
     sizes = [_nbytes(x.aval) for x in equation.invars]
-    nbytes = ragged_bytes(sizes) if kind == "ragged-all-to-all" else sum(sizes)
-    return Collective(kind, axes, math.prod(mesh[name] for name in axes), nbytes, 1)
+    nbytes, to_all = sum(sizes), False
+    if kind == "ragged-all-to-all":
+        source: Any = equation.invars[0].aval
+        nbytes, to_all = ragged_operand(sizes, source.shape[0])
+    return Collective(kind, axes, math.prod(mesh[name] for name in axes), nbytes, 1, to_all=to_all)
 
 
 def _nbytes(array: Any) -> int:

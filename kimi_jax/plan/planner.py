@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kimi_jax.plan import analytic
-from kimi_jax.plan.analytic import Memory, PerLayer, StepBound
+from kimi_jax.plan.analytic import EnginePools, Memory, PerLayer, StepBound
 from kimi_jax.plan.compile import Compiled, DoesNotFitError
 from kimi_jax.plan.job import Job, Sizes
 from kimi_jax.plan.search import MESSAGE_SECONDS, Candidate, candidate, candidates, ranked, smallest_that_fits
@@ -32,7 +32,8 @@ class Alternative:
 class Plan:
     """All bytes are a device's. `why` says where the mesh comes from. `collectives` are the compiled program's, or
     without one those of the step's traces (`plan.messages`). `confirmed` says whether the compiler fits `largest_batch`
-    too, None where it was not asked."""
+    too, None where it was not asked. `engine` are the pools of an engine with `job.batch` slots, None where there is no
+    room for them."""
 
     model: str
     job: Job
@@ -43,6 +44,7 @@ class Plan:
     collectives: tuple[Collective, ...]
     largest_batch: int
     largest_context: int
+    engine: EnginePools | None
     confirmed: bool | None
     alternatives: tuple[Alternative, ...]
     compiled: Compiled | None
@@ -67,6 +69,7 @@ class Plan:
             | {"lower_bound_seconds": self.step.lower_bound_seconds, "bound_by": self.step.bound_by},
             "collectives": [dataclasses.asdict(one) | {"sent": one.sent} for one in self.collectives],
             "largest": {"batch": self.largest_batch, "context": self.largest_context, "confirmed": self.confirmed},
+            "engine": None if self.engine is None else dataclasses.asdict(self.engine),
             "alternatives": [dataclasses.asdict(one) for one in self.alternatives],
             "compiled": None if compiled is None else dataclasses.asdict(compiled),
             "warnings": list(self.warnings),
@@ -112,6 +115,7 @@ def plan(model: str, job: Job, *, sizes: Sizes | None = None, compile_step: Comp
         collectives=sent,
         largest_batch=batch,
         largest_context=analytic.largest_context(job, beside),
+        engine=analytic.engine_pools(job),
         confirmed=None if compile_step is None else _fits(job, batch, compile_step),
         alternatives=tuple(_alternatives(job, found)),
         compiled=made,

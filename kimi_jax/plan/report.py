@@ -94,6 +94,16 @@ def _show_limits(console: Console, plan: Plan) -> None:
         f"{plan.largest_context:,} tokens ({sure[plan.confirmed]})",
         highlight=False,
     )
+    if (engine := plan.engine) is None:
+        console.print(f"an engine of {plan.job.batch} slots finds no room for a cache")
+        return
+    copies = f", {engine.places:,} copies of recurrent states" if engine.places else ""
+    console.print(
+        f"an engine of {engine.slots:,} slots takes {engine.cache_memory / GIB:.2f} GiB of a device, unless told "
+        f"otherwise: {engine.pages:,} pages{copies}; {engine.sequences:,} sequences of {plan.job.context:,} tokens at "
+        "one time",
+        highlight=False,
+    )
 
 
 def _show_step(console: Console, plan: Plan) -> None:

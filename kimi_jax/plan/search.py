@@ -6,16 +6,20 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator
 
+from kimi_jax.config import KimiConfig
 from kimi_jax.plan import analytic
 from kimi_jax.plan.analytic import Memory, StepBound
-from kimi_jax.plan.job import Job, Sizes
+from kimi_jax.plan.job import Job, Phase, Sizes
 from kimi_jax.plan.messages import messages
 from kimi_jax.plan.traffic import Collective
-from sharding import AXES, SINGLE_DEVICE, StreamLayout
+from sharding import AXES, StreamLayout
 from sharding.topologies import Topology, topologies
 
 # A message on a slice takes microseconds however small it is. Only the choice of a mesh counts them, no bound does.
 MESSAGE_SECONDS = 2e-6
+Pattern = tuple[KimiConfig, Phase, type[StreamLayout], bool, tuple[str, ...], tuple[str, ...]]
+# The time of all messages, from the first trace of each pattern; it serves all slices.
+_latency: dict[Pattern, float] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +55,11 @@ class Candidate:
         return analytic.step(self.job, ()).lower_bound_seconds
 
     @property
-    def pattern(self) -> tuple[StreamLayout, tuple[str, ...]]:
-        """The stream's layout and the axes of several devices: they decide which messages there are, sizes aside."""
-        layout = self.job.layout
-        return dataclasses.replace(layout, partition=SINGLE_DEVICE), self.job.partition.mesh_axes
+    def pattern(self) -> Pattern:
+        """The model, the phase, the stream's layout and last the axes of several devices: they decide which messages
+        there are, sizes aside."""
+        job, layout = self.job, self.job.layout
+        return job.config, job.phase, type(layout), layout.dispatches, layout.token_axes, job.partition.mesh_axes
 
     @property
     def bytes_over(self) -> int:
@@ -79,26 +84,32 @@ def candidates(job: Job) -> list[Candidate]:
 
 
 def ranked(found: Iterable[Candidate]) -> Iterator[Candidate]:
-    """Yields those candidates first that fit, the fastest first.
+    """Yields those candidates first that fit, the fastest first; of others, those that lack the fewest bytes.
 
-    Messages of a candidate are traced only once it could be the next: a step takes no less than without them, and sends
-    as many as on a mesh with the same axes of several devices, whatever their sizes.
+    Messages of a candidate are traced only once it could be the next and fits: a step takes no less than without them,
+    and sends as many as on a mesh with the same axes of several devices, whatever their sizes.
     """
-    queue = [(one.bytes_over, one.least_cost, one.job.sizes[::-1], one) for one in found]
+    queue = [(one.bytes_over, _least(one), one.job.sizes[::-1], one) for one in found]
     heapq.heapify(queue)
     traced: set[Sizes] = set()
-    latency: dict[object, float] = {}
     while queue:
         over, cost, sizes, one = heapq.heappop(queue)
-        if sizes in traced:
+        if over or sizes in traced:
             yield one
             continue
-        least = one.least_cost + latency.get(one.pattern, 0.0)
+        least = _least(one)
         if least <= cost:
             traced.add(sizes)
             least = one.cost
-            latency[one.pattern] = one.messages * MESSAGE_SECONDS
+            _latency[one.pattern] = one.messages * MESSAGE_SECONDS
         heapq.heappush(queue, (over, least, sizes, one))
+
+
+def _least(one: Candidate) -> float:
+    """Computes a cost that the candidate's is at least. More axes of several devices only add messages."""
+    *alike, axes = one.pattern
+    known = (seconds for (*other, fewer), seconds in _latency.items() if other == alike and set(fewer) <= set(axes))
+    return one.least_cost + max(known, default=0.0)
 
 
 def smallest_that_fits(job: Job) -> Topology | None:

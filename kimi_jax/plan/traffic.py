@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kimi_jax.plan.hlo import FREE, HloProgram, nbytes, result
+from kimi_jax.plan.hlo import FREE, HloProgram, nbytes, result, rows
 
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "ragged-all-to-all",
          "reduce-scatter")  # fmt: skip
@@ -27,19 +27,25 @@ class Collective:
     nbytes: int
     count: int
     in_loop: bool = False
+    to_all: bool = False
 
     @property
     def sent(self) -> float:
         """The least bytes that a device has to send for all of these messages."""
         share = (self.group - 1) / self.group
         each = {"all-reduce": 2 * share, "all-gather": self.group - 1, "collective-permute": 1}.get(self.kind, share)
+        each = self.group - 1 if self.to_all else each
         return float(self.count * self.nbytes * each)
 
 
-def ragged_bytes(operands: Sequence[int]) -> int:
-    """Returns the most bytes that fit into a ragged message, given its operands' sizes: those of the source or, where
-    it is smaller, of the room that is filled. The other operands are offsets."""
-    return min(operands[:2])
+def ragged_operand(operands: Sequence[int], rows: int) -> tuple[int, bool]:
+    """Returns the most bytes that a device's ragged message has, and whether all of them go to every other device.
+
+    `operands` are the operands' sizes: those of the source, whose number of rows is `rows`, and of the room that is
+    filled; the others are offsets. The bytes are the source's or, where it is smaller, the room's. A source of one row
+    cannot be shared out: it goes to all (`sharding.page_ring.gather_ragged`). Rows of others go to one device each.
+    """
+    return min(operands[:2]), rows == 1
 
 
 def collectives(program: HloProgram, mesh: dict[str, int]) -> list[Collective]:
@@ -47,7 +53,7 @@ def collectives(program: HloProgram, mesh: dict[str, int]) -> list[Collective]:
 
     One that the compiler cuts up, to send while it multiplies, stands in several fusions, which share a `chain_id`.
     """
-    found: Counter[tuple[str, tuple[str, ...], int, int, bool]] = Counter()
+    found: Counter[tuple[str, tuple[str, ...], int, int, bool, bool]] = Counter()
     chains: set[str] = set()
     for body, instruction, times, in_loop in program.counted():
         kind = instruction.op.removesuffix("-start")
@@ -55,11 +61,13 @@ def collectives(program: HloProgram, mesh: dict[str, int]) -> list[Collective]:
         if kind in KINDS and not (chain and chain[1] in chains):
             chains |= {chain[1]} if chain else set()
             axes, group = _axes(instruction.attributes, mesh)
-            sizes = [nbytes(body[name].shape) for name in instruction.operands if name in body]
-            operand = ragged_bytes(sizes) if kind == "ragged-all-to-all" else sum(sizes)
+            shapes = [body[name].shape for name in instruction.operands if name in body]
+            operand, to_all = sum(map(nbytes, shapes)), False
+            if kind == "ragged-all-to-all":
+                operand, to_all = ragged_operand([*map(nbytes, shapes)], rows(shapes[0]))
             if group > 1:
-                found[kind, axes, group, operand, in_loop] += times
-    listed = [Collective(*what[:4], count, what[4]) for what, count in found.items()]
+                found[kind, axes, group, operand, in_loop, to_all] += times
+    listed = [Collective(*what[:4], count, *what[4:]) for what, count in found.items()]
     return sorted(listed, key=lambda collective: (-collective.count * collective.nbytes, collective))
 
 

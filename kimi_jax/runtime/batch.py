@@ -15,6 +15,8 @@ from kimi_jax.runtime.sampling import Sampling, SamplingRows, sampling_rows
 
 # In `Batch.tokens`, stands for the token that the previous step chose, which the host need not know.
 CHOSEN_BEFORE = -1
+# The least width of `Batch.stop_ids`, and the engine's: with one width both may run the same programs.
+STOP_IDS = 16
 
 
 class Finish(enum.IntEnum):
@@ -109,14 +111,15 @@ def pages_in_order(rows: int, tokens: int, data: int = 1, sequence: int = 1) -> 
 
 
 def padded_stop_ids(stop_ids: Iterable[int], rows: int, vocab_size: int) -> np.ndarray:
-    """Returns the stop ids, repeated for every row and padded with -1: int32 [rows, n], n a power of two, at least 8.
+    """Returns the stop ids, repeated for every row and padded with -1: int32 [rows, n], n a power of two, at least
+    STOP_IDS.
 
     Raises ValueError for anything but token ids.
     """
     ids = sorted(set(stop_ids))
     if ids and not 0 <= integers("stop_ids", ids).min() <= max(ids) < vocab_size:
         raise ValueError(f"stop_ids are {ids}, expected token ids from 0 to {vocab_size - 1}")
-    padded = np.full(max(8, 1 << (len(ids) - 1).bit_length()), -1, np.int32)
+    padded = np.full(max(STOP_IDS, 1 << (len(ids) - 1).bit_length()), -1, np.int32)
     padded[: len(ids)] = ids
     return np.tile(padded, (rows, 1))
 

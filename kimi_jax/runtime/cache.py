@@ -4,12 +4,10 @@ A cache does not know its owners: the host says in each step's `Batch` which pag
 is a pytree, donated to each step.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 
 from kimi_jax.axes import Array, Int32
 from kimi_jax.config import KimiConfig, TextConfig
@@ -61,45 +59,6 @@ def specs(cache: Cache, partition: Partition) -> Any:
     Raises ValueError where the mesh's axes do not divide a pool.
     """
     return Cache(cache_specs(cache.layers, partition))
-
-
-def pages_within(
-    config: KimiConfig,
-    nbytes: int,
-    slots: int,
-    dtype: jax.typing.DTypeLike,
-    mesh: Mesh | AbstractMesh | None = None,
-) -> int:
-    """Returns how many pages, over all devices, a cache of `slots` slots can have within `nbytes` of each device.
-
-    Raises ValueError where not even one page on every device fits.
-    """
-    partition = Partition(mesh)
-    parts = partition.num_shards("pages")
-    fixed, least = (_bytes_per_device(config, pages * parts, slots, dtype, partition) for pages in (0, 1))
-    count = (nbytes - fixed) // (least - fixed) if least > fixed else 0
-    if count < 1:
-        raise ValueError(f"a cache of {nbytes:,} bytes on each device: {slots} slots and one page take {least:,}")
-    return int(count) * parts
-
-
-def slot_bytes(config: KimiConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Returns the bytes on each device of one more slot a data shard."""
-    partition = Partition(mesh)
-    data = partition.num_shards("batch")
-    fixed, each = (_bytes_per_device(config, 0, slots * data, dtype, partition) for slots in (0, 1))
-    return each - fixed
-
-
-def _bytes_per_device(
-    config: KimiConfig, pages: int, slots: int, dtype: jax.typing.DTypeLike, partition: Partition
-) -> int:
-    shapes = jax.eval_shape(functools.partial(empty, config, pages, slots, dtype))
-
-    def nbytes(array: jax.ShapeDtypeStruct, spec: Any) -> int:
-        return partition.local_size(array.shape, spec) * array.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(nbytes, shapes, specs(shapes, partition))))
 
 
 def copy_slots(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kimi_jax.axes import Array, Bool, Float32, Int32, LastLogits, UInt32
+from kimi_jax.axes import AnyArray, Array, Bool, Float32, Int32, LastLogits, UInt32
 from kimi_jax.runtime.batch import Batch, Chosen, Finish
 from kimi_jax.runtime.draw import sample
 from kimi_jax.runtime.sampling import NO_PENALTIES
@@ -56,13 +56,13 @@ def last_positions(batch: Batch) -> Int32[jax.Array, "b"]:
     return jnp.take_along_axis(batch.positions, columns, axis=1).reshape(-1)
 
 
-def _allowed(logits: LastLogits, batch: Batch, penalties: Float32[Array, "b 3"], data: int) -> LastLogits:
+def _allowed(logits: LastLogits, batch: Batch, penalties: Float32[AnyArray, "b 3"], data: int) -> LastLogits:
     """Returns the logits after penalties, -inf where the mask forbids a token."""
     counts, mask = batch.counts, batch.mask
     if counts is not None:
 
         def lowered() -> jax.Array:
-            return penalized(logits, _of_slots(counts, batch.slots, data), penalties)
+            return penalized(logits, _of_slots(counts, batch.slots, data), jnp.asarray(penalties))
 
         asked = jnp.any(penalties != jnp.array(NO_PENALTIES))
         logits = jax.lax.cond(asked, lowered, lambda: logits)
@@ -93,7 +93,9 @@ def logprobs(logits: LastLogits, tokens: Int32[Array, "b"], asked: Bool[Array, "
     rows, words = logits.shape
     index = jnp.arange(words, dtype=jnp.int32)
 
-    def next_best(before: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    Best = tuple[jax.Array, jax.Array]
+
+    def next_best(before: Best, _: None) -> tuple[Best, Best]:
         value, token = (x[:, None] for x in before)
         rest = jnp.where((logits < value) | ((logits == value) & (index > token)), logits, -jnp.inf)
         found = rest.max(axis=-1), jnp.argmax(rest, axis=-1).astype(jnp.int32)

@@ -19,7 +19,7 @@ from kimi_jax.model.context import Phase
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.param import weight_specs
 from kimi_jax.runtime import cache as caches
-from kimi_jax.runtime.batch import CHOSEN_BEFORE, Batch, Chosen, Finish
+from kimi_jax.runtime.batch import CHOSEN_BEFORE, STOP_IDS, Batch, Chosen, Finish
 from kimi_jax.runtime.cache import Cache
 from kimi_jax.runtime.choose import choose, count_tokens
 from kimi_jax.runtime.sampling import SamplingRows
@@ -108,7 +108,7 @@ class Program:
         return self.jitted.set_counts(counts, np.int32(slot), row)
 
     def batch_shapes(
-        self, phase: Phase, rows: int, tokens: int, row_pages: int, stop_ids: int = 8, extras: bool = False
+        self, phase: Phase, rows: int, tokens: int, row_pages: int, stop_ids: int = STOP_IDS, extras: bool = False
     ) -> Batch:
         """Returns the shapes, dtypes and shardings of a batch without segments and media, whose tokens are all given,
         to compile a step without values. `extras` are masks, penalties and logprobs, which the engine's steps have;

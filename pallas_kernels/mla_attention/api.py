@@ -5,6 +5,7 @@ tokens are along the last axis, for a row-major width of 576 would be padded to 
 """
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +33,9 @@ def mla_prefill(
     kv_segments: Int32[Array, "B T"] | None = None,
     scale: float,
     return_lse: bool = False,
+    return_max: bool = False,
     implementation: str | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Array | tuple[Array, ...]:
     """Computes softmax attention where kv_position <= q_position and segments agree.
 
     The score matrix [S, T] is never formed.
@@ -45,11 +47,13 @@ def mla_prefill(
         sees nor is seen.
       scale: multiplies the scores before the softmax.
       return_lse: also returns the natural log-sum-exp of the scores, by which partial attentions can be merged.
+      return_max: also returns, last, the largest scaled score of each head.
       implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
 
     Returns:
       [B, S, H, Dv] in v's dtype (softmax and accumulation in float32), and with `return_lse` float32 [B, S, H], of the
-      weights that multiply v (on a TPU rounded to its dtype).
+      weights that multiply v (on a TPU rounded to its dtype). With `return_max` also float32 [B, H], over all queries
+      and the keys that they see, -inf where there is none; no gradient flows through it.
       A query that sees no key gets zeros and -inf. Keys that no query sees may hold anything. Differentiable in q, k
       and v.
 
@@ -76,12 +80,15 @@ def mla_prefill(
     if q_segments is None or kv_segments is None:
         q_segments, kv_segments = jnp.zeros_like(q_positions), jnp.zeros_like(kv_positions)
     operands = tuple(map(jnp.asarray, (q, k, v, q_positions, kv_positions, q_segments, kv_segments)))
+    options: dict[str, Any] = {"scale": scale, "return_max": return_max}
     backends = (
-        Backend("mosaic_tpu", partial(mosaic_prefill.mla_prefill, scale=scale), ("tpu",), mosaic_prefill.unsupported),
-        Backend("xla", partial(xla.mla_prefill, scale=scale)),
+        Backend("mosaic_tpu", partial(mosaic_prefill.mla_prefill, **options), ("tpu",), mosaic_prefill.unsupported),
+        Backend("xla", partial(xla.mla_prefill, **options)),
     )
-    out, lse = choose(op, implementation, backends, *operands)(*operands)
-    return (out, lse) if return_lse else out
+    out, lse, *top = choose(op, implementation, backends, *operands)(*operands)
+    if not return_lse and not return_max:
+        return out
+    return (out, *((lse,) if return_lse else ()), *top)
 
 
 @checks_arguments

@@ -20,7 +20,7 @@ another overlap: some 750 stores and loads in 4,940 bundles on v6e, and 1,200 in
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,14 +85,17 @@ def mla_prefill(
     kv_segments: Int[Array, "B T"],
     *,
     scale: float,
+    return_max: bool = False,
     interpret: bool | pltpu.InterpretParams,
-) -> tuple[Float[Array, "B S H Dv"], Float[Array, "B S H"]]:
-    """See `api.mla_prefill`; returns the output in v's dtype and the float32 log-sum-exp. Gradients are `xla`'s."""
-    run = with_gradient(partial(_forward, scale=scale, interpret=interpret), partial(xla.mla_prefill, scale=scale))
+) -> tuple[Array, ...]:
+    """See `api.mla_prefill`; returns the output in v's dtype, the float32 log-sum-exp, and with `return_max` the
+    largest scores [B, H]. Gradients are `xla`'s."""
+    options: dict[str, Any] = {"scale": scale, "return_max": return_max}
+    run = with_gradient(partial(_forward, **options, interpret=interpret), partial(xla.mla_prefill, **options))
     return run(q, k, v, q_positions, kv_positions, q_segments, kv_segments)
 
 
-def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, scale, interpret):
+def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, scale, interpret, return_max=False):
     (batch, length, heads, width), values = q.shape, v.shape[3]
     size = choose_blocks(q, k)
     groups = heads // size.heads
@@ -109,8 +112,14 @@ def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, sca
     def rows(lanes: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, size.queries, lanes), lambda core, b, group, i, *_: (b, i, column(core, group)))
 
-    out, lse = pl.pallas_call(
-        partial(_prefill_kernel, scale=scale, size=size, width=width),
+    # The log-sum-exp and the largest score of each query
+    per_query = [
+        pl.BlockSpec((1, 1, size.heads, size.queries), lambda core, b, group, i, *_: (b, column(core, group), 0, i))
+    ] * (2 if return_max else 1)
+    query_shape = jax.ShapeDtypeStruct((batch, groups, size.heads, q_blocks * size.queries), jnp.float32)
+
+    out, *found = pl.pallas_call(
+        partial(_prefill_kernel, scale=scale, size=size, width=width, outputs=1 + len(per_query)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=8,
             grid=(cores, batch, groups // cores, q_blocks),
@@ -122,9 +131,7 @@ def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, sca
             ],
             out_specs=[
                 rows(size.heads * values),
-                pl.BlockSpec(
-                    (1, 1, size.heads, size.queries), lambda core, b, group, i, *_: (b, column(core, group), 0, i)
-                ),
+                *per_query,
             ],
             scratch_shapes=[
                 pltpu.VMEM((2, size.keys, size.heads * width), k.dtype),
@@ -136,7 +143,7 @@ def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, sca
         ),
         out_shape=[
             jax.ShapeDtypeStruct((batch, length, heads * values), v.dtype),
-            jax.ShapeDtypeStruct((batch, groups, size.heads, q_blocks * size.queries), jnp.float32),
+            *[query_shape] * len(per_query),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
@@ -153,8 +160,9 @@ def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, sca
         _padded(k.reshape(batch, -1, heads * width), LANES, 1),
         _padded(v.reshape(batch, -1, heads * values), LANES, 1),
     )
-    lse = jnp.moveaxis(lse.reshape(batch, heads, -1), 1, 2)
-    return out.reshape(batch, length, heads, values), lse[:, :length]
+    lse, *top = (array.reshape(batch, heads, -1) for array in found)
+    lse = jnp.moveaxis(lse, 1, 2)[:, :length]
+    return out.reshape(batch, length, heads, values), lse, *(jnp.max(array, axis=-1) for array in top)
 
 
 def _padded(array: Array, block: int, axis: int, fill: int = 0) -> Array:
@@ -198,15 +206,17 @@ class Seen(NamedTuple):
         return (last <= q_first) & one
 
 
-def _prefill_kernel(*refs, scale, size, width):
+def _prefill_kernel(*refs, scale, size, width, outputs):
     """Works on one group of heads and one block of queries.
 
     `state` holds the half of the buffers k and v that receives the step's first block, that block's number, and the
     number after the last block's.
     """
     seen = Seen(refs[:4], refs[4:8])
-    q_positions, q_segments, kv_positions, kv_segments, q, k_hbm, v_hbm, out, lse, k, v, arrived, state = refs[8:21]
-    work = PrefillScratch(*refs[21:])
+    q_positions, q_segments, kv_positions, kv_segments, q, k_hbm, v_hbm = refs[8:15]
+    out, *found = refs[15 : 15 + outputs]
+    k, v, arrived, state, *rest = refs[15 + outputs :]
+    work = PrefillScratch(*rest)
     core, batch, group, q_block = (pl.program_id(i) for i in range(4))
     batches, groups, q_blocks = (pl.num_programs(i) for i in range(1, 4))
     tokens, parts = k_hbm.shape[1], size.keys // size.part
@@ -304,4 +314,4 @@ def _prefill_kernel(*refs, scale, size, width):
         return 1 - half
 
     state[0] = lax.fori_loop(first, end, attend_block, state[0])
-    finish(work, out.at[0], lse.at[0, 0])
+    finish(work, out.at[0], *(array.at[0, 0] for array in found))

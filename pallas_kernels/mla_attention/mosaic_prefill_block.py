@@ -138,8 +138,9 @@ def attend(work: PrefillScratch, k: Ref, v: Ref, width: int, scale: float, hidde
     weigh(len(units) - 1)
 
 
-def finish(work: PrefillScratch, out: Ref, lse: Ref) -> None:
-    """Writes the attention [queries, heads * values] and the log-sum-exp [heads, queries]."""
+def finish(work: PrefillScratch, out: Ref, lse: Ref, largest: Ref | None = None) -> None:
+    """Writes the attention [queries, heads * values], the log-sum-exp [heads, queries], and where asked the largest
+    scores [heads, queries]."""
     heads, values = work.q.shape[0], work.acc.shape[1] - ONES
     for head in range(heads):
         weight = work.acc[head, values : values + 1]
@@ -147,6 +148,8 @@ def finish(work: PrefillScratch, out: Ref, lse: Ref) -> None:
         weight = jnp.where(seen, weight, 1)
         out[:, head * values : (head + 1) * values] = (work.acc[head, :values] / weight).T.astype(out.dtype)
         lse[head : head + 1] = jnp.where(seen, math.log(2) * work.top[head] + jnp.log(weight), -jnp.inf)
+        if largest is not None:
+            largest[head : head + 1] = jnp.where(seen, math.log(2) * work.top[head], -jnp.inf)
 
 
 def _place(head: int, heads: int, width: int) -> tuple[slice, int]:

@@ -27,8 +27,10 @@ def mla_prefill(
     kv_segments: Int[Array, "B T"],
     *,
     scale: float,
-) -> tuple[Float[Array, "B S H Dv"], Float[Array, "B S H"]]:
-    """See `api.mla_prefill`; returns the output in v's dtype and the float32 log-sum-exp."""
+    return_max: bool = False,
+) -> tuple[Array, ...]:
+    """See `api.mla_prefill`; returns the output in v's dtype, the float32 log-sum-exp, and with `return_max` the
+    largest scores [B, H]."""
     queries = (
         _blocks(_heads_first(q), QUERIES, 2),
         _blocks(q_positions, QUERIES, 1),
@@ -39,7 +41,7 @@ def mla_prefill(
     (batch, tokens, heads, _), width = q.shape, v.shape[-1]
 
     @jax.checkpoint
-    def query_block(_: None, block: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
+    def query_block(_: None, block: tuple[Array, ...]) -> tuple[None, tuple[Array, ...]]:
         q, *query_marks = block
 
         @jax.checkpoint
@@ -64,11 +66,11 @@ def mla_prefill(
 
         running, _ = lax.scan(key_block, empty((batch, heads, q.shape[2]), width), (*keys, *key_marks))
         out, lse = finish(running)
-        return None, (out.astype(v.dtype), lse)
+        return None, (out.astype(v.dtype), lse, *((jnp.max(running.top, axis=-1),) if return_max else ()))
 
-    _, (out, lse) = lax.scan(query_block, None, queries)
+    _, (out, lse, *top) = lax.scan(query_block, None, queries)
     out, lse = rearrange(out, "n b h s d -> b (n s) h d"), rearrange(lse, "n b h s -> b (n s) h")
-    return out[:, :tokens], lse[:, :tokens]
+    return out[:, :tokens], lse[:, :tokens], *(jnp.max(block, axis=0) for block in top)
 
 
 def mla_decode(

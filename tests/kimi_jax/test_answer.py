@@ -19,8 +19,9 @@ from kimi_jax.runtime.generate import stream as real_stream
 from kimi_jax.runtime.program import Program
 
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1,
+    "first_k_dense_replace": 0, "n_routed_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "vt_num_hidden_layers": 1, "vt_intermediate_size": 32, "max_position_embeddings": 256,
 }  # fmt: skip
 SECTION = "<|tool_calls_section_begin|>"
@@ -30,7 +31,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Writes a K2.5 of two layers in the published layout."""
+    """Writes a K2.5 of one layer of experts in the published layout."""
     return write_toy(tmp_path_factory.mktemp("answer") / "k2.5", toy_config("k2.5", **SIZES))
 
 

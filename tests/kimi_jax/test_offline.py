@@ -19,8 +19,8 @@ from kimi_jax.runtime.sampling import Sampling
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """Returns the engine and processor of a K2 of two layers."""
-    sizes = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+    """Returns the engine and processor of a K2 of one layer of experts."""
+    sizes = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
     folder = write_toy(tmp_path_factory.mktemp("offline") / "k2", toy_config("k2", **sizes))
     with Engine(kimi_jax.load(folder, dtype=jnp.float32), slots=2, cache_memory="4MiB", prefill_chunk=64) as engine:
         yield engine, Processor.from_folder(folder)
@@ -59,6 +59,8 @@ def test_each_line_has_the_answer_that_it_has_alone(served, tmp_path):
 
 class Says(Engine):
     """An engine of one slot that gives an answer without a model."""
+
+    failure = None
 
     def __init__(self, tokens, finish):
         self.event = Event(tuple(tokens), finish, Usage(1, len(tokens), 0))
@@ -123,3 +125,22 @@ def test_a_bad_line_ends_alone(served, tmp_path, line, message):
     (bad,) = (result for name, result in results.items() if name != "good")
     assert message in bad["error"] and "\n" not in bad["error"]
     assert results["good"]["finish_reason"] in ("stop", "length")
+
+
+def test_a_failed_engine_writes_no_results(tmp_path, served, monkeypatch):
+    # (a result would keep the line from being answered after a new start)
+    engine, processor = served
+
+    class Failed:
+        failure = RuntimeError("the device is gone")
+        stats = engine.stats
+
+        def submit(self, request):
+            return self.events()
+
+        async def events(self):
+            yield Event((), "error", Usage(1, 0, 0), None, "the engine has failed: the device is gone")
+
+    file = write(tmp_path / "prompts.jsonl", {"id": "a", "prompt": "Hello"})
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        answers((Failed(), processor), file)

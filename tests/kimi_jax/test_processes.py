@@ -1,11 +1,15 @@
 """Several processes, each with devices of its own: they give the tokens of one, each reads a part of the checkpoint,
 and all end together."""
 
+import contextlib
+import io
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,9 +30,18 @@ def folder(tmp_path_factory):
     return write_toy(tmp_path_factory.mktemp("processes") / "k2", toy_config("k2", **SIZES))
 
 
-def run_job(*folders):
-    """Runs a process with four devices for each folder, all in one job, and returns (exit code, standard output, error)
-    of each."""
+@pytest.fixture(scope="module")
+def single(folder):
+    """Returns the answer that one process with eight devices writes."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["generate", str(folder), *OPTIONS]) == 0
+    assert len(out.getvalue()) > 3
+    return out.getvalue()
+
+
+@contextlib.contextmanager
+def started(*folders, options=OPTIONS):
+    """Starts a process with four devices for each folder, all in one job, and ends them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
@@ -37,7 +50,7 @@ def run_job(*folders):
     script = Path(__file__).parents[1] / "support" / "one_of_several.py"
     running = [
         subprocess.Popen(
-            [sys.executable, script, "generate", folder, *OPTIONS, *job, "--process-id", str(i)],
+            [sys.executable, script, "generate", folder, *options, *job, "--process-id", str(i)],
             env=os.environ | {"XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -46,20 +59,21 @@ def run_job(*folders):
         for i, folder in enumerate(folders)
     ]
     try:
-        ended = [(process.communicate(timeout=900), process.returncode) for process in running]
+        yield running
     finally:
         for process in running:
             process.kill()
-            process.wait()
+            process.communicate()
+
+
+def run_job(*folders):
+    """Runs a job, and returns (exit code, standard output, error) of each process."""
+    with started(*folders) as running:
+        ended = [(process.communicate(timeout=900), process.returncode) for process in running]
     return [(code, out, err) for (out, err), code in ended]
 
 
-def test_two_processes_give_the_tokens_of_one(folder, capsys):
-    # Given the answer of one process with eight devices
-    assert main(["generate", str(folder), *OPTIONS]) == 0
-    single = capsys.readouterr().out
-    assert len(single) > 3
-
+def test_two_processes_give_the_tokens_of_one(folder, single):
     # When two processes with four devices each run the command
     first, second = run_job(folder, folder)
 
@@ -73,6 +87,35 @@ def test_two_processes_give_the_tokens_of_one(folder, capsys):
     for _, _, err in (first, second):
         (read,) = re.findall(r"^read (\d+) bytes$", err, re.M)
         assert experts / 2 < int(read) < weights - 0.4 * experts
+
+
+def test_an_engine_on_two_processes_answers_until_one_is_killed(folder, single, tmp_path):
+    # Given prompts of which the last takes long
+    lines = [
+        {"id": "a", "prompt": "Hello"},
+        {"id": "b", "prompt": "Hello"},
+        {"prompt": "Go on", "max_new_tokens": 3000},
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--prompts", prompts, *OPTIONS[2:], "--slots", "4", "--prefill-chunk", "16", "--cache-memory", "4MiB"]
+
+    # When one of two processes is killed before the engine has the last answer
+    with started(folder, folder, options=options) as (first, second):
+        results = [json.loads(first.stdout.readline()) for _ in range(2)]
+        second.kill()
+        killed = time.monotonic()
+        out, err = first.communicate(timeout=60)
+        took = time.monotonic() - killed
+
+    # Then the others are those of one process, and the other process soon ends with the name of the killed one
+    content = re.sub(r"<\|\w+\|>", "", single).rstrip("\n")  # a result has no special tokens
+    assert content and [result["content"] for result in results] == [content, content]
+    assert sorted(result["id"] for result in results) == ["a", "b"] and out == "", out
+    assert first.returncode == 1 and took < 10, (first.returncode, took, err)
+    host = socket.gethostname()
+    (line,) = re.findall("^kimi-jax: .*", err, re.M)
+    assert line.startswith(f"kimi-jax: process 1 of 2 (host {host}) is lost"), err
 
 
 def test_one_that_fails_ends_all_with_its_reason(folder, tmp_path):

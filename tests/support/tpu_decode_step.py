@@ -1,5 +1,5 @@
-"""Compiles a decode step of a small model of a preset's kind for a mesh of TPU cores that this machine does not have,
-and prints what is in it. Its arguments: the preset, the slice, the mesh, the batch.
+"""Compiles decode steps of small models of a preset's kind for meshes of TPU cores that this machine does not have, and
+prints what is in each, a line for each. Its arguments, four for each: the preset, the slice, the mesh, the batch.
 
 Run by test_tpu_decode_step.py in a process of its own: libtpu reads flags that the tests set for simulated devices.
 """
@@ -12,13 +12,16 @@ import sys
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kimi_jax import config_json
 from kimi_jax.model.context import PAGE
 from kimi_jax.model.kimi import abstract
 from kimi_jax.plan.hlo import FREE, Instruction, nbytes, parse, result
 from kimi_jax.plan.traffic import collectives
+from kimi_jax.runtime.choose import choose
 from kimi_jax.runtime.program import Program
 from sharding import make_mesh, mesh_sizes
 
@@ -57,6 +60,7 @@ def main(preset: str, slice_: str, shape: str, batch: int) -> None:
     messages: Counter[str] = Counter()
     for message in sent:
         messages[message.kind] += message.count
+    chosen = choosing(program, batch, row_pages)
     print(
         json.dumps(
             {
@@ -64,6 +68,9 @@ def main(preset: str, slice_: str, shape: str, batch: int) -> None:
                 "collectives": messages,
                 "largest": max(message.nbytes for message in sent if message.kind != "all-to-all"),
                 "copies": [one.name for one in parsed.computations[parsed.entry].values() if _copies(one)],
+                "choosing": sorted({message.kind for message in collectives(parse(chosen), dict(mesh.shape))}),
+                "largest of choosing": max(m.nbytes for m in collectives(parse(chosen), dict(mesh.shape))),
+                "sorts": len(re.findall(r"\bsort\(|TopK", chosen)),
                 "in place": memory.alias_size_in_bytes,
                 "cache": sum(
                     math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
@@ -72,6 +79,16 @@ def main(preset: str, slice_: str, shape: str, batch: int) -> None:
             }
         )
     )
+
+
+def choosing(program: Program, batch: int, row_pages: int) -> str:
+    """Returns the HLO of choosing tokens from a decode step's logits, with all that an engine's requests can ask."""
+    everything = program.batch_shapes("decode", batch, 1, row_pages, extras=True)
+    # The logits are sharded as the counts of tokens are
+    logits = jax.ShapeDtypeStruct(everything.counts.shape, jnp.float32, sharding=everything.counts.sharding)
+    choose_on_mesh = jax.jit(choose, static_argnums=2, out_shardings=NamedSharding(program.mesh, PartitionSpec()))
+    step = choose_on_mesh.trace(logits, everything, program.data)
+    return step.lower(lowering_platforms=("tpu",)).compile().as_text()
 
 
 def _copies(instruction: Instruction) -> bool:
@@ -86,4 +103,5 @@ def _copies(instruction: Instruction) -> bool:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], batch=int(sys.argv[4]))
+    for first in range(1, len(sys.argv), 4):
+        main(*sys.argv[first : first + 3], batch=int(sys.argv[first + 3]))

@@ -209,6 +209,15 @@ def test_a_file_of_prompts_that_is_not_there(published, tmp_path, capsys):
     assert "goes without" in refused(capsys, generate(published, "--prompts", file, "--image", "a.png"))
 
 
+def test_with_nothing_left_to_answer_no_model_is_loaded(tmp_path, capsys):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"id": "a", "prompt": "x"}\n\n')
+    out.write_text('{"id": "a", "content": "y"}\n')
+    assert generate(tmp_path / "no model", "--prompts", file, "--out", out) == 0
+    assert "0 answered, 0 refused, 1 were there already" in capsys.readouterr().err
+    assert out.read_text() == '{"id": "a", "content": "y"}\n'
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_logits_that_are_not_finite_are_no_answer(published, tmp_path, temperature, capsys):
     folder = tmp_path / "nan"

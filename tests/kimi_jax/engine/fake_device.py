@@ -4,27 +4,34 @@ Pages, slots and snapshots hold the tokens themselves, so that a page given to t
 found under a wrong key gives another answer, or ends the test at once.
 """
 
-import hashlib
+import itertools
+import zlib
+from array import array
 from collections.abc import Iterator
 
 from kimi_jax.engine.sequence import Sequence, Step
 from kimi_jax.model.context import PAGE
 
-STOP = 0
+STOP, NOTHING = 0, 65535
 
 
-def next_token(tokens: list[int]) -> int:
-    """Returns the token after `tokens`, 0 to 49; one in fifty is STOP."""
-    return hashlib.blake2b(str(tokens).encode(), digest_size=2).digest()[0] % 50
+def next_token(tokens: list[int], before: int = 0) -> tuple[int, int]:
+    """Returns the token after `tokens`, 0 to 399, of which one in four hundred is STOP, and a hash of all of them.
+
+    `before` is the hash of those that are left out.
+    """
+    total = zlib.crc32(array("H", tokens), before)
+    return total % 400, total
 
 
 def whole_answer(prompt: list[int], ends: int) -> list[int]:
     """Returns what a sequence must become that is computed alone."""
-    tokens = list(prompt)
+    tokens, (token, total) = list(prompt), next_token(prompt)
     while len(tokens) < ends:
-        tokens.append(next_token(tokens))
-        if tokens[-1] == STOP:
+        tokens.append(token)
+        if token == STOP:
             break
+        token, total = next_token([token], total)
     return tokens
 
 
@@ -33,7 +40,7 @@ class FakeDevice:
 
     def __init__(self, recurrent: bool):
         self.recurrent = recurrent
-        self.pages: dict[tuple[int, int, int], dict[int, int]] = {}
+        self.pages: dict[tuple[int, int, int], list[int]] = {}
         self.states: dict[tuple[int, int], list[int]] = {}
         self.snapshots: dict[tuple[int, int], list[int]] = {}
         self.chosen: dict[tuple[int, int], tuple[int, bool]] = {}
@@ -72,14 +79,14 @@ class FakeDevice:
         for position, token in enumerate(tokens, first):
             page = sequence.pages[position // PAGE]
             assert page.users == 1, "a shared page is written"
-            self.pages.setdefault((sequence.shard, page.part, page.number), {})[position % PAGE] = token
+            self.pages.setdefault((sequence.shard, page.part, page.number), [NOTHING] * PAGE)[position % PAGE] = token
 
     def _history(self, sequence: Sequence, count: int) -> list[int]:
         pages = [self.pages[sequence.shard, page.part, page.number] for page in sequence.pages[: -(-count // PAGE)]]
-        return [pages[position // PAGE][position % PAGE] for position in range(count)]
+        return list(itertools.chain.from_iterable(pages))[:count]
 
     def _choose(self, sequence: Sequence, count: int) -> tuple[int, bool]:
-        token = next_token(self._history(sequence, count))
+        token, _ = next_token(self._history(sequence, count))
         return token, token == STOP or count + 1 >= sequence.ends
 
 

@@ -4,11 +4,15 @@ import asyncio
 import threading
 
 import cases
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from idle_engine import forget_all
 
 import kimi_jax
 from kimi_jax.engine import Engine, QueueFullError, Request
+from kimi_jax.engine.pages import PagePool
 from kimi_jax.model.context import PAGE
 
 NAMES = ["k2.5", "kimi-linear"]
@@ -86,6 +90,40 @@ def test_many_at_once_answer_as_each_alone(engine, expected, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_in_few_pages_answers_are_those_of_each_alone(engine, expected, monkeypatch, name):
+    """Preempted, resumed and cancelled in a pool of six pages, where the prompts need up to four."""
+    one, preempted = engine(name), []
+    (shard,), preempt = one.scheduler.shards, one.scheduler._preempt
+    forget_all(one)
+    whole, shard.pages = shard.pages, PagePool(6)
+    monkeypatch.setattr(one.scheduler, "_preempt", lambda sequence: (preempted.append(sequence), preempt(sequence)))
+    random, programs = np.random.RandomState(5), one.stats().compiled_programs
+
+    async def everybody():
+        async def late(number, request):
+            await asyncio.sleep(random.uniform(0, 0.2))
+            return number, (await read(one, request))[0]
+
+        async def quitter(prompt):
+            stream = one.submit(ask(prompt, max_new_tokens=100, priority=2))
+            await stream.__anext__()
+            await stream.aclose()
+
+        quitters = [quitter(PROMPTS[number]) for number in (1, 6)]
+        asked = [late(number, ask(PROMPTS[number], priority=int(random.randint(3)))) for number in [*range(9)] * 2]
+        return (await asyncio.gather(*asked, *quitters))[: len(asked)]
+
+    answers = asyncio.run(everybody())
+    for number, tokens in answers:
+        assert tokens == expected(name)[number]
+    stats = one.stats()
+    assert preempted and stats.compiled_programs == programs
+    assert (stats.free_pages, stats.free_slots, stats.waiting, stats.running) == (6, 3, 0, 0)
+    forget_all(one)
+    shard.pages = whole
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_prefix_in_the_cache_changes_no_token(engine, expected, name):
     one, (_, _, _, longest, *_) = engine(name), PROMPTS
     one.answer(ask(longest))
@@ -98,6 +136,91 @@ def test_a_prefix_in_the_cache_changes_no_token(engine, expected, name):
     assert drawn[0] == drawn[1] != again.tokens
 
 
+@pytest.fixture
+def answer_with_logits(engine, monkeypatch):
+    """Returns a function from an engine's name and a request to the answer and the logits of its first token."""
+
+    def answer(name, request):
+        program, prompt_ends = engine(name).runner.program, []
+
+        def step(cache, batch):
+            if batch.phase == "prefill" and batch.segments is None and batch.choosing.any():
+                prompt_ends.append((jax.tree.map(jnp.copy, cache), batch))
+            return type(program).step(program, cache, batch)
+
+        monkeypatch.setattr(program, "step", step)
+        result = engine(name).answer(request)
+        ((cache, batch),) = prompt_ends
+        return result, np.asarray(program.logits(cache, batch)[1][0])
+
+    return answer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prefix_of_every_kind_gives_the_tokens_and_logits_of_a_cold_run(engine, answer_with_logits, name):
+    """The system prompt of another chat, a whole prompt, two that part from another where no message ends, an answer,
+    and a tool's result after it. The last piece of each has 17 to 64 tokens, cold or not: one program."""
+    one, random = engine(name), np.random.RandomState(3)
+    (end, *_) = one.config.stop_ids
+
+    def text(tokens):
+        return random.randint(0, 500, tokens).tolist()
+
+    system, question = [*text(299), end], [*text(139), end]
+    placeholder = one.config.media_placeholder_token_id
+    answer = [placeholder]
+    while placeholder in answer:  # as part of a prompt it would need a picture
+        first = [*system, *question, *text(3)]
+        answer = one.answer(ask(first, max_new_tokens=200)).tokens
+    answered = [*first, *answer, end]
+    tools = [*answered, *text(50), end, *text(3)]
+    prompts = {  # and how many pages of each are there, after all before it were asked in this order
+        "the first": (first, 0),
+        "the same again": (first, 3),
+        "another question": ([*system, *text(144)], 2),
+        "a question that parts in its text": ([*first[:390], *text(50)], 3),
+        "a system prompt that parts in its text": ([*first[:200], *text(240)], 1),
+        "an answer": ([*answered, *text(50)], 5),
+        "results of tools": (tools, 5),
+        "the turn after": ([*tools, *text(90)], 5),
+    }
+    cold = {}
+    for kind, (prompt, _) in prompts.items():
+        forget_all(one)
+        cold[kind] = answer_with_logits(name, ask(prompt))
+        assert cold[kind][0].usage.cached_tokens == 0
+    forget_all(one)
+    for kind, (prompt, pages) in prompts.items():
+        result, logits = answer_with_logits(name, ask(prompt, max_new_tokens=200 if kind == "the first" else NEW))
+        assert result.usage.cached_tokens == pages * PAGE, kind
+        assert result.tokens[:NEW] == cold[kind][0].tokens, kind
+        np.testing.assert_allclose(logits, cold[kind][1], atol=1e-5, rtol=0, err_msg=kind)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_beginning_that_nobody_named_is_found_by_the_second_request(engine, name):
+    """1,500 tokens of all and 700 of each, without ends of messages: 11 of 11 full pages."""
+    one, random = engine(name), np.random.RandomState(4)
+    forget_all(one)
+    shared = random.randint(0, 500, 1500)
+    for cached in (0, 11 * PAGE, 11 * PAGE):
+        result = one.answer(ask(np.concatenate([shared, random.randint(0, 500, 700)]), max_new_tokens=2))
+        assert result.usage.cached_tokens == cached
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_of_one_prompt_at_once_prefill_it_once(engine, expected, name):
+    one = engine(name)
+    forget_all(one)
+
+    async def siblings():
+        return await asyncio.gather(*(read(one, ask(PROMPTS[3])) for _ in range(5)))
+
+    answers = asyncio.run(siblings())
+    assert [tokens for tokens, _ in answers] == [expected(name)[3]] * 5
+    assert [last.usage.cached_tokens for _, last in answers] == [0] + [3 * PAGE] * 4
+
+
 def test_pictures_of_one_size_are_no_prefix_of_each_other(engine):
     one = engine("k2.5")
     config = one.config
@@ -106,7 +229,9 @@ def test_pictures_of_one_size_are_no_prefix_of_each_other(engine):
     before, after = np.full(120, 3), np.full(60, 4)
     tokens = np.concatenate([before, np.full(count, config.media_placeholder_token_id), after]).astype(np.int32)
     pictures = [kimi_jax.Media(cases.media(grid[0]) * scale, grid) for scale in (1.0, -1.0)]
+    programs = one.stats().compiled_programs
     answers = [one.answer(ask(tokens, media=picture)) for picture in (*pictures, *pictures)]
+    assert one.stats().compiled_programs == programs
     expected = [kimi_jax.generate(one.model, tokens[None], NEW, media=p, stop_ids=())[0].tolist() for p in pictures]
     assert [answer.tokens for answer in answers] == expected * 2 and expected[0] != expected[1]
     assert [answer.usage.cached_tokens for answer in answers] == [0, 0, PAGE, PAGE]
@@ -162,6 +287,7 @@ def test_a_stop_string_ends_an_answer_before_it(engine, expected, tiny_tokenizer
         (Request([1], stop_strings=("x" * 10_000,)), "10,000 characters"),
         (Request([1], priority=True), "priority is True"),
         (Request([1], timeout=-1.0), "timeout is -1"),
+        (Request([1], shared_prefixes=(True,)), "shared_prefixes is True"),
         (Request([1], media=kimi_jax.Media(np.zeros((4, 3, 14, 14), np.float32), np.array([[1, 2, 2]]))), "placehold"),
     ],
 )

@@ -107,10 +107,14 @@ def test_a_draw_is_the_same_alone_beside_others_preempted_and_cached(engine, nam
         assert drawn.tolist() == alone
 
 
-def test_a_large_repetition_penalty_repeats_nothing(engine):
-    sampling = kimi_jax.Sampling(repetition_penalty=100.0)
-    (tokens, _), (plain, _) = together(engine("k2.5"), ask(PROMPTS[0], sampling=sampling), ask(PROMPTS[0]))
-    assert len({*tokens, *PROMPTS[0].tolist()}) == NEW + len({*PROMPTS[0].tolist()}) and tokens != plain
+def test_a_repetition_penalty_holds_for_prompt_and_answer_of_its_own_row(engine):
+    one, known = engine("k2.5"), set(PROMPTS[1].tolist())
+    settings = [kimi_jax.Sampling(repetition_penalty=penalty) for penalty in (100.0, 0.01, 1.0)]
+    others, again, plain = (
+        tokens for tokens, _ in together(one, *(ask(PROMPTS[1], sampling=sampling) for sampling in settings))
+    )
+    assert len({*others, *known}) == NEW + len(known) and known.issuperset(again)
+    assert plain == one.answer(ask(PROMPTS[1])).tokens
 
 
 def test_logprobs_come_with_the_tokens_of_who_asks(engine):
@@ -192,9 +196,15 @@ def test_a_provider_that_fails_ends_its_own_request_alone(engine, method, answer
         ({"top_logprobs": 21}, "top_logprobs is 21, expected 0 to 20, or None"),
         ({"top_logprobs": -1}, "top_logprobs is -1"),
         ({"top_logprobs": True}, "top_logprobs is True, expected a whole number"),
-        ({"mask_provider": object()}, "mask_provider is object, expected the methods of MaskProvider"),
     ],
 )
 def test_bad_wishes_are_refused_in_words(engine, values, message):
     with pytest.raises(ValueError, match=message):
         engine("k2.5").answer(ask(PROMPTS[0], **values))
+
+
+def test_what_is_no_mask_provider_is_refused(engine):
+    request = ask(PROMPTS[0])
+    object.__setattr__(request, "mask_provider", object())  # (the types of fields are checked only in tests)
+    with pytest.raises(ValueError, match="mask_provider is object, expected the methods of MaskProvider"):
+        engine("k2.5").answer(request)

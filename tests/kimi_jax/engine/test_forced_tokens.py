@@ -6,8 +6,9 @@ import pytest
 from fake_device import FakeDevice, every_page, next_token
 
 from kimi_jax.engine.pages import PagePool
-from kimi_jax.engine.scheduler import Scheduler, Shard
+from kimi_jax.engine.scheduler import Scheduler
 from kimi_jax.engine.sequence import Sequence, Status
+from kimi_jax.engine.shard import Shard
 from kimi_jax.engine.snapshots import SnapshotPool
 from kimi_jax.model.context import PAGE
 
@@ -15,8 +16,8 @@ from kimi_jax.model.context import PAGE
 @pytest.mark.parametrize("places", [None, 2])
 @pytest.mark.parametrize("seed", range(4))
 def test_forced_runs_among_other_sequences(seed, places):
-    # Given a pool too small for all, sequences that wait for their token, some of which are now and then forced to go on
-    # with up to two pages of tokens
+    # Given a pool too small for all, and sequences that wait for their token, some of which are now and then forced to
+    # go on with up to two pages of tokens
     random, slots, pages = Random(seed), 3, 8
     scheduler = Scheduler([Shard(PagePool(pages), list(range(slots)), places and SnapshotPool(places))], 2 * PAGE, 2)
     device, before, ended, forced = FakeDevice(places is not None), [], [], {}
@@ -57,4 +58,4 @@ def test_forced_runs_among_other_sequences(seed, places):
     for sequence in ended:
         for place in range(sequence.prompt, len(sequence.tokens)):
             expected = forced[sequence].get(place, None)
-            assert sequence.tokens[place] == (next_token(sequence.tokens[:place]) if expected is None else expected)
+            assert sequence.tokens[place] == (next_token(sequence.tokens[:place])[0] if expected is None else expected)

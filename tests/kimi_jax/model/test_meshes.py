@@ -19,6 +19,17 @@ BATCH, TOKENS, CHUNK = 8, 144, 128
 # data x expert x tensor x sequence, and the messages that a layer of K2.5 may send in a decode step
 MESHES = [("1x8x1x1", 2), ("2x4x1x1", 2), ("1x2x4x1", 3), ("2x2x2x1", 3), ("1x1x1x8", 5), ("1x2x2x2", 5)]
 NAMES = ["k2.5", "kimi-linear"]
+# Each two axes are together in a quick mesh (data and sequence in those of odd numbers and test_program.py), and each
+# axis is in a quick mesh of each model.
+SLOW = {
+    "k2.5": ("2x4x1x1", "1x2x4x1"),
+    "kimi-linear": ("1x8x1x1", "2x4x1x1", "1x2x4x1"),
+}
+CASES = [
+    pytest.param(name, shape, most, marks=[pytest.mark.slow] if shape in SLOW[name] else [])
+    for name in NAMES
+    for shape, most in MESHES
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +88,7 @@ def check_messages(hlo, text, mesh, most):
     assert [kind for kind, _ in sent].count("all-to-all") == (text.num_hidden_layers if most == 5 else 0), sent
 
 
-@pytest.mark.parametrize(("shape", "most"), MESHES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "shape", "most"), CASES)
 def test_prefill_and_decoding_on_a_mesh(two_layers, single_device, prompts, name, shape, most):
     mesh = make_mesh(shape)
     model = kimi_jax.load(two_layers[name], mesh=mesh, dtype=jnp.float32)
@@ -102,14 +112,15 @@ def test_prefill_and_decoding_on_a_mesh(two_layers, single_device, prompts, name
     assert cache.addressable_shards[0].data.nbytes * mesh.shape["data"] * mesh.shape["sequence"] == cache.nbytes
 
 
-def test_a_whole_pass_and_odd_numbers_on_a_mesh(checkpoint, model):
+def test_a_whole_pass_and_odd_numbers_on_a_mesh(two_layers):
     # Given three rows of 31 tokens (two divides neither number), continued by two tokens
-    name = "kimi-linear"
     tokens = jnp.asarray(np.random.RandomState(1).randint(0, 500, (3, 31)), jnp.int32)
-    meshed = kimi_jax.load(checkpoint(name), mesh=make_mesh("2x1x2x2"), dtype=jnp.float32)
+    plain, meshed = (
+        kimi_jax.load(two_layers["kimi-linear"], mesh=mesh, dtype=jnp.float32) for mesh in (None, make_mesh("2x1x2x2"))
+    )
     new = kimi_jax.generate(meshed, np.asarray(tokens), max_new_tokens=2, stop_ids=())
     longer = jnp.concatenate([tokens, new[:, :1]], axis=1)
-    single_device = np.asarray(model(name)(longer))
+    single_device = np.asarray(plain(longer))
     # Then a whole pass has the logits of one device, and so has one with two rows of 32, which are sharded
     np.testing.assert_allclose(meshed(tokens), single_device[:, :31], rtol=0, atol=ATOL)
     np.testing.assert_allclose(meshed(longer[:2]), single_device[:2], rtol=0, atol=ATOL)
@@ -117,8 +128,8 @@ def test_a_whole_pass_and_odd_numbers_on_a_mesh(checkpoint, model):
     np.testing.assert_array_equal(new, single_device[:, 30:].argmax(-1))
 
 
-def test_a_batch_that_cannot_be_sharded(checkpoint):
-    rows = WholeRows(kimi_jax.load(checkpoint("k2.5"), mesh=make_mesh("4x2"), dtype=jnp.float32), 8, 100)
+def test_a_batch_that_cannot_be_sharded(two_layers):
+    rows = WholeRows(kimi_jax.load(two_layers["k2.5"], mesh=make_mesh("4x2"), dtype=jnp.float32), 8, 100)
     batch = next(rows.batches(np.ones((6, 2)), np.full(6, 2)))
     with pytest.raises(ValueError, match="a batch of 6 rows cannot be sharded over a data axis of 4"):
         rows.program.step(rows.cache, batch)

@@ -195,7 +195,7 @@ def test_a_plan_in_json(capsys, tmp_path):
     for one in (first, second):
         assert set(one) == {
             "model", "topology", "devices", "mesh", "why", "phase", "batch", "context", "chunk", "memory", "per_layer",
-            "step", "collectives", "largest", "alternatives", "compiled", "warnings",
+            "step", "collectives", "largest", "engine", "alternatives", "compiled", "warnings",
         }  # fmt: skip
         assert list(one["mesh"]) == list(AXES) and math.prod(one["mesh"].values()) == one["devices"]
         memory = one["memory"]
@@ -206,7 +206,7 @@ def test_a_plan_in_json(capsys, tmp_path):
         step = one["step"]
         assert step["lower_bound_seconds"] == max(step[f"{kind}_seconds"] for kind in ("hbm", "flops", "sent")) > 0
         for message in one["collectives"]:
-            assert set(message) == {"kind", "axes", "group", "nbytes", "count", "in_loop", "sent"}
+            assert set(message) == {"kind", "axes", "group", "nbytes", "count", "in_loop", "to_all", "sent"}
         assert one["largest"]["batch"] >= 4 and one["compiled"] is None
     # and the picture has a bar for each, whose part for experts is as long as their bytes
     with Image.open(image) as picture:

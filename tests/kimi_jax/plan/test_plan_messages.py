@@ -73,6 +73,14 @@ def test_prefill_exchanges_tokens_on_a_tpu():
     assert max(one.nbytes for one in messages(job)) == back.nbytes
 
 
+def test_queries_are_sent_whole_to_every_device():
+    # among 64 devices a TPU gathers them by ragged messages of one row: those of 64 rows and one head, to 63 devices
+    job = plan.Job(K25, topology("v6e:8x8"), mesh_sizes("sequence=64"), "decode", 64, 8192)
+    (queries,) = [one for one in messages(job) if one.kind == "ragged-all-to-all"]
+    assert (queries.nbytes, queries.count, queries.to_all) == (64 * 576 * 2, 61, True)
+    assert queries.sent == 61 * 63 * 64 * 576 * 2
+
+
 def test_one_device_sends_nothing():
     assert messages(plan.Job(K25, topology("v6e:2x2"), (1, 1, 1, 1), "decode", 1, 128)) == ()
 

@@ -1,5 +1,7 @@
 """Messages and weight traffic in a compiled program's text: recorded pieces, and a program compiled here."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -102,6 +104,15 @@ def test_what_a_device_has_to_send(kind, sent):
     # of 1,000 bytes among four devices; an all-reduce is a reduce-scatter and an all-gather of quarters
     assert Collective(kind, ("tensor",), 4, 1000, 1).sent == sent
     assert Collective(kind, ("tensor",), 4, 1000, 5).sent == 5 * sent
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_ragged_source_of_one_row_goes_to_all(rows):
+    # Given a ragged message whose source has so many rows
+    text = re.sub(r"f32\[8,128\](.* conditional)", rf"f32[{rows},128]\1", TEXT)
+    (found,) = [one for one in collectives(parse(text), MESH) if one.kind == "ragged-all-to-all"]
+    assert found.nbytes == rows * 128 * 4
+    assert found.sent == found.nbytes * (3 if rows == 1 else 3 / 4)
 
 
 def test_weights_that_are_gathered_or_copied_are_found():

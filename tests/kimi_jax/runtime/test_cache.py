@@ -8,7 +8,7 @@ import pytest
 from kimi_jax import config_json
 from kimi_jax.model.context import PAGE, KDAState, MLACache
 from kimi_jax.runtime.batch import pages_in_order
-from kimi_jax.runtime.cache import pages_within
+from kimi_jax.runtime.pools import pages_within
 from kimi_jax.runtime.program import Program
 from sharding import AXES
 

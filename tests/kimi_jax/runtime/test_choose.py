@@ -16,7 +16,10 @@ ALL = np.full((ROWS, 2), 2**32 - 1, np.uint32)
 run = jax.jit(choose, static_argnums=2)
 
 
-def batch(sampling=(Sampling(),) * ROWS, **more):
+GREEDY = (Sampling(),) * ROWS
+
+
+def batch(sampling=GREEDY, **more):
     """Returns a decode step whose rows are slots 0 to 3, with everything that requests can ask for."""
     values = {
         "mask": ALL,

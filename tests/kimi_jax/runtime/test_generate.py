@@ -17,6 +17,8 @@ from kimi_jax.runtime.program import Program
 from sharding import make_mesh
 
 NAMES = ["k2.5", "kimi-linear"]
+# For what the loop does with any model: Kimi Linear has both kinds of mixers
+LOOP = [pytest.param("k2.5", marks=pytest.mark.slow), "kimi-linear"]
 
 
 @pytest.fixture
@@ -49,19 +51,18 @@ def test_ragged_prompts_in_chunks(model, prompts, name, chunk):
 
 def test_a_prompt_longer_than_a_piece_of_history(model):
     # 16 pages of history are expanded at a time; the last piece is cut off by the end of the page table
-    kimi = model("k2")
+    kimi = model("k2.5")
     tokens = np.random.RandomState(1).randint(0, 500, (1, 17 * PAGE + 50)).astype(np.int32)
     lengths = np.array([tokens.shape[1]])
     one, many = (WholeRows(kimi, 1, 2400).prefill(tokens, lengths, chunk) for chunk in (4096, 1000))
     np.testing.assert_allclose(many, one, rtol=0, atol=5e-5)
 
 
-def test_stops_are_part_of_the_answer_and_padding_follows(model):
-    golden = cases.golden("k2.5")
-    asked = {"lengths": golden["greedy_lengths"], "max_new_tokens": 24}
-    expected = np.asarray(kimi_jax.generate(model("k2.5"), golden["greedy_prompts"], stop_ids=(), **asked))
+def test_stops_are_part_of_the_answer_and_padding_follows(model, prompts):
+    asked = {"lengths": np.array([20, 1, 7]), "max_new_tokens": 24}
+    expected = np.asarray(kimi_jax.generate(model("k2.5"), prompts, stop_ids=(), **asked))
     stop = int(expected[0, 5])
-    new = kimi_jax.generate(model("k2.5"), golden["greedy_prompts"], stop_ids=[stop], **asked)
+    new = kimi_jax.generate(model("k2.5"), prompts, stop_ids=[stop], **asked)
     pad = model("k2.5").config.text.pad_token_id
     for row in range(len(expected)):
         ends = np.flatnonzero(expected[row] == stop)
@@ -71,20 +72,21 @@ def test_stops_are_part_of_the_answer_and_padding_follows(model):
 
 
 def test_a_stream_ends_when_all_rows_have_stopped(model, prompts):
-    first = kimi_jax.generate(model("k2.5"), prompts[:1], max_new_tokens=4, stop_ids=())[0]
-    columns = list(stream(model("k2.5"), prompts[:1], max_new_tokens=4, stop_ids=[int(first[1])]))
+    prompt = prompts[:1, :16]
+    first = kimi_jax.generate(model("k2.5"), prompt, max_new_tokens=4, stop_ids=())[0]
+    columns = list(stream(model("k2.5"), prompt, max_new_tokens=4, stop_ids=[int(first[1])]))
     assert [int(column.tokens[0]) for column in columns] == first[: list(first).index(first[1]) + 1].tolist()
     assert [int(column.finish[0]) for column in columns[-2:]] == [Finish.NOT_YET, Finish.STOP][-len(columns) :]
 
 
 def test_none_stops_where_the_model_does_and_nothing_at_all_never(model, prompts, monkeypatch):
-    kimi = model("k2.5")
-    free = kimi_jax.generate(kimi, prompts[:1], max_new_tokens=4, stop_ids=())[0].tolist()
+    kimi, prompt = model("k2.5"), prompts[:1, :16]
+    free = kimi_jax.generate(kimi, prompt, max_new_tokens=4, stop_ids=())[0].tolist()
     monkeypatch.setattr(kimi, "config", dataclasses.replace(kimi.config, stop_ids=(free[0],)))
     pad = kimi.config.text.pad_token_id
-    assert kimi_jax.generate(kimi, prompts[:1], max_new_tokens=4)[0].tolist() == [free[0], pad, pad, pad]
-    assert kimi_jax.generate(kimi, prompts[:1], max_new_tokens=4, stop_ids=())[0].tolist() == free
-    (column,) = stream(kimi, prompts[:1], max_new_tokens=1, stop_ids=())
+    assert kimi_jax.generate(kimi, prompt, max_new_tokens=4)[0].tolist() == [free[0], pad, pad, pad]
+    assert kimi_jax.generate(kimi, prompt, max_new_tokens=4, stop_ids=())[0].tolist() == free
+    (column,) = stream(kimi, prompt, max_new_tokens=1, stop_ids=())
     assert column.finish[0] == Finish.LENGTH
 
 
@@ -107,7 +109,7 @@ def test_a_seed_belongs_to_a_prompt_wherever_it_stands(model, prompts):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOOP)
 def test_values_of_a_call_compile_nothing(model, prompts, name):
     # Given a batch of five rows, which no other test has compiled
     program, prompts = Program(model(name)), np.concatenate([prompts, prompts[:2]])
@@ -172,8 +174,7 @@ def test_a_row_that_is_not_finite_ends_with_that_reason(checkpoint, model, promp
                 kimi_jax.generate(kimi, bad, max_new_tokens=4, stop_ids=(), temperature=temperature)
 
 
-# Kimi Linear has both kinds of mixers
-@pytest.mark.parametrize("name", [pytest.param("k2.5", marks=pytest.mark.slow), "kimi-linear"])
+@pytest.mark.parametrize("name", LOOP)
 def test_batches_of_1_to_9_rows_on_eight_devices(checkpoint, model, name):
     # Given nine rows on one device
     random = np.random.RandomState(3)

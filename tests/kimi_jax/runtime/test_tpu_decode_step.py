@@ -25,30 +25,41 @@ MESHES = [
 ]
 
 
-@pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed (Linux x86-64 only)"
 )
-@pytest.mark.parametrize(("preset", "slice_", "mesh", "batch", "messages"), MESHES)
-def test_a_decode_step_compiles_for_a_tpu_mesh(preset, slice_, mesh, batch, messages):
-    # Given a process of its own, without the flags of simulated devices
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Returns what is in the compiled step of each of MESHES: two layers, one dense (of Kimi Linear: a KDA layer) and
+    one mixture. All are compiled in one process of their own, without the flags of simulated devices."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-
-    # When two layers, one dense (of Kimi Linear: a KDA layer) and one mixture, are compiled
     script = Path(__file__).parents[2] / "support" / "tpu_decode_step.py"
     done = subprocess.run(
-        [sys.executable, str(script), preset, slice_, mesh, str(batch)],
+        [sys.executable, str(script), *(str(part) for case in MESHES for part in case[:4])],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
+
+@pytest.mark.parametrize("number", range(len(MESHES)), ids=[f"{preset}-{mesh}" for preset, _, mesh, *_ in MESHES])
+def test_a_decode_step_compiles_for_a_tpu_mesh(compiled, number):
+    # Given the step of a preset on a mesh
+    assert len(compiled) == len(MESHES)
+    preset, _, mesh, batch, messages = MESHES[number]
+    found = compiled[number]
     # Then every op is its kernel, messages are few and no larger than batch x hidden x 4, and nothing is copied
     assert found["kernels"] == KERNELS[preset]
     assert found["collectives"] == messages
     assert found["largest"] <= batch * 2048 * 4
     assert found["in place"] >= found["cache"]
     assert found["copies"] == []
+    # And with all that a request can ask for the next tokens are chosen without a sort, from logits that stay sharded
+    assert found["sorts"] == 0
+    assert found["largest of choosing"] < batch * 2048 * 4 / (batch if mesh == "sequence=64" else 8)

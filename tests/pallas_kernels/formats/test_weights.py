@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Dense, Fp8, Int4, matmul, quantize_int4
-from pallas_kernels.formats import Part
+from pallas_kernels.formats import FakeInt4, Part
 
 SHAPE, AXES = (3, 160, 64), ("expert", "mlp", "embed")
-FORMATS = pytest.mark.parametrize("weight_format", [Dense, Int4, Fp8])
+FORMATS = pytest.mark.parametrize("weight_format", [Dense, Int4, Fp8, FakeInt4])
 
 
 def values(*shape):

@@ -64,7 +64,9 @@ def check_packed(run, dtype, arrays, initial, ids, tolerances):
     for array in arrays:
         array[:, ids < 0] = np.nan
     inputs = rounded(arrays, dtype)
-    padded = [np.zeros((segments, *array.shape), np.float64) for array in inputs]
+    longest = max(int(np.sum(ids == n)) for n in range(segments))
+    width = min(len(ids), -(-longest // 256) * 256)  # few shapes, each of which is compiled
+    padded = [np.zeros((segments, rows, width, *array.shape[2:]), np.float64) for array in inputs]
     for array, placed in zip(inputs, padded, strict=True):
         for n in range(segments):
             placed[n, :, : np.sum(ids == n)] = np.asarray(array, np.float64)[:, ids == n]

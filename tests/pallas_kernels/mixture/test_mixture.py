@@ -28,6 +28,9 @@ FORMS = pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])
 DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)])
 
 
+quantise = jax.jit(Int4.from_dense)  # op by op, each shape compiles sixteen programs
+
+
 def on(chip, monkeypatch):
     for module in MODULES:
         if hasattr(module, "chip"):
@@ -39,7 +42,7 @@ def experts(rng, shape, dtype, int4):
 
     def matrix(out, in_):
         values = jnp.asarray(rng.normal(size=(shape.num_local, out, in_)), jnp.float32)
-        return Int4.from_dense(values) if int4 else values.astype(dtype)
+        return quantise(values) if int4 else values.astype(dtype)
 
     return matrix(shape.N, shape.K), matrix(shape.N, shape.K), matrix(shape.K, shape.N)
 
@@ -183,7 +186,7 @@ def test_gradient(implementation):
         out = mixture(x, chosen, weights, *matrices, first=1, implementation=implementation)
         return jnp.sum(out * jnp.asarray(cotangent, jnp.float32))
 
-    dx, dweights = jax.grad(loss, (0, 1))(x, weights)
+    dx, dweights = jax.jit(jax.grad(loss, (0, 1)))(x, weights)
 
     def moved(step, x_step, weight_step):
         new = np.asarray(x, np.float64) + step * x_step, np.asarray(weights, np.float64) + step * weight_step

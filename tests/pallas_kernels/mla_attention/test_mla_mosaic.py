@@ -154,7 +154,7 @@ def close_to(found, expected, tolerance):
 )
 def test_prefill(queries, keys, heads, dtype, tolerance):
     arrays, marks = prompt(dtype, queries, keys, heads)
-    out, lse = PREFILL(*arrays, **marks)
+    out, lse = PREFILL_JIT(*arrays, **marks)
     assert out.dtype == dtype and lse.dtype == jnp.float32
     close_to((out, lse), expected_prefill(arrays, marks), tolerance)
 
@@ -167,7 +167,7 @@ def test_prefill_without_segments_of_a_later_chunk():
 
     # When keys after the last query are arbitrary
     unseen = jnp.asarray(marks["kv_positions"] > positions["q_positions"].max())[..., None, None]
-    found = PREFILL(q, jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v), **positions)
+    found = PREFILL_JIT(q, jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v), **positions)
 
     # Then it is causal attention
     zeros = {name.replace("positions", "segments"): np.zeros_like(marks) for name, marks in positions.items()}
@@ -179,7 +179,7 @@ def test_prefill_without_segments_of_a_later_chunk():
 def test_prefill_of_widths_that_fill_vectors_and_of_large_scores():
     q, k, v = (10 * normal(i, 1, 130, 3, 128) for i in range(3))
     positions = np.zeros((1, 130), np.int32)  # bidirectional
-    found = PREFILL(*map(jnp.asarray, (q, k, v)), q_positions=positions, kv_positions=positions)
+    found = PREFILL_JIT(*map(jnp.asarray, (q, k, v)), q_positions=positions, kv_positions=positions)
     close_to(found, reference.mla_prefill(q, k, v, *[positions] * 4, SCALE), 1e-5)
 
 
@@ -196,6 +196,28 @@ def test_prefill_of_two_halves_merged(dtype, tolerance):
     wide = [np.asarray(array, np.float32) for array in (q, k, v)]
     expected = reference.mla_prefill(*wide, positions, positions, zeros, zeros, SCALE)
     close_to(merge_partials(*parts), expected, tolerance)
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "xla"])
+def test_prefill_returns_the_largest_score_of_each_head(implementation):
+    # Given a row without any visible key beside one whose queries see some
+    arrays, marks = prompt(jnp.float32, 30, 90, 2, 2)
+    marks["q_segments"] = np.stack([marks["q_segments"][0], np.full(30, -1, np.int32)])
+    run = partial(mla_prefill, **marks, scale=SCALE, implementation=implementation)
+    out, lse, top = jax.jit(partial(run, return_lse=True, return_max=True))(*arrays)
+    # Then it is that of the whole matrix of scores
+    close_to((out, lse), expected_prefill(arrays, marks), 1e-5)
+    q, k = (np.nan_to_num(np.asarray(array, np.float64)) for array in arrays[:2])
+    visible = marks["kv_positions"][:, None] <= marks["q_positions"][:, :, None]
+    segments = marks["q_segments"][..., None]
+    visible &= (marks["kv_segments"][:, None] == segments) & (segments >= 0)
+    scores = np.where(visible[:, None], SCALE * np.einsum("bshd,bthd->bhst", q, k), -np.inf)
+    np.testing.assert_allclose(top, scores.max(axis=(2, 3)), rtol=1e-5)
+    assert top.dtype == jnp.float32 and np.isneginf(top[1]).all()
+    # And no gradient flows through it
+    if implementation == "xla":
+        gradient = jax.jit(jax.grad(lambda q: jnp.sum(run(q, *arrays[1:], return_max=True)[1][0])))(arrays[0])
+        assert not np.any(gradient)
 
 
 STRICT = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
@@ -216,7 +238,9 @@ def test_prefill_gradients_are_those_of_the_plain_form():
         out = mla_prefill(*arrays, **marks, scale=SCALE, implementation=implementation)
         return jnp.sum(jnp.sin(out))
 
-    found, expected = (jax.grad(partial(loss, implementation))(arrays) for implementation in ("mosaic_tpu", "xla"))
+    found, expected = (
+        jax.jit(jax.grad(partial(loss, implementation)))(arrays) for implementation in ("mosaic_tpu", "xla")
+    )
     for one, other in zip(found, expected, strict=True):
         assert relative_rmse(one, other) <= 1e-5
 

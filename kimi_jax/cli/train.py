@@ -1,0 +1,150 @@
+"""Runs `kimi-jax train`, which fine-tunes a checkpoint on conversations and publishes the result."""
+
+import argparse
+import re
+import time
+from typing import Any
+
+from kimi_jax.cli.arguments import SEED_MAX, local, number, whole
+
+NAME = "train"
+SUMMARY = (
+    "Fine-tune a checkpoint on conversations, by MuonClip, with experts trained for INT4 (quantisation-aware), and "
+    "publish it in the layout of the releases. With --resume, the same command goes on where it was stopped."
+)
+EXAMPLE = "kimi-jax train ~/models/toy --data chats.jsonl --out runs/first --steps 200 --tokens 512"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=local, help="a checkpoint's folder, converted or published")
+    parser.add_argument(
+        "--data",
+        type=local,
+        required=True,
+        metavar="FILE",
+        help="JSON lines, each with messages in OpenAI's schema, and tools and thinking if wanted; pictures by path "
+        "from the file's folder, or as data URLs",
+    )
+    parser.add_argument(
+        "--out",
+        type=local,
+        required=True,
+        metavar="DIR",
+        help="folder for checkpoints, metrics.jsonl and the published result",
+    )
+    parser.add_argument(
+        "--steps", type=whole(1), default=1000, metavar="N", help="updates of the weights (default 1000)"
+    )
+    parser.add_argument("--batch", type=whole(1), default=8, metavar="N", help="rows of a step (default 8)")
+    parser.add_argument(
+        "--tokens",
+        type=whole(16),
+        default=1024,
+        metavar="N",
+        help="tokens of a row, which packs conversations (default 1024)",
+    )
+    parser.add_argument(
+        "--lr",
+        type=number(0.0, 10.0, above=True),
+        default=2e-4,
+        metavar="RATE",
+        help="peak learning rate (default 2e-4)",
+    )
+    parser.add_argument(
+        "--qat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="train experts for INT4 and publish them so (default: as the checkpoint's experts are)",
+    )
+    parser.add_argument(
+        "--train",
+        default="all",
+        metavar="all|REGEX",
+        help="parameters to train, by a regular expression that matches whole names; INT4 experts that it does not "
+        "match stay INT4 and take no optimizer's memory (default all)",
+    )
+    parser.add_argument(
+        "--mesh", metavar="DxExTxS", help="devices over data, experts, tensors and sequence (default: one)"
+    )
+    parser.add_argument("--seed", type=whole(0, SEED_MAX), default=0, metavar="N", help="order of the data (default 0)")
+    parser.add_argument(
+        "--save-every", type=whole(1), default=100, metavar="N", help="steps between checkpoints (default 100)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="also write metrics for TensorBoard into --out (needs tensorboardX)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    try:
+        pattern = re.compile(".*" if arguments.train == "all" else arguments.train)
+    except re.error as error:
+        raise ValueError(f"--train {arguments.train!r} is no regular expression: {error}") from None
+    if not arguments.data.is_file():
+        raise FileNotFoundError(f"{arguments.data}: no such file")
+
+    from kimi_jax import config_json
+    from kimi_jax.cli.console import console
+    from kimi_jax.training.run import Run, Settings
+
+    log = console(stderr=True)
+    quantized = config_json.from_folder(arguments.path).text.quantization is not None
+    settings = Settings(
+        steps=arguments.steps,
+        rows=arguments.batch,
+        tokens=arguments.tokens,
+        learning_rate=arguments.lr,
+        quantized=quantized if arguments.qat is None else arguments.qat,
+        trainable=lambda name: pattern.fullmatch(name) is not None,
+        seed=arguments.seed,
+        save_every=arguments.save_every,
+    )
+    writer = _summary_writer(arguments)
+    run = Run(arguments.path, arguments.data, arguments.out, settings, mesh=_mesh(arguments), resume=arguments.resume)
+    room = run.packing.room
+    log.print(
+        f"{len(run.documents):,} documents in rows of {room.tokens:,} tokens, {settings.rows} rows a step; "
+        f"{'step ' + str(run.step) + ' of ' if run.step else ''}{settings.steps:,} steps"
+    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
+    times = (TextColumn("{task.fields[shown]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, *times, console=log, disable=not log.is_terminal) as bar:
+            task = bar.add_task("", total=settings.steps, completed=run.step, shown="compiling")
+            began, tokens = time.monotonic(), 0
+            for step, metrics in run.steps():
+                tokens += int(metrics.tokens)
+                rate = tokens / (time.monotonic() - began)
+                shown = f"loss {float(metrics.loss):.4f}  {float(metrics.accuracy):.1%}  {rate:,.0f} tokens/s"
+                bar.update(task, completed=step + 1, shown=shown)
+                if not log.is_terminal and (step + 1) % max(1, settings.steps // 20) == 0:
+                    log.print(f"step {step + 1}: {shown}")
+                if writer is not None:
+                    for name, value in metrics._asdict().items():
+                        writer.add_scalar(name, value.item(), step)
+        print(run.publish())
+    finally:
+        run.close()
+        if writer is not None:
+            writer.close()
+
+
+def _mesh(arguments: argparse.Namespace) -> Any:
+    if arguments.mesh is None:
+        return None
+    from sharding import make_mesh
+
+    return make_mesh(arguments.mesh)
+
+
+def _summary_writer(arguments: argparse.Namespace) -> Any:
+    if not arguments.tensorboard:
+        return None
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs tensorboardX: pip install 'kimi-jax[train]'") from None
+    return SummaryWriter(str(arguments.out / "tensorboard"))

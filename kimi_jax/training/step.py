@@ -1,0 +1,120 @@
+"""One training step: a pure function of a state and rows, compiled once, with the state donated.
+
+The loss is taken of the numbers that will be published (`quantization.as_published`). After the optimizer's step follow
+QK-Clip, with the largest scores of the same batch, and the routers' correction biases, with its loads.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from kimi_jax.axes import Array, Float32, Int32
+from kimi_jax.config import KimiConfig
+from kimi_jax.model.kimi import Kimi
+from kimi_jax.training.leaves import everything, split_trained
+from kimi_jax.training.loss import sum_losses
+from kimi_jax.training.qk_clip import qk_clip
+from kimi_jax.training.quantization import as_published
+from kimi_jax.training.router_bias import load_imbalance, update_router_bias
+from kimi_jax.training.rows import Rows
+from sharding import SINGLE_DEVICE, Partition
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run goes on from: the number of steps done, the weights that are trained and the others (the routers'
+    correction biases among them), and the optimizer's state."""
+
+    step: Int32[Array, ""]
+    trained: Any
+    frozen: Any
+    optimizer: Any
+
+
+class Metrics(NamedTuple):
+    """Numbers of one step, over the global batch.
+
+    loss: the mean of the trained positions; accuracy: the share of them where the label has the largest logit.
+    gradient_norm: before clipping. largest_logit: over heads and layers, before the step; -inf without MLA.
+    imbalance: the largest of the layers' loads over their means; 0 without experts.
+    labels: trained positions; tokens: all but padding.
+    """
+
+    loss: Float32[Array, ""]
+    accuracy: Float32[Array, ""]
+    gradient_norm: Float32[Array, ""]
+    largest_logit: Float32[Array, ""]
+    imbalance: Float32[Array, ""]
+    labels: Int32[Array, ""]
+    tokens: Int32[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Says how a model is trained, beside its optimizer.
+
+    config: the configuration of what is published: with its `quantization`, experts are trained for INT4.
+    qk_threshold: tau of QK-Clip. bias_rate: a function from the step's number to gamma of the routers' biases.
+    trainable: takes a parameter's name, and tells whether it is trained.
+    """
+
+    config: KimiConfig
+    qk_threshold: float = 100.0
+    bias_rate: Callable[[Any], Any] = lambda step: 1e-3
+    trainable: Callable[[str], bool] = everything
+
+
+class Trainer:
+    """Trains one model, `Kimi(config.dense())` or one with frozen INT4 experts, by an optimizer of `training`.
+
+    `partition` is that of the weights. `state` is where a run begins; `step` donates the state that it is given.
+    """
+
+    def __init__(
+        self,
+        model: Kimi,
+        make_optimizer: Callable[[Any], optax.GradientTransformation],
+        recipe: Recipe,
+        partition: Partition = SINGLE_DEVICE,
+    ):
+        self.recipe, self.partition = recipe, partition
+        self.graph, trained, frozen = split_trained(model, recipe.trainable)
+        self.optimizer = make_optimizer(trained)
+        self.state = TrainState(jnp.zeros((), jnp.int32), trained, frozen, jax.jit(self.optimizer.init)(trained))
+        self.step: Any = jax.jit(self._step, donate_argnums=0)
+
+    def model(self, state: TrainState) -> Kimi:
+        """Returns the model with a state's weights, unrounded."""
+        return nnx.merge(self.graph, state.trained, state.frozen)
+
+    def _step(self, state: TrainState, rows: Rows) -> tuple[TrainState, Metrics]:
+        config, labels = self.recipe.config, jnp.sum(rows.columns >= 0)
+
+        def mean_loss(trained: Any) -> tuple[jax.Array, Any]:
+            model = nnx.merge(self.graph, as_published(trained, config), state.frozen)
+            losses, statistics = sum_losses(model, rows, self.partition)
+            return losses.loss / jnp.maximum(labels, 1), (losses, statistics)
+
+        (loss, (losses, seen)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.trained)
+        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.trained)
+        trained, frozen = optax.apply_updates(state.trained, updates), state.frozen
+        if seen.max_logits.size:
+            trained = qk_clip(trained, seen.max_logits, config, self.recipe.qk_threshold)
+        if seen.expert_counts.size:
+            frozen = update_router_bias(frozen, seen.expert_counts, self.recipe.bias_rate(state.step))
+        metrics = Metrics(
+            loss=loss,
+            accuracy=losses.correct / jnp.maximum(labels, 1),
+            gradient_norm=optax.tree.norm(gradients),
+            largest_logit=jnp.max(seen.max_logits, initial=-jnp.inf),
+            imbalance=jnp.max(load_imbalance(seen.expert_counts), initial=0.0),
+            labels=labels,
+            tokens=jnp.sum(rows.positions >= 0),
+        )
+        return TrainState(state.step + 1, trained, frozen, optimizer), metrics

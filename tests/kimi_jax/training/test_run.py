@@ -1,0 +1,160 @@
+"""A run: what is published computes what was trained; a stopped run goes on bit for bit, on another mesh too."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import checkpoints
+from checkpoints.toy import toy_config, write_toy
+from kimi_jax.cli import main
+from kimi_jax.training import Checkpoints, Rows, as_published, label_logits
+from kimi_jax.training.run import Run, Settings
+from sharding import make_mesh
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "q_lora_rank": 32, "vt_hidden_size": 32, "vt_intermediate_size": 32,
+    "vt_num_hidden_layers": 1,
+}  # fmt: skip
+SETTINGS = Settings(steps=6, rows=2, tokens=64, learning_rate=5e-3, save_every=2)
+
+
+def conversation(number):
+    answer = {"role": "assistant", "content": f"{number % 3}!", "reasoning_content": "hm"}
+    return {"messages": [{"role": "user", "content": f"say {number % 3}"}, answer], "thinking": number % 2 == 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Writes a toy K2.5 and a file of conversations beside it."""
+    root = tmp_path_factory.mktemp("run")
+    write_toy(root / "toy", toy_config("k2.5", **SIZES), shards=1)
+    (root / "data.jsonl").write_text("".join(json.dumps(conversation(i)) + "\n" for i in range(20)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """Trains six steps, with a checkpoint every two."""
+    made = Run(folder / "toy", folder / "data.jsonl", folder / "out", SETTINGS)
+    list(made.steps())
+    yield made
+    made.close()
+
+
+def bits(state):
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def test_the_published_folder_computes_what_was_trained(folder, run):
+    # Given a run whose loss fell, and its numbers as they are published
+    lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(6)) and lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert all(line["labels"] > 10 and line["largest_logit"] > 0 and line["imbalance"] >= 1 for line in lines)
+    tokens, config = np.random.RandomState(0).randint(0, 500, (1, 40)), run.trainer.recipe.config
+    published = as_published(run.state.trained, config)
+    trained = nnx.merge(run.trainer.graph, published, run.state.frozen)
+    expected, _ = label_logits(trained, Rows.whole(tokens))
+    # When it is published, and loaded
+    out = run.publish()
+    model = checkpoints.load(out, dtype=jnp.float32)
+    assert model.config.text.quantization is not None
+    # Then its INT4 experts give the same logits
+    found = np.asarray(model(tokens))[:, :-1]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    assert checkpoints.convert(out, folder / "converted").destination.is_dir()
+
+
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(run):
+    expected = bits(run.state)
+    run.state = run.checkpoints.restore(run.state, 2)
+    assert run.step == 2
+    list(run.steps())
+    assert bits(run.state) == expected
+
+
+def test_a_checkpoint_of_another_run_is_refused(folder, run, tmp_path):
+    settings = run.checkpoints.settings | {"seed": 1}
+    other = Checkpoints(folder / "out" / "checkpoints", run.trainer.recipe.config, settings)
+    with pytest.raises(ValueError, match="checkpoint 6 was saved with seed 0, this run has 1"):
+        other.restore(run.state)
+    empty = Checkpoints(tmp_path / "nothing", run.trainer.recipe.config, settings)
+    with pytest.raises(FileNotFoundError, match="has no checkpoint to go on from"):
+        empty.restore(run.state)
+    for one in (other, empty):
+        one.close()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_checkpoint(run):
+    spoilt = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), run.state.trained)
+    before, run.state = run.state, run.checkpoints.restore(run.state, 4)
+    run.state = type(run.state)(run.state.step, spoilt, run.state.frozen, run.state.optimizer)
+    with pytest.raises(FloatingPointError, match=r"the loss of step 4 is nan; .*checkpoints/6 is from before it"):
+        list(run.steps())
+    run.state = before
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--train", "("], "is no regular expression"),
+        (["--train", "nothing"], "no parameter is trained"),
+        (["--data", "{root}/none.jsonl"], "none.jsonl: no such file"),
+        (["--tokens", "16"], "document 0 has .* tokens, but a row has 16"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(folder, tmp_path, capsys, flags, reason):
+    command = ["train", str(folder / "toy"), "--data", str(folder / "data.jsonl"), "--out", str(tmp_path / "out")]
+    assert main([*command, *(flag.replace("{root}", str(folder)) for flag in flags)]) == 1
+    assert capsys.readouterr().err.startswith("kimi-jax: ")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_it_had_not_been(folder, run, tmp_path):
+    # Given a run that is killed after its first checkpoint, by a signal that it cannot see
+    command = [sys.executable, "-m", "kimi_jax.cli", "train", str(folder / "toy"), "--data", str(folder / "data.jsonl")]
+    command += ["--out", str(tmp_path / "out"), "--steps", "6", "--batch", "2", "--tokens", "64", "--lr", "5e-3"]
+    command += ["--save-every", "2"]
+    environment = os.environ | {"KIMI_JAX_TEST": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    while process.poll() is None and not (tmp_path / "out" / "checkpoints" / "2").is_dir():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    # When the same command goes on
+    again = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    # Then its weights are those of the run that was not stopped
+    published = tmp_path / "straight"
+    checkpoints.publish(run.trainer.model(run.state), folder / "toy", published)
+    for file in published.glob("*.safetensors"):
+        assert (tmp_path / "out" / "published" / file.name).read_bytes() == file.read_bytes()
+    # And without --resume it is refused
+    assert main([*command[3:]]) == 1
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(folder, run, tmp_path):
+    shutil.copytree(folder / "out" / "checkpoints", tmp_path / "out" / "checkpoints")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "out" / "checkpoints" / str(step))
+    mesh = make_mesh("2x2x2x1")
+    other = Run(folder / "toy", folder / "data.jsonl", tmp_path / "out", SETTINGS, mesh=mesh, resume=True)
+    assert other.step == 2
+    losses = [float(metrics.loss) for _, metrics in other.steps()]
+    other.close()
+    lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose(losses[0], lines[2]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(losses, [line["loss"] for line in lines[2:6]], rtol=1e-4)
