@@ -246,8 +246,9 @@ class Engine:
 
     def _read(self, dispatched: Dispatched) -> None:
         """Waits for a step, and hands its tokens out."""
-        for sequence, token, finish in dispatched.read():
-            with self._lock:
+        results = list(dispatched.read())
+        with self._lock:
+            for sequence, token, finish in results:
                 if sequence.status is Status.DONE:
                     continue
                 job = self._jobs[sequence]

@@ -46,9 +46,9 @@ class Dispatched:
     def read(self) -> Iterator[tuple[Running, int, int]]:
         """Waits for the step: each sequence, its token, and its `Finish`."""
         for sequences, rows, chosen in self.parts:
-            tokens, finish = np.asarray(chosen.tokens), np.asarray(chosen.finish)
-            for sequence, row in zip(sequences, rows, strict=True):
-                yield sequence, int(tokens[row]), int(finish[row])
+            at = list(rows)
+            tokens, finish = np.asarray(chosen.tokens)[at].tolist(), np.asarray(chosen.finish)[at].tolist()
+            yield from zip(sequences, tokens, finish, strict=True)
 
 
 class Runner:
@@ -158,7 +158,9 @@ class Runner:
         numbers = [self.slot_number(sequence) for sequence in sequences]
         rows = rows or next(count for count in self.decode_rows if count >= len(sequences))
         for slot, sequence in zip(numbers, sequences, strict=True):
-            self._enter_page(slot, sequence, (sequence.dispatched - 1) // PAGE)
+            page, place = divmod(sequence.dispatched - 1, PAGE)
+            if place == 0:  # the first token of a page that the sequence has got for it
+                self._enter_page(slot, sequence, page)
         full = rows == self.slots
         slots = np.arange(rows) if full else np.array(numbers + [-1] * (rows - len(numbers)), np.int32)
         places = numbers if full else list(range(len(numbers)))

@@ -76,7 +76,8 @@ class Scheduler:
         sequence.unread -= 1
         sequence.tokens.append(token)
         if sequence.status is Status.DECODE:
-            self._publish(sequence)
+            if sequence.computed % PAGE == 0:
+                self._publish(sequence)
         elif sequence.status is Status.LEAVING and not sequence.unread:
             sequence.status = Status.WAITING
             self.waiting.append(sequence)
