@@ -11,12 +11,14 @@ import itertools
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from kimi_jax.engine.job import Job, make_job, placeholders, prompt_ids
+from kimi_jax.engine.mailbox import Mailbox
 from kimi_jax.engine.pages import PagePool
 from kimi_jax.engine.requests import Event, FinishReason, QueueFullError, Request, Result, Times, Usage
 from kimi_jax.engine.runner import PACKED, Dispatched, MediaTokens, Runner
@@ -100,6 +102,8 @@ class Engine:
         self._jobs: dict[Sequence, Job] = {}
         self._inbox: collections.deque[Job] = collections.deque()
         self._lock = threading.Condition()
+        # Each is kept by the requests that use it
+        self._mailboxes: weakref.WeakValueDictionary[asyncio.AbstractEventLoop, Mailbox] = weakref.WeakValueDictionary()
         self._closed = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="kimi-jax engine", daemon=True)
@@ -126,12 +130,13 @@ class Engine:
         Call it where an event loop runs. Raises ValueError, naming what is wrong, for a request that cannot be served,
         `QueueFullError` where too many wait, and RuntimeError where the engine is closed or has failed.
         """
-        events: asyncio.Queue[Event] = asyncio.Queue()
         # The engine holds the queue, not the stream: a stream that nobody holds any more cancels its request
-        loop = asyncio.get_running_loop()
+        events, loop = asyncio.Queue[Event](), asyncio.get_running_loop()
+        with self._lock:
+            mailbox = self._mailboxes.setdefault(loop, Mailbox(loop))
 
         def deliver(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            mailbox.put(events, event)
 
         return Stream(self, self._enqueue(request, deliver), events)
 
