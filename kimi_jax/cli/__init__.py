@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
-from kimi_jax.cli import convert, demo, export, failures, generate, inspect, make_toy, plan, train, verify
+from kimi_jax.cli import convert, demo, export, failures, generate, inspect, make_toy, plan, serve, train, verify
 from kimi_jax.printable import printable
 
 DESCRIPTION = "Run Moonshot's Kimi models in JAX: convert, inspect and verify published checkpoints, and generate text."
@@ -29,7 +29,7 @@ class Command(Protocol):
     def run(self, arguments: argparse.Namespace) -> None: ...
 
 
-COMMANDS: tuple[Command, ...] = (convert, export, verify, make_toy, inspect, generate, train, plan, demo)
+COMMANDS: tuple[Command, ...] = (convert, export, verify, make_toy, inspect, generate, serve, train, plan, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

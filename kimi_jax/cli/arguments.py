@@ -129,6 +129,27 @@ def add_shard_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mesh",
+        metavar="DxExTxS",
+        help="devices over data, experts, tensors and sequence, like 1x1x8x1; `auto` shares all devices out by the "
+        "model's heads (default: one device)",
+    )
+
+
+def mesh_of(shape: str | None, config: Any) -> Any:
+    """Returns the mesh that `--mesh` names for the model of a `KimiConfig`, None where there is none."""
+    import jax
+
+    from sharding import default_shape, make_mesh
+
+    if shape is None:
+        return None
+    devices, heads = len(jax.devices()), config.text.num_attention_heads
+    return make_mesh(default_shape(devices, heads) if shape == "auto" else shape)
+
+
 def progress(arguments: argparse.Namespace, activity: str) -> Any:
     """Returns a context manager that reports progress of the `activity`: JSON lines with `--json`, a bar otherwise."""
     import checkpoints

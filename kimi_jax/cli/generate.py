@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from kimi_jax import json_reader
-from kimi_jax.cli.arguments import SEED_MAX, host_and_port, local, number, part, place, whole
+from kimi_jax.cli.arguments import SEED_MAX, add_mesh, host_and_port, local, mesh_of, number, part, place, whole
 from kimi_jax.cli.terminal import for_stdout
 
 NAME = "generate"
@@ -69,12 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=whole(0, SEED_MAX), default=0, metavar="N", help="seed of the sampling (default 0)"
     )
-    parser.add_argument(
-        "--mesh",
-        metavar="DxExTxS",
-        help="devices over data, experts, tensors and sequence, like 1x1x8x1; `auto` shares all devices out by the "
-        "model's heads (default: one device)",
-    )
+    add_mesh(parser)
     parser.add_argument(
         "--distributed",
         action="store_true",
@@ -155,7 +150,7 @@ def _answer(arguments: argparse.Namespace, links: Any) -> None:
     prompt = processor(thinking=arguments.thinking, **conversation)
     max_new_tokens = checked_max_new_tokens(processor.config, prompt, arguments.max_new_tokens)
     sampling = _sampling(arguments)
-    mesh = _mesh(arguments, processor)
+    mesh = mesh_of(arguments.mesh, processor.config)
     model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
     log.print(f"loaded in {time.perf_counter() - began:.1f} s; the prompt has {prompt.tokens.shape[1]} tokens")
     text = StreamDecoder(processor.tokenizer)
@@ -187,7 +182,7 @@ def _follow_file(arguments: argparse.Namespace, links: Any) -> None:
 
     if links.receive() == [b""]:
         return  # process 0 has no prompt to answer
-    mesh = _mesh(arguments, Processor.from_folder(arguments.path))
+    mesh = mesh_of(arguments.mesh, Processor.from_folder(arguments.path).config)
     follow(checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify), links)
 
 
@@ -238,7 +233,7 @@ def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
                 arguments.thinking,
                 arguments.prompts.parent,
             )
-            mesh = _mesh(arguments, processor)
+            mesh = mesh_of(arguments.mesh, processor.config)
             model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
             engine = stack.enter_context(
                 Engine(
@@ -258,18 +253,6 @@ def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
     log.print(f"{counts['answered']} answered, {counts['failed']} refused{left_out}{rate}")
     if counts["failed"]:
         raise ValueError(f"{counts['failed']} prompts were refused; their results say why")
-
-
-def _mesh(arguments: argparse.Namespace, processor: Any) -> Any:
-    """Returns the mesh of `--mesh`, None where there is none."""
-    import jax
-
-    from sharding import default_shape, make_mesh
-
-    shape = arguments.mesh
-    if shape == "auto":
-        shape = default_shape(len(jax.devices()), processor.config.text.num_attention_heads)
-    return None if shape is None else make_mesh(shape)
 
 
 def _sampling(arguments: argparse.Namespace) -> Any:

@@ -183,6 +183,11 @@ class Engine:
         with self._lock:
             return self.scheduler.has_prefix(sequence)
 
+    @property
+    def closed(self) -> bool:
+        """True once it takes no requests, because it was closed or has failed."""
+        return self._closed
+
     def close(self) -> None:
         """Ends all requests as cancelled, and the engine's thread."""
         with self._lock:
@@ -401,8 +406,12 @@ class Stream:
         self._ended = event.finish_reason is not None
         return event
 
+    def cancel(self) -> None:
+        """Cancels the request, if it has not ended. Its last event still comes, with the usage."""
+        self._engine._cancel(self._job)
+
     async def aclose(self) -> None:
-        """Cancels the request, if it has not ended."""
+        """Cancels the request, if it has not ended, and ends the iterator."""
         self._close()
 
     def _close(self) -> None:

@@ -1,0 +1,135 @@
+"""Masks of tokens for answers of a form: grammars compiled by llguidance, and reasoning that must end."""
+
+import functools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kimi_jax.server.errors import invalid
+from kimi_jax.text import Tokenizer
+from kimi_jax.text.answer_states import Marker
+
+# Compiled grammars that are kept: clients send the same few tools and schemas again and again.
+_KEPT = 64
+
+
+class Masks:
+    """Makes the mask providers of requests.
+
+    words: the model's vocabulary. stop_ids: the tokens that end an answer. Making it is quick; the first grammar waits
+    until llguidance has read the tokenizer, some seconds for a real one, which `warm` does ahead.
+    """
+
+    def __init__(self, tok: Tokenizer, words: int, stop_ids: Sequence[int]):
+        self.tok, self.words, self.stop_ids = tok, words, list(stop_ids)
+        self._lock = threading.Lock()
+        self._compile = functools.lru_cache(_KEPT)(self._compiled)
+        self.end_think = tok.special_tokens.get(Marker.END_THINK.value)
+
+    def warm(self) -> None:
+        """Reads the tokenizer into llguidance."""
+        with self._lock:
+            _ = self._guidance
+
+    def providers(self, written: str | None, reasoning: bool, budget: int | None, count: int) -> list[Any]:
+        """Returns the mask providers of `count` answers, each None where its answer is free.
+
+        written: the grammar from the end of the reasoning on. reasoning: whether the answer begins in it. budget: the
+        most tokens of reasoning. Raises `RequestError` for a grammar that llguidance refuses.
+        """
+        if not reasoning:
+            budget = None
+        if written is None and budget is None:
+            return [None] * count
+        matcher = None
+        if written is not None:
+            with self._lock:
+                matcher = self._compile(written)
+        return [
+            AnswerMask(None if matcher is None else matcher.deep_copy(), self, reasoning, budget) for _ in range(count)
+        ]
+
+    @functools.cached_property
+    def reasoning_mask(self) -> np.ndarray:
+        """A mask of all tokens but special ones, with the end of reasoning; uint32 [words / 32, rounded up]."""
+        ids = np.arange(-(-self.words // 32) * 32)
+        allowed = (ids < self.tok.vocab_size) & ~np.isin(ids, list(self.tok.special_tokens.values()))
+        allowed[self.end_think] = True
+        return np.packbits(allowed, bitorder="little").view(np.uint32)
+
+    @functools.cached_property
+    def end_mask(self) -> np.ndarray:
+        """A mask of the end of reasoning alone; uint32 [words / 32, rounded up]."""
+        assert self.end_think is not None
+        mask = np.zeros(-(-self.words // 32), np.uint32)
+        mask[self.end_think // 32] = 1 << self.end_think % 32
+        return mask
+
+    @functools.cached_property
+    def _guidance(self) -> Any:
+        from llguidance.tiktoken import lltokenizer_from_encoding
+
+        return lltokenizer_from_encoding(self.tok.encoding, n_vocab=self.words, eos_token=self.stop_ids)
+
+    def _compiled(self, written: str) -> Any:
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._guidance, written, log_level=0)
+        if matcher.is_error():
+            raise invalid(f"the schema or pattern cannot be kept: {matcher.get_error()}", "response_format or tools")
+        return matcher
+
+
+class AnswerMask:
+    """Says which tokens one answer may go on with, as the engine's mask providers do.
+
+    In reasoning all plain tokens are allowed until `budget` of them are there, then its end alone; after it what the
+    matcher allows, all without one.
+    """
+
+    def __init__(self, matcher: Any, masks: Masks, reasoning: bool, budget: int | None):
+        self._matcher, self._masks, self._reasoning, self._budget = matcher, masks, reasoning, budget
+        self._position = 0  # tokens that were looked at
+        self._mask = np.zeros(-(-masks.words // 32), np.int32)
+
+    def next_mask(self, tokens: list[int]) -> np.ndarray | None:
+        """Returns the mask of the next token, None for all; see the engine's `MaskProvider`."""
+        self._advance(tokens)
+        if self._reasoning:
+            if self._must_end():
+                return self._masks.end_mask
+            return None if self._matcher is None else self._masks.reasoning_mask
+        if self._matcher is None:
+            return None
+        from llguidance.numpy import fill_next_token_bitmask
+
+        fill_next_token_bitmask(self._matcher, self._mask[None])
+        return self._mask
+
+    def forced(self, tokens: list[int]) -> list[int]:
+        """Returns the tokens that must come next."""
+        self._advance(tokens)
+        if self._reasoning:
+            return [self._masks.end_think] if self._must_end() and self._masks.end_think is not None else []
+        return [] if self._matcher is None else list(self._matcher.compute_ff_tokens())
+
+    def stopped(self, tokens: list[int]) -> bool:
+        """Returns whether the answer is complete."""
+        self._advance(tokens)
+        return not self._reasoning and self._matcher is not None and self._matcher.is_stopped()
+
+    def _must_end(self) -> bool:
+        return self._budget is not None and self._position >= self._budget
+
+    def _advance(self, tokens: list[int]) -> None:
+        while self._reasoning and self._position < len(tokens):
+            self._reasoning = tokens[self._position] != self._masks.end_think
+            self._position += 1
+        if self._reasoning or self._matcher is None:
+            return
+        new = tokens[self._position :]
+        self._position = len(tokens)
+        if new and not self._matcher.consume_tokens(new):
+            raise ValueError(f"the grammar does not take the tokens {new}: {self._matcher.get_error()}")
