@@ -12,6 +12,7 @@ import itertools
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from kimi_jax.engine.hosts import LeadingRunner, common_memory
 from kimi_jax.engine.job import Job, make_job, placeholders, prompt_ids
+from kimi_jax.engine.mailbox import Mailbox
 from kimi_jax.engine.mask_provider import MaskError
 from kimi_jax.engine.pages import PagePool
 from kimi_jax.engine.requests import (
@@ -119,6 +121,8 @@ class Engine:
         self._jobs: dict[Sequence, Job] = {}
         self._inbox: collections.deque[Job] = collections.deque()
         self._lock = threading.Condition()
+        # Each is kept by the requests that use it
+        self._mailboxes: weakref.WeakValueDictionary[asyncio.AbstractEventLoop, Mailbox] = weakref.WeakValueDictionary()
         self._closed = False
         self.failure: BaseException | None = None  # why the engine answers nobody any more
         self._thread = threading.Thread(target=self._loop, name="kimi-jax engine", daemon=True)
@@ -147,12 +151,13 @@ class Engine:
         Call it where an event loop runs. Raises ValueError, naming what is wrong, for a request that cannot be served,
         `QueueFullError` where too many wait, and RuntimeError where the engine is closed or has failed.
         """
-        events: asyncio.Queue[Event] = asyncio.Queue()
         # The engine holds the queue, not the stream: a stream that nobody holds any more cancels its request
-        loop = asyncio.get_running_loop()
+        events, loop = asyncio.Queue[Event](), asyncio.get_running_loop()
+        with self._lock:
+            mailbox = self._mailboxes.setdefault(loop, Mailbox(loop))
 
         def deliver(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            mailbox.put(events, event)
 
         return Stream(self, self._enqueue(request, deliver), events)
 
@@ -295,8 +300,9 @@ class Engine:
 
     def _read(self, dispatched: Dispatched) -> None:
         """Waits for a step, and hands its tokens out."""
-        for sequence, token, finish, logprobs in dispatched.read():
-            with self._lock:
+        results, going = list(dispatched.read()), []
+        with self._lock:
+            for sequence, token, finish, logprobs in results:
                 if sequence.status is Status.DONE:
                     continue
                 job = self._jobs[sequence]
@@ -306,9 +312,10 @@ class Engine:
                     continue
                 self.scheduler.read(sequence, token)
                 job.take_logprobs(logprobs)
-                goes_on = self._hand_out(job, token, finish)
-            if goes_on:
-                self._guide(job)
+                if self._hand_out(job, token, finish):
+                    going.append(job)
+        for job in going:
+            self._guide(job)
 
     def _hand_out(self, job: Job, token: int, finish: int) -> bool:
         """Hands a new token out, and ends the answer where it is the last. Returns whether the answer goes on."""

@@ -48,11 +48,13 @@ class Dispatched:
     def read(self) -> Iterator[tuple[Running, int, int, TokenLogprobs | None]]:
         """Waits for the step: each sequence, its token, its `Finish`, and logprobs of as many tokens as there are."""
         for sequences, rows, chosen in self.parts:
-            tokens, finish = np.asarray(chosen.tokens), np.asarray(chosen.finish)
-            logprobs = None if chosen.logprobs is None else jax.tree.map(np.asarray, chosen.logprobs)
-            for sequence, row in zip(sequences, rows, strict=True):
-                found = None if logprobs is None else _token_logprobs(logprobs, row)
-                yield sequence, int(tokens[row]), int(finish[row]), found
+            at = list(rows)
+            tokens, finish = np.asarray(chosen.tokens)[at].tolist(), np.asarray(chosen.finish)[at].tolist()
+            found: list[TokenLogprobs | None] = [None] * len(at)
+            if chosen.logprobs is not None:
+                logprobs = jax.tree.map(np.asarray, chosen.logprobs)
+                found = [_token_logprobs(logprobs, row) for row in at]
+            yield from zip(sequences, tokens, finish, found, strict=True)
 
 
 class Runner:
@@ -229,7 +231,9 @@ class Runner:
         numbers = [self.slot_number(sequence) for sequence in sequences]
         rows = rows or next(count for count in self.decode_rows if count >= len(sequences))
         for slot, sequence in zip(numbers, sequences, strict=True):
-            self._enter_page(slot, sequence, (sequence.dispatched - 1) // PAGE)
+            page, place = divmod(sequence.dispatched - 1, PAGE)
+            if place == 0:  # the first token of a page that the sequence has got for it
+                self._enter_page(slot, sequence, page)
         full = rows == self.slots
         slots = np.arange(rows) if full else np.array(numbers + [-1] * (rows - len(numbers)), np.int32)
         places = numbers if full else list(range(len(numbers)))

@@ -5,6 +5,8 @@ makes the backward pass recompute a query block's scores. Decode reads as many p
 batch has.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -15,6 +17,9 @@ from pallas_kernels.mla_attention.online import RunningSoftmax, attend, empty, f
 
 # A block's size in queries and in keys.
 QUERIES, KEYS = 256, 512
+# The same on a CPU where the keys are those of the queries' own tokens: a pair of small blocks costs no more there for
+# each score, and causality and segments hide most pairs (all but an eighth of eight packed prompts of 64 tokens).
+CPU_QUERIES, CPU_KEYS = 64, 64
 
 
 def mla_prefill(
@@ -31,13 +36,36 @@ def mla_prefill(
 ) -> tuple[Array, ...]:
     """See `api.mla_prefill`; returns the output in v's dtype, the float32 log-sum-exp, and with `return_max` the
     largest scores [B, H]."""
+    arrays = (q, k, v, q_positions, kv_positions, q_segments, kv_segments)
+    large = partial(_prefill, scale=scale, return_max=return_max, sizes=(QUERIES, KEYS))
+    if q.shape[1] != k.shape[1]:
+        return large(*arrays)
+    small = partial(_prefill, scale=scale, return_max=return_max, sizes=(CPU_QUERIES, CPU_KEYS))
+    return lax.platform_dependent(*arrays, cpu=small, default=large)
+
+
+def _prefill(
+    q: Float[Array, "B S H D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H Dv"],
+    q_positions: Int[Array, "B S"],
+    kv_positions: Int[Array, "B T"],
+    q_segments: Int[Array, "B S"],
+    kv_segments: Int[Array, "B T"],
+    *,
+    scale: float,
+    return_max: bool,
+    sizes: tuple[int, int],
+) -> tuple[Array, ...]:
+    """Computes `mla_prefill` in blocks of so many queries and keys."""
+    of_queries, of_keys = sizes
     queries = (
-        _blocks(_heads_first(q), QUERIES, 2),
-        _blocks(q_positions, QUERIES, 1),
-        _blocks(q_segments, QUERIES, 1, -1),
+        _blocks(_heads_first(q), of_queries, 2),
+        _blocks(q_positions, of_queries, 1),
+        _blocks(q_segments, of_queries, 1, -1),
     )
-    keys = tuple(_blocks(_heads_first(array), KEYS, 2) for array in (k, v))
-    key_marks = (_blocks(kv_positions, KEYS, 1), _blocks(kv_segments, KEYS, 1, -1))
+    keys = tuple(_blocks(_heads_first(array), of_keys, 2) for array in (k, v))
+    key_marks = (_blocks(kv_positions, of_keys, 1), _blocks(kv_segments, of_keys, 1, -1))
     (batch, tokens, heads, _), width = q.shape, v.shape[-1]
 
     @jax.checkpoint
