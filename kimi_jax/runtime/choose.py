@@ -81,7 +81,7 @@ def masked(logits: LastLogits, mask: UInt32[Array, "b words"]) -> LastLogits:
 def penalized(logits: LastLogits, counts: Int32[Array, "b w"], penalties: Float32[Array, "b 3"]) -> LastLogits:
     """Returns the logits after the penalties of `Sampling`, given counts of the tokens that occurred."""
     presence, frequency, repetition = (penalties[:, i : i + 1] for i in range(3))
-    generated = counts % IN_PROMPT
+    generated = (counts % IN_PROMPT).astype(jnp.float32)
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(counts > 0, repeated, logits)
     return logits - frequency * generated - jnp.where(generated > 0, presence, 0)

@@ -44,7 +44,7 @@ def filtered_weights(logits: LastLogits, rows: SamplingRows) -> Float32[jax.Arra
     places = float_places(logits)
 
     def best_k() -> jax.Array:
-        count = jnp.where(top_k > 0, top_k, jnp.inf).astype(jnp.float32)
+        count = jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)
         return jnp.where(most_likely(places, jnp.ones_like(logits), count), weights, 0)
 
     weights = jax.lax.cond(jnp.any(top_k > 0), best_k, lambda: weights)

@@ -156,7 +156,7 @@ def answer_with_logits(engine, monkeypatch):
     return answer
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param("k2.5", marks=pytest.mark.slow), "kimi-linear"])
 def test_a_prefix_of_every_kind_gives_the_tokens_and_logits_of_a_cold_run(engine, answer_with_logits, name):
     """The system prompt of another chat, a whole prompt, two that part from another where no message ends, an answer,
     and a tool's result after it. The last piece of each has 17 to 64 tokens, cold or not: one program."""

@@ -11,7 +11,7 @@ from kimi_jax.engine import Engine, Request
 from kimi_jax.engine.sequence import Status
 from kimi_jax.model.context import PAGE
 
-NAMES = ["k2.5", "kimi-linear"]
+NAMES = ["k2.5", pytest.param("kimi-linear", marks=pytest.mark.slow)]
 RANDOM = np.random.RandomState(0)
 LENGTHS = (5, 150, 300, 131)
 PROMPTS = [RANDOM.randint(0, 500, length).astype(np.int32) for length in LENGTHS]

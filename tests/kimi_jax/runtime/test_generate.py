@@ -26,7 +26,7 @@ def prompts():
     return np.random.RandomState(5).randint(0, 500, (3, 20)).astype(np.int32)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOOP)
 def test_a_row_does_not_see_its_neighbours_or_its_padding(model, prompts, name):
     prompts, lengths = prompts[:, :16], np.array([16, 1, 7])
     batched = kimi_jax.generate(model(name), prompts, lengths=lengths, max_new_tokens=6, stop_ids=())
