@@ -5,7 +5,7 @@ import re
 import time
 from typing import Any
 
-from kimi_jax.cli.arguments import SEED_MAX, local, number, whole
+from kimi_jax.cli.arguments import SEED_MAX, add_mesh, local, mesh_of, number, whole
 
 NAME = "train"
 SUMMARY = (
@@ -63,9 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="parameters to train, by a regular expression that matches whole names; INT4 experts that it does not "
         "match stay INT4 and take no optimizer's memory (default all)",
     )
-    parser.add_argument(
-        "--mesh", metavar="DxExTxS", help="devices over data, experts, tensors and sequence (default: one)"
-    )
+    add_mesh(parser)
     parser.add_argument("--seed", type=whole(0, SEED_MAX), default=0, metavar="N", help="order of the data (default 0)")
     parser.add_argument(
         "--save-every", type=whole(1), default=100, metavar="N", help="steps between checkpoints (default 100)"
@@ -89,7 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
     from kimi_jax.training.run import Run, Settings
 
     log = console(stderr=True)
-    quantized = config_json.from_folder(arguments.path).text.quantization is not None
+    config = config_json.from_folder(arguments.path)
+    quantized = config.text.quantization is not None
     settings = Settings(
         steps=arguments.steps,
         rows=arguments.batch,
@@ -101,7 +100,14 @@ def run(arguments: argparse.Namespace) -> None:
         save_every=arguments.save_every,
     )
     writer = _summary_writer(arguments)
-    run = Run(arguments.path, arguments.data, arguments.out, settings, mesh=_mesh(arguments), resume=arguments.resume)
+    run = Run(
+        arguments.path,
+        arguments.data,
+        arguments.out,
+        settings,
+        mesh=mesh_of(arguments.mesh, config),
+        resume=arguments.resume,
+    )
     room = run.packing.room
     log.print(
         f"{len(run.documents):,} documents in rows of {room.tokens:,} tokens, {settings.rows} rows a step; "
@@ -130,14 +136,6 @@ def run(arguments: argparse.Namespace) -> None:
         run.close()
         if writer is not None:
             writer.close()
-
-
-def _mesh(arguments: argparse.Namespace) -> Any:
-    if arguments.mesh is None:
-        return None
-    from sharding import make_mesh
-
-    return make_mesh(arguments.mesh)
 
 
 def _summary_writer(arguments: argparse.Namespace) -> Any:

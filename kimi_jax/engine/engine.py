@@ -39,6 +39,7 @@ from kimi_jax.engine.sequence import Sequence, Status, Step
 from kimi_jax.engine.shard import Shard
 from kimi_jax.engine.sizes import pool_sizes
 from kimi_jax.engine.snapshots import SnapshotPool
+from kimi_jax.engine.stream import Stream
 from kimi_jax.links import Links
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media, media_index
@@ -145,7 +146,7 @@ class Engine:
         finally:
             self._cancel(job)
 
-    def submit(self, request: Request) -> "Stream":
+    def submit(self, request: Request) -> Stream:
         """Takes in a request, and returns its events, to be read with `async for`; closing the iterator cancels.
 
         Call it where an event loop runs. Raises ValueError, naming what is wrong, for a request that cannot be served,
@@ -159,7 +160,8 @@ class Engine:
         def deliver(event: Event) -> None:
             mailbox.put(events, event)
 
-        return Stream(self, self._enqueue(request, deliver), events)
+        job = self._enqueue(request, deliver)
+        return Stream(functools.partial(self._cancel, job), events)
 
     def stats(self) -> Stats:
         """Returns counts of pages, slots, requests and programs."""
@@ -388,35 +390,3 @@ class Engine:
             job.deliver(event)
         except RuntimeError:  # its event loop is closed: nobody reads any more
             job.cancelled = True
-
-
-class Stream:
-    """The events of one request: an async iterator, which ends after the event with a finish reason."""
-
-    def __init__(self, engine: Engine, job: Job, events: asyncio.Queue[Event]):
-        self._engine, self._job, self._events, self._ended = engine, job, events, False
-
-    def __aiter__(self) -> "Stream":
-        return self
-
-    async def __anext__(self) -> Event:
-        if self._ended:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        self._ended = event.finish_reason is not None
-        return event
-
-    def cancel(self) -> None:
-        """Cancels the request, if it has not ended. Its last event still comes, with the usage."""
-        self._engine._cancel(self._job)
-
-    async def aclose(self) -> None:
-        """Cancels the request, if it has not ended, and ends the iterator."""
-        self._close()
-
-    def _close(self) -> None:
-        self._ended = True
-        self._engine._cancel(self._job)
-
-    def __del__(self) -> None:
-        self._close()
