@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from kimi_jax.axes import Array, Float32, Int32
 from kimi_jax.config import KimiConfig
@@ -22,7 +23,7 @@ from kimi_jax.training.qk_clip import qk_clip
 from kimi_jax.training.quantization import as_published
 from kimi_jax.training.router_bias import load_imbalance, update_router_bias
 from kimi_jax.training.rows import Rows
-from sharding import SINGLE_DEVICE, Partition
+from sharding import REPLICATED, SINGLE_DEVICE, Partition, array_mesh
 
 
 @jax.tree_util.register_dataclass
@@ -86,7 +87,8 @@ class Trainer:
         self.recipe, self.partition = recipe, partition
         self.graph, trained, frozen = split_trained(model, recipe.trainable)
         self.optimizer = make_optimizer(trained)
-        self.state = TrainState(jnp.zeros((), jnp.int32), trained, frozen, jax.jit(self.optimizer.init)(trained))
+        state = TrainState(jnp.zeros((), jnp.int32), trained, frozen, jax.jit(self.optimizer.init)(trained))
+        self.state = _on_mesh(state, array_mesh(model.model.embed_tokens.weight.get_value()))
         self.step: Any = jax.jit(self._step, donate_argnums=0)
 
     def model(self, state: TrainState) -> Kimi:
@@ -118,3 +120,16 @@ class Trainer:
             tokens=jnp.sum(rows.positions >= 0),
         )
         return TrainState(state.step + 1, trained, frozen, optimizer), metrics
+
+
+def _on_mesh(state: TrainState, mesh: Mesh | AbstractMesh | None) -> TrainState:
+    """Copies what is on one device alone, numbers of steps say, to all devices of the mesh: a checkpoint restores every
+    array to where it was, and a step takes arrays of one mesh only."""
+    if mesh is None:
+        return state
+
+    def place(array: jax.Array) -> jax.Array:
+        placed = isinstance(array.sharding, NamedSharding)
+        return array if placed else jax.device_put(array, NamedSharding(mesh, REPLICATED))
+
+    return jax.tree.map(place, state)
