@@ -1,4 +1,6 @@
-"""Makes the pictures of the chat page in docs/: `python tests/support/chat_page_pictures.py docs`.
+"""Makes the pictures of the chat page in docs/.
+
+`PYTHONPATH=tests/kimi_jax/server python tests/support/chat_page_pictures.py docs` writes them.
 
 The server is the real one, its engine a fake that says what stands here.
 """
@@ -7,8 +9,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[1] / "kimi_jax" / "server")]
 
 from chat_page import CALL, FOUR, SEVEN, TWO, answer_with, browser, draw
 from fake_engine import FakeEngine
@@ -37,7 +37,7 @@ def converse(page: Any, engine: FakeEngine, url: str) -> None:
 
 def finish(page: Any) -> None:
     """Sends the drawing and asks for a sum."""
-    page.get_by_role("button", name="Add to the message").click()
+    page.get_by_role("button", name="Add drawing").click()
     page.keyboard.press("Enter")
     page.locator(".retry").wait_for()
     page.locator("#calculator").check()
