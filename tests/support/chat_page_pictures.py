@@ -26,17 +26,16 @@ ANSWERS = (
 )
 
 
-def converse(page: Any, engine: FakeEngine, url: str) -> None:
-    """Draws a number and asks for it, then for a sum."""
+def start_drawing(page: Any, engine: FakeEngine) -> None:
+    """Opens the drawing area and draws a number."""
     answer_with(engine, *ANSWERS)
-    page.goto(url)
     page.locator("[data-starter=draw]").click()
     for cell, strokes in enumerate((FOUR, TWO, SEVEN)):
         draw(page, cell, strokes)
 
 
-def finish(page: Any) -> None:
-    """Sends the drawing and asks for a sum."""
+def converse(page: Any) -> None:
+    """Sends the drawing, asks for a sum, and shows them both."""
     page.get_by_role("button", name="Add drawing").click()
     page.keyboard.press("Enter")
     page.locator(".retry").wait_for()
@@ -60,11 +59,10 @@ def main(folder: Path) -> None:
             for name, width, height, scheme in (("wide", 1100, 860, "light"), ("narrow", 360, 720, "dark")):
                 page = chromium.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
                 page.goto(listener.url)
-                page.wait_for_function("document.title == 'k25-digits'")
-                page.screenshot(path=folder / f"page-{name}-welcome.png")
-                converse(page, engine, listener.url)
+                page.locator("#model", has_text="k25-digits").wait_for()
+                start_drawing(page, engine)
                 page.screenshot(path=folder / f"page-{name}-drawing.png")
-                finish(page)
+                converse(page)
                 page.screenshot(path=folder / f"page-{name}.png")
                 page.close()
         listener.stop(2.0)
