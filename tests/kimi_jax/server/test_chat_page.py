@@ -27,6 +27,7 @@ def chromium():
 def shared(chromium):
     """Returns a page, which the tests share."""
     context = chromium.new_context(viewport={"width": 1000, "height": 800}, color_scheme="light")
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
     opened = context.new_page()
     opened.set_default_timeout(15_000)
     yield opened
@@ -135,6 +136,10 @@ def test_an_answer_is_streamed_with_its_thinking_folded(page, served):
     assert answer.locator("h3").text_content() == "Yes" and answer.locator("li").all_text_contents() == ["one", "two"]
     assert answer.locator("strong").text_content() == "rains" and answer.locator("pre").text_content() == "x = 1"
     assert page.locator("#status").text_content() == "The answer is complete."
+    for part, copied in ((".code", "x = 1"), (".actions", served.engine.text.split("</think>")[1])):
+        answer.locator(part).get_by_role("button", name="Copy").click()
+        answer.locator(part).get_by_text("Copied").wait_for()
+        assert page.evaluate("navigator.clipboard.readText()") == copied
     assert page.sent[0]["thinking"] == {"type": "enabled"} and page.sent[0]["stream"] is True
 
     served.engine.text = "Instantly."
