@@ -87,7 +87,8 @@ class Trainer:
         self.recipe, self.partition = recipe, partition
         self.graph, trained, frozen = split_trained(model, recipe.trainable)
         self.optimizer = make_optimizer(trained)
-        state = TrainState(jnp.zeros((), jnp.int32), trained, frozen, jax.jit(self.optimizer.init)(trained))
+        # (Compiled, `init` would replicate its zeros; run as it is, they are sharded as the weights that they are of)
+        state = TrainState(jnp.zeros((), jnp.int32), trained, frozen, self.optimizer.init(trained))
         self.state = _on_mesh(state, array_mesh(model.model.embed_tokens.weight.get_value()))
         self.step: Any = jax.jit(self._step, donate_argnums=0)
 
