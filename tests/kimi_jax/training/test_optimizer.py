@@ -14,7 +14,7 @@ from checkpoints.toy import toy_config
 from kimi_jax.config_json import from_dict
 from kimi_jax.model.param import weight_shardings
 from kimi_jax.training import Recipe, Trainer, muon, optimizer, warmup_stable_decay
-from kimi_jax.training.leaves import ROUTER_BIAS, named_leaves, treatment
+from kimi_jax.training.leaves import ROUTER_BIAS, leaf_name, named_leaves, treatment
 from sharding import TRAIN, Partition, make_mesh
 
 SIZES = {
@@ -103,21 +103,21 @@ def test_a_mesh_makes_the_same_updates(step):
 def misplaced(state, params):
     """Returns the parameters that a mesh shards, but not their moments in an optimizer's state."""
     params = named_leaves(params)
-    moments = {name: x for name, x in named_leaves(state).items() if x.ndim}
-    of = {name: next(param for param in params if name.endswith(param)) for name in moments}
-    assert len(set(of.values())) == len(params) - len([name for name in params if name.endswith(ROUTER_BIAS)])
-    return {
-        of[name]
-        for name, x in moments.items()
-        if x.sharding.shard_shape(x.shape) != params[of[name]].sharding.shard_shape(x.shape)
-    }
+    moments = [(leaf_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(state) if x.ndim]
+    pairs = [(next(param for param in params if name.endswith(param)), x) for name, x in moments]
+    assert {name for name, _ in pairs} == {name for name in params if not name.endswith(ROUTER_BIAS)}
+    return {name for name, x in pairs if shard_shape(x) != shard_shape(params[name])}
+
+
+def shard_shape(x):
+    return x.sharding.shard_shape(x.shape)
 
 
 def test_an_optimizers_first_state_is_sharded_as_the_weights(step):
     # Given weights of which each of eight devices has a part, most an eighth
     mesh, config = make_mesh("2x2x2x1"), from_dict(toy_config("k2", **SIZES))
     params = jax.device_put(step[0], weight_shardings(step[0], mesh, TRAIN))
-    parts = [x.size // math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(params)]
+    parts = [x.size // math.prod(shard_shape(x)) for x in jax.tree.leaves(params)]
     assert parts.count(8) > len(parts) / 2
     # When a trainer makes the first state
     partition, model = Partition(mesh, TRAIN), nnx.merge(structure(config)[0], params)
