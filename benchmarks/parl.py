@@ -94,18 +94,18 @@ class Episode:
 
 
 class Reader:
-    """The frozen sub-agent. What it reads in a picture is a function of the picture, and read once."""
+    """The frozen sub-agent. What it reads in a picture is a function of the picture, and kept."""
 
     def __init__(self, folder: Path):
         self.processor = Processor.from_folder(folder)
         self.engine = Engine(checkpoints.load(folder), slots=8, prefill_chunk=64, max_length=256)
-        self._read: dict[bytes, asyncio.Task[str]] = {}
+        self._read: dict[bytes, str] = {}
 
     async def read(self, picture: np.ndarray) -> str:
         key = picture.tobytes()
         if key not in self._read:
-            self._read[key] = asyncio.create_task(self._ask(picture))
-        return await self._read[key]
+            self._read[key] = await self._ask(picture)
+        return self._read[key]
 
     async def _ask(self, picture: np.ndarray) -> str:
         prompt = self.processor(conversations.READ[2], images=[picture], thinking=False)
@@ -257,7 +257,6 @@ def measured(policy: Orchestrator, reader: Reader, *, bounded: bool) -> dict[str
 async def _episodes(
     engine: Engine, processor: Processor, reader: Reader, tasks: Sequence[Task], seed: int, *, bounded: bool
 ) -> list[Episode]:
-    reader._read.clear()  # (its tasks belong to an event loop that has ended)
     return await asyncio.gather(
         *(
             run_episode(engine, processor, reader, task, seed + 100 * number, bounded=bounded)

@@ -45,10 +45,11 @@ def read(
     return _conversation(messages, random, tools)
 
 
-def add_pictures(random: np.random.Generator, draw: Draw) -> Conversation:
-    """Asks for the sum of the numbers in two pictures, or of two in one picture, one below the other."""
+def add_pictures(random: np.random.Generator, draw: Draw, one_picture: float = ONE_PICTURE) -> Conversation:
+    """Asks for the sum of the numbers in two pictures, or, in a share `one_picture` of the conversations, of two in one
+    picture, one below the other."""
     a, b = number(random), number(random)
-    pictures = [draw(f"{a}\n{b}")] if random.random() < ONE_PICTURE else [draw(a), draw(b)]
+    pictures = [draw(f"{a}\n{b}")] if random.random() < one_picture else [draw(a), draw(b)]
     asked = _user(_one(random, ADD), pictures)
     return _add(random, asked, a, b)
 

@@ -37,6 +37,8 @@ MIXES = (
 )
 # fmt: on
 ROOM = Room(tokens=256, labels=112, documents=16, patches=384)
+# Numbers of the pictures in the package, each with a seed that gave clear digits
+PICTURES = {"7": 5, "12": 8, "58": 6, "316": 8, "427": 9}
 # Shares of the first stage up to which numbers have one digit, and two
 ONE_DIGIT, TWO_DIGITS = 0.2, 0.3
 
@@ -56,7 +58,12 @@ def recipe() -> SmallRecipe:
             "single digits": functools.partial(_measured, functools.partial(conversations.read, least=1, most=1)),
             "3-digit numbers": functools.partial(_measured, functools.partial(conversations.read, least=3)),
             "read, a tool declared": functools.partial(_measured, functools.partial(conversations.read, tools=True)),
-            "add two pictures, with the sum": functools.partial(_measured, conversations.add_pictures),
+            "add two pictures": functools.partial(
+                _measured, functools.partial(conversations.add_pictures, one_picture=0)
+            ),
+            "add two numbers in one picture": functools.partial(
+                _measured, functools.partial(conversations.add_pictures, one_picture=1)
+            ),
             "add two numbers in words": functools.partial(_measured, _add_text),
             "talk": functools.partial(_measured, conversations.talk),
         },
@@ -138,3 +145,11 @@ def _text() -> str:
 
 def _blank(text: str) -> np.ndarray:
     return np.full((digits.CELL, digits.CELL, 3), 255, np.uint8)
+
+
+def pictures() -> dict[str, np.ndarray]:
+    """Draws the pictures that `kimi_jax.small.picture` gives, by their numbers, of digits that are held out."""
+    return {
+        number: digits.draw_number(number, digits.load(True), digits.PLAIN, np.random.default_rng((int(number), seed)))
+        for number, seed in PICTURES.items()
+    }
