@@ -4,6 +4,7 @@ Three of its layers are KDA and one is attention. It recalls one of up to 160 th
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -36,8 +37,9 @@ THINGS = (
 )
 # fmt: on
 MOST_THINGS, MOST_WORDS = 160, 40
-SHORT = Room(tokens=256, labels=160, documents=16, patches=0)
-LONG = Room(tokens=1280, labels=320, documents=40, patches=0)
+QUESTIONS = 5  # about one list, in training: a list of 1,000 tokens would have two labels otherwise
+SHORT = Room(tokens=320, labels=160, documents=5, patches=0)
+LONG = Room(tokens=1152, labels=160, documents=6, patches=0)
 HELLO = "Hello! Give me a list to remember, words to copy, or two numbers to add."
 
 
@@ -48,8 +50,8 @@ def recipe() -> SmallRecipe:
         config=CONFIG,
         text=_text(),
         stages=(
-            Stage(500, functools.partial(_source, _short), SHORT, 3.5e-3),
-            Stage(300, functools.partial(_source, _long), LONG, 3.5e-3, end=0.03, rows=4),
+            Stage(700, functools.partial(_source, _short), SHORT, 3.5e-3),
+            Stage(250, functools.partial(_source, _long), LONG, 3e-3, end=0.03, rows=4),
         ),
         measures={
             "copy": functools.partial(copy, words=MOST_WORDS),
@@ -68,14 +70,16 @@ def copy(random: np.random.Generator, words: int) -> Conversation:
     return _conversation(f"Copy: {text}", text)
 
 
-def recall(random: np.random.Generator, things: int) -> Conversation:
-    """Shows a list of `things` things with a number each, and asks for one of them."""
+def recall(random: np.random.Generator, things: int, questions: int = 1) -> Conversation:
+    """Shows a list of `things` things with a number each, and asks for some of them one after another."""
     chosen = random.permutation(len(COLOURS) * len(THINGS))[:things]
     names = [f"{COLOURS[i % len(COLOURS)]} {THINGS[i // len(COLOURS)]}" for i in chosen]
     values = random.integers(10, 100, size=things)
     listed = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
-    asked = int(random.integers(things))
-    return _conversation(f"Remember: {listed}.\nWhich number has the {names[asked]}?", str(values[asked]))
+    turns: list[str] = []
+    for asked in random.integers(things, size=questions):
+        turns += [f"Which number has the {names[asked]}?", str(values[asked])]
+    return _conversation(f"Remember: {listed}.\n{turns[0]}", *turns[1:])
 
 
 def add(random: np.random.Generator) -> Conversation:
@@ -94,26 +98,29 @@ def talk(random: np.random.Generator) -> Conversation:
     return _conversation(("Hello!", "Hi", "Who are you?", "What can you do?")[random.integers(4)], HELLO)
 
 
-def _conversation(asked: str, answer: str) -> Conversation:
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+def _conversation(*turns: str) -> Conversation:
+    """Returns the conversation of these turns, the user's and the assistant's in turn."""
+    roles = itertools.cycle(("user", "assistant"))
+    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
     return {"messages": messages, "thinking": False}
 
 
 def _short(random: np.random.Generator, share: float) -> Conversation:
-    """Draws a conversation of at most 256 tokens; lists and copies grow with the share that is done."""
+    """Draws a conversation of at most 320 tokens; lists and copies grow with the share that is done."""
     longest = min(1.0, 0.1 + 1.2 * share)
-    kind = random.choice(4, p=(0.2, 0.5, 0.27, 0.03))
+    kind = random.choice(4, p=(0.15, 0.5, 0.32, 0.03))
     if kind == 0:
         return copy(random, max(2, int(MOST_WORDS * longest)))
     if kind == 1:
-        return recall(random, int(random.integers(2, max(4, int(33 * longest)))))
+        return recall(random, int(random.integers(2, max(4, int(30 * longest)))), int(random.integers(1, QUESTIONS)))
     return add(random) if kind == 2 else talk(random)
 
 
 def _long(random: np.random.Generator, share: float) -> Conversation:
-    """Draws a conversation of at most 1,280 tokens."""
+    """Draws a conversation of at most 1,152 tokens; lists grow with the share that is done."""
     if random.random() < 0.4:
-        return recall(random, int(random.integers(20, max(40, int(MOST_THINGS * min(1.0, 0.3 + 2 * share))) + 1)))
+        most = max(40, int(MOST_THINGS * min(1.0, 0.3 + 2 * share)))
+        return recall(random, int(random.integers(20, most + 1)), QUESTIONS)
     return _short(random, 1.0)
 
 
