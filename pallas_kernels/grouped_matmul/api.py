@@ -119,9 +119,12 @@ def grouped_glu(
 
 
 def _two_products(
-    op: str, implementation: str | None, combine: Callable[..., Array], x: Array, gate: Dense, up: Dense, *groups: Array
+    op: str, implementation: str | None, combine: Callable[..., Array], x: Array, gate: Dense, up: Dense, *groups: Any
 ) -> Array:
-    """Computes the unit of dense weights as two grouped products, each of which has a gradient kernel."""
+    """Computes the unit of dense weights as two grouped products, each of which has a gradient kernel.
+
+    `groups` are sizes and offset; a constant may come as NumPy's.
+    """
     return combine(*(_dense_product(op, implementation, x, weight, *groups) for weight in (gate, up)))
 
 
