@@ -1,4 +1,4 @@
-"""`kimi-jax serve`: a model over HTTP, in the APIs of OpenAI and Anthropic."""
+"""`kimi-jax serve`: a model over HTTP, in the APIs of OpenAI and Anthropic, and on a page to chat on."""
 
 import argparse
 import contextlib
@@ -128,6 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
             warnings.filterwarnings("ignore", module=r"kimi_jax\.")
             print(f"serving {names[0]} at {listener.url}/v1", flush=True)
             print(_curl(listener.url, names[0], key is not None), flush=True)
+            print(f"chat at {listener.url}/", flush=True)
             stop.wait(listener.ended)
             service.stopping = True
             _note(f"stopping: {engine.stats().running} answers are running")

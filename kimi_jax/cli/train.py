@@ -1,6 +1,7 @@
 """Runs `kimi-jax train`, which fine-tunes a checkpoint on conversations and publishes the result."""
 
 import argparse
+import logging
 import re
 import time
 from typing import Any
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=whole(1), default=1000, metavar="N", help="updates of the weights (default 1000)"
     )
     parser.add_argument("--batch", type=whole(1), default=8, metavar="N", help="rows of a step (default 8)")
+    parser.add_argument(
+        "--microbatches",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="parts of a step's rows that are computed one after another, in the memory of one (default 1)",
+    )
     parser.add_argument(
         "--tokens",
         type=whole(16),
@@ -86,12 +94,15 @@ def run(arguments: argparse.Namespace) -> None:
     from kimi_jax.cli.console import console
     from kimi_jax.training.run import Run, Settings
 
+    # Orbax logs tracebacks of a write that fails, in every thread that waits for it; the error itself is one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     log = console(stderr=True)
     config = config_json.from_folder(arguments.path)
     quantized = config.text.quantization is not None
     settings = Settings(
         steps=arguments.steps,
         rows=arguments.batch,
+        microbatches=arguments.microbatches,
         tokens=arguments.tokens,
         learning_rate=arguments.lr,
         quantized=quantized if arguments.qat is None else arguments.qat,

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from kimi_jax.printable import printable
-from kimi_jax.server import anthropic_answer, anthropic_request, openai_answer, openai_request
+from kimi_jax.server import anthropic_answer, anthropic_request, openai_answer, openai_request, page
 from kimi_jax.server.anthropic_schema import CountRequest, MessagesRequest
 from kimi_jax.server.backend import Backend
 from kimi_jax.server.body import read_body
@@ -85,8 +85,9 @@ class Service:
             "/v1/messages/count_tokens": ("POST", self.count_tokens),
         }
         routes = [Route(path, _safe(handler), methods=[method]) for path, (method, handler) in handlers.items()]
+        routes += [Route(path, page.handler(path)) for path in page.PATHS]
         inner = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
-        return Gate(inner, self.limits, self.metrics, frozenset(handlers))
+        return Gate(inner, self.limits, self.metrics, frozenset({*handlers, *page.PATHS}))
 
     async def health(self, request: Request) -> Response:
         """Says ok, or why requests cannot be answered, with status 503."""

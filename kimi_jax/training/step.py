@@ -17,8 +17,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from kimi_jax.axes import Array, Float32, Int32
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import Kimi
+from kimi_jax.model.statistics import Statistics
 from kimi_jax.training.leaves import everything, split_trained
-from kimi_jax.training.loss import sum_losses
+from kimi_jax.training.loss import Losses, sum_losses
+from kimi_jax.training.microbatches import accumulate
 from kimi_jax.training.qk_clip import qk_clip
 from kimi_jax.training.quantization import as_published
 from kimi_jax.training.router_bias import load_imbalance, update_router_bias
@@ -63,12 +65,14 @@ class Recipe:
     config: the configuration of what is published: with its `quantization`, experts are trained for INT4.
     qk_threshold: tau of QK-Clip. bias_rate: a function from the step's number to gamma of the routers' biases.
     trainable: takes a parameter's name, and tells whether it is trained.
+    microbatches: the number of parts of a step's rows, whose gradients are computed one after another and summed.
     """
 
     config: KimiConfig
     qk_threshold: float = 100.0
     bias_rate: Callable[[Any], Any] = lambda step: 1e-3
     trainable: Callable[[str], bool] = everything
+    microbatches: int = 1
 
 
 class Trainer:
@@ -87,7 +91,8 @@ class Trainer:
         self.recipe, self.partition = recipe, partition
         self.graph, trained, frozen = split_trained(model, recipe.trainable)
         self.optimizer = make_optimizer(trained)
-        state = TrainState(jnp.zeros((), jnp.int32), trained, frozen, jax.jit(self.optimizer.init)(trained))
+        # (Compiled, `init` would replicate its zeros; run as it is, they are sharded as the weights that they are of)
+        state = TrainState(jnp.zeros((), jnp.int32), trained, frozen, self.optimizer.init(trained))
         self.state = _on_mesh(state, array_mesh(model.model.embed_tokens.weight.get_value()))
         self.step: Any = jax.jit(self._step, donate_argnums=0)
 
@@ -98,12 +103,17 @@ class Trainer:
     def _step(self, state: TrainState, rows: Rows) -> tuple[TrainState, Metrics]:
         config, labels = self.recipe.config, jnp.sum(rows.columns >= 0)
 
-        def mean_loss(trained: Any) -> tuple[jax.Array, Any]:
+        def mean_loss(trained: Any, rows: Rows) -> tuple[jax.Array, Any]:
             model = nnx.merge(self.graph, as_published(trained, config), state.frozen)
             losses, statistics = sum_losses(model, rows, self.partition)
             return losses.loss / jnp.maximum(labels, 1), (losses, statistics)
 
-        (loss, (losses, seen)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.trained)
+        def differentiate(rows: Rows) -> tuple[Any, tuple[jax.Array, Losses], Statistics]:
+            (loss, (losses, seen)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.trained, rows)
+            return gradients, (loss, losses), seen
+
+        count = self.recipe.microbatches
+        gradients, (loss, losses), seen = accumulate(differentiate, rows, count, self.partition)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.trained)
         trained, frozen = optax.apply_updates(state.trained, updates), state.frozen
         if seen.max_logits.size:

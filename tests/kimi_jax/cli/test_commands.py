@@ -247,15 +247,14 @@ def test_the_commands_are_listed(capsys):
 
 
 @pytest.mark.slow
-def test_demo(picture):
-    command = [sys.executable, "-m", "kimi_jax.cli", "demo", "--image", str(picture)]
+def test_demo():
+    command = [sys.executable, "-m", "kimi_jax.cli", "demo"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     out = " ".join(done.stdout.split())
-    assert "the weights are random" in out
-    assert "kimi_k25 (safetensors): 1 x mla + dense, 3 x mla + moe, 2 vision layers" in out
-    assert re.search(r"Converted to Orbax: 19\.\d\d MB in 380 tensors -> 19\.\d\d MB in 110 leaves", out)
+    assert "kimi_k25 (safetensors): 1 x mla + dense, 2 x mla + moe, 2 vision layers" in out
+    assert re.search(r"Converted to Orbax: 1\.\d\d MB in \d+ tensors -> 1\.\d\d MB in \d+ leaves", out)
     assert "mesh of {'data': 2, 'expert': 4, 'tensor': 1, 'sequence': 1}. Bytes on each of its 8 devices:" in out
     assert [f"cpu:{i}: " in out for i in range(8)] == [True] * 8
-    assert "picture.png: grid (t, h, w) = (1, 4, 6) in patches, 6 tokens" in out
-    assert "48 random tokens, " in out and out.endswith("tokens per second after compilation.")
+    assert "thinks: I see 4, 2 and 7. Kimi: 427 " in out
+    assert 'calls: add {"a": 58, "b": 316}' in out and "tool: 374" in out and "Kimi: The sum is 374. " in out

@@ -67,6 +67,7 @@ def test_a_model_is_served_until_sigterm(small_folder, capfd):
     assert (
         curl[:2] == ["curl", f"http://127.0.0.1:{port}/v1/chat/completions"] and json.loads(curl[-1])["model"] == "toy"
     )
+    assert lines[2] == f"chat at http://127.0.0.1:{port}/"
     assert "loaded " in log and "programs in " in log and log.rstrip().endswith("stopped")
     asked = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert {line["path"] for line in asked} == {"/health", "/v1/chat/completions"} and "Hello" not in log
