@@ -24,8 +24,8 @@ from pallas_kernels.grouped_matmul import grouped_glu, grouped_matmul
 BLOCK = 8192
 # A block is a multiple of this, if there are as many pairs.
 MULTIPLE = 128
-# The most tokens that meet all experts on a CPU. In a layer of the 48M-parameter toys, with 8 of 32 experts a token,
-# 16 tokens take 10.3 ms of CPU time on all cores so, and 13.1 on one core otherwise; 32 take 13.3 and 15.1, 64 take 23.8
+# The most tokens that meet all experts on a CPU. CPU time of a layer of the 48M-parameter toys with 8 of 32 experts a
+# token, so and otherwise (where it is one core's): 16 tokens 10.3 and 13.1 ms, 32 tokens 13.3 and 15.1, 64 tokens 23.8
 # and 21.1.
 FEW_TOKENS = 32
 
