@@ -1,7 +1,6 @@
 """Feed-forward layers: SwiGLU, and the mixture of experts of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
 
-`pallas_kernels.mixture` computes the experts, whatever their format and the number of tokens: an expert that no token
-chose costs nothing, and no token meets an expert that it did not choose.
+`pallas_kernels.mixture` computes the experts, whatever their format and the number of tokens.
 """
 
 import jax
