@@ -117,7 +117,7 @@ class _Items:
         else:
             part = _part(item["type"], text)
             kind = part["type"]
-            more = {"logprobs": []} if kind == "output_text" else {}
+            more: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
             item["content"] = [part]
             yield {"type": f"response.{kind}.done", **place, "content_index": 0, "text": text, **more}
             yield {"type": "response.content_part.done", **place, "content_index": 0, "part": part}
