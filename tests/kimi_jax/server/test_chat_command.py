@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from calls import refused
@@ -19,6 +20,7 @@ from PIL import Image
 from rich.cells import cell_len
 
 import checkpoints
+import kimi_jax
 from kimi_jax.cli import chat, main
 from kimi_jax.cli.dialogue.conversation import Conversation
 from kimi_jax.cli.dialogue.screen import BAR, WrappedText
@@ -115,6 +117,20 @@ def test_a_picture_goes_with_the_next_message_alone(engine, toy_folder, typed, t
     assert engine.requests[0].media.grids.tolist() == [[1, 2, 4]] == engine.requests[1].media.grids.tolist()
     assert prompts(engine)[0].count("<|media_begin|>") == prompts(engine)[1].count("<|media_begin|>") == 1
     assert "dot.png, 56 x 28" in capsys.readouterr().err
+
+
+def test_without_a_folder_the_small_model_of_the_package_answers(engine, toy_folder, typed, monkeypatch, capsys):
+    small = SimpleNamespace(NAMES=("k25-digits", "kimi-linear-small"), ADD_TOOL=ADD, path=lambda name: toy_folder)
+    monkeypatch.setitem(sys.modules, "kimi_jax.small", small)
+    monkeypatch.setattr(kimi_jax, "small", small, raising=False)
+    engine.text = "</think>Yes."
+    for flags, has_tool in (((), True), (("--model", "digits"), True), (("--model", "kimi-linear-small"), False)):
+        typed("Hello")
+        assert main(["chat", *flags]) == 0
+        assert capsys.readouterr().out == "Yes.\n"
+        assert ("tool_declare" in prompts(engine)[-1]) is has_tool
+    line = refused(capsys, main(["chat", "--model", "digit"]))
+    assert line == "kimi-jax: small model 'digit': did you mean k25-digits? There are k25-digits, kimi-linear-small"
 
 
 def test_from_a_pipe_what_goes_wrong_ends_the_command(engine, toy_folder, typed, tmp_path, capsys):
