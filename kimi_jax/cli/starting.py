@@ -77,7 +77,7 @@ def compiling(log: Console, kept: str) -> Iterator[Callable[[str], None]]:
     for each program.
     """
     began, named = time.perf_counter(), 0
-    columns = (TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    columns = (TimeElapsedColumn(), TextColumn("{task.description}", markup=False))  # a narrow terminal cuts the end
     with Progress(*columns, console=log, transient=True, disable=not log.is_terminal or log.quiet) as bar:
         task = bar.add_task(f"compiling{kept}", total=None)
 
