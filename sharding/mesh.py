@@ -6,7 +6,9 @@ tensor    shards these and attention heads
 sequence  shards these, a prompt's tokens and the pages of the cache, for long contexts
 """
 
+import difflib
 import math
+import re
 from collections.abc import Sequence
 
 import jax
@@ -42,9 +44,13 @@ def mesh_sizes(shape: str | Sequence[int]) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if not 2 <= len(sizes) <= len(AXES) or min(sizes) < 1:
+        near = [
+            difflib.get_close_matches(word, AXES, 1) for word in re.findall("[a-z]+", str(shape)) if word not in AXES
+        ]
+        meant = f"; did you mean {near[0][0]}?" if near and near[0] else ""
         raise ValueError(
             f"mesh {shape!r}: expected two to four positive numbers for the axes {' x '.join(AXES)}, like 2x4 or "
-            "1x2x4x1, or names with sizes, like data=4,tensor=2"
+            f"1x2x4x1, or names with sizes, like data=4,tensor=2{meant}"
         )
     return sizes + (1,) * (len(AXES) - len(sizes))
 

@@ -12,7 +12,11 @@ SUMMARY = (
     "Plan a job on a TPU slice: does the model fit, with how much context and batch, and how many bytes does a step "
     "move? Compiles the step for the slice where libtpu is installed; needs no TPU."
 )
-EXAMPLE = "kimi-jax plan --model k2.5 --topology v5p:4x4x4 --batch 64 --context 32768 --plot plan.png"
+EXAMPLE = (
+    "kimi-jax plan --model k2.5 --topology v5p:4x4x4 --batch 64 --context 32768 --plot plan.png\n"
+    "  kimi-jax plan --model k2.5 --topology all --no-compile\n"
+    "  kimi-jax plan --model ~/models/Kimi-K2 --topology v6e:8x8 --phase prefill --json"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mesh",
-        metavar="AXIS=N,...",
-        help="devices of each axis, like data=4,expert=8,tensor=2 (default: the fastest mesh by the plan's bounds)",
+        metavar="MESH",
+        help="devices of each axis, like 4x8x2 or data=4,tensor=2 (default: the fastest by the plan's bounds)",
     )
     parser.add_argument("--batch", type=whole(1), default=1, metavar="N", help="sequences (default %(default)s)")
     parser.add_argument(
@@ -110,6 +114,5 @@ def _named_config(model: Path | str) -> tuple[str, Any]:
     folder = locate(model)
     if isinstance(model, str) or (folder / "config.json").is_file():
         return folder.name, config_json.from_folder(folder)
-    names = config_json.preset_names()
-    full = next((full for full in names if str(model) in (full, full.removeprefix("kimi-"))), str(model))
+    full = config_json.preset_name(str(model))
     return full, config_json.preset(full)

@@ -15,11 +15,17 @@ from types import FrameType
 from typing import Any
 
 from kimi_jax.cli.arguments import add_mesh, local, mesh_of, number, whole
+from kimi_jax.cli.models import check_folder
+from kimi_jax.cli.starting import add_compile_cache, keep_programs
 from kimi_jax.printable import printable
 
 NAME = "serve"
 SUMMARY = "Answer requests over HTTP, in the APIs of OpenAI and Anthropic, many at once. SIGTERM ends it."
-EXAMPLE = "kimi-jax serve ~/models/kimi-k2.5-orbax --port 8000"
+EXAMPLE = (
+    "kimi-jax serve ~/models/kimi-k2.5-orbax --port 8000\n"
+    "  kimi-jax serve ~/models/kimi-k2.5-orbax --mesh auto --slots 64\n"
+    "  kimi-jax serve ~/models/toy --host 0.0.0.0 --api-key secret"
+)
 KEY_VARIABLE = "KIMI_JAX_API_KEY"
 
 
@@ -93,9 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-requests", action="store_true", help="write a line of JSON for each request, without its contents"
     )
+    add_compile_cache(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_folder(arguments.path)
     try:
         from kimi_jax.server import Limits, Listener, Service
     except ModuleNotFoundError as error:
@@ -174,7 +182,7 @@ def _load(arguments: argparse.Namespace, service: Any) -> Any:
     from kimi_jax.processor import Processor
     from kimi_jax.serving import EngineBackend
 
-    began = time.perf_counter()
+    began, kept = time.perf_counter(), keep_programs(arguments)
     processor = Processor.from_folder(arguments.path)
     loaded = 0
 
@@ -204,7 +212,8 @@ def _load(arguments: argparse.Namespace, service: Any) -> Any:
         progress=note_program,
     )
     stats = engine.stats()
-    _note(f"compiled {stats.compiled_programs} programs in {time.perf_counter() - compiling:.1f} s")
+    seconds = f"{time.perf_counter() - compiling:.1f} s"
+    _note(f"compiled {stats.compiled_programs} programs in {seconds}{kept}")
     service.ready(EngineBackend(engine, processor))
     _note(f"ready after {time.perf_counter() - began:.1f} s: {stats.slots} slots, {stats.pages} pages")
     return engine

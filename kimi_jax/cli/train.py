@@ -7,13 +7,21 @@ import time
 from typing import Any
 
 from kimi_jax.cli.arguments import SEED_MAX, add_mesh, local, mesh_of, number, whole
+from kimi_jax.cli.models import check_folder
+from kimi_jax.cli.starting import add_compile_cache, keep_programs
 
 NAME = "train"
 SUMMARY = (
     "Fine-tune a checkpoint on conversations, by MuonClip, with experts trained for INT4 (quantisation-aware), and "
     "publish it in the layout of the releases. With --resume, the same command goes on where it was stopped."
 )
-EXAMPLE = "kimi-jax train ~/models/toy --data chats.jsonl --out runs/first --steps 200 --tokens 512"
+EXAMPLE = (
+    "kimi-jax train ~/models/toy --data chats.jsonl --out runs/first --steps 200 --tokens 512\n"
+    "  kimi-jax train ~/models/toy --data chats.jsonl --out runs/first --steps 400 --resume\n"
+    "  kimi-jax train ~/models/kimi-k2.5-orbax --data chats.jsonl --out runs/mesh --mesh 1x8x1"
+)
+
+LINE_EVERY_S = 30.0  # where there is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,9 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensorboard", action="store_true", help="also write metrics for TensorBoard into --out (needs tensorboardX)"
     )
+    add_compile_cache(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_folder(arguments.path)
     try:
         pattern = re.compile(".*" if arguments.train == "all" else arguments.train)
     except re.error as error:
@@ -97,6 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Orbax logs tracebacks of a write that fails, in every thread that waits for it; the error itself is one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     log = console(stderr=True)
+    keep_programs(arguments)
     config = config_json.from_folder(arguments.path)
     quantized = config.text.quantization is not None
     settings = Settings(
@@ -131,14 +142,16 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         with Progress(*columns, *times, console=log, disable=not log.is_terminal) as bar:
             task = bar.add_task("", total=settings.steps, completed=run.step, shown="compiling")
-            began, tokens = time.monotonic(), 0
+            began, tokens, told = time.monotonic(), 0, 0.0
             for step, metrics in run.steps():
                 tokens += int(metrics.tokens)
                 rate = tokens / (time.monotonic() - began)
                 shown = f"loss {float(metrics.loss):.4f}  {float(metrics.accuracy):.1%}  {rate:,.0f} tokens/s"
                 bar.update(task, completed=step + 1, shown=shown)
-                if not log.is_terminal and (step + 1) % max(1, settings.steps // 20) == 0:
-                    log.print(f"step {step + 1}: {shown}")
+                now = time.monotonic()
+                if not log.is_terminal and (now - told >= LINE_EVERY_S or step + 1 == settings.steps):
+                    told = now
+                    log.print(f"step {step + 1} of {settings.steps}: {shown}")
                 if writer is not None:
                     for name, value in metrics._asdict().items():
                         writer.add_scalar(name, value.item(), step)
