@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 AXES = ("data", "expert", "tensor", "sequence")
@@ -28,7 +29,9 @@ def make_mesh(shape: str | Sequence[int], devices: Sequence[jax.Device] | None =
     devices = jax.devices() if devices is None else devices
     if math.prod(sizes) != len(devices):
         raise ValueError(f"mesh {shape!r} asks for {math.prod(sizes)} devices, there are {len(devices)}")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Axes may share a dimension of the torus: 128 x 2 devices of a 4 x 8 x 8 do.
+    arranged = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_sizes(shape: str | Sequence[int]) -> tuple[int, ...]:
@@ -65,9 +68,9 @@ def default_shape(devices: int, heads: int, batch: int = 1) -> tuple[int, int, i
     return data, devices // tensor // data, tensor, 1
 
 
-def array_mesh(array: jax.Array) -> Mesh | AbstractMesh | None:
-    """Returns the mesh that the array is sharded over, None for an array on a single device, and for a traced one,
-    whose devices are not known yet."""
+def array_mesh(array: jax.Array | jax.ShapeDtypeStruct) -> Mesh | AbstractMesh | None:
+    """Returns the mesh that the array, or an array of this shape, is sharded over, None for one on a single device, and
+    for a traced one, whose devices are not known yet."""
     if isinstance(array, jax.core.Tracer) or not isinstance(array.sharding, NamedSharding):
         return None
     return array.sharding.mesh
