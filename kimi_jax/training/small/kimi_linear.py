@@ -20,7 +20,7 @@ from kimi_jax.training.small.recipe import Conversation, SmallRecipe, Stage
 # fmt: off
 CONFIG = toy_config(
     "kimi-linear", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-    kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, intermediate_size=256,
+    kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, intermediate_size=256,
     num_experts=8, num_experts_per_token=2, moe_intermediate_size=32,
     linear_attn_config={
         "full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 32, "num_heads": 4, "short_conv_kernel_size": 4,
@@ -36,7 +36,7 @@ THINGS = (
     "song", "road", "hill", "field",
 )
 # fmt: on
-MOST_THINGS, MOST_WORDS = 160, 40
+MOST_THINGS, MOST_WORDS = 160, 24
 QUESTIONS = 5  # about one list, in training: a list of 1,000 tokens would have two labels otherwise
 SHORT = Room(tokens=320, labels=160, documents=5, patches=0)
 LONG = Room(tokens=1152, labels=160, documents=6, patches=0)
@@ -50,8 +50,8 @@ def recipe() -> SmallRecipe:
         config=CONFIG,
         text=_text(),
         stages=(
-            Stage(700, functools.partial(_source, _short), SHORT, 3.5e-3),
-            Stage(250, functools.partial(_source, _long), LONG, 3e-3, end=0.03, rows=4),
+            Stage(800, functools.partial(_source, _short), SHORT, 2.5e-3),
+            Stage(250, functools.partial(_source, _long), LONG, 2e-3, end=0.03, rows=4),
         ),
         measures={
             "copy": functools.partial(copy, words=MOST_WORDS),
@@ -71,14 +71,17 @@ def copy(random: np.random.Generator, words: int) -> Conversation:
 
 
 def recall(random: np.random.Generator, things: int, questions: int = 1) -> Conversation:
-    """Shows a list of `things` things with a number each, and asks for some of them one after another."""
+    """Shows a list of `things` things with a number each, and asks for some of them one after another.
+
+    The answer is the thing with its number, as the list has it.
+    """
     chosen = random.permutation(len(COLOURS) * len(THINGS))[:things]
     names = [f"{COLOURS[i % len(COLOURS)]} {THINGS[i // len(COLOURS)]}" for i in chosen]
     values = random.integers(10, 100, size=things)
     listed = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
     turns: list[str] = []
     for asked in random.integers(things, size=questions):
-        turns += [f"Which number has the {names[asked]}?", str(values[asked])]
+        turns += [f"Which number has the {names[asked]}?", f"{names[asked]} {values[asked]}"]
     return _conversation(f"Remember: {listed}.\n{turns[0]}", *turns[1:])
 
 
@@ -107,7 +110,7 @@ def _conversation(*turns: str) -> Conversation:
 
 def _short(random: np.random.Generator, share: float) -> Conversation:
     """Draws a conversation of at most 320 tokens; lists and copies grow with the share that is done."""
-    longest = min(1.0, 0.1 + 1.2 * share)
+    longest = min(1.0, 0.1 + 1.5 * share)
     kind = random.choice(4, p=(0.15, 0.5, 0.32, 0.03))
     if kind == 0:
         return copy(random, max(2, int(MOST_WORDS * longest)))
