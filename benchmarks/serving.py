@@ -160,13 +160,8 @@ def is_ready(url: str) -> bool:
 async def stream(client: httpx.AsyncClient, served: Served, prompt: str) -> tuple[list[float], int]:
     """Returns the times at which text came, and how many tokens it was. Raises SystemExit where a server refuses, or
     counts another prompt than it was sent."""
-    body: dict[str, Any] = {
-        "model": served.model,
-        "prompt": prompt,
-        "max_tokens": NEW,
-        "temperature": 0,
-        "stream": True,
-    }
+    options = {"max_tokens": NEW, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    body: dict[str, Any] = {"model": served.model, "prompt": prompt, **options}
     times, usage = [], None
     async with client.stream("POST", f"{served.url}/v1/completions", json=body) as answer:
         if answer.status_code != 200:
