@@ -4,7 +4,7 @@ VENV   := .venv/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_in
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint browser clean
 
 demo: $(READY)
 	$(BIN)/kimi-jax demo
@@ -21,6 +21,13 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tests/check_docstrings.py
+
+# The tests of the chat page run in a Chromium of the system, and are skipped where there is none.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  if command -v $$name; then exit 0; fi; done; \
+	echo "No Chromium is found. On Debian: apt-get install --no-install-recommends chromium"; \
+	echo "On Fedora: dnf install chromium. On macOS: brew install --cask chromium"; exit 1
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

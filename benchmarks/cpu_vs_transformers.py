@@ -81,7 +81,7 @@ class Result:
 Side = Callable[[np.ndarray], Timing]
 
 
-def transformers_sides(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Side]]:
+def transformers_models(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields transformers' native model with each pair of (attention, experts) implementations, under its name."""
     import torch
     import transformers
@@ -100,7 +100,15 @@ def transformers_sides(folder: Path, config: dict[str, Any]) -> Iterator[tuple[s
             dtype=torch.float32,
             attn_implementation=attention,
             experts_implementation=experts,
-        ).eval()
+        )
+        yield f"transformers ({attention}, {experts})", model.eval()
+
+
+def transformers_sides(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Side]]:
+    """Yields a prefill and decode steps of each of `transformers_models`, under its name."""
+    import torch
+
+    for name, model in transformers_models(folder, config):
 
         def run(tokens: np.ndarray, model: Any = model) -> Timing:
             with torch.inference_mode():
@@ -115,7 +123,7 @@ def transformers_sides(folder: Path, config: dict[str, Any]) -> Iterator[tuple[s
                 end = time.perf_counter()
             return Timing(filled - start, (end - filled) / STEPS, logits[0].numpy())
 
-        yield f"transformers ({attention}, {experts})", run
+        yield name, run
 
 
 def our_side(folder: Path) -> Side:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from checkpoints.load import load as load
     from kimi_jax import media as media
+    from kimi_jax import small as small
     from kimi_jax import training as training
     from kimi_jax.answering import Answer as Answer
     from kimi_jax.answering import answer as answer
@@ -40,6 +41,7 @@ _MODULES = {
     "chat": "kimi_jax.text.chat",
     "decoding": "kimi_jax.runtime.generate",
     "media": "kimi_jax.media",
+    "small": "kimi_jax.small",
     "training": "kimi_jax.training",
 }
 

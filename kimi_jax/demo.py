@@ -1,41 +1,58 @@
-"""`kimi-jax demo`: the whole way of a checkpoint on eight simulated devices, with random weights.
+"""`kimi-jax demo`: the whole way of a checkpoint on eight simulated devices, with the small trained model k25-digits.
 
-A toy in K2.5's published layout is written, converted, loaded over a mesh, shown a picture and asked about it.
+The published folder is converted and loaded over a mesh. Then the model reads a handwritten number, and adds two by
+calling a tool, whose result it puts into words. The digits are some that it was not trained on.
 """
 
+import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
 import checkpoints
-from checkpoints.toy import toy_config, write_toy
+from kimi_jax import small
+from kimi_jax.answering import Answer, answer
+from kimi_jax.media.opening import open_image
+from kimi_jax.model.kimi import Kimi
 from kimi_jax.printable import printable
 from kimi_jax.processor import Processor
-from kimi_jax.runtime.generate import stream
 from kimi_jax.runtime.sampling import Sampling
-from kimi_jax.text import StreamDecoder
 from sharding import make_mesh
 
 MESH = "2x4"
-QUESTION = "What is in this picture?"
+READ, ADD = "What number is in the picture?", "Add the numbers."
+WIDE = 84  # characters, the width at which a picture is shown
 
 
-def draw_picture(path: Path) -> None:
-    """Draws a house at sunset, 320 x 240, as PNG."""
-    image = Image.new("RGB", (320, 240), (250, 200, 150))
-    pen = ImageDraw.Draw(image)
-    pen.ellipse((210, 30, 270, 90), fill=(240, 90, 60))
-    pen.rectangle((0, 180, 320, 240), fill=(80, 140, 70))
-    pen.rectangle((70, 110, 170, 200), fill=(150, 90, 60))
-    pen.polygon([(60, 110), (120, 60), (180, 110)], fill=(120, 40, 40))
-    pen.rectangle((110, 150, 135, 200), fill=(60, 40, 30))
-    image.save(path)
+def run(console: Console, *, picture: Path | None = None) -> None:
+    """Prints every stage with its sizes and times. `picture` is an image file to read; None is one of the package's."""
+    source = small.path("k25-digits")
+    console.print("A small Kimi, trained to read digits, in K2.5's published layout (INT4 experts, vision tower):")
+    console.print(checkpoints.table(checkpoints.summary(source)))
+    with TemporaryDirectory(prefix="kimi-jax-demo-") as temporary:
+        with checkpoints.progress_bar("converting") as progress:
+            report = checkpoints.convert(source, Path(temporary) / "orbax", progress=progress)
+        console.print(
+            f"Converted to Orbax: {_size(source) / 1e6:.2f} MB in {report.tensors} tensors -> "
+            f"{_size(report.destination) / 1e6:.2f} MB in {report.leaves} leaves.\n"
+        )
+        mesh = make_mesh(MESH)
+        model = checkpoints.load(report.destination, mesh=mesh)
+        held = bytes_per_device(model)
+        console.print(f"Loaded over a mesh of {dict(mesh.shape)}. Bytes on each of its {len(held)} devices:")
+        console.print("  " + ", ".join(f"{device}: {size:,}" for device, size in held.items()), highlight=False)
+        talk = _Talk(console, model, Processor.from_folder(report.destination))
+        talk.ask(READ, [small.picture("427") if picture is None else picture])
+        if picture is None:
+            talk.ask(ADD, [small.picture("58"), small.picture("316")])
 
 
 def bytes_per_device(model: object) -> dict[str, int]:
@@ -48,63 +65,66 @@ def bytes_per_device(model: object) -> dict[str, int]:
     return held
 
 
-def run(console: Console, *, picture: Path | None = None, max_new_tokens: int = 48) -> None:
-    """Prints every stage with its sizes and times. `picture` is any image file; a drawn one where it is None."""
-    with TemporaryDirectory(prefix="kimi-jax-demo-") as temporary:
-        folder = Path(temporary)
-        console.print("[bold]kimi-jax demo[/]: the weights are [bold]random[/], so what it says means nothing.\n")
-        if picture is None:
-            picture = folder / "picture.png"
-            draw_picture(picture)
-        source = write_toy(folder / "published", toy_config("k2.5", hidden_size=512, num_hidden_layers=4))
-        console.print("A toy in K2.5's published layout (safetensors, INT4 experts, vision tower):")
-        console.print(checkpoints.table(checkpoints.summary(source)))
-        with checkpoints.progress_bar("converting") as progress:
-            report = checkpoints.convert(source, folder / "orbax", progress=progress)
-        console.print(
-            f"Converted to Orbax: {_size(source) / 1e6:.2f} MB in {report.tensors} tensors -> "
-            f"{_size(report.destination) / 1e6:.2f} MB in {report.leaves} leaves.\n"
+class _Talk:
+    """Asks a model, and shows what it was asked and what it answers."""
+
+    def __init__(self, console: Console, model: Kimi, processor: Processor):
+        self.console, self.model, self.processor = console, model, processor
+
+    def ask(self, question: str, pictures: list[Path]) -> None:
+        """Shows pictures with a question, and what the model thinks, calls and says."""
+        for picture in pictures:
+            self.console.print(f"\n{escape(printable(picture.name))}:")
+            self.console.print(in_characters(open_image(picture)), highlight=False, markup=False)
+        self.console.print(f"\n[bold]You:[/] {question}")
+        shown: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": picture}} for picture in pictures]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
+        tools = [small.ADD_TOOL] if len(pictures) == 2 else None
+        said = self._answer(messages, tools)
+        while said.tool_calls and len(messages) < 6:
+            messages.append(
+                {"role": "assistant", "content": "", "reasoning_content": said.reasoning, "tool_calls": said.tool_calls}
+            )
+            for call in said.tool_calls:
+                messages.append({"role": "tool", "tool_call_id": call["id"], "content": self._call(call["function"])})
+            said = self._answer(messages, tools)
+
+    def _answer(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Answer:
+        began = time.monotonic()
+        said = answer(
+            self.model, messages, tools, True, Sampling(temperature=0.0), max_new_tokens=64, processor=self.processor
         )
-        _show_and_ask(console, report.destination, picture, max_new_tokens)
+        seconds = time.monotonic() - began
+        if said.reasoning:
+            self.console.print(f"[dim]thinks: {escape(printable(said.reasoning, 200))}[/]")
+        for call in said.tool_calls:
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            self.console.print(f"[bold]calls:[/] {escape(printable(f'{name} {arguments}', 200))}")
+        if said.content:
+            self.console.print(f"[bold]Kimi:[/] {escape(printable(said.content, 200))}", highlight=False)
+        self.console.print(f"[dim]({len(said.token_ids)} tokens in {seconds:.1f} s, compiling included)[/]")
+        return said
+
+    def _call(self, function: Mapping[str, str]) -> str:
+        """Runs the tool `add`, and returns what the model reads of it."""
+        try:
+            arguments = json.loads(function["arguments"])
+            result = str(int(arguments["a"]) + int(arguments["b"]))
+        except (ValueError, TypeError, KeyError) as error:
+            result = f"error: {error}"
+        self.console.print(f"[bold]tool:[/] {escape(printable(result, 200))}", highlight=False)
+        return result
+
+
+def in_characters(image: Image.Image) -> str:
+    """Returns a picture in blocks of characters, at most `WIDE` wide: each shows two pixels, one above the other."""
+    width = min(WIDE, image.width)
+    height = max(2, round(image.height * width / image.width / 2) * 2)
+    dark = np.asarray(image.convert("L").resize((width, height))) < 128
+    rows = zip(dark[::2], dark[1::2], strict=True)
+    blocks = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
+    return "\n".join("".join(blocks[bool(a), bool(b)] for a, b in zip(*row, strict=True)).rstrip() for row in rows)
 
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _show_and_ask(console: Console, folder: Path, picture: Path, max_new_tokens: int) -> None:
-    mesh = make_mesh(MESH)
-    model = checkpoints.load(folder, mesh=mesh)
-    held = bytes_per_device(model)
-    console.print(f"Loaded over a mesh of {dict(mesh.shape)}. Bytes on each of its {len(held)} devices:")
-    console.print("  " + ", ".join(f"{device}: {size:,}" for device, size in held.items()), highlight=False)
-
-    processor = Processor.from_folder(folder)
-    prompt = processor(QUESTION, images=[picture], thinking=False)
-    assert prompt.media is not None
-    (grid,) = prompt.media.grids.tolist()
-    placeholders = int((prompt.tokens == model.config.media_placeholder_token_id).sum())
-    name = escape(printable(picture.name))
-    console.print(f"\nThe picture {name}: grid (t, h, w) = {tuple(grid)} in patches, {placeholders} tokens.")
-    console.print(f"The prompt: {prompt.tokens.shape[1]} tokens. {QUESTION!r} Kimi answers:\n")
-
-    text, times = StreamDecoder(processor.tokenizer), []
-    for column in stream(
-        model,
-        prompt.tokens,
-        media=prompt.media,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature=0.8, top_p=0.95),
-        stop_ids=(),  # random weights know no end
-        seed=1,
-    ):
-        times.append(time.perf_counter())
-        said = _visible(text.push(column.tokens.tolist()))
-        console.print(said, end="", markup=False, highlight=False, soft_wrap=True)
-    steps = np.diff(times)[1:]  # the first step compiles
-    console.print(f"\n\n{len(times)} random tokens, {1 / np.median(steps):.1f} tokens per second after compilation.")
-
-
-def _visible(text: str) -> str:
-    """Control characters as a dot: random bytes should not steer a terminal."""
-    return "".join(c if c.isprintable() else "·" for c in text)

@@ -123,18 +123,19 @@ def _once(kernel: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> C
 def with_gradient(run: Callable[..., Any], twin: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `run` with the gradient of `twin`, the same function in a form that JAX can differentiate; within
     `shapes_only`, `run` alone."""
-    if run is twin or shapes_only.value:
+    if run is twin:
+        return run
+    return with_backward(run, lambda arrays, cotangents: jax.vjp(twin, *arrays)[1](cotangents))
+
+
+def with_backward(run: Callable[..., Any], backward: Callable[[tuple[Any, ...], Any], Any]) -> Callable[..., Any]:
+    """Returns `run` with the gradient backward(arrays, cotangents); within `shapes_only`, `run` alone."""
+    if shapes_only.value:
         return run
 
     @jax.custom_vjp
     def function(*arrays: Any) -> Any:
         return run(*arrays)
 
-    def forward(*arrays: Any) -> tuple[Any, Any]:
-        return run(*arrays), arrays
-
-    def backward(arrays: Any, cotangents: Any) -> Any:
-        return jax.vjp(twin, *arrays)[1](cotangents)
-
-    function.defvjp(forward, backward)
+    function.defvjp(lambda *arrays: (run(*arrays), arrays), backward)
     return function

@@ -16,6 +16,7 @@ from sharding.page_ring import (
     merge_shards,
     ring_page_numbers,
 )
+from sharding.pair_dispatch import dispatch_pairs
 from sharding.partition import REPLICATED, SINGLE_DEVICE, Partition
 from sharding.rules import SERVE, TRAIN, Rule, Rules
 from sharding.shard_scan import scan_shards, select_last, shift_right
@@ -38,6 +39,7 @@ __all__ = [
     "choose_layout",
     "default_shape",
     "dispatch_and_combine",
+    "dispatch_pairs",
     "first_local_expert",
     "gather_columns",
     "gather_pages",

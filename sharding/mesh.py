@@ -6,10 +6,13 @@ tensor    shards these and attention heads
 sequence  shards these, a prompt's tokens and the pages of the cache, for long contexts
 """
 
+import difflib
 import math
+import re
 from collections.abc import Sequence
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 AXES = ("data", "expert", "tensor", "sequence")
@@ -26,7 +29,9 @@ def make_mesh(shape: str | Sequence[int], devices: Sequence[jax.Device] | None =
     devices = jax.devices() if devices is None else devices
     if math.prod(sizes) != len(devices):
         raise ValueError(f"mesh {shape!r} asks for {math.prod(sizes)} devices, there are {len(devices)}")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Axes may share a dimension of the torus: 128 x 2 devices of a 4 x 8 x 8 do.
+    arranged = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_sizes(shape: str | Sequence[int]) -> tuple[int, ...]:
@@ -42,9 +47,13 @@ def mesh_sizes(shape: str | Sequence[int]) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if not 2 <= len(sizes) <= len(AXES) or min(sizes) < 1:
+        near = [
+            difflib.get_close_matches(word, AXES, 1) for word in re.findall("[a-z]+", str(shape)) if word not in AXES
+        ]
+        meant = f"; did you mean {near[0][0]}?" if near and near[0] else ""
         raise ValueError(
             f"mesh {shape!r}: expected two to four positive numbers for the axes {' x '.join(AXES)}, like 2x4 or "
-            "1x2x4x1, or names with sizes, like data=4,tensor=2"
+            f"1x2x4x1, or names with sizes, like data=4,tensor=2{meant}"
         )
     return sizes + (1,) * (len(AXES) - len(sizes))
 
@@ -59,9 +68,9 @@ def default_shape(devices: int, heads: int, batch: int = 1) -> tuple[int, int, i
     return data, devices // tensor // data, tensor, 1
 
 
-def array_mesh(array: jax.Array) -> Mesh | AbstractMesh | None:
-    """Returns the mesh that the array is sharded over, None for an array on a single device, and for a traced one,
-    whose devices are not known yet."""
+def array_mesh(array: jax.Array | jax.ShapeDtypeStruct) -> Mesh | AbstractMesh | None:
+    """Returns the mesh that the array, or an array of this shape, is sharded over, None for one on a single device, and
+    for a traced one, whose devices are not known yet."""
     if isinstance(array, jax.core.Tracer) or not isinstance(array.sharding, NamedSharding):
         return None
     return array.sharding.mesh

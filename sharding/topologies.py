@@ -1,5 +1,6 @@
 """TPU slices: the shapes that the planner knows, of the chips of `pallas_kernels.hardware`."""
 
+import difflib
 import math
 from typing import NamedTuple
 
@@ -39,4 +40,5 @@ def topology(name: str) -> Topology:
         if known.name == name:
             return known
     listed = "; ".join(f"{kind}:{{{','.join(shapes)}}}" for kind, shapes in SHAPES.items())
-    raise ValueError(f"topology {name!r} is none of {listed}")
+    near = difflib.get_close_matches(name, [known.name for known in topologies()], 1)
+    raise ValueError(f"topology {name!r} is none of {listed}{f'; did you mean {near[0]}?' if near else ''}")

@@ -14,6 +14,7 @@ import jaxtyping
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # commands would keep programs in the cache of who runs the tests
 # Tests compile far more than they run: without LLVM's costly passes compiling takes a quarter of the time. A program in
 # one part takes an eighth less than in 32, each with costs of its own.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -32,7 +32,6 @@ from checkpoints.published.spellings import open_published
 from checkpoints.stored import chunk_grid, companions, manifest
 from checkpoints.stored.manifest import JOURNAL, MANIFEST
 from checkpoints.stored.names import Contents, contents
-from checkpoints.stored.orbax_metadata import write_array_metadata
 from kimi_jax import config_json
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -166,6 +165,8 @@ class _Conversion:
             for file in self.published.files:
                 if difference := journal.differ(self.files[file.name], identity(file)):
                     raise CheckpointError(f"{file}: changed while it was converted: {difference}")
+            from checkpoints.stored.orbax_metadata import write_array_metadata  # half a second of Orbax
+
             names = write_array_metadata(self.grids, self.partial)
             source, change = self.published.folder, self.recipe.config
             names += companions.copy_companions(source, self.partial, change, self.companions)

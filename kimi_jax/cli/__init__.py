@@ -8,13 +8,27 @@ import argparse
 import shutil
 import textwrap
 from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
-from kimi_jax.cli import convert, demo, export, failures, generate, inspect, make_toy, plan, serve, train, verify
+from kimi_jax.cli import (
+    chat,
+    completion,
+    convert,
+    demo,
+    env,
+    export,
+    failures,
+    generate,
+    inspect,
+    make_toy,
+    plan,
+    serve,
+    train,
+    verify,
+)
 from kimi_jax.printable import printable
 
-DESCRIPTION = "Run Moonshot's Kimi models in JAX: convert, inspect and verify published checkpoints, and generate text."
-EPILOG = "`kimi-jax COMMAND --help` lists a command's flags and shows an example."
+DESCRIPTION = "Run Moonshot's Kimi models in JAX: talk with them, serve them, convert, train and plan."
 
 
 class Command(Protocol):
@@ -29,7 +43,31 @@ class Command(Protocol):
     def run(self, arguments: argparse.Namespace) -> None: ...
 
 
-COMMANDS: tuple[Command, ...] = (convert, export, verify, make_toy, inspect, generate, serve, train, plan, demo)
+# Each group's commands, with what they do in eight words or less.
+GROUPS: dict[str, dict[Command, str]] = {
+    "talk": {
+        chat: "Talk with a model in the terminal",
+        generate: "Answer one prompt, or a file of them",
+        serve: "Serve a model to clients over HTTP",
+    },
+    "prepare": {
+        convert: "Turn published weights into a fast checkpoint",
+        verify: "Compare checkpoints, tensor by tensor",
+        export: "Turn a checkpoint back into published files",
+        inspect: "Show a model's layers, parameters and bytes",
+        train: "Fine-tune a model on conversations",
+    },
+    "plan": {
+        plan: "Find which slices fit a model, how fast",
+    },
+    "try": {
+        demo: "Watch a small model go all the way",
+        make_toy: "Write a small model with random weights",
+        env: "Show versions, devices, memory and settings",
+        completion: "Print a script for your shell's completion",
+    },
+}
+COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trace = False
     with failures.one_line_warnings(), failures.sigterm_exits():
         try:
-            arguments = _parser().parse_args(argv)
+            arguments = command_parser().parse_args(argv)
             trace = arguments.trace
             arguments.run(arguments)
             failures.flush_output()
@@ -58,18 +96,43 @@ class _Parser(argparse.ArgumentParser):
         super().error(printable(message, failures.LINE))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("kimi-jax", description=DESCRIPTION, epilog=EPILOG)
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Prints the version, which is looked up only here."""
+        from importlib.metadata import version
+
+        print(f"kimi-jax {version('kimi-jax')}")
+        parser.exit()
+
+
+def command_parser(*, listed: bool = False) -> argparse.ArgumentParser:
+    """Returns the parser of the whole command line. With `listed`, argparse has a list of the commands too, which shtab
+    reads; for people they stand in their groups."""
+    parser = _Parser(
+        "kimi-jax", description=DESCRIPTION, epilog=_overview(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands", help="one of those below")
+    width = max(shutil.get_terminal_size().columns - 2, 40)
+    phrases = {command.NAME: phrase for group in GROUPS.values() for command, phrase in group.items()}
     for command in COMMANDS:
+        listing: dict[str, Any] = {"help": phrases[command.NAME]} if listed else {}
         sub = commands.add_parser(
             command.NAME,
-            help=command.SUMMARY,
-            description=textwrap.fill(command.SUMMARY, max(shutil.get_terminal_size().columns - 2, 40)),
-            epilog=f"example:\n  {command.EXAMPLE}",
+            **listing,
+            description=textwrap.fill(command.SUMMARY, width),
+            epilog=f"examples:\n  {command.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(sub)
         sub.add_argument("--trace", action="store_true", help="after an error, show where in the code it was raised")
         sub.set_defaults(run=command.run)
     return parser
+
+
+def _overview() -> str:
+    """Returns the list of commands in their groups."""
+    lines = []
+    for name, group in GROUPS.items():
+        lines += [name, *(f"  {command.NAME:<11} {phrase}" for command, phrase in group.items()), ""]
+    return "\n".join([*lines, "`kimi-jax COMMAND --help` lists a command's flags and shows examples."])

@@ -1,6 +1,7 @@
 """Defines arguments that several commands have, and the types of all arguments, which refuse values out of range."""
 
 import argparse
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -93,6 +94,16 @@ def field(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{error}; expected FIELD=VALUE with a value as in JSON") from None
 
 
+def preset(text: str) -> str:
+    """Returns the whole name of the published model that `text` names; refuses others, with the nearest."""
+    from kimi_jax import config_json
+
+    try:
+        return config_json.preset_name(text)
+    except config_json.ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def host_and_port(text: str) -> str:
     """Returns `text` if it is HOST:PORT; refuses it otherwise."""
     if re.fullmatch(r"\S+:[0-9]{1,5}", text) and 0 < int(text.rpartition(":")[2]) < 2**16:
@@ -129,12 +140,56 @@ def add_shard_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how tokens are drawn. Those not given are None: see `sampling_of`."""
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--greedy", action="store_true", help="always take the most likely token (default: draw, as the next flags say)"
+    )
+    how.add_argument(
+        "--temperature",
+        type=number(0.0, 1000.0),
+        metavar="T",
+        help="0 is greedy (default, here and in the next three flags: what generation_config.json says, else what "
+        "Moonshot recommends: 1.0 with thinking, 0.6 without)",
+    )
+    parser.add_argument("--top-k", type=whole(0), metavar="K", help="draw from the K most likely tokens (0: all)")
+    parser.add_argument(
+        "--top-p",
+        type=number(0.0, 1.0, above=True),
+        metavar="P",
+        help="draw from the fewest tokens whose probabilities reach P (recommended: 0.95; 1: all)",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=number(0.0, 1.0),
+        metavar="P",
+        help="draw from tokens with at least P times the best one's probability (0: all)",
+    )
+
+
+def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the values of the flags of `add_sampling` that are given."""
+    names = ("temperature", "top_k", "top_p", "min_p")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return given | ({"temperature": 0.0} if arguments.greedy else {})
+
+
+def sampling_of(arguments: argparse.Namespace, folder: Path | str, thinking: bool) -> Any:
+    """Returns the `Sampling` of the flags, where they say nothing that of the checkpoint in `folder`, and where that
+    says nothing what is recommended for its mode."""
+    from kimi_jax.runtime.sampling import Sampling
+
+    default = Sampling.from_folder(folder, Sampling.recommended(thinking))
+    return dataclasses.replace(default, **given_sampling(arguments))
+
+
 def add_mesh(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
-        metavar="DxExTxS",
-        help="devices over data, experts, tensors and sequence, like 1x1x8x1; `auto` shares all devices out by the "
-        "model's heads (default: one device)",
+        metavar="MESH",
+        help="devices over data, expert, tensor and sequence, like 1x1x8x1 or tensor=8; `auto` shares all devices out "
+        "by the model's heads (default: one device)",
     )
 
 

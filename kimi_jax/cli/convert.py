@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 from kimi_jax.cli.arguments import FORMS, add_limits, local, place, progress, whole
+from kimi_jax.cli.models import check_folder
 from kimi_jax.cli.terminal import print_line
 
 NAME = "convert"
@@ -12,7 +13,11 @@ SUMMARY = (
     "Turn a published safetensors folder into an Orbax checkpoint. INT4 weights stay INT4, and every expert is a chunk "
     "of its own. Run the same command again to continue a conversion that was stopped."
 )
-EXAMPLE = "kimi-jax convert ~/models/Kimi-K2.5 ~/models/kimi-k2.5-orbax --memory 4GiB"
+EXAMPLE = (
+    "kimi-jax convert ~/models/Kimi-K2.5 ~/models/kimi-k2.5-orbax --memory 4GiB\n"
+    "  kimi-jax convert gs://bucket/Kimi-K2 ~/models/kimi-k2 --experts int4\n"
+    "  kimi-jax convert ~/models/Kimi-K2.5 /shared/k2.5 --process-index 0 --num-processes 4"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_folder(arguments.src)
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # conversion uses JAX only for the shapes of a model

@@ -1,4 +1,4 @@
-"""Runs `kimi-jax demo`, which takes a toy checkpoint from its published files to an answer."""
+"""Runs `kimi-jax demo`, which takes a small trained checkpoint from its published files to an answer."""
 
 import argparse
 
@@ -6,14 +6,14 @@ from kimi_jax.cli.arguments import local
 
 NAME = "demo"
 SUMMARY = (
-    "Take a toy model with random weights from its published files to an answer, on this machine: convert it, load it "
-    "over 8 simulated devices, show it a picture, generate."
+    "Take a small trained model from its published files to an answer, on this machine: convert it, load it over 8 "
+    "simulated devices, let it read a handwritten number and add two with a tool."
 )
-EXAMPLE = "kimi-jax demo --image cat.png"
+EXAMPLE = "kimi-jax demo --image digits.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", type=local, metavar="FILE", help="picture to show (default: one the demo draws)")
+    parser.add_argument("--image", type=local, metavar="FILE", help="picture to read (default: numbers of its own)")
 
 
 def run(arguments: argparse.Namespace) -> None:

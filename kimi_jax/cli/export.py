@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 from kimi_jax.cli.arguments import add_limits, add_shard_size, local, place, progress
+from kimi_jax.cli.models import check_folder
 from kimi_jax.cli.terminal import print_line
 
 NAME = "export"
@@ -12,7 +13,11 @@ SUMMARY = (
     "Turn a converted checkpoint back into a published folder: safetensors with their index, config.json, and the "
     "files that conversion carried along, like the tokenizer's."
 )
-EXAMPLE = "kimi-jax export ~/models/kimi-k2.5-orbax ~/models/Kimi-K2.5-again"
+EXAMPLE = (
+    "kimi-jax export ~/models/kimi-k2.5-orbax ~/models/Kimi-K2.5-again\n"
+    "  kimi-jax export ~/models/toy-orbax ~/models/toy --shard-size 500MB\n"
+    "  kimi-jax export gs://bucket/kimi-k2-orbax ~/models/Kimi-K2 --json"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_folder(arguments.src)
     import checkpoints
 
     with progress(arguments, "exporting") as show:

@@ -1,24 +1,44 @@
 """`kimi-jax generate`: a prompt's answer, token by token."""
 
 import argparse
-import dataclasses
+import itertools
+import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from kimi_jax import json_reader
-from kimi_jax.cli.arguments import SEED_MAX, add_mesh, host_and_port, local, mesh_of, number, part, place, whole
+from kimi_jax.cli.arguments import (
+    SEED_MAX,
+    add_mesh,
+    add_sampling,
+    host_and_port,
+    local,
+    mesh_of,
+    part,
+    place,
+    sampling_of,
+    whole,
+)
+from kimi_jax.cli.models import check_folder
+from kimi_jax.cli.starting import add_compile_cache, compiling, keep_programs, load_model
 from kimi_jax.cli.terminal import for_stdout
+from kimi_jax.printable import printable
 
 NAME = "generate"
 SUMMARY = "Answer a prompt, token by token. Text goes to standard output, everything else to standard error."
-EXAMPLE = 'kimi-jax generate ~/models/kimi-k2.5-orbax --prompt "What is this?" --image cat.png --temperature 1'
+EXAMPLE = (
+    'kimi-jax generate ~/models/kimi-k2.5-orbax --prompt "What is this?" --image cat.png\n'
+    "  git diff | kimi-jax generate ~/models/kimi-k2.5-orbax --prompt - --no-thinking\n"
+    "  kimi-jax generate ~/models/kimi-k2.5-orbax --prompts questions.jsonl --out answers.jsonl"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=place, help="a checkpoint's folder, converted or published")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="what to say to the model")
+    what.add_argument("--prompt", help="what to say to the model; - reads it from standard input")
     what.add_argument(
         "--prompts",
         type=local,
@@ -44,28 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="length of the answer at most (default 1024, or less where the model's positions end)",
     )
-    parser.add_argument(
-        "--temperature",
-        type=number(0.0, 1000.0),
-        metavar="T",
-        help="0 is greedy (default, unless generation_config.json says otherwise, here and in the next three flags); "
-        "Moonshot recommends for K2.5 1.0 with thinking, 0.6 without",
-    )
-    parser.add_argument(
-        "--top-k", type=whole(0), metavar="K", help="draw from the K most likely tokens (default 0: all)"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=number(0.0, 1.0, above=True),
-        metavar="P",
-        help="draw from the fewest tokens whose probabilities reach P (default 1: all; K2.5: 0.95)",
-    )
-    parser.add_argument(
-        "--min-p",
-        type=number(0.0, 1.0),
-        metavar="P",
-        help="draw from tokens with at least P times the best one's probability (default 0: all)",
-    )
+    add_sampling(parser)
     parser.add_argument(
         "--seed", type=whole(0, SEED_MAX), default=0, metavar="N", help="seed of the sampling (default 0)"
     )
@@ -109,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part", type=part, default=(0, 1), metavar="I/N", help="answer every Nth line, beginning with number I from 0"
     )
     parser.add_argument("--verify", action="store_true", help="hold a converted checkpoint against its checksums first")
+    add_compile_cache(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -134,67 +134,94 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _answer(arguments: argparse.Namespace, links: Any) -> None:
     """Generates; of several processes, which `links` connect, the first prints."""
-    import checkpoints
+    conversation = _conversation(arguments)
+    check_folder(arguments.path)
     from kimi_jax.answering import checked_max_new_tokens
     from kimi_jax.cli.console import console
     from kimi_jax.processor import Processor
     from kimi_jax.runtime.batch import Finish
     from kimi_jax.runtime.generate import stream
-    from kimi_jax.text import StreamDecoder
 
     aloud = links is None or links.first
     log = console(stderr=True, quiet=not aloud)
-    conversation = _conversation(arguments)
+    kept = keep_programs(arguments)
     began = time.perf_counter()
     processor = Processor.from_folder(arguments.path)
     prompt = processor(thinking=arguments.thinking, **conversation)
     max_new_tokens = checked_max_new_tokens(processor.config, prompt, arguments.max_new_tokens)
-    sampling = _sampling(arguments)
-    mesh = mesh_of(arguments.mesh, processor.config)
-    model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
+    sampling = sampling_of(arguments, arguments.path, arguments.thinking)
+    model = load_model(arguments, mesh_of(arguments.mesh, processor.config), verify=arguments.verify)
     log.print(f"loaded in {time.perf_counter() - began:.1f} s; the prompt has {prompt.tokens.shape[1]} tokens")
-    text = StreamDecoder(processor.tokenizer)
+    show, end = _printer(processor, prompt, arguments.thinking, conversation.get("tools"), log)
     times = [time.perf_counter()]
-    for new, finish in stream(
+    columns = stream(
         model,
         prompt.tokens,
         media=prompt.media,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seed=arguments.seed,
-    ):
+    )
+    with compiling(log, kept):
+        first = next(columns)
+    for new, finish in itertools.chain([first], columns):
         times.append(time.perf_counter())
         if finish[0] == Finish.NOT_FINITE:
             raise ValueError(f"the logits after {len(times) - 2} new tokens are not finite (NaN or infinity)")
         if aloud and finish[0] != Finish.STOP:
-            print(for_stdout(text.push(new.tolist())), end="", flush=True)
+            show(new.tolist())
     if aloud:
-        print(for_stdout(text.finish()))
+        end()
     rate = f", then {(len(times) - 3) / (times[-1] - times[2]):.1f} tokens per second" if len(times) > 3 else ""
     log.print(f"{len(times) - 1} tokens; the first after {times[1] - times[0]:.1f} s, compilation included{rate}")
 
 
+def _printer(processor: Any, prompt: Any, thinking: bool, tools: Any, log: Any) -> tuple[Any, Any]:
+    """Returns a function that prints tokens of an answer, and one that ends it.
+
+    Where standard error is a terminal, reasoning goes there and calls of tools are shown as calls; where it is none,
+    the whole answer goes to standard output as the model writes it.
+    """
+    from kimi_jax.cli.console import console
+    from kimi_jax.cli.dialogue.screen import Screen
+    from kimi_jax.text import StreamDecoder, chat
+
+    if not log.is_terminal:
+        text = StreamDecoder(processor.tokenizer)
+        return (
+            lambda ids: print(for_stdout(text.push(ids)), end="", flush=True),
+            lambda: print(for_stdout(text.finish())),
+        )
+    starts_in = chat.answer_starts_in(processor.tokenizer, prompt.tokens[0])
+    parser = chat.Parser(processor.tokenizer, thinking, tools, processor.template, starts_in=starts_in)
+    screen = Screen(console(), log)
+
+    def show(deltas: Any) -> None:
+        for delta in deltas:
+            screen.show(delta)
+
+    return (lambda ids: show(parser.feed(ids))), (lambda: show(parser.end()))
+
+
 def _follow_file(arguments: argparse.Namespace, links: Any) -> None:
     """Does a part of the work of process 0, which answers a file of prompts."""
-    import checkpoints
     from kimi_jax.engine import follow
     from kimi_jax.processor import Processor
 
     if links.receive() == [b""]:
         return  # process 0 has no prompt to answer
     mesh = mesh_of(arguments.mesh, Processor.from_folder(arguments.path).config)
-    follow(checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify), links)
+    follow(load_model(arguments, mesh, verify=arguments.verify), links)
 
 
 def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
     """Answers a file of prompts; of several processes, which `links` connect, the first has the file and the
     results."""
+    if not arguments.prompts.is_file() and (links is None or links.first):
+        raise FileNotFoundError(f"{printable(arguments.prompts)}: no such file")
     import asyncio
     import contextlib
-    import itertools
-    import sys
 
-    import checkpoints
     from kimi_jax import offline
     from kimi_jax.cli.console import console
     from kimi_jax.engine import Engine
@@ -227,24 +254,24 @@ def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
         if first is not None:  # else there is nothing to load a model for
             processor = Processor.from_folder(arguments.path)
             defaults = offline.Defaults(
-                _sampling(arguments),
+                sampling_of(arguments, arguments.path, arguments.thinking),
                 arguments.max_new_tokens,
                 arguments.seed,
                 arguments.thinking,
                 arguments.prompts.parent,
             )
             mesh = mesh_of(arguments.mesh, processor.config)
-            model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, verify=arguments.verify)
-            engine = stack.enter_context(
-                Engine(
+            model = load_model(arguments, mesh, verify=arguments.verify)
+            with compiling(log, keep_programs(arguments)) as name:
+                engine = Engine(
                     model,
                     slots=arguments.slots,
                     cache_memory=arguments.cache_memory,
                     prefill_chunk=arguments.prefill_chunk,
-                    progress=lambda name: log.print(f"compiling: {name}"),
+                    progress=name,
                     links=links,
                 )
-            )
+            stack.enter_context(engine)
             began = time.perf_counter()
             asyncio.run(write(engine, processor, itertools.chain([first], lines), defaults, out))
             seconds = time.perf_counter() - began
@@ -255,19 +282,19 @@ def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
         raise ValueError(f"{counts['failed']} prompts were refused; their results say why")
 
 
-def _sampling(arguments: argparse.Namespace) -> Any:
-    """Returns the `Sampling` of the checkpoint's folder, with the values of the flags that are given."""
-    from kimi_jax.runtime.sampling import Sampling
-
-    names = ("temperature", "top_k", "top_p", "min_p")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    return dataclasses.replace(Sampling.from_folder(arguments.path), **given)
-
-
 def _conversation(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments of a `Processor` that the flags describe."""
+    """Returns the arguments of a `Processor` that the flags describe.
+
+    Raises FileNotFoundError for a picture that is not there, and ValueError for a chat or prompt that is none.
+    """
     if arguments.chat is None:
-        return {"messages": arguments.prompt, "images": arguments.image, "videos": arguments.video}
+        for name in [*arguments.image, *arguments.video]:
+            if ":" not in name and not Path(name).exists():
+                raise FileNotFoundError(f"{printable(name)}: no such file")
+        prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+        if arguments.prompt == "-" and not prompt.strip():
+            raise ValueError("--prompt -: standard input is empty, expected what to say to the model")
+        return {"messages": prompt, "images": arguments.image, "videos": arguments.video}
     if arguments.image or arguments.video:
         raise ValueError("--image and --video go with --prompt; in a --chat file they are parts of a message")
     chat = json_reader.read(arguments.chat)

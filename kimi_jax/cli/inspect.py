@@ -3,10 +3,15 @@
 import argparse
 
 from kimi_jax.cli.arguments import place
+from kimi_jax.cli.models import check_folder
 
 NAME = "inspect"
 SUMMARY = "Show the layers, dtypes, parameters and bytes of a checkpoint, published or converted, or of a preset."
-EXAMPLE = "kimi-jax inspect ~/models/Kimi-K2.5\n  kimi-jax inspect --preset kimi-k2.5"
+EXAMPLE = (
+    "kimi-jax inspect ~/models/Kimi-K2.5\n"
+    "  kimi-jax inspect --preset kimi-k2.5\n"
+    "  kimi-jax inspect gs://bucket/kimi-k2.5-orbax"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.preset is None:
+        check_folder(arguments.path)
     import checkpoints
     from kimi_jax import config_json
     from kimi_jax.cli.console import console

@@ -4,7 +4,18 @@ import argparse
 import json
 
 from kimi_jax import json_reader
-from kimi_jax.cli.arguments import FORMS, SEED_MAX, add_json, add_shard_size, field, local, place, progress, whole
+from kimi_jax.cli.arguments import (
+    FORMS,
+    SEED_MAX,
+    add_json,
+    add_shard_size,
+    field,
+    local,
+    place,
+    preset,
+    progress,
+    whole,
+)
 from kimi_jax.cli.terminal import print_line
 
 NAME = "make-toy"
@@ -14,7 +25,8 @@ SUMMARY = (
 )
 EXAMPLE = (
     "kimi-jax make-toy /tmp/k2.5 --like k2.5 --layers 2 --experts 16\n"
-    "  kimi-jax make-toy /tmp/k2 --like k2 --form fp8 --layers 2 --experts 8 --set vocab_size=2048"
+    "  kimi-jax make-toy /tmp/k2 --like k2 --form fp8 --layers 2 --experts 8 --set vocab_size=2048\n"
+    "  kimi-jax make-toy /tmp/cut --from ~/models/Kimi-K2.5 --layers 1"
 )
 
 
@@ -22,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dst", type=local, help="folder to write; must be new or empty")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument(
-        "--like", choices=["k2", "k2-thinking", "k2.5", "kimi-linear"], help="model to resemble, with random weights"
+        "--like",
+        type=preset,
+        metavar="NAME",
+        help="model to resemble, with random weights: k2, k2-thinking, k2.5 or kimi-linear",
     )
     weights.add_argument(
         "--from", dest="source", type=place, metavar="FOLDER", help="published folder or URL to copy weights from"
@@ -64,8 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{file}: no such file")
         config = json_reader.read_object(file)
     else:
-        preset = {"kimi-linear": "kimi-linear-48b"}.get(arguments.like, f"kimi-{arguments.like}")
-        config = toy_config(preset, **dict(arguments.fields))
+        config = toy_config(arguments.like, **dict(arguments.fields))
         if arguments.form:
             config = describe_form(config, arguments.form)
     config = cut_config(

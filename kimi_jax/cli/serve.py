@@ -1,4 +1,4 @@
-"""`kimi-jax serve`: a model over HTTP, in the APIs of OpenAI and Anthropic."""
+"""`kimi-jax serve`: a model over HTTP, in the APIs of OpenAI and Anthropic, and on a page to chat on."""
 
 import argparse
 import contextlib
@@ -15,11 +15,17 @@ from types import FrameType
 from typing import Any
 
 from kimi_jax.cli.arguments import add_mesh, local, mesh_of, number, whole
+from kimi_jax.cli.models import check_folder
+from kimi_jax.cli.starting import add_compile_cache, keep_programs
 from kimi_jax.printable import printable
 
 NAME = "serve"
 SUMMARY = "Answer requests over HTTP, in the APIs of OpenAI and Anthropic, many at once. SIGTERM ends it."
-EXAMPLE = "kimi-jax serve ~/models/kimi-k2.5-orbax --port 8000"
+EXAMPLE = (
+    "kimi-jax serve ~/models/kimi-k2.5-orbax --port 8000\n"
+    "  kimi-jax serve ~/models/kimi-k2.5-orbax --mesh auto --slots 64\n"
+    "  kimi-jax serve ~/models/toy --host 0.0.0.0 --api-key secret"
+)
 KEY_VARIABLE = "KIMI_JAX_API_KEY"
 
 
@@ -93,9 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-requests", action="store_true", help="write a line of JSON for each request, without its contents"
     )
+    add_compile_cache(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_folder(arguments.path)
     try:
         from kimi_jax.server import Limits, Listener, Service
     except ModuleNotFoundError as error:
@@ -128,6 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
             warnings.filterwarnings("ignore", module=r"kimi_jax\.")
             print(f"serving {names[0]} at {listener.url}/v1", flush=True)
             print(_curl(listener.url, names[0], key is not None), flush=True)
+            print(f"chat at {listener.url}/", flush=True)
             stop.wait(listener.ended)
             service.stopping = True
             _note(f"stopping: {engine.stats().running} answers are running")
@@ -173,7 +182,7 @@ def _load(arguments: argparse.Namespace, service: Any) -> Any:
     from kimi_jax.processor import Processor
     from kimi_jax.serving import EngineBackend
 
-    began = time.perf_counter()
+    began, kept = time.perf_counter(), keep_programs(arguments)
     processor = Processor.from_folder(arguments.path)
     loaded = 0
 
@@ -203,7 +212,8 @@ def _load(arguments: argparse.Namespace, service: Any) -> Any:
         progress=note_program,
     )
     stats = engine.stats()
-    _note(f"compiled {stats.compiled_programs} programs in {time.perf_counter() - compiling:.1f} s")
+    seconds = f"{time.perf_counter() - compiling:.1f} s"
+    _note(f"compiled {stats.compiled_programs} programs in {seconds}{kept}")
     service.ready(EngineBackend(engine, processor))
     _note(f"ready after {time.perf_counter() - began:.1f} s: {stats.slots} slots, {stats.pages} pages")
     return engine

@@ -1,18 +1,27 @@
 """Runs `kimi-jax train`, which fine-tunes a checkpoint on conversations and publishes the result."""
 
 import argparse
+import logging
 import re
 import time
 from typing import Any
 
 from kimi_jax.cli.arguments import SEED_MAX, add_mesh, local, mesh_of, number, whole
+from kimi_jax.cli.models import check_folder
+from kimi_jax.cli.starting import add_compile_cache, keep_programs
 
 NAME = "train"
 SUMMARY = (
     "Fine-tune a checkpoint on conversations, by MuonClip, with experts trained for INT4 (quantisation-aware), and "
     "publish it in the layout of the releases. With --resume, the same command goes on where it was stopped."
 )
-EXAMPLE = "kimi-jax train ~/models/toy --data chats.jsonl --out runs/first --steps 200 --tokens 512"
+EXAMPLE = (
+    "kimi-jax train ~/models/toy --data chats.jsonl --out runs/first --steps 200 --tokens 512\n"
+    "  kimi-jax train ~/models/toy --data chats.jsonl --out runs/first --steps 400 --resume\n"
+    "  kimi-jax train ~/models/kimi-k2.5-orbax --data chats.jsonl --out runs/mesh --mesh 1x8x1"
+)
+
+LINE_EVERY_S = 30.0  # where there is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=whole(1), default=1000, metavar="N", help="updates of the weights (default 1000)"
     )
     parser.add_argument("--batch", type=whole(1), default=8, metavar="N", help="rows of a step (default 8)")
+    parser.add_argument(
+        "--microbatches",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="parts of a step's rows that are computed one after another, in the memory of one (default 1)",
+    )
     parser.add_argument(
         "--tokens",
         type=whole(16),
@@ -72,9 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensorboard", action="store_true", help="also write metrics for TensorBoard into --out (needs tensorboardX)"
     )
+    add_compile_cache(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_folder(arguments.path)
     try:
         pattern = re.compile(".*" if arguments.train == "all" else arguments.train)
     except re.error as error:
@@ -86,12 +104,16 @@ def run(arguments: argparse.Namespace) -> None:
     from kimi_jax.cli.console import console
     from kimi_jax.training.run import Run, Settings
 
+    # Orbax logs tracebacks of a write that fails, in every thread that waits for it; the error itself is one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     log = console(stderr=True)
+    keep_programs(arguments)
     config = config_json.from_folder(arguments.path)
     quantized = config.text.quantization is not None
     settings = Settings(
         steps=arguments.steps,
         rows=arguments.batch,
+        microbatches=arguments.microbatches,
         tokens=arguments.tokens,
         learning_rate=arguments.lr,
         quantized=quantized if arguments.qat is None else arguments.qat,
@@ -120,14 +142,16 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         with Progress(*columns, *times, console=log, disable=not log.is_terminal) as bar:
             task = bar.add_task("", total=settings.steps, completed=run.step, shown="compiling")
-            began, tokens = time.monotonic(), 0
+            began, tokens, told = time.monotonic(), 0, 0.0
             for step, metrics in run.steps():
                 tokens += int(metrics.tokens)
                 rate = tokens / (time.monotonic() - began)
                 shown = f"loss {float(metrics.loss):.4f}  {float(metrics.accuracy):.1%}  {rate:,.0f} tokens/s"
                 bar.update(task, completed=step + 1, shown=shown)
-                if not log.is_terminal and (step + 1) % max(1, settings.steps // 20) == 0:
-                    log.print(f"step {step + 1}: {shown}")
+                now = time.monotonic()
+                if not log.is_terminal and (now - told >= LINE_EVERY_S or step + 1 == settings.steps):
+                    told = now
+                    log.print(f"step {step + 1} of {settings.steps}: {shown}")
                 if writer is not None:
                     for name, value in metrics._asdict().items():
                         writer.add_scalar(name, value.item(), step)

@@ -6,6 +6,7 @@ import json
 import sys
 
 from kimi_jax.cli.arguments import add_limits, number, place, progress
+from kimi_jax.cli.models import check_folder
 from kimi_jax.cli.terminal import print_line
 
 NAME = "verify"
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    for path in (arguments.a, arguments.b):
+        if path is not None:
+            check_folder(path)
     import checkpoints
 
     with progress(arguments, "verifying") as show:

@@ -7,6 +7,6 @@ of one value have to agree.
 """
 
 from kimi_jax.config_json.fields import ConfigError
-from kimi_jax.config_json.reader import Folder, from_dict, from_folder, preset, preset_names
+from kimi_jax.config_json.reader import Folder, from_dict, from_folder, preset, preset_name, preset_names
 
-__all__ = ["ConfigError", "Folder", "from_dict", "from_folder", "preset", "preset_names"]
+__all__ = ["ConfigError", "Folder", "from_dict", "from_folder", "preset", "preset_name", "preset_names"]

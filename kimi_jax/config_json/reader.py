@@ -1,5 +1,7 @@
 """Reads whole configurations: config.json and generation_config.json, from a folder, a preset or parsed objects."""
 
+import difflib
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -51,11 +53,27 @@ def from_folder(folder: str | Folder) -> KimiConfig:
 
 
 def preset(name: str) -> KimiConfig:
-    """Returns a published model's configuration by name; `preset_names()` lists them."""
-    if name not in preset_names():
-        raise ConfigError(f"no preset {shown(name)}; there are {', '.join(preset_names())}")
-    with resources.as_file(resources.files("kimi_jax") / "presets" / name) as folder:
+    """Returns a published model's configuration by name, which `preset_name` reads."""
+    with resources.as_file(resources.files("kimi_jax") / "presets" / preset_name(name)) as folder:
         return from_folder(folder)
+
+
+def preset_name(name: str) -> str:
+    """Returns the whole name of a preset, whose `kimi-` and size may be left out: "k2.5", "kimi-linear".
+
+    Raises `ConfigError` for any other, with the nearest one.
+    """
+    spellings = {spelling: full for full in preset_names() for spelling in _spellings(full)}
+    if name not in spellings:
+        near = difflib.get_close_matches(name, spellings, 1)
+        meant = f"; did you mean {spellings[near[0]]}?" if near else ""
+        raise ConfigError(f"no preset {shown(name)}; there are {', '.join(preset_names())}{meant}")
+    return spellings[name]
+
+
+def _spellings(full: str) -> tuple[str, ...]:
+    without_size = re.sub(r"-[0-9]+b$", "", full)
+    return tuple({full, full.removeprefix("kimi-"), without_size})
 
 
 def preset_names() -> list[str]:

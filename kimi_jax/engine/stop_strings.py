@@ -17,37 +17,69 @@ class StopStrings:
     """`push` takes tokens one after another, and returns those that are certain to be part of the answer."""
 
     def __init__(self, strings: tuple[str, ...], decoder: Decoder):
-        self.strings, self.decoder = strings, decoder
+        self.decoder = decoder
         self.stopped = False
-        self._text = ""  # since the first token held back
-        self._held: deque[tuple[int, int]] = deque()  # tokens, and where the text of each ends in `_text`
+        self._matches = [_Match(string) for string in strings]
+        self._length = 0  # characters of the text so far
+        self._held: deque[tuple[int, int]] = deque()  # tokens, and where the text of each ends
 
     def push(self, token: int) -> tuple[int, ...]:
         """Returns the tokens whose text ends before any stop string, begun or whole; sets `stopped` at a whole one."""
-        self._text += self.decoder.push([token])
-        self._held.append((token, len(self._text)))
-        found = [place for string in self.strings if (place := self._text.find(string)) >= 0]
-        self.stopped = bool(found)
-        return self._release(min(found) if found else len(self._text) - self._begun())
+        piece = self.decoder.push([token])
+        before, self._length = self._length, self._length + len(piece)
+        self._held.append((token, self._length))
+        begun, found = 0, None
+        for match in self._matches:
+            end = match.feed(piece)
+            if end is not None:
+                start = before + end - len(match.string)
+                found = start if found is None else min(found, start)
+            begun = max(begun, match.matched)
+        self.stopped = found is not None
+        return self._release(self._length - begun if found is None else found)
 
     def rest(self) -> tuple[int, ...]:
         """Returns the tokens held back, when the answer has ended otherwise."""
-        return self._release(len(self._text))
-
-    def _begun(self) -> int:
-        """Returns the length of the longest end of the text that a stop string begins with."""
-        longest = max(map(len, self.strings)) - 1
-        ends = (self._text[-length:] for length in range(min(longest, len(self._text)), 0, -1))
-        return next((len(end) for end in ends if any(string.startswith(end) for string in self.strings)), 0)
+        return self._release(self._length)
 
     def _release(self, end: int) -> tuple[int, ...]:
-        released, cut = [], 0
+        released = []
         while self._held and self._held[0][1] <= end:
-            token, cut = self._held.popleft()
-            released.append(token)
-        self._text = self._text[cut:]
-        self._held = deque((token, place - cut) for token, place in self._held)
+            released.append(self._held.popleft()[0])
         return tuple(released)
+
+
+class _Match:
+    """Finds a string in text that comes in pieces, and reads each character once (Knuth, Morris and Pratt, 1977).
+
+    matched: how many characters of the string's beginning the text ends with.
+    """
+
+    def __init__(self, string: str):
+        self.string, self.matched = string, 0
+        # For each beginning of the string, the longest shorter one that it ends with
+        self._shorter = [0] * (len(string) + 1)
+        shorter = 0
+        for length in range(2, len(string) + 1):
+            shorter = self._extend(shorter, string[length - 1])
+            self._shorter[length] = shorter
+
+    def feed(self, piece: str) -> int | None:
+        """Returns where in a piece of text the string first ends, None where it does not."""
+        matched, index = self.matched, 0
+        while index < len(piece):
+            if not matched and (index := piece.find(self.string[0], index)) < 0:
+                break
+            matched, index = self._extend(matched, piece[index]), index + 1
+            if matched == len(self.string):
+                break
+        self.matched = matched
+        return index if matched == len(self.string) else None
+
+    def _extend(self, matched: int, character: str) -> int:
+        while matched and self.string[matched] != character:
+            matched = self._shorter[matched]
+        return matched + (self.string[matched] == character)
 
 
 def check_stop_strings(strings: object) -> tuple[str, ...]:

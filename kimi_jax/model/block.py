@@ -11,11 +11,11 @@ from kimi_jax.config import TextConfig
 from kimi_jax.model.context import Context, KDAState, LayerCache, MLACache, read_slots, write_slots
 from kimi_jax.model.kda import KDA
 from kimi_jax.model.mla import MLA
-from kimi_jax.model.moe import MLP, MoE
+from kimi_jax.model.moe import MLP, MoE, multiply_rows
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, reshard
 from kimi_jax.model.statistics import LayerStatistics, count_choices, largest_logits
-from sharding import StreamLayout, dispatch_and_combine, first_local_expert
+from sharding import StreamLayout, dispatch_and_combine, dispatch_pairs, first_local_expert
 
 ONE_DEVICE = StreamLayout()
 
@@ -51,7 +51,7 @@ class Block(nnx.Module):
         x = x + mixed
         if not isinstance(self.mlp, MoE):
             return x + self.feed_forward(x, layout), LayerStatistics(None, max_logits)
-        y, chosen = route_and_mix(self.mlp, self.post_attention_layernorm(x), layout)
+        y, chosen = route_and_mix(self.mlp, self.post_attention_layernorm(x), layout, training=True)
         valid = layout.slice_rows(context.valid)
         counts = count_choices(chosen, valid, self.mlp.gate.config.n_routed_experts, layout)
         return x + y, LayerStatistics(counts, max_logits)
@@ -86,10 +86,11 @@ def mix_experts(moe: MoE, h: Stream, layout: StreamLayout) -> Stream:
     return route_and_mix(moe, h, layout)[0]
 
 
-def route_and_mix(moe: MoE, h: Stream, layout: StreamLayout) -> tuple[Stream, Array]:
+def route_and_mix(moe: MoE, h: Stream, layout: StreamLayout, training: bool = False) -> tuple[Stream, Array]:
     """Computes `mix_experts`, and returns the experts [tokens, j] that it chose on this device.
 
     The tokens are those of `layout.scatter_unique` where the layout dispatches, and else of `layout.gather_all`.
+    For `training`, tokens are dispatched in the way that bounds the memory of a gradient (`sharding.pair_dispatch`).
     """
     partition, num_local, num_experts = layout.partition, moe.experts.num_local, moe.gate.config.n_routed_experts
 
@@ -105,7 +106,11 @@ def route_and_mix(moe: MoE, h: Stream, layout: StreamLayout) -> tuple[Stream, Ar
         return layout.reduce_all(y, like=h), chosen
     unique = layout.scatter_unique(h)
     chosen, weights = moe.gate(unique)
-    y = dispatch_and_combine(unique, chosen, weights, sum_experts, num_local, num_experts, partition)
+    if training:
+        matrices = moe.experts.operands(unique.dtype)
+        y = dispatch_pairs(unique, chosen, weights, matrices, multiply_rows, num_local, num_experts, partition)
+    else:
+        y = dispatch_and_combine(unique, chosen, weights, sum_experts, num_local, num_experts, partition)
     y = layout.gather_unique(y, like=h)
     if moe.shared_experts is None:
         return y, chosen

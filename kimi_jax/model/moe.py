@@ -1,7 +1,6 @@
 """Feed-forward layers: SwiGLU, and the mixture of experts of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
 
-`pallas_kernels.mixture` computes the experts, whatever their format and the number of tokens: an expert that no token
-chose costs nothing, and no token meets an expert that it did not choose.
+`pallas_kernels.mixture` computes the experts, whatever their format and the number of tokens.
 """
 
 import jax
@@ -11,7 +10,7 @@ from flax import nnx
 from kimi_jax.axes import FlatHidden, Float, Float32, Int32
 from kimi_jax.config import TextConfig
 from kimi_jax.model.param import Init, Linear, Matrix
-from pallas_kernels import mixture
+from pallas_kernels import grouped_glu, grouped_matmul, mixture
 from pallas_kernels.formats import Dense, Int4, Weight
 
 
@@ -81,6 +80,11 @@ class Experts(nnx.Module):
         """Returns the number of experts on this device."""
         return self.gate_proj.read().shape[0]
 
+    def operands(self, dtype: jnp.dtype) -> tuple[Weight, Weight, Weight]:
+        """Returns the matrices of gate, up and down as ops multiply vectors of `dtype` by them."""
+        gate, up, down = (matrix.read().operand(dtype) for matrix in (self.gate_proj, self.up_proj, self.down_proj))
+        return gate, up, down
+
 
 class MoE(nnx.Module):
     """Routed experts, weighted, plus the shared experts, unweighted; `block.mix_experts` adds them up over devices."""
@@ -107,3 +111,28 @@ class MoE(nnx.Module):
         gate, up, down = (matrix.read() for matrix in (experts.gate_proj, experts.up_proj, experts.down_proj))
         num_experts = self.gate.config.n_routed_experts
         return mixture(x, chosen, weights, gate, up, down, first=first, num_experts=num_experts)
+
+
+def multiply_rows(
+    matrices: tuple[Weight, Weight, Weight], rows: Float[jax.Array, "m d"], expert: Int32[jax.Array, "m"]
+) -> Float[jax.Array, "m d"]:
+    """Computes down(silu(gate x) * up x) of each row x with the matrices of its expert; -1 is no expert, and gives
+    zeros."""
+    gate, up, down = matrices
+    number = jnp.where(expert >= 0, expert, gate.shape[0])
+    order = jnp.argsort(number, stable=True)
+    inverse = jnp.argsort(order)
+    sizes = jnp.sum(number[:, None] == jnp.arange(gate.shape[0]), axis=0, dtype=jnp.int32)
+    hidden = grouped_glu(_permute(rows, order, inverse), gate, up, sizes)
+    return _permute(grouped_matmul(hidden, down, sizes), inverse, order)
+
+
+@jax.custom_vjp
+def _permute(rows: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Returns rows[order]. Given the inverse, a gradient gathers too, instead of scattering."""
+    return rows[order]
+
+
+_permute.defvjp(
+    lambda rows, order, inverse: (rows[order], inverse), lambda inverse, gradient: (gradient[inverse], None, None)
+)

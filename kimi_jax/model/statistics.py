@@ -56,7 +56,9 @@ def count_choices(
     """
     unique = layout.dispatches  # else every device routes all tokens
     real = (layout.scatter_unique if unique else layout.gather_all)(valid[:, :, None].astype(jnp.int32))
-    counts = jnp.zeros(experts, jnp.int32).at[chosen].add(real, mode="drop")
+    # (A sum over comparisons: adding one by one would scatter.)
+    chose = jnp.where(real[:, :, None] > 0, chosen[:, :, None] == jnp.arange(experts), False)
+    counts = jnp.sum(chose, axis=(0, 1), dtype=jnp.int32)
     return all_reduce(counts, layout.partition.mesh_axes) if unique else counts
 
 

@@ -13,11 +13,13 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 from kimi_jax.plan.hbm import hbm_bytes
 from kimi_jax.plan.hlo import parse, small_cycles
 from kimi_jax.plan.job import Job
 from kimi_jax.plan.traffic import Collective, MovedWeight, collectives, moved_weights
+from kimi_jax.plan.train_job import TrainJob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ def available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def compiled(job: Job) -> Compiled:
+def compiled(job: Job | TrainJob) -> Compiled:
     """Compiles in a process of its own, which takes minutes for a full model.
 
     Raises DoesNotFitError where the compiler says so, ValueError with its last words where it fails otherwise.
@@ -83,22 +85,20 @@ def compiled(job: Job) -> Compiled:
     return Compiled(**found)
 
 
-def _compile(job: Job) -> Compiled:
+def _compile(job: Job | TrainJob) -> Compiled:
     """Compiles in this process."""
     from jax.experimental import topologies
 
-    from kimi_jax.model.kimi import abstract
-    from kimi_jax.plan.messages import trace
-    from kimi_jax.runtime.program import Program
     from sharding import make_mesh
 
-    # A text step has no use for the vision tower, and XLA would drop it from the arguments.
-    config = dataclasses.replace(job.config, vision=None)
     mesh = make_mesh(job.sizes, topologies.get_topology_desc(platform="tpu", topology_name=job.topology.name).devices)
-    program = Program(abstract(config, mesh=mesh))
-
     began, cpu = time.perf_counter(), time.process_time()
-    traced = trace(program, job)
+    if isinstance(job, TrainJob):
+        from kimi_jax.plan.train_step import EXPERTS, trace
+
+        traced, weights = trace(job, mesh), EXPERTS
+    else:
+        traced, weights = _trace_text_step(job, mesh), r"arrays\["
     made = traced.lower(lowering_platforms=("tpu",)).compile()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     memory, hlo = made.memory_analysis(), parse(made.as_text())
@@ -112,10 +112,20 @@ def _compile(job: Job) -> Compiled:
         accessed=made.cost_analysis().get("bytes accessed", 0.0),
         small_cycles=small_cycles(hlo),
         collectives=tuple(collectives(hlo, job.mesh)),
-        moved=tuple(moved_weights(hlo, "arrays[")),
+        moved=tuple(moved_weights(hlo, weights)),
         seconds=seconds,
         cpu_seconds=cpu_seconds,
     )
+
+
+def _trace_text_step(job: Job, mesh: Any) -> Any:
+    from kimi_jax.model.kimi import abstract
+    from kimi_jax.plan.messages import trace
+    from kimi_jax.runtime.program import Program
+
+    # A text step has no use for the vision tower, and XLA would drop it from the arguments.
+    config = dataclasses.replace(job.config, vision=None)
+    return trace(Program(abstract(config, mesh=mesh)), job)
 
 
 if __name__ == "__main__":

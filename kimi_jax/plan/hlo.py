@@ -64,12 +64,12 @@ class HloProgram:
                     todo.append((called, times * (int(turns[1]) if turns else 1), open_ended or unknown))
 
     def weight_names(self, mark: str) -> set[str]:
-        """Lists the names in the entry computation that depend on parameters whose `op_name` begins with `mark`, and on
-        no other parameters."""
+        """Lists the names in the entry computation that depend on parameters whose `op_name` begins with what the
+        regular expression `mark` matches, and on no other parameters."""
         found: dict[str, bool | None] = {}  # None: on constants alone
         for instruction in self.computations[self.entry].values():
             if instruction.op == "parameter":
-                found[instruction.name] = f'op_name="{mark}' in instruction.attributes
+                found[instruction.name] = re.search(f'op_name="{mark}', instruction.attributes) is not None
                 continue
             kinds = {found.get(name) for name in instruction.operands} - {None}
             found[instruction.name] = kinds == {True} if kinds else None

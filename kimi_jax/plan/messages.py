@@ -83,6 +83,19 @@ class _Halves(nnx.Module):
         return x, cache
 
 
+def traced(jaxpr: Jaxpr, mesh: dict[str, int], platform: str = "tpu") -> tuple[Collective, ...]:
+    """Lists the messages of a program over devices in `mesh`, the largest first, counted as `messages` does."""
+    total: Counter[Collective] = Counter()
+    for message, times, _ in _sent(jaxpr, mesh, platform):
+        total[message] += times
+    return _listed(total)
+
+
+def _listed(total: Counter[Collective]) -> tuple[Collective, ...]:
+    listed = [dataclasses.replace(message, count=times) for message, times in total.items()]
+    return tuple(sorted(listed, key=lambda one: (-one.count * one.nbytes, one)))
+
+
 @functools.cache
 def _messages(job: Job, platform: str) -> tuple[Collective, ...]:
     mesh, text = job.partition.mesh, job.config.text
@@ -103,8 +116,7 @@ def _messages(job: Job, platform: str) -> tuple[Collective, ...]:
     total: Counter[Collective] = Counter()
     for message, times, half in _sent(jaxpr.jaxpr, job.mesh, platform):
         total[message] += times * (1 if half is None else counts[half])
-    listed = [dataclasses.replace(message, count=times) for message, times in total.items()]
-    return tuple(sorted(listed, key=lambda one: (-one.count * one.nbytes, one)))
+    return _listed(total)
 
 
 def _sent(jaxpr: Jaxpr, mesh: dict[str, int], platform: str) -> Iterator[tuple[Collective, int, int | None]]:

@@ -112,7 +112,8 @@ class MovedWeight:
 
 
 def moved_weights(program: HloProgram, mark: str) -> list[MovedWeight]:
-    """Lists the instructions that move or copy weights, the arguments whose `op_name` begins with `mark`.
+    """Lists the instructions that move or copy weights, the arguments whose `op_name` begins
+    with what the regular expression `mark` matches.
 
     Copies into VMEM are how a TPU reads, and do not count.
     """

@@ -16,6 +16,7 @@ from kimi_jax.axes import AnyArray, Float32, Int32, UInt32
 from kimi_jax.config_json.fields import ConfigError, Fields
 from kimi_jax.model.token_ids import integers
 from kimi_jax.printable import printable
+from kimi_jax.text.modes import TEMPERATURE, TOP_P
 
 SEEDS = 2**63
 MAX_TOP_K = 2**31 - 1  # an int32 on the device
@@ -66,18 +67,27 @@ class Sampling:
         return self.presence_penalty, self.frequency_penalty, self.repetition_penalty
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> "Sampling":
+    def recommended(cls, thinking: bool) -> "Sampling":
+        """Returns what Moonshot recommends for answers with `thinking` or without."""
+        return cls(temperature=TEMPERATURE[thinking], top_p=TOP_P)
+
+    @classmethod
+    def from_folder(cls, path: str | Path, default: "Sampling | None" = None) -> "Sampling":
         """Reads how the checkpoint in the folder `path` wants its answers drawn, from generation_config.json.
 
         Where that says `do_sample`, or names a temperature without it, its values hold, with temperature 1 and no
-        filters for those it leaves out. Anywhere else answers are greedy; Kimi's own releases say nothing. Raises
-        `ConfigError` (a ValueError) naming the file and the field of a value outside its range.
+        filters for those it leaves out. Where it says `do_sample: false`, answers are greedy. Where it says neither, as
+        in Kimi's own releases, the `default` holds, None being greedy. Raises `ConfigError` (a ValueError) naming the
+        file and the field of a value outside its range.
         """
+        default = cls() if default is None else default
         file = Path(path) / "generation_config.json"
         if not file.exists():
-            return cls()
+            return default
         fields = Fields(json_reader.read_object(file, error=ConfigError), printable(file))
-        if not fields.flag("do_sample", fields.has("temperature")):
+        if not fields.has("do_sample") and not fields.has("temperature"):
+            return default
+        if not fields.flag("do_sample", True):
             return cls()
         return cls(
             temperature=fields.number("temperature", 1.0, above=False),

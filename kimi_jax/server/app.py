@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from kimi_jax.printable import printable
-from kimi_jax.server import anthropic_answer, anthropic_request, openai_answer, openai_request
+from kimi_jax.server import anthropic_answer, anthropic_request, openai_answer, openai_request, page, responses_request
 from kimi_jax.server.anthropic_schema import CountRequest, MessagesRequest
 from kimi_jax.server.backend import Backend
 from kimi_jax.server.body import read_body
@@ -27,6 +27,8 @@ from kimi_jax.server.generation import Chat, SamplingMode, prepare, write_prompt
 from kimi_jax.server.masks import Masks
 from kimi_jax.server.metrics import TYPE, Metrics
 from kimi_jax.server.openai_schema import ChatRequest, CompletionRequest, TemplateOptions, TokenizeRequest
+from kimi_jax.server.responses_answer import Response as ResponseAnswer
+from kimi_jax.server.responses_schema import ResponsesRequest
 from kimi_jax.server.run import Run
 from kimi_jax.server.watched import ClientGoneError, EventStream, disconnected, until_gone
 from kimi_jax.text import chat
@@ -81,12 +83,14 @@ class Service:
             "/v1/models/{name:path}": ("GET", self.model),
             "/v1/chat/completions": ("POST", self.chat_completions),
             "/v1/completions": ("POST", self.completions),
+            "/v1/responses": ("POST", self.responses),
             "/v1/messages": ("POST", self.messages),
             "/v1/messages/count_tokens": ("POST", self.count_tokens),
         }
         routes = [Route(path, _safe(handler), methods=[method]) for path, (method, handler) in handlers.items()]
+        routes += [Route(path, page.handler(path)) for path in page.PATHS]
         inner = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
-        return Gate(inner, self.limits, self.metrics, frozenset(handlers))
+        return Gate(inner, self.limits, self.metrics, frozenset({*handlers, *page.PATHS}))
 
     async def health(self, request: Request) -> Response:
         """Says ok, or why requests cannot be answered, with status 503."""
@@ -133,13 +137,24 @@ class Service:
         choices = await until_gone(all_of_them(), disconnected(request.receive))
         return _json(answer.whole(choices, len(runs)))
 
+    async def responses(self, request: Request) -> Any:
+        """Answers a conversation in OpenAI's Responses API. Nothing is stored."""
+        _, body = await self._read(request, ResponsesRequest)
+        self._check_model(body.model)
+        run = await self._run(responses_request.responses_request(body))
+        answer = ResponseAnswer(body.model, responses_request.echoed(body))
+        if body.stream:
+            return EventStream(_named_frames(answer.events(run), answer.failure), b": ping\n\n")
+        return _json(await until_gone(answer.whole(run), disconnected(request.receive)))
+
     async def messages(self, request: Request) -> Any:
         """Answers a conversation in Anthropic's API."""
         _, body = await self._read(request, MessagesRequest)
         self._check_model(body.model)
         run = await self._run(anthropic_request.messages_request(body))
         if body.stream:
-            frames = _anthropic_frames(anthropic_answer.events(body.model, run))
+            events = anthropic_answer.events(body.model, run)
+            frames = _named_frames(events, lambda error: error.body("anthropic"))
             return EventStream(frames, _event({"type": "ping"}))
         (whole,) = await until_gone(run.whole(), disconnected(request.receive))
         return _json(anthropic_answer.whole_message(body.model, whole))
@@ -249,14 +264,17 @@ async def _openai_frames(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncG
         yield b"data: %b\n\n" % _encode(failed().body("openai"))
 
 
-async def _anthropic_frames(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
-    """Yields the events of Anthropic's API, and in the place of the end what went wrong."""
+async def _named_frames(
+    events: AsyncGenerator[dict[str, Any], None], failure: Callable[[RequestError], dict[str, Any]]
+) -> AsyncGenerator[bytes, None]:
+    """Yields the events of an API that names them, and in the place of the end the event `failure` of what went
+    wrong."""
     try:
         async with contextlib.aclosing(events):
             async for event in events:
                 yield _event(event)
     except RequestError as error:
-        yield _event(error.body("anthropic"))
+        yield _event(failure(error))
     except Exception:
         log.exception("a stream failed")
-        yield _event(failed().body("anthropic"))
+        yield _event(failure(failed()))

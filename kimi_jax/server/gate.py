@@ -12,13 +12,14 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kimi_jax.printable import printable
+from kimi_jax.server import page
 from kimi_jax.server.errors import RequestError, Style
 from kimi_jax.server.metrics import Metrics
 
 access_log = logging.getLogger("kimi_jax.server.access")
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
-_OPEN = ("/health",)  # answered without a key
+_OPEN = frozenset({"/health", *page.PATHS})  # answered without a key
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from kimi_jax.server.masks import Masks
 from kimi_jax.text import Tokenizer, chat, grammar
 from kimi_jax.text.answer_states import Marker
 from kimi_jax.text.messages import REASONING
+from kimi_jax.text.modes import TEMPERATURE, TOP_P
 
 SamplingMode = Literal["open", "kimi"]
 
@@ -22,8 +23,6 @@ DEFAULT_MAX_TOKENS = 32_768
 MAX_CHOICES = 8
 MAX_STOPS, MAX_STOP_LENGTH = 5, 1_000
 SEEDS = 2**63
-_TOP_P = 0.95
-_TEMPERATURE = {True: 1.0, False: 0.6}  # with thinking, without
 
 
 @dataclass(frozen=True)
@@ -141,13 +140,13 @@ def sampling_values(request: Chat, mode: SamplingMode, thinking: bool) -> dict[s
     Mode "kimi" takes what Moonshot's own API takes: temperature 0 to 1, top_p 0.95, no penalties, one choice. Raises
     `RequestError` for anything else.
     """
-    values: dict[str, float | int] = {"temperature": _TEMPERATURE[thinking], "top_p": _TOP_P, **request.sampling}
+    values: dict[str, float | int] = {"temperature": TEMPERATURE[thinking], "top_p": TOP_P, **request.sampling}
     if not 1 <= request.choices <= MAX_CHOICES:
         raise invalid(f"n is {request.choices}, expected 1 to {MAX_CHOICES}", "n")
     if request.choices > 1 and values["temperature"] == 0:
         raise invalid(f"n is {request.choices} with temperature 0, where all choices are the same; expected 1", "n")
     if mode == "kimi":
-        fixed = {"top_p": _TOP_P, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
+        fixed = {"top_p": TOP_P, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
         if not 0 <= values["temperature"] <= 1:
             raise invalid(
                 f"temperature is {values['temperature']}, expected 0 to 1 with --sampling kimi", "temperature"

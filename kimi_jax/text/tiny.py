@@ -75,9 +75,9 @@ def _merge(word: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> tuple[bytes, .
 
 
 @functools.cache
-def _ranks() -> dict[bytes, int]:
+def _ranks(text: str) -> dict[bytes, int]:
     ranks = {bytes([byte]): rank for rank, byte in enumerate(_byte_order())}
-    pieces = re.findall(r" ?[^\W\d_]+|\d| ?[^\s\w]+|\s+|_", _CORPUS)
+    pieces = re.findall(r" ?[^\W\d_]+|\d| ?[^\s\w]+|\s+|_", _CORPUS + text)
     words = Counter(tuple(bytes([byte]) for byte in piece.encode()) for piece in pieces)
     while len(ranks) < BASE_RANKS:
         pairs: Counter[tuple[bytes, bytes]] = Counter()
@@ -93,14 +93,15 @@ def _ranks() -> dict[bytes, int]:
     return ranks
 
 
-def write_tiny_tokenizer(folder: str | Path) -> None:
+def write_tiny_tokenizer(folder: str | Path, text: str = "") -> None:
     """Writes `tiktoken.model` and `tokenizer_config.json` into `folder`, which is created if missing.
 
-    Every call writes the same bytes. The tokenizer has 768 ids: 512 base ranks and 256 special slots.
+    Merges are learned from the text below and from `text`. Every call writes the same bytes. The tokenizer has 768 ids:
+    512 base ranks and 256 special slots.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in _ranks().items())
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in _ranks(text).items())
     (folder / "tiktoken.model").write_text("".join(lines))
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     config = {

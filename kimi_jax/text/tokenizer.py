@@ -119,11 +119,18 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._pending = False  # bytes of a character that is not complete
 
     def push(self, ids: Iterable[SupportsIndex]) -> str:
         """Returns the text that `ids` complete, which may be empty."""
-        return self._utf8.decode(self._tokenizer.decode_bytes(ids))
+        data = self._tokenizer.decode_bytes(ids)
+        if data.isascii() and not self._pending:
+            return data.decode("ascii")  # (the incremental decoder is written in Python, and slower)
+        text = self._utf8.decode(data)
+        self._pending = bool(self._utf8.getstate()[0])
+        return text
 
     def finish(self) -> str:
         """Returns the rest at the end: U+FFFD for an unfinished character, else an empty text."""
+        self._pending = False
         return self._utf8.decode(b"", final=True)

@@ -30,7 +30,9 @@ def sum_losses(model: Kimi, rows: Rows, partition: Partition = SINGLE_DEVICE) ->
     rows = jax.tree.map(jnp.asarray, rows)
     logits, statistics = label_logits(model, rows, partition)
     trained = rows.columns >= 0
-    of_label = jnp.take_along_axis(logits, jnp.maximum(rows.labels, 0)[:, :, None], axis=-1)[:, :, 0]
+    # (A sum over comparisons: where words are sharded, a gather and its gradient's scatter would travel.)
+    is_label = jnp.maximum(rows.labels, 0)[:, :, None] == jnp.arange(logits.shape[-1])
+    of_label = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
     losses = jnp.where(trained, jax.nn.logsumexp(logits, axis=-1) - of_label, 0)
     correct = trained & (of_label >= jax.lax.stop_gradient(logits).max(axis=-1))
     return Losses(jnp.sum(losses), jnp.sum(correct, dtype=jnp.int32)), statistics

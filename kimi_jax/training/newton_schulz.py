@@ -5,7 +5,7 @@ its coefficients are the steepest at zero, and do not converge (Keller Jordan, h
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 from jax import lax
@@ -18,6 +18,8 @@ from sharding import SINGLE_DEVICE, MatrixHomes, Partition
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Divides a matrix of zeros, whose norm is zero.
 EPSILON = 1e-8
+# A device's bytes of matrices that are worked on at one time, in float32. A model's experts are many times that.
+STACK_BYTES = 2**30
 
 
 def orthogonalize(
@@ -36,7 +38,7 @@ def orthogonalize(
         return (a * x.astype(jnp.float32) + product(polynomial.astype(dtype), x, "srt,stk->srk")).astype(dtype), None
 
     norms = jnp.linalg.norm(stack.astype(jnp.float32), axis=(-2, -1), keepdims=True)
-    x, _ = lax.scan(step, (stack / (norms + EPSILON)).astype(dtype), length=steps)
+    x, _ = lax.scan(step, (stack.astype(jnp.float32) / (norms + EPSILON)).astype(dtype), length=steps)
     return x.astype(stack.dtype)
 
 
@@ -49,14 +51,11 @@ def orthogonalize_leaves(
 ) -> list[Float[Array, "..."]]:
     """Orthogonalises every matrix of arrays [*stack, out, in], sharded by `specs`; results are sharded alike.
 
-    The matrices of one shape, transposes included, are one stack. On a mesh each of them is worked on by one device.
+    The matrices of one shape, transposes included, are one stack, or several of `STACK_BYTES` each. On a mesh each
+    matrix is worked on by one device.
     """
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        rows, columns = sorted(leaf.shape[-2:])
-        shapes.setdefault((rows, columns), []).append(i)
     results = list(leaves)
-    for members in shapes.values():
+    for members in _stacks(leaves, specs, partition):
         chosen = tuple(specs[i] for i in members)
         wide = [leaves[i].shape[-2] <= leaves[i].shape[-1] for i in members]
 
@@ -67,6 +66,25 @@ def orthogonalize_leaves(
         for i, leaf in zip(members, done, strict=True):
             results[i] = leaf
     return results
+
+
+def _stacks(leaves: Sequence[Array], specs: Sequence[PartitionSpec], partition: Partition) -> Iterator[list[int]]:
+    """Yields the numbers of the arrays of each stack."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        rows, columns = sorted(leaf.shape[-2:])
+        shapes.setdefault((rows, columns), []).append(i)
+    for members in shapes.values():
+        taken: list[int] = []
+        total = 0
+        for i in members:
+            size = 4 * partition.local_size(leaves[i].shape, specs[i])
+            if taken and total + size > STACK_BYTES:
+                yield taken
+                taken, total = [], 0
+            taken.append(i)
+            total += size
+        yield taken
 
 
 def _orthogonalize_shape(
@@ -81,7 +99,8 @@ def _orthogonalize_shape(
     homes: dict[MatrixHomes, list[int]] = {}
     for i, spec in enumerate(specs):
         homes.setdefault(MatrixHomes.from_spec(spec, partition, not wide[i]), []).append(i)
-    stacks = [_stacked([_turned(shards[i], wide[i]) for i in members]) for members in homes.values()]
+    # (in `dtype`, which they travel in)
+    stacks = [_stacked([_turned(shards[i], wide[i]).astype(dtype) for i in members]) for members in homes.values()]
     gathered = [home.gather_matrices(stack) for home, stack in zip(homes, stacks, strict=True)]
     solved = orthogonalize(jnp.concatenate(gathered), steps, dtype)
     results = list(shards)
@@ -90,7 +109,7 @@ def _orthogonalize_shape(
         local = home.scatter_matrices(part, len(stack))
         sizes = itertools.accumulate(_count(shards[i]) for i in members)
         for i, matrices in zip(members, jnp.split(local, list(sizes)[:-1]), strict=True):
-            results[i] = _turned(matrices, wide[i]).reshape(shards[i].shape)
+            results[i] = _turned(matrices, wide[i]).reshape(shards[i].shape).astype(shards[i].dtype)
     return tuple(results)
 
 

@@ -38,7 +38,7 @@ class Room:
         than a row, and where there is no document, or none with a label."""
         if not documents:
             raise ValueError("there are no documents to train on")
-        sizes = np.array([_sizes(document) for document in documents])
+        sizes = np.array([document.sizes for document in documents])
         if (longest := int(sizes[:, 0].max())) > tokens:
             number = int(sizes[:, 0].argmax())
             raise ValueError(f"document {number} has {longest} tokens, but a row has {tokens}")
@@ -80,7 +80,7 @@ class Packing:
         first = 0  # rows before it are full
         for number in order:
             document = self.documents[number]
-            sizes = np.array(_sizes(document))
+            sizes = np.array(document.sizes)
             fits = (i for i in range(first, len(bins)) if self.room.holds(used[i] + sizes))
             if (place := next(fits, None)) is None:
                 bins.append([])
@@ -130,8 +130,3 @@ def _row_media(documents: Sequence[Document], config: KimiConfig, room: int) -> 
     joined = np.concatenate([np.zeros((0, 3, patch, patch), np.float32), *found])
     patches = np.pad(joined, [(0, room - len(joined)), (0, 0), (0, 0), (0, 0)])
     return patches, lay_out_patches(np.concatenate([np.zeros((0, 3), np.int32), *grids]), config.vision, room)
-
-
-def _sizes(document: Document) -> tuple[int, int, int, int]:
-    patches = 0 if document.patches is None else len(document.patches)
-    return len(document.tokens), len(document.labels), 1, patches

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import Kimi
@@ -44,6 +45,18 @@ def as_published(params: Any, config: KimiConfig) -> Any:
         return round_bf16(weight)
 
     return map_leaves(publish, params)
+
+
+def in_dtype(params: Any, dtype: DTypeLike | None) -> Any:
+    """Returns parameters in the dtype that a model computes in, except those that any model has in float32; None leaves
+    all as they are."""
+    if dtype is None:
+        return params
+
+    def cast(name: str, weight: jax.Array) -> jax.Array:
+        return weight if name.endswith(_FLOAT32) or treatment(name, weight) == "constant" else weight.astype(dtype)
+
+    return map_leaves(cast, params)
 
 
 def fake_quantize_experts(model: Kimi) -> Kimi:

@@ -39,6 +39,7 @@ class Settings:
     quantized: train experts for INT4, and publish them so; False publishes bf16.
     trainable: takes a parameter's name; experts that are INT4 stay so where none is trained.
     seed: that of the order of the documents. save_every: steps from one checkpoint to the next.
+    microbatches: parts of a step's rows that are computed one after another, in the memory of one.
     """
 
     steps: int
@@ -50,6 +51,11 @@ class Settings:
     trainable: Callable[[str], bool] = everything
     seed: int = 0
     save_every: int = 100
+    microbatches: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows % self.microbatches:
+            raise ValueError(f"{self.rows} rows of a step do not divide into {self.microbatches} microbatches")
 
     def schedule(self) -> Any:
         """Returns the learning rate as a function of the step's number."""
@@ -103,7 +109,10 @@ class Run:
             model,
             lambda params: optimizer(params, schedule, weight_decay=settings.weight_decay, partition=partition),
             Recipe(
-                config, bias_rate=lambda step: jnp.where(step < rests, BIAS_RATE, 0.0), trainable=settings.trainable
+                config,
+                bias_rate=lambda step: jnp.where(step < rests, BIAS_RATE, 0.0),
+                trainable=settings.trainable,
+                microbatches=settings.microbatches,
             ),
             partition,
         )

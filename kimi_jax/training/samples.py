@@ -42,6 +42,11 @@ class Document:
         """Returns the columns at which the next token is trained, int32."""
         return np.flatnonzero(self.trained[1:]).astype(np.int32)
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Returns what the document takes of a row's room: tokens, labels, one document, patches."""
+        return len(self.tokens), len(self.labels), 1, 0 if self.patches is None else len(self.patches)
+
 
 def read_documents(path: str | Path, processor: Processor) -> Iterator[Document]:
     """Yields the documents of a file of conversations, a JSON object in each line: `messages` in OpenAI's schema, with

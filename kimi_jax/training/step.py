@@ -12,27 +12,30 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from kimi_jax.axes import Array, Float32, Int32
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import Kimi
+from kimi_jax.model.statistics import Statistics
+from kimi_jax.training.initial import initial_optimizer
 from kimi_jax.training.leaves import everything, split_trained
-from kimi_jax.training.loss import sum_losses
+from kimi_jax.training.loss import Losses, sum_losses
+from kimi_jax.training.microbatches import accumulate
 from kimi_jax.training.qk_clip import qk_clip
-from kimi_jax.training.quantization import as_published
+from kimi_jax.training.quantization import as_published, in_dtype
 from kimi_jax.training.router_bias import load_imbalance, update_router_bias
 from kimi_jax.training.rows import Rows
-from sharding import REPLICATED, SINGLE_DEVICE, Partition, array_mesh
+from sharding import SINGLE_DEVICE, Partition, array_mesh
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run goes on from: the number of steps done, the weights that are trained and the others (the routers'
-    correction biases among them), and the optimizer's state."""
+    """All that a run goes on from: the number of steps done (int32), the weights that are trained and the others (the
+    routers' correction biases among them), and the optimizer's state."""
 
-    step: Int32[Array, ""]
+    step: Any
     trained: Any
     frozen: Any
     optimizer: Any
@@ -63,12 +66,16 @@ class Recipe:
     config: the configuration of what is published: with its `quantization`, experts are trained for INT4.
     qk_threshold: tau of QK-Clip. bias_rate: a function from the step's number to gamma of the routers' biases.
     trainable: takes a parameter's name, and tells whether it is trained.
+    microbatches: the number of parts of a step's rows, whose gradients are computed one after another and summed.
+    dtype: the dtype that the model computes in, where that is not the masters'.
     """
 
     config: KimiConfig
     qk_threshold: float = 100.0
     bias_rate: Callable[[Any], Any] = lambda step: 1e-3
     trainable: Callable[[str], bool] = everything
+    microbatches: int = 1
+    dtype: DTypeLike | None = None
 
 
 class Trainer:
@@ -87,8 +94,9 @@ class Trainer:
         self.recipe, self.partition = recipe, partition
         self.graph, trained, frozen = split_trained(model, recipe.trainable)
         self.optimizer = make_optimizer(trained)
-        state = TrainState(jnp.zeros((), jnp.int32), trained, frozen, jax.jit(self.optimizer.init)(trained))
-        self.state = _on_mesh(state, array_mesh(model.model.embed_tokens.weight.get_value()))
+        mesh = array_mesh(model.model.embed_tokens.weight.get_value())
+        number, begun = initial_optimizer(self.optimizer, trained, mesh)
+        self.state = TrainState(number, trained, frozen, begun)
         self.step: Any = jax.jit(self._step, donate_argnums=0)
 
     def model(self, state: TrainState) -> Kimi:
@@ -98,12 +106,18 @@ class Trainer:
     def _step(self, state: TrainState, rows: Rows) -> tuple[TrainState, Metrics]:
         config, labels = self.recipe.config, jnp.sum(rows.columns >= 0)
 
-        def mean_loss(trained: Any) -> tuple[jax.Array, Any]:
-            model = nnx.merge(self.graph, as_published(trained, config), state.frozen)
+        def mean_loss(trained: Any, rows: Rows) -> tuple[jax.Array, Any]:
+            published = in_dtype(as_published(trained, config), self.recipe.dtype)
+            model = nnx.merge(self.graph, published, state.frozen)
             losses, statistics = sum_losses(model, rows, self.partition)
             return losses.loss / jnp.maximum(labels, 1), (losses, statistics)
 
-        (loss, (losses, seen)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.trained)
+        def differentiate(rows: Rows) -> tuple[Any, tuple[jax.Array, Losses], Statistics]:
+            (loss, (losses, seen)), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.trained, rows)
+            return gradients, (loss, losses), seen
+
+        count = self.recipe.microbatches
+        gradients, (loss, losses), seen = accumulate(differentiate, rows, count, self.partition)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.trained)
         trained, frozen = optax.apply_updates(state.trained, updates), state.frozen
         if seen.max_logits.size:
@@ -120,16 +134,3 @@ class Trainer:
             tokens=jnp.sum(rows.positions >= 0),
         )
         return TrainState(state.step + 1, trained, frozen, optimizer), metrics
-
-
-def _on_mesh(state: TrainState, mesh: Mesh | AbstractMesh | None) -> TrainState:
-    """Copies what is on one device alone, numbers of steps say, to all devices of the mesh: a checkpoint restores every
-    array to where it was, and a step takes arrays of one mesh only."""
-    if mesh is None:
-        return state
-
-    def place(array: jax.Array) -> jax.Array:
-        placed = isinstance(array.sharding, NamedSharding)
-        return array if placed else jax.device_put(array, NamedSharding(mesh, REPLICATED))
-
-    return jax.tree.map(place, state)

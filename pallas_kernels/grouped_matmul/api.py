@@ -15,14 +15,14 @@ from jaxtyping import Array, Float, Int, Int4, Int32
 from pallas_kernels import formats
 from pallas_kernels.activations import Activation, find_activation
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
-from pallas_kernels.dispatch import Backend, choose, with_gradient
+from pallas_kernels.dispatch import Backend, choose, with_backward, with_gradient
 from pallas_kernels.formats import Dense, Weight, as_weight
 from pallas_kernels.formats.int4 import GROUP_SIZE, check_codes
-from pallas_kernels.grouped_matmul import dequantized, mosaic_int4, mosaic_tpu, xla
+from pallas_kernels.grouped_matmul import dequantized, mosaic_gradients, mosaic_int4, mosaic_tpu, xla
 
 Backends = tuple[Backend, ...]
 
-# By format; those that have no entry are dequantised. (What a list has last also computes the gradient.)
+# By format; those that have no entry are dequantised. (The last one also computes the gradient, save of dense weights.)
 _DEQUANTIZED = Backend("xla", dequantized.grouped_matmul)
 _MATMUL: dict[type[Weight], Backends] = {
     Dense: (
@@ -34,6 +34,12 @@ _MATMUL: dict[type[Weight], Backends] = {
         _DEQUANTIZED,
     ),
 }
+
+
+_GRADIENTS: Backends = (
+    Backend("mosaic_tpu", mosaic_gradients.gradients, ("tpu",), mosaic_tpu.unsupported),
+    Backend("xla", xla.gradients),
+)
 
 
 def _glu_backends(weight: type[Weight], activation: Callable[[Array, Array], Array]) -> Backends:
@@ -108,7 +114,27 @@ def grouped_glu(
     offset = check_groups(op, x, group_sizes, group_offset, gate.shape[0])
     arguments = (jnp.asarray(x), gate, up, jnp.asarray(group_sizes), offset)
     backends = _glu_backends(type(gate), combine)
-    return with_gradient(choose(op, implementation, backends, *arguments), backends[-1].run)(*arguments)
+    twin = partial(_two_products, op, implementation, combine) if isinstance(gate, Dense) else backends[-1].run
+    return with_gradient(choose(op, implementation, backends, *arguments), twin)(*arguments)
+
+
+def _two_products(
+    op: str, implementation: str | None, combine: Callable[..., Array], x: Array, gate: Dense, up: Dense, *groups: Any
+) -> Array:
+    """Computes the unit of dense weights as two grouped products, each of which has a gradient kernel.
+
+    `groups` are sizes and offset; a constant may come as NumPy's.
+    """
+    return combine(*(_dense_product(op, implementation, x, weight, *groups) for weight in (gate, up)))
+
+
+def _dense_product(op: str, implementation: str | None, *arguments: Any) -> Array:
+    run, gradients = (choose(op, implementation, ways, *arguments) for ways in (_MATMUL[Dense], _GRADIENTS))
+
+    def backward(arrays: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
+        return *gradients(*arrays, dy), *xla.no_gradient(*arrays[2:])
+
+    return with_backward(run, backward)(*arguments)
 
 
 @checks_arguments
@@ -149,6 +175,8 @@ def _multiply(
     bind_shapes(op, x=(x, "T K"), weights=(weight, "E N K"), group_sizes=(group_sizes, "groups"))
     offset = check_groups(op, x, group_sizes, group_offset, weight.shape[0])
     arguments = (jnp.asarray(x), weight, jnp.asarray(group_sizes), offset)
+    if isinstance(weight, Dense):
+        return _dense_product(op, implementation, *arguments)
     backends = _MATMUL.get(type(weight), (_DEQUANTIZED,))
     return with_gradient(choose(op, implementation, backends, *arguments), backends[-1].run)(*arguments)
 

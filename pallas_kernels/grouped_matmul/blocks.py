@@ -43,14 +43,13 @@ def over_groups(
     visit: Callable[[Array, Array, Array, Carry], Carry],
 ) -> Carry:
     """Runs carry = visit(group, start, end, carry) for each group with rows, in order, and returns the last carry."""
-    filled = ends > starts
-    (order,) = jnp.nonzero(filled, size=starts.shape[0], fill_value=0)
+    up_to = jnp.cumsum(ends > starts, dtype=jnp.int32)
 
     def step(i: Array, carry: Carry) -> Carry:
-        group = order[i]
+        group = jnp.sum(up_to <= i, dtype=jnp.int32)  # (jnp.nonzero would scatter)
         return visit(group, starts[group], ends[group], carry)
 
-    return lax.fori_loop(0, jnp.sum(filled), step, carry)
+    return lax.fori_loop(0, up_to[-1], step, carry)
 
 
 def over_rows(

@@ -52,6 +52,19 @@ def grouped_matmul(
     return _call(x, [weight.weight], group_sizes, group_offset, lambda y: y, name="grouped_matmul", interpret=interpret)
 
 
+def rows_gradient(
+    dy: Float[Array, "T N"],
+    weight: Dense,
+    group_sizes: Int32[Array, "groups"],
+    group_offset: Int[Array, ""],
+    *,
+    interpret: Any = False,
+) -> Float[Array, "T K"]:
+    """Returns the gradient of x, dy W for each group's rows: the same kernel with the matrices' other axis summed."""
+    groups, name = (group_sizes, group_offset), "grouped_rows_gradient"
+    return _call(dy, [weight.weight], *groups, lambda y: y, name=name, interpret=interpret, summed=0)
+
+
 def grouped_glu(
     x: Float[Array, "T K"],
     gate: Dense,
@@ -79,15 +92,19 @@ def window_rows(tokens: int, groups: int) -> int:
 
 def _call(
     x: Float[Array, "T K"],
-    weights: list[Float[Array, "E N K"]],
+    weights: list[Float[Array, "E _ _"]],
     group_sizes: Int32[Array, "groups"],
     group_offset: Int[Array, ""],
     combine: Callable[..., Array],
     *,
     name: str,
     interpret: Any,
+    summed: int = 1,
 ) -> Float[Array, "T N"]:
+    """Sums x's columns with axis `summed` of the last two of the weights: [E, N, K] for 1, [E, K, N] for 0."""
     tokens, (num_local, N, K) = x.shape[0], weights[0].shape
+    if summed == 0:
+        N, K = K, N
     rows = window_rows(tokens, num_local)
     most = max(rows, BLOCK_BYTES // (K * x.dtype.itemsize) // rows * rows)
     block = min(-(-tokens // rows) * rows, most, WINDOWS[-1])
@@ -95,8 +112,10 @@ def _call(
     blocks = -(-tokens // block)
     visit = block_visits(group_sizes, group_offset, num_local, blocks, block)
     weight = pl.BlockSpec((None, outputs, K), lambda n, v, block, group, *_: (group[v], n, 0))
+    if summed == 0:
+        weight = pl.BlockSpec((None, K, outputs), lambda n, v, block, group, *_: (group[v], 0, n))
     out = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, combine=combine),
+        functools.partial(_kernel, rows=rows, combine=combine, summed=summed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(N // outputs, visit.total[0]),
@@ -123,6 +142,7 @@ def _kernel(
     *refs: Any,
     rows: int,
     combine: Callable[..., Array],
+    summed: int,
 ) -> None:
     *weights, out_ref = refs
     v = pl.program_id(1)
@@ -137,15 +157,15 @@ def _kernel(
         first = pl.multiple_of(i * rows, rows)
         here = pl.ds(first, rows)
         number = first + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-        fresh = combine(*(_dot_transposed(x_ref[here, :], weight[...]) for weight in weights))
+        fresh = combine(*(_dot(x_ref[here, :], weight[...], summed) for weight in weights))
         in_group = (number >= start) & (number < end)
         out_ref[here, :] = jnp.where(in_group, fresh, out_ref[here, :].astype(jnp.float32)).astype(out_ref.dtype)
 
     lax.fori_loop(start // rows, jnp.where(end > start, pl.cdiv(end, rows), start // rows), window, None)
 
 
-def _dot_transposed(x: Array, weights: Array) -> Array:
-    """Computes x weightsᵀ in float32."""
+def _dot(x: Array, weights: Array, summed: int) -> Array:
+    """Sums x's columns with the weights' axis `summed`, in float32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    contract_last = (((1,), (1,)), ((), ()))
-    return lax.dot_general(x, weights, contract_last, precision=precision, preferred_element_type=jnp.float32)
+    axes = (((1,), (summed,)), ((), ()))
+    return lax.dot_general(x, weights, axes, precision=precision, preferred_element_type=jnp.float32)

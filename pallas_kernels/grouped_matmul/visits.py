@@ -42,3 +42,20 @@ def block_visits(
     chosen = jnp.sum(up_to <= jnp.arange(blocks + num_local, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
     chosen = jnp.minimum(chosen, wanted.size - 1)
     return BlockVisits(chosen // num_local, chosen % num_local, up_to[-1:], starts, ends)
+
+
+def group_visits(
+    group_sizes: Int32[Array, "all"], group_offset: Int[Array, ""], num_local: int, blocks: int, size: int
+) -> BlockVisits:
+    """Lists the pairs of a local group and a block with rows of it, group by group.
+
+    A group without rows visits one block, of which it has no rows, so that every group is written. There are at most
+    blocks + num_local - 1 visits; entries past these repeat the last.
+    """
+    starts, ends = local_groups(group_sizes, group_offset, num_local)
+    first = jnp.minimum(starts // size, blocks - 1)
+    many = jnp.maximum((ends - 1) // size - first, 0) + 1
+    stops = jnp.cumsum(many, dtype=jnp.int32)
+    visit = jnp.minimum(jnp.arange(blocks + num_local - 1, dtype=jnp.int32), stops[-1] - 1)
+    group = jnp.sum(stops <= visit[:, None], axis=1, dtype=jnp.int32)
+    return BlockVisits(visit - (stops - many - first)[group], group, stops[-1:], starts, ends)

@@ -1,6 +1,6 @@
 """Grouped matmul in plain JAX: a loop over the groups that have rows on CPU, `jax.lax.ragged_dot` elsewhere.
 
-On CPU `ragged_dot` multiplies every row with every group. The loop's derivatives are written out, since JAX cannot
+On CPU `ragged_dot` multiplies every row with every group. The loop's gradients are written out, since JAX cannot
 differentiate a loop with dynamic bounds: dx is a grouped matmul with the transposed weights, dW sums dyᵀ x over each
 group's rows.
 """
@@ -37,7 +37,21 @@ def grouped_matmul(
     group_offset: Any,  # int32 []; a constant may come as NumPy's
 ) -> Float[Array, "T N"]:
     """See `api.grouped_matmul`."""
-    return _grouped_matmul(x, weight.weight, group_sizes, group_offset)
+    arrays = (x, weight.weight, group_sizes, group_offset)
+    return lax.platform_dependent(*arrays, cpu=_loop, default=_ragged)
+
+
+def gradients(
+    x: Float[Array, "T K"],
+    weight: Dense,
+    group_sizes: Int32[Array, "groups"],
+    group_offset: Any,  # int32 []; a constant may come as NumPy's
+    dy: Float[Array, "T N"],
+) -> tuple[Float[Array, "T K"], Dense]:
+    """Returns the gradients of x and the weights, each in its dtype."""
+    arrays = (x, weight.weight, group_sizes, group_offset, dy)
+    dx, dweights = lax.platform_dependent(*arrays, cpu=_loop_vjp, default=_ragged_vjp)
+    return dx, Dense(dweights)
 
 
 def grouped_glu(
@@ -50,49 +64,9 @@ def grouped_glu(
     activation: Callable[[Array, Array], Array],
 ) -> Float[Array, "T N"]:
     """See `api.grouped_glu`."""
-    return _grouped_glu(activation, x, gate.weight, up.weight, group_sizes, group_offset)
-
-
-@jax.custom_vjp
-def _grouped_matmul(x, weights, group_sizes, group_offset):
-    return lax.platform_dependent(x, weights, group_sizes, group_offset, cpu=_loop, default=_ragged)
-
-
-def _forward(x, weights, group_sizes, group_offset):
-    return _grouped_matmul(x, weights, group_sizes, group_offset), (x, weights, group_sizes, group_offset)
-
-
-def _backward(saved, dy):
-    x, weights, group_sizes, group_offset = saved
-    dx, dweights = lax.platform_dependent(x, weights, group_sizes, group_offset, dy, cpu=_loop_vjp, default=_ragged_vjp)
-    return dx, dweights, *no_gradient(group_sizes, group_offset)
-
-
-_grouped_matmul.defvjp(_forward, _backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_glu(activation, x, gate, up, group_sizes, group_offset):
-    loop, two_products = partial(_loop_glu, activation), partial(_glu_of_two, activation)
-    return lax.platform_dependent(x, gate, up, group_sizes, group_offset, cpu=loop, default=two_products)
-
-
-def _glu_of_two(activation, x, gate, up, group_sizes, group_offset):
-    return activation(*(_grouped_matmul(x, weights, group_sizes, group_offset) for weights in (gate, up)))
-
-
-def _glu_forward(activation, x, gate, up, group_sizes, group_offset):
-    saved = (x, gate, up, group_sizes, group_offset)
-    return _grouped_glu(activation, *saved), saved
-
-
-def _glu_backward(activation, saved, dy):
-    x, gate, up, *groups = saved
-    _, pull = jax.vjp(lambda x, gate, up: _glu_of_two(activation, x, gate, up, *groups), x, gate, up)
-    return *pull(dy), *no_gradient(*groups)
-
-
-_grouped_glu.defvjp(_glu_forward, _glu_backward)
+    arrays = (x, gate.weight, up.weight, group_sizes, group_offset)
+    loop, two_products = partial(_loop_glu, activation), partial(_ragged_glu, activation)
+    return lax.platform_dependent(*arrays, cpu=loop, default=two_products)
 
 
 def no_gradient(*integers: ArrayLike) -> tuple[np.ndarray, ...]:
@@ -114,6 +88,10 @@ def _loop_glu(activation, x, gate, up, group_sizes, group_offset):
         lambda group: (take(gate, group), take(up, group)),
         lambda rows, weights: activation(dot_transposed(rows, weights[0]), dot_transposed(rows, weights[1])),
     )
+
+
+def _ragged_glu(activation, x, gate, up, group_sizes, group_offset):
+    return activation(*(_ragged(x, weights, group_sizes, group_offset) for weights in (gate, up)))
 
 
 def _loop_vjp(x, weights, group_sizes, group_offset, dy):

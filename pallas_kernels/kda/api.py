@@ -3,6 +3,7 @@
 Per head, with the state S [Dk, Dv]: S <- exp(g) S;  S <- S + beta k (v - S^T k)^T;  o = S^T q.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
 from pallas_kernels.dispatch import Backend, choose, with_gradient
-from pallas_kernels.kda import backward, mosaic_step, mosaic_tpu, xla
+from pallas_kernels.kda import backward, mosaic_backward, mosaic_step, mosaic_tpu, xla
 
 # Below this many tokens the recurrence costs less than a chunk.
 _SHORT = 16
@@ -98,20 +99,25 @@ def kda(
     tokens = (*map(jnp.asarray, (q, k)), values, *map(jnp.asarray, (g, beta)))
     arguments = (*tokens, states, segment_ids)
     kernel = partial(mosaic_tpu.kda, lower_bound=lower_bound, **options)
-    backends = (
-        Backend("mosaic_tpu", kernel, ("tpu",), mosaic_tpu.unsupported),
-        Backend("xla", partial(xla.recurrent if sizes["T"] <= _SHORT else xla.chunked, **options)),
+    plain = partial(xla.recurrent if sizes["T"] <= _SHORT else xla.chunked, **options)
+    run, run_saving, run_backward = (
+        choose(op, implementation, _backends(*ways), *arguments)
+        for ways in (
+            (kernel, plain),
+            (partial(kernel, visit_states=True), partial(xla.chunked, chunk_states=True, **options)),
+            (partial(mosaic_backward.kda_backward, **options), partial(backward.gradients, **options)),
+        )
     )
-    run, run_saving = (
-        choose(op, implementation, ways, *arguments)
-        for ways in (backends, backward.save_group_states(backends, **options))
-    )
-    o, states = backward.differentiable(run, run_saving, **options)(*arguments)
+    o, states = backward.differentiable(run, run_saving, run_backward)(*arguments)
     states = states if packed else states[:, 0]
     o = o[..., : sizes["Dv"]]
     if return_transition:
         return o, states[..., : sizes["Dv"]], states[..., sizes["Dv"] :]
     return o, states
+
+
+def _backends(kernel: Callable[..., Any], plain: Callable[..., Any]) -> tuple[Backend, ...]:
+    return Backend("mosaic_tpu", kernel, ("tpu",), mosaic_tpu.unsupported), Backend("xla", plain)
 
 
 @checks_arguments

@@ -57,12 +57,16 @@ def sum_weights(base: int) -> np.ndarray:
         middle = i // base * base + base // 2
         from_middle = 1 * ((middle < t) & (t <= i)) - 1 * ((i < t) & (t <= middle))
         sets += [from_middle, -from_middle]
-    for size in levels(base):
-        if size < SUBLANES:
-            cut = i // (2 * size) * (2 * size) + size
-            sets.append(np.where(i >= cut, (cut <= t) & (t <= i), (i < t) & (t < cut)))
+    sets += [level_weights(size) for size in levels(base) if size < SUBLANES]
     together = i // max(base, SUBLANES) == t // max(base, SUBLANES)
     return np.concatenate([*sets, together & (t <= i), together & (t > i)]).astype(np.float32)
+
+
+def level_weights(size: int) -> np.ndarray:
+    """Returns [64, 64], one where a column's log decay is in a row's sum from or to the cut of blocks of 2 * size."""
+    i, t = np.indices((CHUNK, CHUNK))
+    cut = i // (2 * size) * (2 * size) + size
+    return np.where(i >= cut, (cut <= t) & (t <= i), (i < t) & (t < cut))
 
 
 def level_codes(base: int, pack: int) -> np.ndarray:

@@ -74,23 +74,23 @@ def chunked(
     *,
     normalize_qk: bool = False,
     scale: float = 1.0,
-    group_states: bool = False,
+    chunk_states: bool = False,
 ) -> tuple[Array, ...]:
     """Computes chunk by chunk, with a new chunk for each segment; arguments and results are those of `recurrent`.
 
-    With `group_states` it also returns the state before each group's first chunk, [groups, B, H, Dk, Dv].
+    With `chunk_states` it also returns the state before each chunk, [B, chunks, H, Dk, Dv].
     """
     groups = ChunkGroups.make(beta, states, segment_ids)
 
     def step(states: Array, group: tuple[Tokens, Array]) -> tuple[Array, tuple[Array, ...]]:
-        tokens, segments = group
-        given = (take_state(states, segments[0]),) if group_states else ()
-        states, o = advance_group(states, tokens, segments, normalize_qk=normalize_qk, scale=scale)
-        return states, (o, *given)
+        states, *results = advance_group(
+            states, *group, normalize_qk=normalize_qk, scale=scale, chunk_states=chunk_states
+        )
+        return states, tuple(results)
 
     tokens = tuple(groups.split(array) for array in (q, k, v, g, beta))
-    states, (o, *given) = lax.scan(step, states, (tokens, groups.segments))
-    return groups.join(o), states, *given
+    states, (o, *saved) = lax.scan(step, states, (tokens, groups.segments))
+    return groups.join(o), states, *(groups.join_states(array) for array in saved)
 
 
 class ChunkGroups(NamedTuple):
@@ -98,6 +98,7 @@ class ChunkGroups(NamedTuple):
 
     packing: ChunkPacking | None  # of packed rows
     tokens: int
+    chunks: int  # the last group may have room for more
     segments: Int[Array, "groups chunks B"]  # each chunk's segment; a chunk without tokens may name any
 
     @classmethod
@@ -111,7 +112,7 @@ class ChunkGroups(NamedTuple):
         size = -(-chunks // count)
         segments = jnp.zeros((batch, chunks), jnp.int32) if packing is None else packing.segments
         segments = jnp.pad(segments, ((0, 0), (0, count * size - chunks)))
-        return cls(packing, tokens, rearrange(segments, "b (n m) -> n m b", n=count))
+        return cls(packing, tokens, chunks, rearrange(segments, "b (n m) -> n m b", n=count))
 
     def split(self, array: Float[Array, "B T *rest"]) -> Float[Array, "groups B t *rest"]:
         """Splits tokens into groups, with zeros in places without a token."""
@@ -125,6 +126,17 @@ class ChunkGroups(NamedTuple):
         """Joins the groups that `split` made, with zeros where a token is padding."""
         placed = rearrange(array, "n b t ... -> b (n t) ...")
         return placed[:, : self.tokens] if self.packing is None else self.packing.gather(placed)
+
+    def join_states(self, states: Float[Array, "groups m B H Dk Dv"]) -> Float[Array, "B chunks H Dk Dv"]:
+        """Joins the states before the chunks of each group."""
+        return rearrange(states, "n m b ... -> b (n m) ...")[:, : self.chunks]
+
+    def first_states(self, states: Float[Array, "B chunks H Dk Dv"]) -> Float[Array, "groups B H Dk Dv"]:
+        """Returns the states before each group's first chunk; zeros for a group without chunks."""
+        count, size, _ = self.segments.shape
+        padding = [(0, 0)] * states.ndim
+        padding[1] = (0, count * size - self.chunks)
+        return rearrange(jnp.pad(states, padding), "b (n m) ... -> m n b ...", n=count)[0]
 
 
 def kda_step(
@@ -158,9 +170,13 @@ def advance_group(
     *,
     normalize_qk: bool,
     scale: float,
-) -> tuple[Float[Array, "B N H Dk Dv"], Float[Array, "B t H Dv"]]:
-    """Returns the states after a group's chunks, and its outputs; tokens [B, t, H, ...] are those of
-    `ChunkGroups.split`."""
+    chunk_states: bool = False,
+) -> tuple[Array, ...]:
+    """Returns the states after a group's chunks, [B, N, H, Dk, Dv], and its outputs, [B, t, H, Dv]; tokens [B, t, H,
+    ...] are those of `ChunkGroups.split`.
+
+    With `chunk_states` it also returns the state before each chunk, [chunks, B, H, Dk, Dv].
+    """
     steps, (batch, _, heads, _) = segments.shape[0], tokens[0].shape
     # One leading axis for all chunks: with several of equal sizes, XLA's CPU compiler has failed on such products.
     arranged = tuple(rearrange(array, "b (m c) h ... -> (m b h) c ...", m=steps) for array in tokens)
@@ -171,21 +187,22 @@ def advance_group(
     solved = _einsum("nij,njd->nid", inverse, beta[..., None] * jnp.concatenate([v, since * k], axis=-1))
     U, W = jnp.split(solved, [v.shape[-1]], axis=-1)
 
-    def chunk(states: Array, parts: tuple[Array, ...]) -> tuple[Array, Array]:
+    def chunk(states: Array, parts: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         segment, U, W, qk, read, written, total = parts
         S = take_state(states, segment)
+        saved = (S,) if chunk_states else ()
         seen = _einsum("bhck,bhkv->bhcv", jnp.concatenate([W, read], axis=-2), S)
         pseudo = U - seen[..., :CHUNK, :]
         o = seen[..., CHUNK:, :] + _einsum("bhcj,bhjv->bhcv", qk, pseudo)
         S = jnp.swapaxes(total, -1, -2) * S + _einsum("bhck,bhcv->bhkv", written, pseudo)
-        return put_state(states, segment, S), o.astype(tokens[2].dtype)
+        return put_state(states, segment, S), (o.astype(tokens[2].dtype), *saved)
 
     parts = tuple(
         rearrange(array, "(m b h) ... -> m b h ...", m=steps, b=batch, h=heads)
         for array in (U, W, qk, since * q, until * k, total)
     )
-    states, o = lax.scan(chunk, states, (segments, *parts))
-    return states, rearrange(o, "m b h c v -> b (m c) h v")
+    states, (o, *saved) = lax.scan(chunk, states, (segments, *parts))
+    return states, rearrange(o, "m b h c v -> b (m c) h v"), *saved
 
 
 def _prepare(tokens: Tokens, dtype: jnp.dtype, normalize_qk: bool, scale: float) -> Tokens:

@@ -1,7 +1,7 @@
 """A mixture of experts: each token's weighted sum over those of its experts whose matrices are given.
 
 Source of the form: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). An expert that no token chose costs nothing, and no
-token meets an expert that it did not choose.
+token meets an expert that it did not choose, but for few tokens on a CPU that choose nearly all experts (`xla`).
 """
 
 import math
@@ -37,7 +37,7 @@ def mixture(
     """Returns, for each token t, the sum over j of weights[t, j] * down(silu(gate x[t]) * up x[t]).
 
     The matrices gate, up and down are those of expert chosen[t, j]. TPUs multiply few tokens in one kernel; many, and
-    those of other platforms, are sorted by expert for the grouped ops.
+    those of other platforms, are sorted by expert for the grouped ops, or on a CPU meet all experts where they are few.
 
     Args:
       x: [T, K]; a token's vector may have any shape, of K numbers in all.

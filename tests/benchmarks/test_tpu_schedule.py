@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import tpu_schedule
+from tpu.budget import SLACK
 from tpu.case import Row
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "benchmarks" / "tpu_schedule.py"
 BUDGETS = ROOT / "benchmarks" / "tpu" / "budgets"
 # Other kernels contain their code, and the compiler takes long for them.
-REST = {"int4_grouped_glu 7168x2048 M=8 x 8", "mla_write 1 sequences, 2048 rows from 64"}
+FORWARD, BACKWARD = (f"kda{kernel} H=32 4k tokens, any gate" for kernel in ("", " backward"))
+REST = {"int4_grouped_glu 7168x2048 M=8 x 8", "mla_write 1 sequences, 2048 rows from 64", BACKWARD}
 # Times and bytes of a row, which no budget limits.
 UNUSED = {"seconds": 1.0, "hbm_seconds": 1.0, "mxu_seconds": 1.0, "temporaries": 0, "glue": [], "loops": []}
 
@@ -52,6 +54,14 @@ def test_no_kernel_costs_more_than_its_budget(tmp_path, slow):
     assert listed
     for case in listed:
         assert case in done.stdout
+
+
+def test_the_gradient_of_kda_costs_at_most_two_and_a_half_times_the_forward_kernel():
+    listed = json.loads(recorded().read_text())
+    if FORWARD not in listed:
+        pytest.skip(f"no budget of KDA is recorded for libtpu {version('libtpu')}")
+    forward, backward = (listed[case]["v6e"]["bundles_per_unit"] for case in (FORWARD, BACKWARD))
+    assert SLACK * backward <= 2.5 * forward
 
 
 def test_a_kernel_beyond_its_budget_is_named(tmp_path, monkeypatch, capsys):

@@ -65,6 +65,30 @@ SAVED: dict[str, dict[str, Any]] = {
     | {"linear_attn_config": LINEAR_LAYERS | {"kda_layers": [1, 2], "full_attn_layers": [3]}},
 }
 
+# The toys whose gradients gradients.npz has: as small as they can be with every kind of weight, and dense experts.
+_TINY = {
+    "vocab_size": 288, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4, "v_head_dim": 4,
+}  # fmt: skip
+_TINY_KDA = LINEAR_LAYERS | {"kda_layers": [1], "full_attn_layers": [2], "head_dim": 8, "num_heads": 4}
+_TINY_VISION = {f"vt_{name}": 8 for name in ("hidden_size", "intermediate_size")} | {"vt_num_attention_heads": 2}
+GRADIENTS = {
+    "k2.5": Toy(
+        "k2.5",
+        _TINY
+        | _TINY_VISION
+        | {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 16}
+        | {"vt_num_hidden_layers": 1, "quantization_config": None},
+        seed=4,
+    ),
+    "kimi-linear": Toy(
+        "kimi-linear",
+        _TINY | {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_token": 2, "linear_attn_config": _TINY_KDA},
+        seed=5,
+    ),
+}
+
 # Grids of patches: of the position table's own size in "k2.5", 8 x 8, larger, smaller, and larger in one direction.
 IMAGE_GRIDS = np.array([[1, 8, 8], [1, 12, 10], [1, 4, 6], [1, 6, 12]], np.int32)
 VIDEO_GRIDS = np.array([[3, 8, 6], [4, 6, 10]], np.int32)
@@ -94,10 +118,33 @@ def two_layers(name: str, folder: Path) -> Path:
     return write_toy(folder / name, toy_config(CASES[name].like, **overrides), seed=CASES[name].seed)
 
 
+def gradient_documents(name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns what the gradients of a toy of GRADIENTS are of: documents, int32 [t], each with the grids of its images.
+
+    The documents of Kimi Linear end between the borders of the delta rule's chunks, which those of K2.5 do not have.
+    """
+    toy = GRADIENTS[name]
+    fields = toy_config(toy.like, **toy.overrides)
+    random = np.random.RandomState(toy.seed)
+    first, second = (random.randint(0, 32, length).astype(np.int32) for length in ((20, 9), (70, 37))["linear" in name])
+    none = np.zeros((0, 3), np.int32)
+    if "vision_config" not in fields:
+        return [(first, none), (second, none)]
+    grids = IMAGE_GRIDS[2:3]
+    image = np.full(int(np.prod(grids)) // 4, fields["media_placeholder_token_id"], np.int32)
+    return [(np.concatenate([first[:4], image, first[4:]]), grids), (second, none)]
+
+
 def golden(name: str) -> dict[str, np.ndarray]:
     """Returns the arrays that make.py stored for a case; its docstring lists them."""
     with np.load(HERE / f"{name}.npz") as file:
         return dict(file)
+
+
+def gradients(name: str) -> dict[str, np.ndarray]:
+    """Returns the loss of a toy of GRADIENTS, "loss", and its gradients under the checkpoint's names."""
+    with np.load(HERE / "gradients.npz") as file:
+        return {key.removeprefix(f"{name}/"): array for key, array in file.items() if key.startswith(f"{name}/")}
 
 
 def media(grid: np.ndarray) -> np.ndarray:

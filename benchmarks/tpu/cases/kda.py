@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import kda
-from pallas_kernels.kda import mosaic_tpu
+from pallas_kernels.kda import mosaic_backward, mosaic_tpu
+from pallas_kernels.kda.mosaic_backward import kda_backward
 from pallas_kernels.kda.mosaic_blocks import CHUNK
+from pallas_kernels.kda.mosaic_chunk import heads_per_step
 from pallas_kernels.kda.shapes import PROMPT
 from tpu.case import Case
 
@@ -37,7 +39,7 @@ def _case(lower_bound: float | None) -> Case:
         return prefill, (bf16(wide), bf16(wide), bf16(wide), f32(wide), f32((1, TOKENS, HEADS)))
 
     gate = "any gate" if lower_bound is None else f"gate >= {lower_bound:g}"
-    steps = HEADS // mosaic_tpu.heads_per_step(HEADS, WIDTH, WIDTH) * TOKENS // CHUNK
+    steps = HEADS // heads_per_step(HEADS, WIDTH, WIDTH, mosaic_tpu.MOST_CHANNELS) * TOKENS // CHUNK
     per_chunk = 10 * CHUNK * CHUNK * WIDTH + 6 * CHUNK * WIDTH * WIDTH
     return Case(
         name=f"kda H={HEADS} {TOKENS // 1024}k tokens, {gate}",
@@ -52,4 +54,43 @@ def _case(lower_bound: float | None) -> Case:
     )
 
 
-CASES = [_case(None), _case(-5.0)]
+def _backward() -> Case:
+    """Returns the case of the gradient of q, k, v, g, beta and the initial state, from saved states."""
+
+    def build():
+        def backward(q, k, v, g, beta, saved, do, dstates):
+            heads = (array.reshape(1, TOKENS, HEADS, WIDTH) for array in (q, k, v, g))
+            dtokens = kda_backward(
+                *heads,
+                beta,
+                dstates,
+                saved,
+                do.reshape(1, TOKENS, HEADS, WIDTH),
+                dstates,
+                None,
+                normalize_qk=True,
+                scale=WIDTH**-0.5,
+                interpret=False,
+            )
+            return *(array.reshape(1, TOKENS, HEADS * WIDTH) for array in dtokens[:4]), *dtokens[4:]
+
+        bf16, f32 = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
+        wide, state = (1, TOKENS, HEADS * WIDTH), (HEADS, WIDTH, WIDTH)
+        tokens = (bf16(wide), bf16(wide), bf16(wide), f32(wide), f32((1, TOKENS, HEADS)))
+        return backward, (*tokens, f32((1, TOKENS // CHUNK, *state)), bf16(wide), f32((1, 1, *state)))
+
+    steps = HEADS // heads_per_step(HEADS, WIDTH, WIDTH, mosaic_backward.MOST_CHANNELS) * TOKENS // CHUNK
+    per_chunk = 24 * CHUNK * CHUNK * WIDTH + 14 * CHUNK * WIDTH * WIDTH
+    return Case(
+        name=f"kda backward H={HEADS} {TOKENS // 1024}k tokens, any gate",
+        kernel="kda_backward",
+        build=build,
+        trips=lambda: (steps + 2, HEADS),
+        units=TOKENS // CHUNK * HEADS,
+        unit="chunk of a head",
+        hbm_bytes=TOKENS * HEADS * (WIDTH * (7 * 2 + 2 * 4) + 2 * 4) + (TOKENS // CHUNK + 2) * 4 * HEADS * WIDTH**2,
+        flops=TOKENS // CHUNK * HEADS * per_chunk,
+    )
+
+
+CASES = [_case(None), _case(-5.0), _backward()]

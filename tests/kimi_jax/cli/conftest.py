@@ -36,7 +36,7 @@ def loads(kimi, monkeypatch):
     compiles twice."""
     asked = []
 
-    def load(path, mesh, dtype, verify):
+    def load(path, mesh, dtype, verify, progress):
         asked.append((path, mesh, dtype))
         return kimi
 

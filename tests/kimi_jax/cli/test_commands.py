@@ -1,21 +1,32 @@
 """The `kimi-jax` command, in process: its output, on which stream, and its exit codes."""
 
+import argparse
 import dataclasses
+import io
 import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 from calls import answer, generate, refused, user
 from flax import nnx
+from rich.console import Console
 from safetensors.numpy import load_file
 
 import checkpoints
 import kimi_jax
 from kimi_jax import config_json
-from kimi_jax.cli import main
-from sharding import default_shape
+from kimi_jax.cli import COMMANDS, GROUPS, main, starting
+from kimi_jax.cli.console import console
+from kimi_jax.runtime.batch import Finish
+from kimi_jax.runtime.generate import Column
+from sharding import default_shape, mesh_sizes
 
 # --- convert and inspect ----------------------------------------------------------------------------------------------
 
@@ -40,7 +51,7 @@ def test_convert_inspect_and_generate_from_what_was_converted(published, kimi, t
     assert tables[0] == tables[1]
     assert any("routed experts" in line and f"{3 * 4 * 64 * 32:,}" in line for line in tables[0])
     # Then the converted folder answers as the published one does
-    assert generate(target, "--prompt", "Hello", "--max-new-tokens", 6, "--dtype", "float32") == 0
+    assert generate(target, "--prompt", "Hello", "--max-new-tokens", 6, "--dtype", "float32", "--greedy") == 0
     assert capsys.readouterr().out == answer(kimi, published, user("Hello"), max_new_tokens=6)[0]
 
 
@@ -57,7 +68,7 @@ def test_inspect_a_preset(capsys):
 
 
 def test_generate_prints_the_answer_and_keeps_the_rest_for_stderr(published, kimi, loads, capsys):
-    options = ("--dtype", "float32", "--max-new-tokens", 6)
+    options = ("--dtype", "float32", "--max-new-tokens", 6, "--greedy")
     assert generate(published, "--prompt", "Hello", *options) == 0
     out, err = capsys.readouterr()
     expected, count = answer(kimi, published, user("Hello"), max_new_tokens=6)
@@ -92,6 +103,30 @@ def test_flags_of_sampling_win_over_generation_config(damaged, kimi, loads, caps
         assert capsys.readouterr().out == answer(kimi, damaged, user("Hello"), max_new_tokens=6, **sampling)[0]
 
 
+def test_without_flags_the_mode_says_how_tokens_are_drawn(published, kimi, loads, monkeypatch, capsys):
+    options = ("--prompt", "-", "--dtype", "float32", "--max-new-tokens", 6, "--seed", 3)
+    for flags, thinking, temperature in (((), True, 1.0), (("--no-thinking",), False, 0.6)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello"))
+        assert generate(published, *options, *flags) == 0
+        drawn = {"temperature": temperature, "top_p": 0.95, "seed": 3, "max_new_tokens": 6}
+        assert capsys.readouterr().out == answer(kimi, published, user("Hello"), thinking=thinking, **drawn)[0]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    assert "standard input is empty" in refused(capsys, generate(published, *options))
+
+
+def test_reasoning_goes_to_a_terminal_and_the_answer_to_the_pipe(published, loads, monkeypatch, capsys):
+    tokenizer = kimi_jax.Tokenizer.from_folder(published)
+    ids = tokenizer.encode("I think.</think>It is so.", allow_special=True)
+    columns = [Column(np.array([token]), np.array([Finish.NOT_YET])) for token in ids]
+    monkeypatch.setattr("kimi_jax.runtime.generate.stream", lambda *_, **__: iter(columns))
+    terminal = Console(file=sys.stderr, force_terminal=True, width=60)
+    plain = console()
+    monkeypatch.setattr("kimi_jax.cli.console.console", lambda stderr=False, quiet=False: terminal if stderr else plain)
+    assert generate(published, "--prompt", "Hello") == 0
+    out, err = capsys.readouterr()
+    assert out == "It is so.\n" and "│ I think." in re.sub(r"\x1b\[[0-9;]*m", "", err) and "It is so" not in err
+
+
 def test_generate_stops_at_a_stop_id(published, kimi, monkeypatch, capsys):
     # Given a model whose configuration names the third token of its usual answer as a stop
     processor = kimi_jax.Processor.from_folder(published)
@@ -101,7 +136,7 @@ def test_generate_stops_at_a_stop_id(published, kimi, monkeypatch, capsys):
     model = nnx.clone(kimi)
     model.config = dataclasses.replace(kimi.config, stop_ids=(new[2], *kimi.config.stop_ids[1:]))
     monkeypatch.setattr(checkpoints, "load", lambda *args, **kwargs: model)
-    assert generate(published, "--prompt", "Hello", "--dtype", "float32", "--max-new-tokens", 6) == 0
+    assert generate(published, "--prompt", "Hello", "--dtype", "float32", "--max-new-tokens", 6, "--greedy") == 0
     out, err = capsys.readouterr()
     assert out == processor.tokenizer.decode(new[:2]) + "\n" and "3 tokens; the first" in err
 
@@ -115,7 +150,7 @@ def test_an_answer_does_not_steer_a_terminal_and_reaches_a_pipe_as_it_is(publish
 
 
 def test_generate_looks_at_an_image_and_reads_a_chat(published, kimi, loads, picture, tmp_path, capsys):
-    options = ("--dtype", "float32", "--max-new-tokens", 4)
+    options = ("--dtype", "float32", "--max-new-tokens", 4, "--greedy")
     assert generate(published, "--prompt", "Describe.", "--image", picture, *options) == 0
     seen = capsys.readouterr().out
     image, text = {"type": "image_url", "image_url": {"url": str(picture)}}, {"type": "text", "text": "Describe."}
@@ -223,16 +258,14 @@ def test_a_toy_of_a_published_folder(published, tmp_path, capsys):
 # --- help and usage ---------------------------------------------------------------------------------------------------
 
 
-COMMANDS = ("convert", "export", "verify", "make-toy", "inspect", "generate", "plan", "demo")
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(command, capsys):
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.NAME)
+def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as exit_:
-        main([command, "--help"])
+        main([command.NAME, "--help"])
     out = capsys.readouterr().out
     assert exit_.value.code == 0
-    assert f"example:\n  kimi-jax {command} " in out
+    examples = out[out.index("\nexamples:\n") :]
+    assert examples.count(f"kimi-jax {command.NAME}") >= (1 if command.NAME == "demo" else 3)
 
 
 def test_the_commands_are_listed(capsys):
@@ -240,22 +273,119 @@ def test_the_commands_are_listed(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"\n    {command} " in out for command in COMMANDS)
+    for group, commands in GROUPS.items():
+        listed = out[out.index(f"\n{group}\n") :]
+        for command, phrase in commands.items():
+            assert f"\n  {command.NAME:<11} {phrase}\n" in listed and len(phrase.split()) <= 8
+
+
+def test_the_version_and_the_environment_are_shown(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    shown = capsys.readouterr().out
+    assert exit_.value.code == 0 and shown == f"kimi-jax {version('kimi-jax')}\n"
+    monkeypatch.setenv("XLA_NOTE", "red \x1b[31m")
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert f"  jax: {version('jax')}\n" in shown and "  cpu:7: cpu\n" in shown
+    assert "red \\x1b[31m" in shown and "secret" not in shown
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["packages"]["numpy"] == np.__version__
+
+
+def test_a_shell_gets_a_script_that_knows_every_command(capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    (names,) = re.findall(r"_kimi_jax_subparsers=\((.*)\)", script)
+    assert names.split() == [command.NAME for command in COMMANDS] and "--max-new-tokens" in script
+
+
+def test_names_are_spelt_one_way_and_a_mistyped_one_gets_the_nearest(capsys):
+    assert main(["inspect", "--preset", "kimi-linear"]) == main(["inspect", "--preset", "kimi-linear-48b"]) == 0
+    first, second = capsys.readouterr().out.split("kimi_linear (configuration)")[1:]
+    assert first.strip() == second.strip()
+    assert "did you mean kimi-k2.5?" in refused(capsys, main(["inspect", "--preset", "kimi-k25"]))
+    with pytest.raises(SystemExit):
+        main(["make-toy", "folder", "--like", "k2-thinkin"])
+    assert "did you mean kimi-k2-thinking?" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"did you mean expert\?"):
+        mesh_sizes("data=2,experts=4")
+
+
+# --- starting ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_comes_before_anything_heavy_is_imported(tmp_path):
+    (tmp_path / "model").mkdir()
+    script = "import sys; from kimi_jax.cli import main; print(main(sys.argv[1:]), 'jax' in sys.modules)"
+    for argv in (
+        ["generate", "gone", "--prompt", "a"],
+        ["generate", "model", "--prompt", "a", "--image", "gone.png"],
+        ["generate", "model", "--prompts", "gone.jsonl"],
+        ["chat", "gone"],
+        ["convert", "gone", "x"],
+        ["inspect", "gone"],
+        ["verify", "gone"],
+        ["serve", "gone"],
+        ["train", "gone", "--data", "x", "--out", "y"],
+    ):
+        done = subprocess.run([sys.executable, "-c", script, *argv], cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout == "1 False\n" and "gone" in done.stderr, argv
+
+
+def test_programs_are_kept_in_the_users_cache_unless_a_flag_says_no(monkeypatch, tmp_path):
+    set_to = {}
+    config = SimpleNamespace(jax_enable_compilation_cache=True, jax_compilation_cache_dir=None)
+    config.update = lambda name, value: (set_to.update({name: value}), setattr(config, name, value))
+    monkeypatch.setattr(jax, "config", config)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = starting.keep_programs(argparse.Namespace(compile_cache=True))
+    folder = Path(set_to["jax_compilation_cache_dir"])
+    assert folder.parent == tmp_path / "kimi-jax" / "programs" and kept == f" (first time; kept in {folder})"
+    folder.mkdir(parents=True)
+    (folder / "program").touch()
+    assert starting.keep_programs(argparse.Namespace(compile_cache=True)) == f" (kept in {folder})"
+    config.jax_compilation_cache_dir = "/elsewhere"  # JAX's own variable says so
+    assert starting.keep_programs(argparse.Namespace(compile_cache=True)) == " (first time; kept in /elsewhere)"
+    assert starting.keep_programs(argparse.Namespace(compile_cache=False)) == ""
+    assert set_to["jax_enable_compilation_cache"] is False
+
+
+def test_without_a_terminal_no_line_is_wrapped_and_compiling_is_told(capsys, tmp_path):
+    log = console(stderr=True)
+    log.print("word " * 60)
+    with starting.compiling(log, f" (first time; kept in {tmp_path}/gone)") as name:
+        name("decode, 1 rows")
+        name("prefill, 16 tokens")
+    first, decode, prefill, last = capsys.readouterr().err.splitlines()
+    assert first == ("word " * 60).rstrip() or first == "word " * 60
+    assert re.fullmatch(rf"compiling after \d\.\d s: decode, 1 rows \(first time; kept in {tmp_path}/gone\)", decode)
+    assert re.fullmatch(r"compiling after \d\.\d s: prefill, 16 tokens", prefill)
+    assert re.fullmatch(r"compiled 2 programs in \d\.\d s", last)
+
+
+def test_without_a_terminal_a_long_job_writes_a_line_now_and_then(monkeypatch, capsys):
+    times = iter([0.0, 0.0, 10.0, 30.0, 31.0, 60.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    with checkpoints.progress_bar("loading") as show:
+        for done in (0, 10**9, 3 * 10**9, 4 * 10**9, 6 * 10**9):
+            show(done, 6 * 10**9)
+    assert capsys.readouterr().err == "loading: 3.00 of 6.00 GB, 100 MB/s, 30 s left\n"
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_demo(picture):
-    command = [sys.executable, "-m", "kimi_jax.cli", "demo", "--image", str(picture)]
+def test_demo():
+    command = [sys.executable, "-m", "kimi_jax.cli", "demo"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     out = " ".join(done.stdout.split())
-    assert "the weights are random" in out
-    assert "kimi_k25 (safetensors): 1 x mla + dense, 3 x mla + moe, 2 vision layers" in out
-    assert re.search(r"Converted to Orbax: 19\.\d\d MB in 380 tensors -> 19\.\d\d MB in 110 leaves", out)
+    assert "kimi_k25 (safetensors): 1 x mla + dense, 2 x mla + moe, 2 vision layers" in out
+    assert re.search(r"Converted to Orbax: 1\.\d\d MB in \d+ tensors -> 1\.\d\d MB in \d+ leaves", out)
     assert "mesh of {'data': 2, 'expert': 4, 'tensor': 1, 'sequence': 1}. Bytes on each of its 8 devices:" in out
     assert [f"cpu:{i}: " in out for i in range(8)] == [True] * 8
-    assert "picture.png: grid (t, h, w) = (1, 4, 6) in patches, 6 tokens" in out
-    assert "48 random tokens, " in out and out.endswith("tokens per second after compilation.")
+    assert "thinks: I see 4, 2 and 7. Kimi: 427 " in out
+    assert 'calls: add {"a": 58, "b": 316}' in out and "tool: 374" in out and "Kimi: The sum is 374. " in out

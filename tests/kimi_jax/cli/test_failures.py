@@ -49,7 +49,7 @@ def failing(monkeypatch):
 )
 def test_what_nobody_expected_is_one_line_and_says_how_to_see_more(failing, capsys, error):
     failing(error)
-    line = refused(capsys, main(["inspect", "folder"]))
+    line = refused(capsys, main(["inspect", "."]))
     assert line.startswith(f"kimi-jax: unexpected {type(error).__name__}: ")
     assert line.endswith("; this is a fault in kimi-jax, --trace shows where")
     assert str(error.args[0] if error.args else type(error).__name__) in line and "'hidden_size'" not in line
@@ -57,7 +57,7 @@ def test_what_nobody_expected_is_one_line_and_says_how_to_see_more(failing, caps
 
 def test_the_trace_is_shown_when_it_is_asked_for_and_does_not_steer_the_terminal(failing, capsys):
     failing(TypeError("red \x1b[31m text"))
-    assert main(["inspect", "folder", "--trace"]) == 1
+    assert main(["inspect", ".", "--trace"]) == 1
     first, *trace = capsys.readouterr().err.splitlines()
     assert first.startswith("kimi-jax: unexpected TypeError: red \\x1b[31m text; ")
     assert trace[0].startswith("Traceback") and trace[-1] == "TypeError: red \\x1b[31m text"
@@ -66,10 +66,10 @@ def test_the_trace_is_shown_when_it_is_asked_for_and_does_not_steer_the_terminal
 
 def test_memory_that_runs_out_is_told_without_taking_more(failing, capfd):
     failing(MemoryError())
-    assert main(["inspect", "folder"]) == 1
+    assert main(["inspect", "."]) == 1
     assert capfd.readouterr().err.startswith("kimi-jax: out of memory on this machine")
     failing(RuntimeError("RESOURCE_EXHAUSTED: 3 GB on device 0"))
-    assert main(["inspect", "folder"]) == 1
+    assert main(["inspect", "."]) == 1
     assert capfd.readouterr().err == "kimi-jax: out of memory on a device: RESOURCE_EXHAUSTED: 3 GB on device 0\n"
 
 
@@ -84,15 +84,15 @@ def test_memory_that_runs_out_is_told_without_taking_more(failing, capfd):
 )
 def test_an_error_of_ours_is_escaped(failing, capsys, error, line):
     failing(error)
-    assert refused(capsys, main(["inspect", "folder"])) == line
+    assert refused(capsys, main(["inspect", "."])) == line
 
 
 def test_a_message_is_cut(failing, capsys):
     for error in (ValueError("x" * 10**6), TypeError("x" * 10**6), OSError(2, "none", "x" * 10**6)):
         failing(error)
-        assert len(refused(capsys, main(["inspect", "folder"]))) < 1000
+        assert len(refused(capsys, main(["inspect", "."]))) < 1000
     with pytest.raises(SystemExit):
-        main(["inspect", "folder", "\x1b[31m" + "x" * 10**6])
+        main(["inspect", ".", "\x1b[31m" + "x" * 10**6])
     err = capsys.readouterr().err
     assert len(err) < 2000 and "\x1b" not in err
 
@@ -104,7 +104,7 @@ def test_a_warning_is_one_line_on_standard_error(monkeypatch, capsys):
         raise ValueError("no more")
 
     monkeypatch.setattr(checkpoints, "summary", summary)
-    assert main(["inspect", "folder"]) == 1
+    assert main(["inspect", "."]) == 1
     warning, error = capsys.readouterr().err.splitlines()
     assert warning.startswith("kimi-jax: warning: name\\x1b[31m yyy") and len(warning) < 1000
     assert error == "kimi-jax: no more"
@@ -112,13 +112,13 @@ def test_a_warning_is_one_line_on_standard_error(monkeypatch, capsys):
 
 def test_signals(failing, monkeypatch, capsys):
     failing(KeyboardInterrupt())
-    assert main(["inspect", "folder"]) == 130
+    assert main(["inspect", "."]) == 130
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(checkpoints, "summary", lambda path: os.kill(os.getpid(), signal.SIGTERM))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit) as exit_:
-            main(["inspect", "folder"])
+            main(["inspect", "."])
         assert exit_.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -138,7 +138,7 @@ def test_a_reader_that_has_gone_is_no_failure(arguments, unbuffered):
 
 def test_a_pipe_that_broke_elsewhere_is_a_failure(failing, capsys):
     failing(BrokenPipeError(32, "Broken pipe"))
-    assert "Broken pipe" in refused(capsys, main(["inspect", "folder"]))
+    assert "Broken pipe" in refused(capsys, main(["inspect", "."]))
 
 
 def test_a_full_disk_under_standard_output_is_a_failure(monkeypatch, capsys):
@@ -163,7 +163,7 @@ def test_lines_for_a_terminal(capsys):
 def test_names_of_strangers_are_escaped_in_findings(monkeypatch, capsys):
     finding = Finding("a\x1b[31mb", "differs")
     monkeypatch.setattr(checkpoints, "verify", lambda *_, **__: checkpoints.Verdict((finding,)))
-    assert main(["verify", "folder"]) == 1
+    assert main(["verify", "."]) == 1
     assert capsys.readouterr().out == "a\\x1b[31mb differs\n"
-    assert main(["verify", "folder", "--json"]) == 1
+    assert main(["verify", ".", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["name"] == "a\x1b[31mb"

@@ -29,7 +29,7 @@ def expected(tokens, strings):
 
 @given(
     st.lists(st.integers(0, len(PIECES) - 1), max_size=20),
-    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.text("abc", min_size=1, max_size=6), min_size=1, max_size=3),
 )
 def test_any_tokens_and_any_strings(tokens, strings):
     stopper, answer = StopStrings(tuple(strings), Pieces()), []

@@ -194,6 +194,21 @@ def test_generation_config_says_how_answers_are_drawn(tmp_path, said, expected):
     assert Sampling.from_folder(tmp_path) == expected
 
 
+def test_the_default_holds_where_generation_config_says_nothing(tmp_path):
+    drawn = Sampling.recommended(thinking=False)
+    assert (drawn.temperature, drawn.top_p) == (0.6, 0.95) and Sampling.recommended(thinking=True).temperature == 1.0
+    said = {
+        None: drawn,
+        '{"max_length": 9}': drawn,
+        '{"do_sample": false}': Sampling(),
+        '{"temperature": 2}': Sampling(2.0),
+    }
+    for text, expected in said.items():
+        if text is not None:
+            (tmp_path / "generation_config.json").write_text(text)
+        assert Sampling.from_folder(tmp_path, drawn) == expected
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [

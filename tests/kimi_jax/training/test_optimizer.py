@@ -1,17 +1,20 @@
 """The optimizer of a whole model: what each parameter is updated by, and its learning rate."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from drawn_models import drawn, structure
+from flax import nnx
 
 from checkpoints.toy import toy_config
 from kimi_jax.config_json import from_dict
 from kimi_jax.model.param import weight_shardings
-from kimi_jax.training import muon, optimizer, warmup_stable_decay
-from kimi_jax.training.leaves import named_leaves, treatment
+from kimi_jax.training import Recipe, Trainer, muon, optimizer, warmup_stable_decay
+from kimi_jax.training.leaves import ROUTER_BIAS, leaf_name, named_leaves, treatment
 from sharding import TRAIN, Partition, make_mesh
 
 SIZES = {
@@ -84,7 +87,8 @@ def test_a_mesh_makes_the_same_updates(step):
     shardings = weight_shardings(params, mesh, TRAIN)
     params, gradients = jax.device_put((params, gradients), (shardings, shardings))
     update = optimizer(params, 0.01, adamw_schedule=0.005, adamw_weight_decay=0.3, partition=Partition(mesh, TRAIN))
-    found, _ = jax.jit(update.update)(gradients, update.init(params), params)
+    found, state = jax.jit(update.update)(gradients, update.init(params), params)
+    assert misplaced(state, params) == set()
     for (name, one), other in zip(named_leaves(found).items(), named_leaves(expected).values(), strict=True):
         # A sum in another order grows 485-fold in the smallest singular values
         assert np.sqrt(np.mean(np.square(one - other))) <= 3e-6 * np.sqrt(np.mean(np.square(other))), name
@@ -94,6 +98,33 @@ def test_a_mesh_makes_the_same_updates(step):
         assert one.sharding.is_equivalent_to(sharding, one.ndim)
     with pytest.raises(ValueError, match=r"on a mesh parameters are an nnx\.State with logical axes, found a dict"):
         optimizer({"a": jnp.ones((2, 2))}, 0.01, partition=Partition(mesh, TRAIN))
+
+
+def misplaced(state, params):
+    """Returns the parameters that a mesh shards, but not their moments in an optimizer's state."""
+    params = named_leaves(params)
+    moments = [(leaf_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(state) if x.ndim]
+    pairs = [(next(param for param in params if name.endswith(param)), x) for name, x in moments]
+    assert {name for name, _ in pairs} == {name for name in params if not name.endswith(ROUTER_BIAS)}
+    return {name for name, x in pairs if shard_shape(x) != shard_shape(params[name])}
+
+
+def shard_shape(x):
+    return x.sharding.shard_shape(x.shape)
+
+
+def test_an_optimizers_first_state_is_sharded_as_the_weights(step):
+    # Given weights of which each of eight devices has a part, most an eighth
+    mesh, config = make_mesh("2x2x2x1"), from_dict(toy_config("k2", **SIZES))
+    params = jax.device_put(step[0], weight_shardings(step[0], mesh, TRAIN))
+    parts = [x.size // math.prod(shard_shape(x)) for x in jax.tree.leaves(params)]
+    assert parts.count(8) > len(parts) / 2
+    # When a trainer makes the first state
+    partition, model = Partition(mesh, TRAIN), nnx.merge(structure(config)[0], params)
+    trainer = Trainer(model, lambda trained: optimizer(trained, 0.01, partition=partition), Recipe(config), partition)
+    # Then a device has the moments of its part alone, and numbers of steps
+    assert misplaced(trainer.state.optimizer, params) == set()
+    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(trainer.state))
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])

@@ -1,40 +1,35 @@
-"""Documents packed in a row are trained as each alone, in both families, with images, and on a mesh."""
+"""Documents packed in a row are trained as alone, and as torch does, in both families, with images, and on a mesh."""
 
 import dataclasses
 import functools
+import json
 
+import cases
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn_models import drawn, structure
 from flax import nnx
+from safetensors.numpy import save_file
 
-from checkpoints.toy import toy_config
+import checkpoints
+from checkpoints.toy import toy_config, write_toy
 from kimi_jax import Media
 from kimi_jax.config_json import from_dict
 from kimi_jax.model.param import weight_shardings
+from kimi_jax.training.leaves import ROUTER_BIAS, map_leaves, named_leaves
 from kimi_jax.training.loss import label_logits, sum_losses
 from kimi_jax.training.packing import Room, make_rows
 from kimi_jax.training.samples import Document
 from sharding import TRAIN, Partition, expert_dispatch, make_mesh
 
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "initializer_range": 0.2, "num_hidden_layers": 2,
-}  # fmt: skip
-LAYERS = {"full_attn_layers": [2], "kda_layers": [1], "head_dim": 16, "num_heads": 4, "short_conv_kernel_size": 4}
-EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2}
-CONFIGS = {
-    "k2.5": toy_config(
-        "k2.5", **SIZES, **EXPERTS, q_lora_rank=16, vt_hidden_size=32, vt_intermediate_size=32, quantization_config=None
-    ),
-    "kimi-linear": toy_config(
-        "kimi-linear", **SIZES, linear_attn_config=LAYERS, num_experts=8, num_experts_per_token=2
-    ),
-}  # fmt: skip
+CONFIGS = {name: toy_config(toy.like, **toy.overrides) for name, toy in cases.GRADIENTS.items()}
 # At, before and after the borders of chunks of the delta rule, and of one token
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 1)
-ROOM = Room(tokens=256, labels=256, documents=8, patches=0)
+ROOMS = {name: Room(tokens=256, labels=256, documents=8, patches=64 * ("k2" in name)) for name in CONFIGS}
+ROOM = ROOMS["kimi-linear"]
+GRADIENT_ERROR = 1e-5  # relative root mean square, of each array
 
 
 def make_model(name):
@@ -42,7 +37,7 @@ def make_model(name):
 
 
 def text(length, seed=0):
-    tokens = np.random.default_rng((seed, length)).integers(0, 500, length).astype(np.int32)
+    tokens = np.random.default_rng((seed, length)).integers(0, 32, length).astype(np.int32)
     return Document(tokens, np.arange(length) > 0)
 
 
@@ -67,14 +62,28 @@ def compiled(name):
     return params, gradients, jax.jit(lambda params, rows: label_logits(nnx.merge(graph, params), rows)[0])
 
 
+def errors(found, expected):
+    """Returns the relative root mean square error of each array that has one above the bound."""
+    found, relative = named_leaves(found), {}
+    for name, want in named_leaves(expected).items():
+        if np.any(want):
+            difference = np.asarray(found[name], np.float64) - want
+            relative[name] = np.sqrt(np.mean(difference**2) / np.mean(np.square(want, dtype=np.float64)))
+        else:
+            assert not np.any(found[name])
+    return {name: error for name, error in relative.items() if not error <= GRADIENT_ERROR}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_documents_are_those_alone(name):
     # Given eight documents in one row, and each in a row of its own
     params, compute, _ = compiled(name)
     config = from_dict(CONFIGS[name])
     documents = [text(length) for length in LENGTHS]
-    packed = make_rows([documents, *[[]] * 7], config, ROOM)
-    alone = make_rows([[document] for document in documents], config, ROOM)
+    if config.vision is not None:
+        documents[-1] = picture_document(config, 3)
+    packed = make_rows([documents, *[[]] * 7], config, ROOMS[name])
+    alone = make_rows([[document] for document in documents], config, ROOMS[name])
 
     # When loss and gradients are computed of both
     (loss, seen), gradients = compute(params, packed)
@@ -87,10 +96,37 @@ def test_packed_documents_are_those_alone(name):
     ):
         want = np.asarray(want)
         np.testing.assert_allclose(found, want, rtol=0, atol=5e-6 * max(np.abs(want).max(), 1e-3), err_msg=str(path))
+    assert not errors(gradients, expected_gradients)
     # And so is what the layers saw: every token chose two experts, and padding none
     np.testing.assert_array_equal(seen.expert_counts, expected_seen.expert_counts)
-    assert np.asarray(seen.expert_counts).sum(axis=1).tolist() == [2 * sum(LENGTHS)] * len(seen.expert_counts)
+    tokens = sum(len(document.tokens) for document in documents)
+    assert np.asarray(seen.expert_counts).sum(axis=1).tolist() == [2 * tokens] * len(seen.expert_counts)
     np.testing.assert_allclose(seen.max_logits, expected_seen.max_logits, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_of_packed_documents_are_those_of_torch(name, tmp_path):
+    # Given a checkpoint, and in one row the documents that transformers ran one by one (tests/golden/gradients_make.py)
+    folder = write_toy(tmp_path / "toy", CONFIGS[name], seed=cases.GRADIENTS[name].seed)
+    documents = []
+    for tokens, grids in cases.gradient_documents(name):
+        patches = np.concatenate([cases.media(grid) for grid in grids]) if len(grids) else None
+        documents.append(Document(tokens, np.ones(len(tokens), bool), patches, grids if len(grids) else None))
+    rows = make_rows([documents, *[[]] * 7], from_dict(CONFIGS[name]), ROOMS[name])
+    # When loss and gradients are computed
+    params, compute, _ = compiled(name)
+    found = named_leaves(nnx.state(checkpoints.load(folder, dtype=jnp.float32)))
+    (loss, _), gradients = compute(map_leaves(lambda key, _: found[key], params), rows)
+    # Then they are those of torch in float64, whose gradients are read as a checkpoint's weights are
+    golden = cases.gradients(name)
+    labels = sum(len(document.labels) for document in documents)
+    assert float(loss) == pytest.approx(labels * golden.pop("loss").item(), rel=1e-6)
+    (tmp_path / "torch").mkdir()
+    save_file(golden, tmp_path / "torch" / "model.safetensors")
+    (tmp_path / "torch" / "config.json").write_text(json.dumps(CONFIGS[name]))
+    expected = nnx.state(checkpoints.load(tmp_path / "torch", dtype=jnp.float32))
+    assert all(np.any(want) for key, want in named_leaves(expected).items() if not key.endswith(ROUTER_BIAS))
+    assert not errors(gradients, jax.tree.map(lambda want: labels * want, expected))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,12 +1,15 @@
 """A run: what is published computes what was trained; a stopped run goes on bit for bit, on another mesh too."""
 
+import dataclasses
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,9 @@ from flax import nnx
 import checkpoints
 from checkpoints.toy import toy_config, write_toy
 from kimi_jax.cli import main
-from kimi_jax.training import Checkpoints, Rows, as_published, label_logits
+from kimi_jax.config_json import from_dict
+from kimi_jax.training import Checkpoints, Rows, TrainState, as_published, label_logits
+from kimi_jax.training.leaves import named_leaves
 from kimi_jax.training.run import Run, Settings
 from sharding import make_mesh
 
@@ -85,16 +90,81 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(run):
     assert bits(run.state) == expected
 
 
+def test_microbatches_make_the_step_of_one_pass(folder, run, tmp_path):
+    # Given a state, and two rows of which one has fewer labels: a mean of means would be another number
+    settings = dataclasses.replace(SETTINGS, microbatches=2)
+    halves = Run(folder / "toy", folder / "data.jsonl", tmp_path / "out", settings)
+    rows = run.packing.batch(2)
+    rows.columns[0, 3:] = -1
+    assert len({int(np.sum(row >= 0)) for row in rows.columns}) == 2
+    # When the step takes one row after the other
+    expected, numbers = run.trainer.step(run.checkpoints.restore(run.state, 2), rows)
+    found, metrics = halves.trainer.step(run.checkpoints.restore(run.state, 2), rows)
+    halves.close()
+    # Then it is the step of both at once (single numbers differ by more: Newton-Schulz makes roundings larger)
+    np.testing.assert_allclose(metrics, numbers, rtol=1e-6)
+    for part, bound in (("trained", 1e-6), ("frozen", 0), ("optimizer", 1e-5)):
+        pairs = zip(*(named_leaves(getattr(state, part)).items() for state in (found, expected)), strict=True)
+        far = {
+            name: np.linalg.norm(one - other) / max(np.linalg.norm(other), 1e-30) for (name, one), (_, other) in pairs
+        }
+        assert max(far.values()) <= bound, max(far.items(), key=lambda item: item[1])
+
+
 def test_a_checkpoint_of_another_run_is_refused(folder, run, tmp_path):
     settings = run.checkpoints.settings | {"seed": 1}
     other = Checkpoints(folder / "out" / "checkpoints", run.trainer.recipe.config, settings)
     with pytest.raises(ValueError, match="checkpoint 6 was saved with seed 0, this run has 1"):
         other.restore(run.state)
+    common = {name: value for name, value in run.checkpoints.settings.items() if name != "model"}
+    bf16 = Checkpoints(folder / "out" / "checkpoints", run.trainer.recipe.config.dense(), common)
+    with pytest.raises(ValueError, match=r"checkpoint 6 was saved with model '\w{16}', this run has '\w{16}'"):
+        bf16.restore(run.state)
+    part = dataclasses.replace(run.state, frozen={})
+    with pytest.raises(ValueError, match=r"checkpoint 6 is of other parameters than this run trains: .* frozen\.model"):
+        run.checkpoints.restore(part)
     empty = Checkpoints(tmp_path / "nothing", run.trainer.recipe.config, settings)
     with pytest.raises(FileNotFoundError, match="has no checkpoint to go on from"):
         empty.restore(run.state)
-    for one in (other, empty):
+    for one in (other, bf16, empty):
         one.close()
+
+
+@contextmanager
+def full_disk(room):
+    """Lets no file of this process grow beyond so many bytes, as a disk that is full would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    # Given a run with a checkpoint
+    config = from_dict(toy_config("k2.5", **SIZES))
+    noise = np.random.RandomState(0).standard_normal(200_000).astype(np.float32)
+    states = [TrainState(jnp.int32(step), {"w": jnp.asarray(step * noise)}, {}, {}) for step in range(4)]
+    one = Checkpoints(tmp_path / "run", config, {})
+    one.save(states[1], 1)
+    one.wait()
+    # When there is no room for the next
+    message = r"/run: a checkpoint was not saved, 1 is the newest: File too large"
+    with full_disk(200_000), pytest.raises(OSError, match=message):
+        one.save(states[2], 2)
+        one.wait()
+    # Then the one before is the newest, for another process too
+    other = Checkpoints(tmp_path / "run", config, {})
+    assert one.latest == other.latest == 1
+    assert bits(other.restore(states[0])) == bits(states[1])
+    # And what is saved when there is room is found
+    one.save(states[3], 3)
+    one.wait()
+    again = Checkpoints(tmp_path / "run", config, {})
+    assert bits(again.restore(states[0])) == bits(states[3])
+    for checkpoints_of_run in (one, other, again):
+        checkpoints_of_run.close()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_checkpoint(run):
@@ -112,6 +182,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_checkpoint(run):
         (["--train", "("], "is no regular expression"),
         (["--train", "nothing"], "no parameter is trained"),
         (["--data", "{root}/none.jsonl"], "none.jsonl: no such file"),
+        (["--batch", "6", "--microbatches", "4"], "6 rows of a step do not divide into 4 microbatches"),
         (["--tokens", "16"], "document 0 has .* tokens, but a row has 16"),
     ],
 )

@@ -83,8 +83,7 @@ def test_gradients_are_those_of_the_plain_form():
         return jax.vjp(run, x, GATE, UP)[1](dy)
 
     for found, expected in zip(pulled("mosaic_tpu"), pulled("xla"), strict=True):
-        assert np.isfinite(found).all() and np.any(found)
-        np.testing.assert_array_equal(found, expected)
+        assert np.any(found) and relative_rmse(found, expected) <= 1e-6
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "DEFAULT")])

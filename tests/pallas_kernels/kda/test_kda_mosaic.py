@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
+from kda_tokens import packed_ids, rounded, rows_of_decays, segments_as_rows, states, tokens
 from kernel_numerics import dots, relative_rmse
 
 from pallas_kernels import kda
@@ -18,27 +19,6 @@ from pallas_kernels.kda.visits import chunk_visits
 
 KERNEL = partial(mosaic_tpu.kda, normalize_qk=False, scale=1.0, lower_bound=None, interpret=True)
 SMALL = jax.jit(KERNEL)
-
-
-def tokens(batch, length, heads, decay=0.1, cosine=0.5, seed=0):
-    """Draws q, k, v, g, beta: keys that partly have one direction, decays around a magnitude or a mixture of
-    several."""
-    rng = np.random.default_rng(seed)
-    k = np.sqrt(cosine) * rng.standard_normal((1, 1, heads, 128))
-    k = k + np.sqrt(1 - cosine) * rng.standard_normal((batch, length, heads, 128))
-    q, v = rng.standard_normal((2, *k.shape))
-    q, k = (array / np.linalg.norm(array, axis=-1, keepdims=True) for array in (q, k))
-    g = -rng.uniform(0.5, 1.5, k.shape) * rng.choice(np.atleast_1d(decay), k.shape)
-    return [np.float32(array) for array in (q, k, v, g, rng.choice([1e-3, 0.5, 0.999], k.shape[:3]))]
-
-
-def states(batch, segments, heads):
-    return np.random.default_rng(9).standard_normal((batch, segments, heads, 128, 128)).astype(np.float32)
-
-
-def rounded(arrays, dtype):
-    q, k, v, g, beta = arrays
-    return *(jnp.asarray(array, dtype) for array in (q, k, v)), jnp.asarray(g), jnp.asarray(beta)
 
 
 @jax.jit
@@ -52,11 +32,6 @@ def exact(*arrays):
         return np.asarray(o), np.asarray(state)
 
 
-def packed_ids(lengths, gap=2):
-    """Returns segment ids, one segment after another, each followed by padding."""
-    return np.concatenate([np.repeat([n, -1], [length, gap]) for n, length in enumerate(lengths)]).astype(np.int32)
-
-
 def check_packed(run, dtype, arrays, initial, ids, tolerances):
     """Compares outputs and state of each row, segment and head with the recurrence over its tokens; padding has NaN."""
     # Given the tokens of each segment as a row of its own, padded with tokens that change nothing
@@ -66,11 +41,7 @@ def check_packed(run, dtype, arrays, initial, ids, tolerances):
     inputs = rounded(arrays, dtype)
     longest = max(int(np.sum(ids == n)) for n in range(segments))
     width = min(len(ids), -(-longest // 256) * 256)  # few shapes, each of which is compiled
-    padded = [np.zeros((segments, rows, width, *array.shape[2:]), np.float64) for array in inputs]
-    for array, placed in zip(inputs, padded, strict=True):
-        for n in range(segments):
-            placed[n, :, : np.sum(ids == n)] = np.asarray(array, np.float64)[:, ids == n]
-    padded = [placed.reshape(segments * rows, *placed.shape[2:]) for placed in padded]
+    padded = segments_as_rows(inputs, ids, segments, width)
     expected_o, expected = exact(*padded, np.moveaxis(initial, 1, 0).reshape(segments * rows, *initial.shape[2:]))
 
     # When the kernel takes the packed rows
@@ -98,9 +69,7 @@ def check_packed(run, dtype, arrays, initial, ids, tolerances):
 def test_every_decay_and_length_with_unlike_and_alike_keys(lower_bound, decays, dtype, tolerances):
     # Given a row for each kind of decay, a head for each likeness of keys, and segments of awkward lengths anywhere
     ids = packed_ids((1, 63, 0, 64, 65, 200))
-    rows = [[tokens(1, len(ids), 1, decay, cosine) for cosine in (0.5, 0.99)] for decay in decays]
-    rows = [[np.concatenate(heads, axis=2) for heads in zip(*row, strict=True)] for row in rows]
-    arrays = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
+    arrays = rows_of_decays(len(ids), decays)
 
     # Then outputs and states are those of the recurrence
     run = jax.jit(partial(KERNEL, lower_bound=lower_bound))
@@ -172,22 +141,6 @@ def test_one_head_norms_scale_and_the_transition():
     assert relative_rmse(o, expected_o) <= 1e-5 and relative_rmse(state, expected) <= 1e-5
     without = exact(0.3 * q, k, v, g, beta, np.zeros_like(initial))[1]
     assert relative_rmse(np.einsum("bhij,bhjv->bhiv", transition, initial) + without, expected) <= 1e-5
-
-
-@pytest.mark.slow
-def test_gradients_are_those_of_the_plain_form():
-    arrays = tokens(1, 70, 1, (0.1, 2))
-
-    def loss(implementation, *arrays):
-        o, state = kda(*arrays, implementation=implementation)
-        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(state))
-
-    found, expected = (
-        jax.jit(jax.grad(partial(loss, implementation), argnums=range(5)))(*arrays)
-        for implementation in ("mosaic_tpu", "xla")
-    )
-    for one, other in zip(found, expected, strict=True):
-        assert relative_rmse(one, other) <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

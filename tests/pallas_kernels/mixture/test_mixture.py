@@ -119,6 +119,16 @@ def test_a_row_that_is_not_finite_stays_alone(int4):
         assert relative_rmse(np.delete(found, 5, 0), np.delete(expected, 5, 0)) <= 1e-6
 
 
+def test_an_expert_that_no_token_chose_may_hold_anything():
+    # Given as many tokens as a CPU multiplies by all experts
+    shape = shapes.MixtureShape("", 8, 2, 128, 128, 6, 1, 4)
+    x, chosen, weights, *matrices = arguments(shape, jnp.float32, int4=False)
+    chosen = jnp.where(chosen == 2, -1, chosen)
+    expected = reference.mixture(x, chosen, weights, *matrices, 1)
+    poisoned = [matrix.at[1].set(jnp.nan) for matrix in matrices]
+    assert relative_rmse(PLAIN(x, chosen, weights, *poisoned, 1), expected) <= 1e-6
+
+
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_choices(data):
@@ -175,11 +185,11 @@ def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised(chip, int4, mon
     assert relative_rmse(found, reference.mixture(*given)) <= 4e-3
 
 
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
-def test_gradient(implementation):
+@pytest.mark.parametrize(("implementation", "int4"), [("xla", True), ("xla", False), ("mosaic_tpu", True)])
+def test_gradient(implementation, int4):
     # Given a mixture, and in float64 a small change of x and of one weight
     shape = shapes.MixtureShape("", 3, 2, 128, 128, 4, 1, 2)
-    x, chosen, weights, *matrices = arguments(shape, jnp.float32, int4=True)
+    x, chosen, weights, *matrices = arguments(shape, jnp.float32, int4=int4)
     cotangent = np.random.default_rng(1).normal(size=x.shape)
 
     def loss(x, weights):
