@@ -14,7 +14,7 @@ from kimi_jax.agents.limits import Budget, Limits, Stop
 from kimi_jax.agents.model import Call, ChatModel, ContextLengthError, Message, Mode, Reply, Usage
 from kimi_jax.agents.tools import Tool, ToolError, Toolset, error_text, run_tool
 from kimi_jax.agents.trace import Trace
-from kimi_jax.training.parl import Stage, critical_steps
+from kimi_jax.stages import Stage, critical_steps
 
 RESULT_LENGTH = 100_000
 REPEATS = 3
@@ -27,7 +27,7 @@ class Run:
     """The result of a run: the answer (or the last words before a limit), why it stopped, and its counts.
 
     usage: tokens of this agent and its sub-agents. stages: each step with the steps of sub-agents launched in it, as
-    `kimi_jax.training.parl` takes them. error: the exception of the model where `stop` is "model_error".
+    `kimi_jax.training` takes them. error: the exception of the model where `stop` is "model_error".
     """
 
     answer: str

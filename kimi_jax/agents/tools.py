@@ -1,6 +1,7 @@
 """Tools of an agent: their declaration, the check of what a model passes, and the words that it gets for a failure."""
 
 import asyncio
+import functools
 import inspect
 import json
 import typing
@@ -52,6 +53,16 @@ class Tool:
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
+    @functools.cached_property
+    def validator(self) -> Draft202012Validator:
+        """The validator of arguments, made once for all agents that have the tool.
+
+        Raises jsonschema.SchemaError where `parameters` are no JSON Schema.
+        """
+        Draft202012Validator.check_schema(self.parameters)
+        # The empty registry keeps a stranger's "$ref" from opening URLs
+        return Draft202012Validator(self.parameters, registry=Registry())
+
 
 def tool(function: Callable[..., Any]) -> Tool:
     """Returns a tool of a function: its name, docstring and the types of its parameters.
@@ -80,14 +91,11 @@ class Toolset:
 
     def __init__(self, tools: Sequence[Tool]):
         self._tools: dict[str, Tool] = {}
-        self._validators: dict[str, Draft202012Validator] = {}
         for one in tools:
             if one.name in self._tools:
                 raise ValueError(f"two tools have the name {one.name!r}")
-            Draft202012Validator.check_schema(one.parameters)
             self._tools[one.name] = one
-            # The empty registry keeps a stranger's "$ref" from opening URLs
-            self._validators[one.name] = Draft202012Validator(one.parameters, registry=Registry())
+            one.validator  # noqa: B018, a schema that is none is refused here and not at the first call
         self.declarations = [one.declaration for one in tools]
 
     def find(self, name: str) -> Tool:
@@ -108,7 +116,7 @@ class Toolset:
             found = str(error).removeprefix(f"{label}: ")
             why = found if found.startswith("not JSON ") else f"not JSON ({found})"
             raise ToolError(f"{label} are {why}") from None
-        wrong = next(self._validators[name].iter_errors(values), None)
+        wrong = next(self._tools[name].validator.iter_errors(values), None)
         if wrong is not None:
             raise ToolError(f"{wrong.json_path}: {wrong.message}")
         if not isinstance(values, dict):

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
 
+import jsonschema
 import pytest
 
 from kimi_jax import agents
@@ -224,8 +227,13 @@ def test_misuse_is_refused():
     model = agents.ScriptedModel([])
     with pytest.raises(ValueError, match="two tools have the name 'double'"):
         agents.Agent(model, [double, double])
-    with pytest.raises(Exception, match="'fast'"):  # ValueError; in tests the type checker is earlier
-        agents.Agent(model, mode="fast")
+    # In tests the type checker would refuse the mode earlier
+    unchecked = object.__new__(agents.Agent)
+    vars(unchecked).update(model=model, tools=(), mode="fast")
+    with pytest.raises(ValueError, match=r"^mode is 'fast', expected 'instant' or 'thinking'$"):
+        unchecked.__post_init__()
+    with pytest.raises(jsonschema.SchemaError, match="'objekt' is not valid"):
+        agents.Agent(model, [agents.Tool("x", "", {"type": "objekt"}, print)])
     with pytest.raises(FileExistsError):
         agents.Trace(__file__)
 
@@ -238,3 +246,8 @@ def test_a_file_of_a_trace_has_the_events_in_order(tmp_path):
     kinds = [event["event"] for event in events]
     assert kinds == ["run", "step", "message", "call", "result", "step", "message", "stop"]
     assert events[-1]["usage"] == {"prompt": 20, "cached": 10, "completion": 4}
+
+
+def test_agents_of_a_server_do_not_load_jax():
+    code = "import sys, kimi_jax.agents; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
