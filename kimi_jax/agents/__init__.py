@@ -1,5 +1,6 @@
 """Agents on Kimi models: a loop of tool calls with limits, and swarms of sub-agents."""
 
+from kimi_jax.agents.engine_model import EngineModel as EngineModel
 from kimi_jax.agents.limits import Limits as Limits
 from kimi_jax.agents.loop import Agent as Agent
 from kimi_jax.agents.loop import Run as Run

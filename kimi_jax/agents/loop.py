@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kimi_jax.agents.limits import Budget, Limits, Stop
-from kimi_jax.agents.model import Call, ChatModel, ContextLengthError, Message, Mode, Reply, Usage
+from kimi_jax.agents.model import Call, ChatModel, Content, ContextLengthError, Message, Mode, Reply, Usage
 from kimi_jax.agents.tools import Tool, ToolError, Toolset, error_text, run_tool
 from kimi_jax.agents.trace import Trace
 from kimi_jax.stages import Stage, critical_steps
@@ -66,8 +66,10 @@ class Agent:
             raise ValueError(f"mode is {self.mode!r}, expected 'instant' or 'thinking'")
         Toolset(self.tools)
 
-    async def run(self, task: str, *, trace: Trace | None = None) -> Run:
+    async def run(self, task: Content, *, trace: Trace | None = None) -> Run:
         """Works on a task until there is an answer or a limit is reached, which is no exception.
+
+        task: a text, or parts in OpenAI's schema: texts, and pictures as `data:` URLs.
 
         Cancelling the task that runs this cancels and awaits everything below it.
         """
@@ -80,7 +82,7 @@ class Conversation:
     """One agent at work on one task. `budget` and `trace` are those of the whole tree."""
 
     agent: Agent
-    task: str
+    task: Content
     budget: Budget
     trace: Trace
     name: str = "main"

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 Mode = Literal["instant", "thinking"]
 Message = dict[str, Any]
+Content = str | list[dict[str, Any]]  # of a message: a text, or parts that are texts and pictures
 
 TEMPERATURE: Mapping[Mode, float] = {"instant": 0.6, "thinking": 1.0}  # Moonshot's recommendation, as is TOP_P
 TOP_P = 0.95

@@ -1,6 +1,7 @@
 """The loop of an agent with a scripted model: order, limits, the words of every failure, cancellation."""
 
 import asyncio
+import hashlib
 import json
 import subprocess
 import sys
@@ -251,3 +252,17 @@ def test_a_file_of_a_trace_has_the_events_in_order(tmp_path):
 def test_agents_of_a_server_do_not_load_jax():
     code = "import sys, kimi_jax.agents; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_picture_is_in_the_trace_by_its_digest_and_in_a_file_beside_it(tmp_path, kept):
+    url = "data:image/png;base64,cGljdHVyZQ=="
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+    trace = agents.Trace(tmp_path / "run.jsonl" if kept else None)
+    model = agents.ScriptedModel([say("data:image/png;base64,?")])
+    done = asyncio.run(agents.Agent(model).run(parts, trace=trace))
+    events = [json.loads(line) for line in trace.path.read_text().splitlines()] if kept else trace.events
+    digest = hashlib.sha256(b"picture").hexdigest()
+    assert events[0]["task"][0] == {"type": "image_url", "image_url": {"url": f"sha256:{digest}"}}
+    assert events[-1]["answer"] == "data:image/png;base64,?" and done.messages[0]["content"] == parts
+    assert [file.read_bytes() for file in tmp_path.glob("*.png")] == [b"picture"] * kept
