@@ -52,9 +52,7 @@ class EngineModel:
         ids = prompt.tokens[0]
         longest = self.engine.sizes.max_length
         if len(ids) >= longest:
-            raise ContextLengthError(
-                f"the prompt has {len(ids)} tokens, and the engine holds {longest} with the answer"
-            )
+            raise ContextLengthError(f"the prompt has {len(ids)} tokens; with the answer the engine holds {longest}")
         sampling = Sampling.recommended(thinking) if self.sampling is None else self.sampling[mode]
         seed, self.seed = self.seed, self.seed + 1
         request = Request(

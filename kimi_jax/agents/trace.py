@@ -25,7 +25,7 @@ class Trace:
             self.path.touch(exist_ok=False)
 
     def add(self, event: str, agent: str, parent: str | None, **fields: Any) -> None:
-        """Adds one event. A picture in it, a `data:` URL, becomes its SHA-256, by which a file beside the trace is named."""
+        """Adds one event. A picture in it, a `data:` URL, becomes its SHA-256, which names a file beside the trace."""
         seconds = round(time.monotonic() - self._start, 6)
         entry = {"t": seconds, "agent": agent, "parent": parent, "event": event, **self._without_pictures(fields)}
         if self.path is None:

@@ -1,13 +1,11 @@
 """The model of an engine in this process: prompts, answers in tokens, prompts that share a beginning, and their end."""
 
 import asyncio
-import types
 
 import pytest
-from answer_cases import call, section, spell
+from answer_cases import call, section
 
 from kimi_jax import agents, small
-from kimi_jax.engine import Event, Usage
 from kimi_jax.processor import Processor
 
 ADD = agents.Tool(**small.ADD_TOOL["function"], run=lambda a, b: a + b)
@@ -18,34 +16,9 @@ def processor():
     return Processor.from_folder(small.path("k25-digits"))
 
 
-class FakeEngine:
-    """Answers each request with the next text of a list; the first new token waits until `begin` is set."""
-
-    def __init__(self, processor, *texts, max_length=1280, reason="stop"):
-        self.tokenizer, self.texts, self.reason = processor.tokenizer, list(texts), reason
-        self.sizes, self.failure = types.SimpleNamespace(max_length=max_length), None
-        self.requests, self.closed, self.ready, self.begin = [], 0, False, asyncio.Event()
-        self.begin.set()
-
-    def prefix_ready(self, tokens, media=None):
-        assert len(tokens) % 128 == 0
-        return self.ready
-
-    async def submit(self, request):
-        self.requests.append(request)
-        try:
-            await self.begin.wait()
-            ids = spell(self.tokenizer, self.texts.pop(0))
-            yield Event(tuple(ids))
-            usage = Usage(len(request.tokens), len(ids), 128)
-            yield Event(finish_reason=self.reason, usage=usage, error="no memory" if self.reason == "error" else None)
-        finally:
-            self.closed += 1
-
-
-def test_a_call_and_its_answer_go_through_tokens(processor):
+def test_a_call_and_its_answer_go_through_tokens(list_engine, processor):
     made = call("functions.add:0", '{"a": 4, "b": 5}')
-    engine = FakeEngine(processor, f"I see 4 and 5.</think>{section(made)}", "The tool says 9.</think>The sum is 9.")
+    engine = list_engine(processor, f"I see 4 and 5.</think>{section(made)}", "The tool says 9.</think>The sum is 9.")
     done = asyncio.run(agents.Agent(agents.EngineModel(engine, processor), [ADD]).run("Add 4 and 5."))
     assert (done.answer, done.stop, done.steps) == ("The sum is 9.", "answer", 2)
     first, second = engine.requests
@@ -57,18 +30,18 @@ def test_a_call_and_its_answer_go_through_tokens(processor):
     assert text.startswith(processor.tokenizer.decode(list(first.tokens)) + "I see 4 and 5.</think>")
 
 
-def test_a_prompt_that_does_not_fit_and_an_engine_that_fails_end_the_run(processor):
-    engine = FakeEngine(processor, max_length=8)
+def test_a_prompt_that_does_not_fit_and_an_engine_that_fails_end_the_run(list_engine, processor):
+    engine = list_engine(processor, max_length=8)
     assert asyncio.run(agents.Agent(agents.EngineModel(engine, processor)).run("Hello!")).stop == "tokens"
-    engine = FakeEngine(processor, "Hello", reason="error")
+    engine = list_engine(processor, "Hello", reason="error")
     done = asyncio.run(agents.Agent(agents.EngineModel(engine, processor)).run("Hello!"))
     assert done.stop == "model_error" and str(done.error) == "the answer ended by 'error': no memory"
 
 
 @pytest.mark.parametrize("system", ["You read numbers and use tools. " * 40, "You read numbers."])
-def test_siblings_wait_for_the_prefill_of_the_beginning_that_they_share(processor, system):
+def test_siblings_wait_for_the_prefill_of_the_beginning_that_they_share(list_engine, processor, system):
     async def main():
-        engine = FakeEngine(processor, *["</think>Hello!"] * 5)
+        engine = list_engine(processor, *["</think>Hello!"] * 5)
         engine.begin.clear()
         model = agents.EngineModel(engine, processor)
         agent = agents.Agent(model, [ADD], system=system)
@@ -88,9 +61,9 @@ def test_siblings_wait_for_the_prefill_of_the_beginning_that_they_share(processo
     assert asyncio.run(main()) == (1 if shares_a_page else 5)
 
 
-def test_cancelling_a_run_closes_the_streams(processor):
+def test_cancelling_a_run_closes_the_streams(list_engine, processor):
     async def main():
-        engine = FakeEngine(processor, "</think>Hello!")
+        engine = list_engine(processor, "</think>Hello!")
         engine.begin.clear()
         model = agents.EngineModel(engine, processor)
         task = asyncio.create_task(agents.Agent(model).run("Hello!"))
