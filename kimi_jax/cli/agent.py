@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from kimi_jax.cli.arguments import SEED_MAX, add_mesh, add_sampling, given_sampling, local, mesh_of, place, sampling_of, whole
+from kimi_jax.cli.arguments import (
+    SEED_MAX,
+    add_mesh,
+    add_sampling,
+    given_sampling,
+    local,
+    mesh_of,
+    place,
+    sampling_of,
+    whole,
+)
 from kimi_jax.cli.chat import CPU_PREFILL_CHUNK, PREFILL_CHUNK, server_address, server_key
 from kimi_jax.cli.models import SMALL, check_folder, small_model
 from kimi_jax.cli.starting import add_compile_cache, compiling, keep_programs, load_model

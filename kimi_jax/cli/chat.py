@@ -85,11 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         sampling = given_sampling(arguments)
         limits: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
-        _talk(
-            conversation,
-            ServerSpeaker(server_address(url), server_key(arguments), arguments.model, sampling, **limits),
-            url,
-        )
+        speaker = ServerSpeaker(server_address(url), server_key(arguments), arguments.model, sampling, **limits)
+        _talk(conversation, speaker, url)
     else:
         _talk_here(arguments, conversation)
 
