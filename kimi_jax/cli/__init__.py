@@ -1,7 +1,7 @@
 """Runs the `kimi-jax` command. Each subcommand is a module here: its arguments, and a few lines that call a function.
 
 Exit codes: 0 done, also when the reader of the output has gone; 1 refused or failed (one line on standard error says
-why, `--trace` shows where); 2 wrong usage; 130 interrupted; 143 terminated.
+why, `--trace` shows where); 2 wrong usage; 3 ended by a limit of `agent`; 130 interrupted; 143 terminated.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 from kimi_jax.cli import (
+    agent,
     chat,
     completion,
     convert,
@@ -47,6 +48,7 @@ class Command(Protocol):
 GROUPS: dict[str, dict[Command, str]] = {
     "talk": {
         chat: "Talk with a model in the terminal",
+        agent: "Work on a task with tools until answered",
         generate: "Answer one prompt, or a file of them",
         serve: "Serve a model to clients over HTTP",
     },
@@ -73,7 +75,7 @@ COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. `argv` leaves out the program's name; None reads the process's own.
 
-    Raises SystemExit for `--help`, wrong usage and SIGTERM, and no other exception.
+    Raises SystemExit for `--help`, wrong usage, a limit of `agent` and SIGTERM, and no other exception.
     """
     trace = False
     with failures.one_line_warnings(), failures.sigterm_exits():

@@ -85,7 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         sampling = given_sampling(arguments)
         limits: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
-        _talk(conversation, ServerSpeaker(_base(url), _key(arguments), arguments.model, sampling, **limits), url)
+        speaker = ServerSpeaker(server_address(url), server_key(arguments), arguments.model, sampling, **limits)
+        _talk(conversation, speaker, url)
     else:
         _talk_here(arguments, conversation)
 
@@ -144,11 +145,12 @@ def _tools(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return tools
 
 
-def _base(url: str) -> str:
+def server_address(url: str) -> str:
     """Returns the address that the client takes: `/v1` is added where the URL has no path."""
     return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
 
 
-def _key(arguments: argparse.Namespace) -> str:
+def server_key(arguments: argparse.Namespace) -> str:
+    """Returns the key that is sent to a server: that of `--api-key`, else that of the environment."""
     named = (os.environ[name] for name in KEY_VARIABLES if os.environ.get(name))
     return arguments.api_key or next(named, "none")

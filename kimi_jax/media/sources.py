@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import mimetypes
 import re
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
@@ -70,6 +71,13 @@ def is_folder(source: object) -> bool:
         return Path(source).is_dir()
     except (OSError, ValueError):  # the string cannot be a path
         return False
+
+
+def as_data_url(path: Path) -> str:
+    """Returns the file of a picture as a base64 `data:` URL. Raises what `read` raises."""
+    data, _ = read(path)
+    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _is_data_url(text: str) -> bool:

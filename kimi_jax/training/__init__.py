@@ -1,5 +1,6 @@
 """Training of Kimi models: quantisation-aware, by MuonClip, and by reinforcement learning."""
 
+from kimi_jax.stages import critical_steps as critical_steps
 from kimi_jax.training.leaves import leaf_name as leaf_name
 from kimi_jax.training.leaves import split_trained as split_trained
 from kimi_jax.training.leaves import treatment as treatment
@@ -10,7 +11,6 @@ from kimi_jax.training.optimizer import optimizer as optimizer
 from kimi_jax.training.optimizer import warmup_stable_decay as warmup_stable_decay
 from kimi_jax.training.packing import Packing as Packing
 from kimi_jax.training.packing import Room as Room
-from kimi_jax.training.parl import critical_steps as critical_steps
 from kimi_jax.training.parl import finish_reward as finish_reward
 from kimi_jax.training.parl import parallel_reward as parallel_reward
 from kimi_jax.training.parl import parl_reward as parl_reward

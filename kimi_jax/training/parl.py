@@ -7,14 +7,9 @@ longest part does. Where the papers name no formula (`parallel_reward`, `finish_
 
 from collections.abc import Sequence
 
-# Steps of the orchestrator, and those of each sub-agent launched in the stage.
-Stage = tuple[int, Sequence[int]]
+from kimi_jax.stages import Stage
+
 Number = float | int
-
-
-def critical_steps(stages: Sequence[Stage]) -> int:
-    """Returns the steps of an episode's longest chain: each stage's own, and those of its longest sub-agent."""
-    return sum(main + max(launched, default=0) for main, launched in stages)
 
 
 def parallel_reward(stages: Sequence[Stage], tasks: int) -> float:

@@ -1,9 +1,7 @@
 """Keeps a conversation: its messages, the mode, pictures that wait for the next message, and the commands on it."""
 
-import base64
 import difflib
 import json
-import mimetypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,15 +96,14 @@ class Conversation:
 
     def _image(self, name: str) -> str:
         from kimi_jax.media.opening import open_image
-        from kimi_jax.media.sources import read
+        from kimi_jax.media.sources import as_data_url
 
         if not name:
             raise ValueError("/image: expected the name of a file")
         path = Path(name).expanduser()
-        data, _ = read(path)
+        url = as_data_url(path)
         width, height = open_image(path).size
-        kind = mimetypes.guess_type(path.name)[0] or "image/png"
-        self._pictures.append(f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}")
+        self._pictures.append(url)
         return f"{printable(path.name)}, {width} x {height}: goes with the next message"
 
     def _system(self, text: str) -> str:

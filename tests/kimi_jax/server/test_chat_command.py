@@ -182,8 +182,8 @@ def test_without_the_client_a_server_is_refused_in_one_line(monkeypatch, typed, 
 
 
 def test_a_url_without_a_path_is_that_of_the_api():
-    assert chat._base("http://host:8000/") == chat._base("http://host:8000") == "http://host:8000/v1"
-    assert chat._base("https://host/api/v2") == "https://host/api/v2"
+    assert chat.server_address("http://host:8000/") == chat.server_address("http://host:8000") == "http://host:8000/v1"
+    assert chat.server_address("https://host/api/v2") == "https://host/api/v2"
 
 
 # --- the conversation ---------------------------------------------------------------------------------------------

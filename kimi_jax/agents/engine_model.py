@@ -1,0 +1,99 @@
+"""A model in this process: agents are rows of one batch of an engine, and share what is computed of their prompts."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kimi_jax.agents.model import Call, ContextLengthError, Message, Mode, Reply, Usage
+
+if TYPE_CHECKING:
+    from kimi_jax.engine import Engine
+    from kimi_jax.processor import Processor
+    from kimi_jax.runtime.sampling import Sampling
+
+PAGE = 128  # tokens; a shorter beginning is not shared
+
+
+class EngineModel:
+    """Asks the model of an engine, whose prompts `processor` makes. All calls come from one event loop.
+
+    sampling: how tokens are drawn by mode; None is what Moonshot recommends for each.
+    seed: the seed of the first answer. Each further answer takes the next one.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        processor: "Processor",
+        sampling: "Mapping[Mode, Sampling] | None" = None,
+        *,
+        seed: int = 0,
+    ):
+        self.engine, self.processor, self.sampling, self.seed = engine, processor, sampling, seed
+        self._prefills: list[tuple[np.ndarray, asyncio.Event]] = []  # prompts without their first new token yet
+
+    def __str__(self) -> str:
+        return self.processor.folder.name
+
+    async def __call__(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, mode: Mode, max_tokens: int
+    ) -> Reply:
+        """Returns the model's answer. Cancelling it frees the row.
+
+        Raises ContextLengthError, ValueError for messages that make no prompt, and RuntimeError where the engine fails.
+        """
+        from kimi_jax.engine import Request
+        from kimi_jax.runtime.sampling import Sampling
+
+        thinking = mode != "instant"
+        prompt = self.processor(list(messages), list(tools) or None, thinking)
+        ids = prompt.tokens[0]
+        longest = self.engine.sizes.max_length
+        if len(ids) >= longest:
+            raise ContextLengthError(f"the prompt has {len(ids)} tokens; with the answer the engine holds {longest}")
+        sampling = Sampling.recommended(thinking) if self.sampling is None else self.sampling[mode]
+        seed, self.seed = self.seed, self.seed + 1
+        request = Request(
+            ids,
+            max_new_tokens=min(max_tokens, longest - len(ids)),
+            sampling=sampling,
+            seed=seed,
+            media=prompt.media,
+        )
+        await self._wait_for_siblings(ids)
+        stream = self.engine.submit(request)
+        entry = (ids, asyncio.Event())
+        self._prefills.append(entry)
+        new: list[int] = []
+        try:
+            async for event in stream:
+                entry[1].set()
+                new += event.tokens
+        finally:
+            entry[1].set()
+            self._prefills = [one for one in self._prefills if one is not entry]
+            await stream.aclose()
+        if event.finish_reason not in ("stop", "length") or event.usage is None:
+            raise RuntimeError(f"the answer ended by {event.finish_reason!r}: {event.error}") from self.engine.failure
+        finish = event.finish_reason
+        parsed = self.processor.parse(new, thinking, list(tools), finish, prompt=ids)
+        calls = tuple(Call(one["id"], **one["function"]) for one in parsed.tool_calls)
+        usage = Usage(event.usage.prompt_tokens, event.usage.cached_tokens, event.usage.completion_tokens)
+        return Reply(parsed.content, parsed.reasoning, calls, usage, parsed.finish_reason)
+
+    async def _wait_for_siblings(self, ids: np.ndarray) -> None:
+        """Waits while a beginning that another prompt shares with this one is being computed for that one."""
+        for other, begun in list(self._prefills):
+            shared = _shared(ids, other, self.processor.config.media_placeholder_token_id)
+            whole = shared // PAGE * PAGE
+            if whole and not begun.is_set() and not self.engine.prefix_ready(ids[:whole]):
+                await begun.wait()
+
+
+def _shared(a: np.ndarray, b: np.ndarray, placeholder: int | None) -> int:
+    """Returns how many tokens two prompts have in common from the first on, and before any picture."""
+    length = min(len(a), len(b))
+    differ = (a[:length] != b[:length]) | (a[:length] == placeholder)
+    return int(np.argmax(differ)) if differ.any() else length

@@ -1,0 +1,87 @@
+"""A model behind any server with OpenAI's chat completions: `kimi-jax serve`, Moonshot's own, vLLM, SGLang."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import openai
+
+from kimi_jax.agents.model import TEMPERATURE, TOP_P, Call, ContextLengthError, Message, Mode, Reply, Usage
+
+
+class OpenAIModel:
+    """Asks `model` of the server behind `client`, by streaming."""
+
+    def __init__(self, client: openai.AsyncOpenAI, model: str):
+        self.client, self.model = client, model
+        host = client.base_url.host
+        self._moonshot = host.endswith((".moonshot.ai", ".moonshot.cn"))
+
+    @classmethod
+    def at(cls, url: str, model: str, api_key: str = "none") -> "OpenAIModel":
+        """Returns a model of the server whose API begins at `url`."""
+        return cls(openai.AsyncOpenAI(base_url=url, api_key=api_key, max_retries=3), model)
+
+    def __str__(self) -> str:
+        return self.model
+
+    async def __call__(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, mode: Mode, max_tokens: int
+    ) -> Reply:
+        """Returns the server's answer. Raises ContextLengthError, and otherwise what the client raises."""
+        sent = [self._with_reasoning(message) for message in messages] if self._moonshot else list(messages)
+        request: dict[str, Any] = {"model": self.model, "messages": sent, "max_tokens": max_tokens}
+        request |= {"temperature": TEMPERATURE[mode], "top_p": TOP_P, "extra_body": self._switch(mode)}
+        if tools:
+            request["tools"] = list(tools)
+        try:
+            stream = await self.client.chat.completions.create(
+                **request, stream=True, stream_options={"include_usage": True}
+            )
+        except openai.BadRequestError as error:
+            if error.code == "context_length_exceeded":
+                raise ContextLengthError(str(error)) from error
+            raise
+        async with stream:
+            return await _join(stream)
+
+    def _switch(self, mode: Mode) -> dict[str, Any]:
+        """Returns the field by which the server turns thinking on and off."""
+        if self._moonshot:
+            return {"thinking": {"type": "disabled" if mode == "instant" else "enabled"}}
+        return {"chat_template_kwargs": {"thinking": mode != "instant"}}
+
+    def _with_reasoning(self, message: Message) -> Message:
+        """Returns a message as Moonshot's API takes it, which refuses calls without reasoning."""
+        return (
+            {**message, "reasoning_content": message.get("reasoning_content") or " "}
+            if "tool_calls" in message
+            else message
+        )
+
+
+async def _join(stream: Any) -> Reply:
+    content: list[str] = []
+    reasoning: list[str] = []
+    calls: dict[int, dict[str, str]] = {}
+    usage, finish = Usage(), "stop"
+    async for chunk in stream:
+        usage = _usage(chunk.usage) if chunk.usage is not None else usage
+        for choice in chunk.choices[:1]:
+            finish, delta = choice.finish_reason or finish, choice.delta
+            content.append(delta.content or "")
+            extra = delta.model_extra or {}
+            reasoning.append(extra.get("reasoning_content") or extra.get("reasoning") or "")
+            for part in delta.tool_calls or ():
+                call = calls.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
+                call["id"] = part.id or call["id"]
+                if part.function is not None:
+                    call["name"] = part.function.name or call["name"]
+                    call["arguments"] += part.function.arguments or ""
+    made = tuple(Call(**calls[index]) for index in sorted(calls))
+    return Reply("".join(content) or None, "".join(reasoning) or None, made, usage, finish)
+
+
+def _usage(usage: Any) -> Usage:
+    details = usage.prompt_tokens_details
+    cached = details.cached_tokens if details is not None else (usage.model_extra or {}).get("cached_tokens")
+    return Usage(usage.prompt_tokens, cached or 0, usage.completion_tokens)
