@@ -73,9 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=whole(1), default=16_384, metavar="N", help="length of a message (default 16384)"
     )
-    parser.add_argument(
-        "--trace-out", type=local, metavar="FILE", help="write events as JSON lines to a new file"
-    )
+    parser.add_argument("--trace-out", type=local, metavar="FILE", help="write events as JSON lines to a new file")
     add_sampling(parser)
     parser.add_argument("--seed", type=whole(0, SEED_MAX), default=0, metavar="N", help="seed (default 0)")
     add_mesh(parser)

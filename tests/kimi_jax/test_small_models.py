@@ -121,9 +121,9 @@ def test_every_form_and_mesh_answers_alike(tmp_path):
         # Then each reads, calls the tool and says the sum
         said = kimi_jax.answer(model, "Read the number.", images=[small.picture("427")], processor=processor)
         assert (said.content, said.reasoning) == ("427", "I see 4, 2 and 7."), way
-        shown = [
-            {"type": "image_url", "image_url": {"url": small.picture(number)}} for number in ("58", "316")
-        ] + [{"type": "text", "text": "Add the numbers."}]
+        shown = [{"type": "image_url", "image_url": {"url": small.picture(number)}} for number in ("58", "316")] + [
+            {"type": "text", "text": "Add the numbers."}
+        ]
         messages = [{"role": "user", "content": shown}]
         said = kimi_jax.answer(model, messages, [small.ADD_TOOL], False, processor=processor)
         assert said.tool_calls[0]["function"] == {"name": "add", "arguments": '{"a": 58, "b": 316}'}, way
