@@ -5,6 +5,9 @@ import contextlib
 import io
 import itertools
 import json
+import shutil
+import ssl
+import subprocess
 import threading
 
 import pytest
@@ -378,6 +381,39 @@ def test_only_so_many_requests_fetch_at_one_time(site, monkeypatch):
             return found.value.status
 
     assert asyncio.run(run()) == 429
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_certificate_must_be_valid_for_the_name_of_the_url(site, tmp_path, monkeypatch):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    names = ["-subj", "/CN=x", "-addext", "subjectAltName=DNS:images.example.org", "-keyout", key, "-out", certificate]
+    subprocess.run([*made, *names], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    site.names["a.cdn.example"] = [PUBLIC]
+
+    async def run():
+        async with await asyncio.start_server(site._serve, "127.0.0.1", 0, ssl=tls) as server:
+            port = server.sockets[0].getsockname()[1]
+
+            async def connect(address, _, server_name):
+                return await media_fetch._connect("127.0.0.1", port, server_name)
+
+            found = []
+            for url in ("https://images.example.org/x.png", "https://a.cdn.example/x.png"):
+                try:
+                    async with PictureFetcher(DOMAINS, site.resolve, connect).fetched(Chat([message(url)])) as request:
+                        found.append(request.messages[0]["content"][0]["image_url"])
+                except RequestError as error:
+                    found.append(error.message)
+            return found
+
+    refused = "its server has no valid certificate"
+    assert [found.split(": ")[-1] for found in asyncio.run(run())] == [refused, refused]  # signed by nobody known
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    first, second = asyncio.run(run())
+    assert first == PICTURE and second == f"https://a.cdn.example/x.png: {refused}"
 
 
 def test_a_real_look_up_finds_that_this_machine_is_private(site):
