@@ -116,7 +116,7 @@ def test_a_ragged_source_of_one_row_goes_to_all(rows):
 
 
 def test_weights_that_are_gathered_or_copied_are_found():
-    assert moved_weights(parse(TEXT), "arrays[") == [
+    assert moved_weights(parse(TEXT), r"arrays\[") == [
         MovedWeight("copy", "transpose.1", 2**21),
         MovedWeight("all-gather", "gather.1", 2**22),
     ]
@@ -189,7 +189,7 @@ def test_a_program_compiled_here():
     assert Collective("all-reduce", ("data", "tensor"), 8, 8 * 64 * 4, 1) in found
     assert Collective("collective-permute", ("data",), 2, 8 * 64 * 4, 5) in found
     assert len(found) == 3
-    (gathered,) = [moved for moved in moved_weights(program, "arrays[") if moved.how != "copy"]
+    (gathered,) = [moved for moved in moved_weights(program, r"arrays\[") if moved.how != "copy"]
     assert (gathered.how, gathered.nbytes) == ("all-gather", 2**21)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kimi_jax.model.statistics import Statistics
 from kimi_jax.training import Rows
@@ -24,8 +25,10 @@ def compute(rows):
 
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_parts_make_the_whole(count):
-    partition = Partition(make_mesh("2x2x2x1"), TRAIN)
-    gradients, (total,), seen = jax.jit(lambda rows: accumulate(compute, rows, count, partition))(Rows.whole(TOKENS))
+    mesh = make_mesh("2x2x2x1")
+    partition = Partition(mesh, TRAIN)
+    rows = jax.device_put(Rows.whole(TOKENS), NamedSharding(mesh, PartitionSpec("data")))
+    gradients, (total,), seen = jax.jit(lambda rows: accumulate(compute, rows, count, partition))(rows)
     assert float(total) == TOKENS.sum()
     np.testing.assert_array_equal(gradients["weight"][...], np.full((32, 64), TOKENS.sum()))
     np.testing.assert_array_equal(seen.expert_counts, TOKENS.sum(axis=0, keepdims=True))
