@@ -87,6 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-body", type=whole(1, 1024), default=32, metavar="MIB", help="largest body of a request (default 32 MiB)"
     )
     parser.add_argument(
+        "--allow-media-domain",
+        action="append",
+        metavar="NAME",
+        help="domain from which pictures of requests are fetched, like images.example.org, or *.example.org for its "
+        "subdomains; may be repeated (default: none, and pictures come as data: URLs)",
+    )
+    parser.add_argument(
         "--grace",
         type=number(0.0, 3600.0),
         default=30.0,
@@ -109,14 +116,20 @@ def run(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f"serving needs {error.name}: pip install 'kimi-jax[serve]'") from None
     from kimi_jax.server.gate import LOOPBACK
+    from kimi_jax.server.media_urls import media_domain
 
     key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
     is_local = arguments.host in ("127.0.0.1", "::1", "localhost")
+    try:
+        domains = tuple(map(media_domain, arguments.allow_media_domain or ()))
+    except ValueError as error:
+        raise ValueError(f"--allow-media-domain: {error}") from None
     limits = Limits(
         api_key=key,
         hosts=LOOPBACK if is_local and key is None else None,
         max_body=arguments.max_body * 2**20,
         per_client=arguments.max_per_client,
+        media_domains=domains,
         log_requests=arguments.log_requests,
     )
     names = arguments.served_model_name or [printable(arguments.path.resolve().name)]

@@ -139,10 +139,14 @@ def _part(block: Any, where: str) -> dict[str, Any]:
             return {"type": "text", "text": _text(block, "text", where)}
         case "image":
             source = block.get("source")
-            if not isinstance(source, Mapping) or source.get("type") != "base64":
-                raise invalid(f"{where}.source is no object of type base64; nothing is fetched here", "messages")
-            data, kind = _text(source, "data", f"{where}.source"), _text(source, "media_type", f"{where}.source")
-            return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
+            if not isinstance(source, Mapping) or source.get("type") not in ("base64", "url"):
+                raise invalid(f"{where}.source is no object of type base64 or url", "messages")
+            if source["type"] == "url":
+                url = _text(source, "url", f"{where}.source")
+            else:
+                data, kind = _text(source, "data", f"{where}.source"), _text(source, "media_type", f"{where}.source")
+                url = f"data:{kind};base64,{data}"
+            return {"type": "image_url", "image_url": {"url": url}}
         case kind:
             raise _unknown(kind, where)
 

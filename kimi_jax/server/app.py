@@ -25,6 +25,7 @@ from kimi_jax.server.errors import RequestError, failed, invalid, unavailable
 from kimi_jax.server.gate import Gate, Limits, style
 from kimi_jax.server.generation import Chat, SamplingMode, prepare, write_prompt
 from kimi_jax.server.masks import Masks
+from kimi_jax.server.media_fetch import PictureFetcher
 from kimi_jax.server.metrics import TYPE, Metrics
 from kimi_jax.server.openai_schema import ChatRequest, CompletionRequest, TemplateOptions, TokenizeRequest
 from kimi_jax.server.responses_answer import Response as ResponseAnswer
@@ -48,6 +49,7 @@ class Service:
     def __init__(self, names: Sequence[str], limits: Limits | None = None, sampling: SamplingMode = "open"):
         self.names, self.limits, self.sampling = tuple(names), limits or Limits(), sampling
         self.metrics = Metrics(lambda: None if self._backend is None else self._backend.stats())
+        self.pictures = PictureFetcher(self.limits.media_domains)
         self.stopping = False
         self.created = int(time.time())
         self._backend: Backend | None = None
@@ -165,7 +167,8 @@ class Service:
         self._check_model(body.model)
         wanted = Chat(anthropic_request.read_messages(body), anthropic_request.read_tools(body.tools))
         thinking = self._thinks and anthropic_request.thinks(body)
-        prompt = await asyncio.to_thread(write_prompt, backend, wanted, thinking)
+        async with self.pictures.fetched(wanted) as wanted:
+            prompt = await asyncio.to_thread(write_prompt, backend, wanted, thinking)
         return JSONResponse({"input_tokens": len(prompt.ids)})
 
     async def tokenize(self, request: Request) -> Response:
@@ -181,7 +184,8 @@ class Service:
             wanted = Chat(openai_request.read_messages(body.messages), openai_request.read_tools(body.tools))
             said = openai_request.wants_thinking(body.thinking, body.chat_template_kwargs or TemplateOptions())
             thinking = self._thinks and said is not False
-            ids = (await asyncio.to_thread(write_prompt, backend, wanted, thinking)).ids
+            async with self.pictures.fetched(wanted) as wanted:
+                ids = (await asyncio.to_thread(write_prompt, backend, wanted, thinking)).ids
         return JSONResponse({"count": len(ids), "max_model_len": backend.max_length, "tokens": ids})
 
     async def _read(self, request: Request, kind: type[_Struct]) -> tuple[Backend, _Struct]:
@@ -192,7 +196,8 @@ class Service:
     async def _run(self, wanted: Chat) -> Run:
         backend, masks = self.backend, self._masks
         assert masks is not None
-        generation = await asyncio.to_thread(prepare, backend, masks, wanted, self.sampling, self._thinks)
+        async with self.pictures.fetched(wanted) as wanted:
+            generation = await asyncio.to_thread(prepare, backend, masks, wanted, self.sampling, self._thinks)
         return Run(backend, generation, self.metrics)
 
     def _model(self, name: str) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class Limits:
 
     api_key: None lets everybody in. hosts: the names under which the server may be called, None for any: without a key,
     a page whose name leads to this machine could talk to it. per_client: requests of one address at one time.
-    body_seconds: in which a request's body must come.
+    body_seconds: in which a request's body must come. media_domains: those of `--allow-media-domain`, as
+    `media_urls.media_domain` returns them.
     """
 
     api_key: str | None = None
@@ -36,6 +37,7 @@ class Limits:
     max_body: int = 32 * 2**20
     per_client: int = 256
     body_seconds: float = 60.0
+    media_domains: tuple[str, ...] = ()
     log_requests: bool = False
 
 

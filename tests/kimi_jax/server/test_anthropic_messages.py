@@ -131,13 +131,20 @@ def test_the_last_answer_of_a_conversation_is_continued(served, processor):
     assert processor.tokenizer.decode(served.engine.requests[-1].tokens).endswith("</think>The list: ")
 
 
+def image(source):
+    return {"messages": [{"role": "user", "content": [{"type": "image", "source": source}]}]}
+
+
 REFUSED = [
     ({"max_tokens": 0}, "max_tokens is 0"),
     ({"max_tokens": 10**6}, "at most 600 tokens in all"),
     ({"messages": []}, "messages is empty"),
     ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].role is 'tool'"),
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0].type is 'video'"),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url"}}]}]}, "nothing is fetched"),
+    (image({"type": "file", "file_id": "x"}), "messages[0].content[0].source is no object of type base64 or url"),
+    (image({"type": "url"}), "messages[0].content[0].source.url is no text"),
+    (image({"type": "url", "url": "https://example.org/x.png"}), "https:// is not fetched"),
+    (image({"type": "url", "url": "/etc/passwd"}), "may not name local files"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0] is no tool of the client's own"),
     ({"tool_choice": {"type": "any"}}, "which needs tools"),
     ({"tool_choice": {"type": "some"}}, "tool_choice.type"),

@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import resource
 import socket
 import struct
 import threading
@@ -14,6 +15,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from kimi_jax.server import Limits, watched
+from kimi_jax.server.listener import MAX_CONNECTIONS
 
 NAME = "kimi-toy"
 BODY = {"model": NAME, "messages": [{"role": "user", "content": "Hello"}]}
@@ -214,15 +216,56 @@ def test_pages_of_other_origins_reach_nothing(served):
         assert served.http.get(path).status_code == 404
 
 
-def test_headers_that_do_not_come_and_many_connections_leave_the_server_free(served, monkeypatch):
-    monkeypatch.setattr("kimi_jax.server.listener.HEADER_SECONDS", 0.3)
-    clients = [socket.create_connection(("127.0.0.1", served.listener.port)) for _ in range(200)]
+@pytest.fixture
+def many_files():
+    """Allows this process both ends of 1,000 connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4_096), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(1_000, marks=pytest.mark.slow)])
+def test_headers_that_do_not_come_and_many_connections_leave_the_server_free(served, monkeypatch, many_files, count):
+    monkeypatch.setattr("kimi_jax.server.listener.HEADER_SECONDS", 0.3 if count < 1_000 else 3.0)
+    clients = [socket.create_connection(("127.0.0.1", served.listener.port)) for _ in range(count)]
     clients[0].sendall(b"GET /health HTTP/1.1\r\nhost: x")
     assert served.http.get("/health").status_code == 200
     for client in clients:
         client.settimeout(5.0)
         assert client.recv(1) == b""
         client.close()
+    assert served.http.get("/health").status_code == 200
+
+
+@pytest.mark.slow
+def test_connections_beyond_the_most_are_turned_away_and_the_server_answers_afterwards(served, monkeypatch, many_files):
+    monkeypatch.setattr("kimi_jax.server.listener.HEADER_SECONDS", 5.0)
+    clients = [socket.create_connection(("127.0.0.1", served.listener.port)) for _ in range(MAX_CONNECTIONS)]
+    with httpx.Client(base_url=served.listener.url) as late:
+        assert late.get("/health").status_code == 503
+    for client in clients:
+        client.close()
+
+    def answers():
+        with httpx.Client(base_url=served.listener.url) as later:
+            return later.get("/health").status_code == 200
+
+    until(answers)
+
+
+@pytest.mark.parametrize("value", ["a\r\nset-cookie: x=y", "a\n\nHTTP/1.1 200 OK", "a\0b"])
+def test_what_a_request_says_becomes_no_header_of_an_answer(served, value):
+    for head in (f"GET /v1/models/{value} HTTP/1.1\r\n", f"GET /v1/models HTTP/1.1\r\nx-api-key: {value}\r\n"):
+        with socket.create_connection(("127.0.0.1", served.listener.port)) as client:
+            client.sendall(head.encode() + b"host: localhost\r\nconnection: close\r\n\r\n")
+            client.settimeout(5.0)
+            with client.makefile("rb") as file:
+                said = file.read()
+        assert said.startswith(b"HTTP/1.1 ") and said.count(b"HTTP/1.1 ") == 1 and b"set-cookie" not in said.lower()
+    answer = served.http.post("/v1/chat/completions", json=BODY | {"model": value})
+    assert answer.status_code == 404 and "set-cookie" not in answer.headers
+    assert served.http.get("/health").status_code == 200
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(serve):
