@@ -59,10 +59,10 @@ def recipe() -> SmallRecipe:
             "3-digit numbers": functools.partial(_measured, functools.partial(conversations.read, least=3)),
             "read, a tool declared": functools.partial(_measured, functools.partial(conversations.read, tools=True)),
             "add two pictures": functools.partial(
-                _measured, functools.partial(conversations.add_pictures, one_picture=0)
+                _measured, functools.partial(conversations.add_pictures, one_picture=0.0)
             ),
             "add two numbers in one picture": functools.partial(
-                _measured, functools.partial(conversations.add_pictures, one_picture=1)
+                _measured, functools.partial(conversations.add_pictures, one_picture=1.0)
             ),
             "add two numbers in words": functools.partial(_measured, _add_text),
             "talk": functools.partial(_measured, conversations.talk),

@@ -1,6 +1,6 @@
 """The recipe of kimi-linear-small: a Kimi Linear of 0.9 million parameters that copies, recalls and adds in text.
 
-Three of its layers are KDA and one is attention. It recalls one of up to 160 things from a list of 1,000 tokens.
+Three of its layers are KDA and one is attention. Lists to recall from grow to 160 things, 1,000 tokens.
 """
 
 import functools
