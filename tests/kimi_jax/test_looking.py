@@ -52,7 +52,10 @@ def recorded_run(kimi, tokens, media, monkeypatch):
     return logits, used
 
 
-@pytest.mark.parametrize("name", list(cases.CASES))
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("k2.5", "kimi-linear") else pytest.param(name, marks=pytest.mark.slow) for name in cases.CASES],
+)
 def test_every_family_shows_its_own_run(shown, name, monkeypatch):
     kimi, tokens, media = shown(name)
     logits, used = recorded_run(kimi, tokens, media, monkeypatch)

@@ -88,6 +88,7 @@ def many_tokens(monkeypatch):
     monkeypatch.setattr(expert_dispatch, "MIN_BYTES_SAVED", -1e9)
 
 
+@pytest.mark.slow
 def test_a_plan_extrapolates_what_the_whole_step_sends(many_tokens):
     job = TrainJob(TOY, topology("v5e:2x4"), (4, 1, 1, 2), 8, 64)
     plan = train_plan("toy", job)

@@ -294,6 +294,8 @@ class Terminal:
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
 
     def type(self, text):
+        if text == "\x03":
+            time.sleep(0.3)  # a prompt is shown a moment before it listens to keys
         os.write(self.fd, text.encode())
 
     def exit_code(self):

@@ -380,7 +380,7 @@ def test_it_is_used_by_keyboard_alone(page, served):
 def test_axe_finds_nothing_serious(page, served, width, scheme):
     page.set_viewport_size({"width": width, "height": 740})
     page.emulate_media(color_scheme=scheme)
-    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    page.locator(f'html[data-theme="{scheme}"]').wait_for(state="attached")  # it is told a moment later
     found = findings(page)
     answer_with(
         served.engine,

@@ -90,6 +90,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(run):
     assert bits(run.state) == expected
 
 
+@pytest.mark.slow
 def test_microbatches_make_the_step_of_one_pass(folder, run, tmp_path):
     # Given a state, and two rows of which one has fewer labels: a mean of means would be another number
     settings = dataclasses.replace(SETTINGS, microbatches=2)

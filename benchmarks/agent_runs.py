@@ -1,7 +1,7 @@
 """Agents: right answers of the small trained Kimi with a calculator, and a swarm's time beside a single agent's.
 
-    python benchmarks/agents.py digits --cases 100   # an engine in this process; compiling takes most of a minute
-    python benchmarks/agents.py swarm --items 30     # scripted model and tools, no engine
+    python benchmarks/agent_runs.py digits --cases 100   # an engine in this process; compiling takes most of a minute
+    python benchmarks/agent_runs.py swarm --items 30     # scripted model and tools, no engine
 
 `digits`: pictures of two numbers in handwritten digits that are held out from training, either both in one picture or
 one in each of two, and the question for their sum. A case is right where the answer is the sum in the words of training
