@@ -74,7 +74,7 @@ def single_device(batch):
 @pytest.mark.parametrize(
     ("name", "shape", "rules", "dispatches"),
     [
-        pytest.param("k2", "2x2x2x1", TRAIN, False, marks=pytest.mark.slow),
+        ("k2", "2x2x2x1", TRAIN, False),
         ("k2", "2x1x2x2", TRAIN, True),
         ("kimi-linear", "1x2x2x2", SERVE, False),
     ],
