@@ -7,22 +7,9 @@ import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from kimi_jax.cli.arguments import (
-    SEED_MAX,
-    add_mesh,
-    add_sampling,
-    given_sampling,
-    local,
-    mesh_of,
-    place,
-    sampling_of,
-    whole,
-)
-from kimi_jax.cli.chat import CPU_PREFILL_CHUNK, PREFILL_CHUNK, server_address, server_key
-from kimi_jax.cli.models import SMALL, check_folder, small_model
-from kimi_jax.cli.starting import add_compile_cache, compiling, keep_programs, load_model
+from kimi_jax.cli.arguments import SEED_MAX, add_sampling, given_sampling, local, sampling_of, whole
+from kimi_jax.cli.partner import add_place, add_running, engine_of, server_address, server_key, server_of
 from kimi_jax.cli.terminal import for_stdout
 from kimi_jax.printable import printable
 
@@ -43,16 +30,7 @@ LINE = 300  # characters of a line about a step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "path",
-        type=place,
-        nargs="?",
-        metavar="FOLDER|URL",
-        help="a checkpoint's folder, converted or published, or a server's http:// address (default: the small model)",
-    )
-    parser.add_argument(
-        "--model", metavar="NAME", help="small model of the package, like digits; with a URL, the server's name for it"
-    )
+    add_place(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the task")
     parser.add_argument(
         "--image", action="append", default=[], type=local, metavar="FILE", help="picture of the task; may be repeated"
@@ -75,31 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trace-out", type=local, metavar="FILE", help="write events as JSON lines to a new file")
     add_sampling(parser)
-    parser.add_argument("--seed", type=whole(0, SEED_MAX), default=0, metavar="N", help="seed (default 0)")
-    add_mesh(parser)
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], help="dtype of weights and activations (default: as stored)"
-    )
-    parser.add_argument(
-        "--cache-memory", metavar="SIZE", help="memory of each device for the cache, like 8GiB (default: what is left)"
-    )
-    parser.add_argument("--api-key", metavar="KEY", help="key for a server (default: as `kimi-jax chat` has it)")
-    add_compile_cache(parser)
+    parser.add_argument("--seed", type=whole(0, SEED_MAX), metavar="N", help="seed (default 0)")
+    add_running(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    url = arguments.path if isinstance(arguments.path, str) else None
-    if url is None:
-        if arguments.path is not None and arguments.model is not None:
-            raise ValueError("--model goes without a folder: it names a small model, or one of a server's")
-        if arguments.path is None:
-            arguments.path = small_model(arguments.model or SMALL)
-        check_folder(arguments.path)
-    elif urlsplit(url).scheme not in ("http", "https"):
-        raise ValueError(f"{url}: expected a folder on this machine, or a server's http:// address")
-    elif arguments.model is None:
+    url = server_of(arguments, ("seed",))
+    if url is not None and arguments.model is None:
         raise ValueError("--model is not given; with a server's address it says which of its models works")
-    elif given := given_sampling(arguments):
+    if url is not None and (given := given_sampling(arguments)):
         raise ValueError(f"{', '.join(given)}: with a server's address tokens are drawn as Moonshot recommends")
     try:
         from kimi_jax import agents
@@ -110,39 +72,22 @@ def run(arguments: argparse.Namespace) -> None:
     tools = [one for name in arguments.tool for one in _tools(name)]
     agents.Toolset(tools)  # two of one name are refused before a model is loaded
     trace = _shown_trace(arguments.trace_out)
-    if url is not None:
-        _finish(
-            _work(
-                arguments,
-                agents.OpenAIModel.at(server_address(url), arguments.model, server_key(arguments)),
-                tools,
-                task,
-                trace,
-            )
-        )
-        return
-    _finish(_work_here(arguments, tools, task, trace))
+    if url is None:
+        _finish(_work_here(arguments, tools, task, trace))
+    else:
+        model = agents.OpenAIModel.at(server_address(url), arguments.model, server_key(arguments))
+        _finish(_work(arguments, model, tools, task, trace))
 
 
 def _work_here(arguments: argparse.Namespace, tools: "list[Tool]", task: Any, trace: "Trace") -> "Run":
     """Loads the model, and works with it."""
-    import jax
-
     from kimi_jax.agents import EngineModel
-    from kimi_jax.cli.console import console
-    from kimi_jax.engine import Engine
-    from kimi_jax.processor import Processor
 
-    log, kept = console(stderr=True), keep_programs(arguments)
-    processor = Processor.from_folder(arguments.path)
     modes = (("thinking", True), ("instant", False))
     sampling: Any = {mode: sampling_of(arguments, arguments.path, thinking) for mode, thinking in modes}
-    model = load_model(arguments, mesh_of(arguments.mesh, processor.config))
-    chunk = CPU_PREFILL_CHUNK if jax.default_backend() == "cpu" else PREFILL_CHUNK
-    with compiling(log, kept) as name:
-        engine = Engine(model, slots=1, cache_memory=arguments.cache_memory, prefill_chunk=chunk, progress=name)
-    with engine:
-        return _work(arguments, EngineModel(engine, processor, sampling, seed=arguments.seed), tools, task, trace)
+    with engine_of(arguments) as (engine, processor):
+        model = EngineModel(engine, processor, sampling, seed=arguments.seed or 0)
+        return _work(arguments, model, tools, task, trace)
 
 
 def _work(arguments: argparse.Namespace, model: "ChatModel", tools: "list[Tool]", task: Any, trace: "Trace") -> "Run":

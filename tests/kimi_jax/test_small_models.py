@@ -15,8 +15,6 @@ from kimi_jax.runtime.sampling import Sampling
 from kimi_jax.training.small import digits, k25_digits, kimi_linear
 from kimi_jax.training.small.measure import is_right
 
-GREEDY = Sampling(temperature=0.0)
-
 
 @pytest.fixture(scope="module")
 def digits_model():
@@ -68,6 +66,8 @@ def test_there_are_two_models_in_published_layouts():
     for name in small.NAMES:
         folder = small.path(name)
         assert sum(file.stat().st_size for file in folder.iterdir()) < 2.05e6 and (folder / "README.md").exists()
+        # Every command draws their tokens as they are measured: greedily
+        assert Sampling.from_folder(folder, Sampling.recommended(thinking=True)) == Sampling()
     with pytest.raises(ValueError, match=r"small model 'k3': expected one of k25-digits, kimi-linear-small"):
         small.path("k3")
     with pytest.raises(FileNotFoundError, match=r"no picture of '9999', but of .*427"):

@@ -83,6 +83,8 @@ def write_begin(recipe: SmallRecipe, folder: Path, seed: int) -> Path:
     """Writes a random checkpoint of the recipe with its tokenizer, and all else that is published beside weights."""
     write_toy(folder, recipe.config, seed=seed, shards=1)
     write_tiny_tokenizer(folder, recipe.text)
+    generation = folder / "generation_config.json"  # every command answers as it is measured, greedy
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"do_sample": False}, indent=2) + "\n")
     return folder
 
 

@@ -71,4 +71,7 @@ def test_misuse_is_refused(tmp_path, capsys):
         (["--trace-out", __file__], "File exists"),
     ]:
         assert agent(*arguments) == 1 and found in capsys.readouterr().err
-    assert main(["agent", "http://host", "--prompt", "a"]) == 1 and "--model" in capsys.readouterr().err
+    server = ["agent", "http://host", "--prompt", "a"]
+    assert main(server) == 1 and "--model" in capsys.readouterr().err
+    assert main([*server, "--model", "b", "--mesh", "1x2", "--seed", "0"]) == 1
+    assert "--mesh, --seed: for a model in this process" in capsys.readouterr().err

@@ -81,10 +81,10 @@ def single_device(batch):
 )
 def test_gradients_on_a_mesh(monkeypatch, single_device, batch, name, shape, rules, dispatches):
     # Given a model whose weights are sharded over eight devices
-    if dispatches:
+    params, expected_loss, expected = single_device(name)
+    if dispatches:  # (a single device has nobody to send tokens to)
         monkeypatch.setattr(expert_dispatch, "MIN_BYTES_SAVED", -1e9)
     mesh = make_mesh(shape)
-    params, expected_loss, expected = single_device(name)
     shardings = weight_shardings(params, mesh, rules)
     loss, gradients = loss_and_gradients(name, Partition(mesh, rules), jax.device_put(params, shardings), *batch)
     # Then loss and gradients are those of one device

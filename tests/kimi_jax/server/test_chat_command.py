@@ -21,7 +21,7 @@ from rich.cells import cell_len
 
 import checkpoints
 import kimi_jax
-from kimi_jax.cli import chat, main
+from kimi_jax.cli import main, partner
 from kimi_jax.cli.dialogue.conversation import Conversation
 from kimi_jax.cli.dialogue.screen import BAR, WrappedText
 from kimi_jax.text.answers import Parsed
@@ -147,6 +147,8 @@ def test_from_a_pipe_what_goes_wrong_ends_the_command(engine, toy_folder, typed,
     assert "none: no such folder" in refused(capsys, main(["chat", str(tmp_path / "none")]))
     assert "expected a folder" in refused(capsys, main(["chat", "gs://bucket/model"]))
     assert "--model goes without" in refused(capsys, main(["chat", str(toy_folder), "--model", "digits"]))
+    line = refused(capsys, main(["chat", "http://host", "--dtype", "float32", "--cache-memory", "1GiB"]))
+    assert "--dtype, --cache-memory: for a model in this process" in line
 
 
 # --- a server -----------------------------------------------------------------------------------------------------
@@ -182,8 +184,12 @@ def test_without_the_client_a_server_is_refused_in_one_line(monkeypatch, typed, 
 
 
 def test_a_url_without_a_path_is_that_of_the_api():
-    assert chat.server_address("http://host:8000/") == chat.server_address("http://host:8000") == "http://host:8000/v1"
-    assert chat.server_address("https://host/api/v2") == "https://host/api/v2"
+    assert (
+        partner.server_address("http://host:8000/")
+        == partner.server_address("http://host:8000")
+        == "http://host:8000/v1"
+    )
+    assert partner.server_address("https://host/api/v2") == "https://host/api/v2"
 
 
 # --- the conversation ---------------------------------------------------------------------------------------------
