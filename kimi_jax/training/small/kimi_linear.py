@@ -115,7 +115,8 @@ def _short(random: np.random.Generator, share: float) -> Conversation:
     if kind == 0:
         return copy(random, max(2, int(MOST_WORDS * longest)))
     if kind == 1:
-        return recall(random, int(random.integers(2, max(4, int(30 * longest)))), int(random.integers(1, QUESTIONS + 1)))
+        things = int(random.integers(2, max(4, int(30 * longest))))
+        return recall(random, things, int(random.integers(1, QUESTIONS + 1)))
     return add(random) if kind == 2 else talk(random)
 
 
