@@ -1,6 +1,7 @@
 """Experts sharded over a mesh give each token the sum that one device gives it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -69,27 +70,41 @@ def on_mesh(moe, x, shape, dispatches):
     return jax.jit(run)(*jax.device_put((params, x), NamedSharding(mesh, REPLICATED)))
 
 
-@pytest.mark.parametrize("how", ["replicated", "in rounds", "by ragged messages"])
-@pytest.mark.parametrize("shape", ["1x8", "2x1x2x2"])
-@pytest.mark.parametrize(
-    ("rows", "tokens", "choice"),
-    [
-        (8, 1, "spread"),
-        (1, 1, "spread"),
-        (7, 1, "none to the first half"),
-        (6, 8, "spread"),
-        (2, 8, "all to one"),
-        (1, 13, "none to the first half"),
-    ],
-)
-def test_each_token_gets_the_sum_over_its_experts(monkeypatch, shape, rows, tokens, choice, how):
+HOWS = ("replicated", "in rounds", "by ragged messages")
+TOKENS = [
+    (8, 1, "spread"),
+    (1, 1, "spread"),
+    (7, 1, "none to the first half"),
+    (6, 8, "spread"),
+    (2, 8, "all to one"),
+    (1, 13, "none to the first half"),
+]
+# Any two of tokens, mesh and way are together in a quick case
+DISPATCHES = [
+    pytest.param(*given, shape, how, marks=[] if (i + j + k) % 2 == 0 else [pytest.mark.slow])
+    for i, given in enumerate(TOKENS)
+    for j, shape in enumerate(("1x8", "2x1x2x2"))
+    for k, how in enumerate(HOWS)
+]
+
+
+@functools.cache
+def expected_sum(rows, tokens, choice):
+    """Returns a layer, its input, and the sum on one device."""
+    moe = layer(choice)
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((rows, tokens, HIDDEN)), jnp.float32)
+    graph, params = nnx.split(moe)
+    run = jax.jit(lambda params, x: mix_experts(nnx.merge(graph, params), x, StreamLayout()))
+    return moe, x, np.asarray(run(params, x))
+
+
+@pytest.mark.parametrize(("rows", "tokens", "choice", "shape", "how"), DISPATCHES)
+def test_each_token_gets_the_sum_over_its_experts(monkeypatch, rows, tokens, choice, shape, how):
+    moe, x, expected = expected_sum(rows, tokens, choice)
     if how == "by ragged messages":
         monkeypatch.setattr(expert_dispatch, "combine_in_rounds", expert_dispatch.combine_ragged)
         monkeypatch.setattr(expert_dispatch, "LANES", HIDDEN // expert_dispatch.SUBLANES)
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
-    moe = layer(choice)
-    x = jnp.asarray(np.random.RandomState(0).standard_normal((rows, tokens, HIDDEN)), jnp.float32)
-    expected = np.asarray(mix_experts(moe, x, StreamLayout()))
     found = on_mesh(moe, x, shape, dispatches=how != "replicated")
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
