@@ -18,9 +18,10 @@ from kimi_jax.training.small.measure import is_right
 
 @pytest.fixture(scope="module")
 def digits_model():
-    """Gives an engine and a processor of k25-digits; all tests share its programs."""
+    """Gives an engine and a processor of k25-digits; all tests share its programs, those of test_serve_command.py,
+    too."""
     folder = small.path("k25-digits")
-    engine = Engine(checkpoints.load(folder), slots=1, prefill_chunk=64, max_length=256)
+    engine = Engine(checkpoints.load(folder), slots=1, cache_memory="4MB", prefill_chunk=64, max_length=300)
     yield engine, Processor.from_folder(folder)
     engine.close()
 

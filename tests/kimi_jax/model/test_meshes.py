@@ -1,7 +1,6 @@
 """Models on meshes compute the logits of one device, however heads, experts, tokens and the cache are sharded. A
 decode step sends a few activations a layer between devices, and no weight, state or cache."""
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +18,8 @@ BATCH, TOKENS, CHUNK = 8, 144, 128
 # data x expert x tensor x sequence, and the messages that a layer of K2.5 may send in a decode step
 MESHES = [("1x8x1x1", 2), ("2x4x1x1", 2), ("1x2x4x1", 3), ("2x2x2x1", 3), ("1x1x1x8", 5), ("1x2x2x2", 5)]
 NAMES = ["k2.5", "kimi-linear"]
-# Each two axes are together in a quick mesh, and each axis is in a quick mesh of each model (data and sequence together,
-# and the sequence of Kimi Linear, in those of odd numbers and of test_program.py).
+# Each two axes are together in a quick mesh, and each axis is in a quick mesh of each model (data and sequence
+# together, and the sequence of Kimi Linear, in those of odd numbers and of test_program.py).
 QUICK = {"k2.5": ("2x2x2x1", "1x2x2x2"), "kimi-linear": ("2x2x2x1",)}
 CASES = [
     pytest.param(name, shape, most, marks=[] if shape in QUICK[name] else [pytest.mark.slow])

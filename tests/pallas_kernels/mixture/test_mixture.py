@@ -89,12 +89,11 @@ def test_against_float64(shape, int4, dtype, tolerance):
 @pytest.mark.parametrize(
     ("chip", "dtype", "tolerance", "int4"),
     [
-        (V5E, jnp.bfloat16, 4e-3, True),
-        (V5P, jnp.bfloat16, 4e-3, True),
-        (V5P, jnp.float32, 1e-6, True),
-        (V5P, jnp.bfloat16, 4e-3, False),
+        pytest.param(V5E, jnp.bfloat16, 4e-3, True, id="v5e-int4"),
+        pytest.param(V5P, jnp.bfloat16, 4e-3, True, id="v5p-int4", marks=pytest.mark.slow),
+        pytest.param(V5P, jnp.float32, 1e-6, True, id="v5p-float32-int4"),
+        pytest.param(V5P, jnp.bfloat16, 4e-3, False, id="v5p-dense"),
     ],
-    ids=["v5e-int4", "v5p-int4", "v5p-float32-int4", "v5p-dense"],
 )
 def test_on_chips_without_bf16_arithmetic_and_with_two_cores(chip, dtype, tolerance, int4, monkeypatch):
     # Groups of up to 8 rows, of up to 16 and of more; an odd number of visits, and none
@@ -184,8 +183,15 @@ def test_what_fits_a_chip_with_less_vector_memory(monkeypatch):
     assert fits(292, 7168) and not fits(293, 7168) and fits(512, 2304)
 
 
-@FORMS
-@pytest.mark.parametrize("chip", [V5E, None], ids=["v5e", "v6e"])
+@pytest.mark.parametrize(
+    ("chip", "int4"),
+    [
+        pytest.param(V5E, True, id="v5e-int4"),
+        pytest.param(None, False, id="v6e-dense"),
+        pytest.param(V5E, False, id="v5e-dense", marks=pytest.mark.slow),
+        pytest.param(None, True, id="v6e-int4", marks=pytest.mark.slow),
+    ],
+)
 def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised(chip, int4, monkeypatch):
     if chip:
         on(chip, monkeypatch)
