@@ -76,7 +76,7 @@ def against_float64():
         yield pytest.param(shape, int4, dtype, tolerance, id=name, marks=[] if quick else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("shape", "int4", "dtype", "tolerance"), against_float64())
+@pytest.mark.parametrize(("shape", "int4", "dtype", "tolerance"), list(against_float64()))
 def test_against_float64(shape, int4, dtype, tolerance):
     given = arguments(shape, dtype, int4)
     expected = reference.mixture(*given, shape.first)

@@ -338,7 +338,13 @@ def test_one_row_each_is_written_where_the_plain_form_writes_it(dtype):
     np.testing.assert_array_equal(WRITE_JIT(*arguments), xla.mla_write(*arguments))
 
 
-@pytest.mark.parametrize("kind", ["within a page, over its end, padded", "more rows at once than there are slots"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "more rows at once than there are slots",
+        pytest.param("within a page, over its end, padded", marks=pytest.mark.slow),
+    ],
+)
 def test_write_races_with_nothing_and_stays_in_bounds(kind):
     # Given sequences that share their pages
     arguments = rows_and_cache(WRITES[kind], table=((2, 0), (0, 2)))
