@@ -70,6 +70,11 @@ def on_mesh(moe, x, shape, dispatches):
     return jax.jit(run)(*jax.device_put((params, x), NamedSharding(mesh, REPLICATED)))
 
 
+def on_one_device(moe, x):
+    graph, params = nnx.split(moe)
+    return np.asarray(jax.jit(lambda params, x: mix_experts(nnx.merge(graph, params), x, StreamLayout()))(params, x))
+
+
 HOWS = ("replicated", "in rounds", "by ragged messages")
 TOKENS = [
     (8, 1, "spread"),
@@ -93,9 +98,7 @@ def expected_sum(rows, tokens, choice):
     """Returns a layer, its input, and the sum on one device."""
     moe = layer(choice)
     x = jnp.asarray(np.random.RandomState(0).standard_normal((rows, tokens, HIDDEN)), jnp.float32)
-    graph, params = nnx.split(moe)
-    run = jax.jit(lambda params, x: mix_experts(nnx.merge(graph, params), x, StreamLayout()))
-    return moe, x, np.asarray(run(params, x))
+    return moe, x, on_one_device(moe, x)
 
 
 @pytest.mark.parametrize(("rows", "tokens", "choice", "shape", "how"), DISPATCHES)
@@ -109,19 +112,26 @@ def test_each_token_gets_the_sum_over_its_experts(monkeypatch, rows, tokens, cho
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_experts_and_their_width_split_together():
+@pytest.mark.parametrize(
+    ("shape", "dispatches"),
+    [
+        ("2x4", False),
+        ("1x1x4x2", True),
+        pytest.param("2x4", True, marks=pytest.mark.slow),
+        pytest.param("1x1x4x2", False, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_and_their_width_split_together(shape, dispatches):
     # Given four INT4 experts on eight devices, over which each is sharded in two or four parts
     config = dataclasses.replace(TEXT, n_routed_experts=4, moe_intermediate_size=128)
     moe = MoE(Init(jax.random.key(0), jnp.dtype(jnp.float32), std=0.2), config)
     x = jnp.asarray(np.random.RandomState(0).standard_normal((4, 8, HIDDEN)), jnp.float32)
-    expected = np.asarray(mix_experts(moe, x, StreamLayout()))
-    for shape in ("2x4", "1x1x4x2"):
-        mesh = make_mesh(shape)
-        specs = weight_specs(nnx.split(moe)[1], Partition(mesh))
-        down = specs["experts"]["down_proj"]
-        # Then codes and scales are cut at the same inputs, between groups of 32
-        assert down["codes"].get_value() == down["scales"].get_value()
-        assert down["codes"].get_value()[1] is not None
-        for dispatches in (False, True):
-            found = on_mesh(moe, x, shape, dispatches)
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    expected = on_one_device(moe, x)
+    mesh = make_mesh(shape)
+    specs = weight_specs(nnx.split(moe)[1], Partition(mesh))
+    down = specs["experts"]["down_proj"]
+    # Then codes and scales are cut at the same inputs, between groups of 32
+    assert down["codes"].get_value() == down["scales"].get_value()
+    assert down["codes"].get_value()[1] is not None
+    found = on_mesh(moe, x, shape, dispatches)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
