@@ -195,7 +195,7 @@ class Run:
     def _failure(self, error: str | None) -> RequestError:
         log.error("a request failed: %s", printable(error, 1_000))
         self.metrics.finished.labels("error").inc()
-        if error is not None and "closed" in error:
+        if error == "the engine was closed":
             return unavailable("the server is stopping, and cut this answer off")
         if self.backend.failed:
             return unavailable("the engine has failed; the server's log says why")
