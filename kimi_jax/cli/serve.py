@@ -165,9 +165,12 @@ def _serve(arguments: argparse.Namespace, service: Any, listener: Any, links: An
             # Texts of requests would fill the log, and Python keeps each of them
             warnings.filterwarnings("ignore", module=r"kimi_jax\.")
             name, has_key = service.names[0], service.limits.api_key is not None
-            print(f"serving {name} at {listener.url}/v1", flush=True)
-            print(_curl(listener.url, name, has_key), flush=True)
-            print(f"chat at {listener.url}/", flush=True)
+            for line in (
+                f"serving {name} at {listener.url}/v1",
+                _curl(listener.url, name, has_key),
+                f"chat at {listener.url}/",
+            ):
+                _write(line, sys.stdout)
             stop.wait(listener.ended)
             service.stopping = True
             _note(f"stopping: {engine.stats().running} answers are running")
@@ -296,4 +299,10 @@ def _log() -> Iterator[None]:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    _write(text, sys.stderr)
+
+
+def _write(line: str, file: Any) -> None:
+    """Writes a line. One that cannot be written, to a full disk or a closed pipe, ends no server."""
+    with contextlib.suppress(OSError):
+        print(line, file=file, flush=True)

@@ -145,13 +145,15 @@ class Run:
 
     async def _choice(self, choice: int, stream: Stream) -> AsyncGenerator[Part, None]:
         generation = self.generation
-        reader = self._reader()
+        reader, mask = self._reader(), generation.settings[choice].mask_provider
         stop = StopText(generation.stop) if generation.stop else None
         logprobs: list[tuple[int, TokenLogprobs]] = []
         try:
             event: Event
             async for event in stream:
                 reason = event.finish_reason
+                if reason == "stop" and mask is not None and mask.shortened:
+                    reason = "length"  # the form is complete, but shorter than the model would have it
                 deltas: list[Delta] = []
                 if stop is None or stop.found is None:
                     deltas = reader.feed(event.tokens)
