@@ -111,10 +111,7 @@ def kda(
         for ways in (
             (kernel, plain),
             (partial(kernel, visit_states=True), partial(chunked, chunk_states=True)),
-            (
-                partial(mosaic_backward.kda_backward, **options),
-                partial(backward.gradients, outputs_only=outputs_only, **options),
-            ),
+            (partial(mosaic_backward.kda_backward, **options), gradients),
         )
     )
     o, states = backward.differentiable(run, run_saving, run_backward)(*arguments)
