@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.kda import xla
+from pallas_kernels.kda.chunk_groups import ChunkGroups
 
 
 def differentiable(
@@ -70,7 +71,7 @@ def gradients(
     initial states is left at zero.
     """
     inputs = (q, k, v, g, beta)
-    groups = xla.ChunkGroups.make(beta, initial, segment_ids, outputs_only)
+    groups = ChunkGroups.make(beta, initial, segment_ids, outputs_only)
 
     def step(dstates: Array, group: tuple[Any, ...]) -> tuple[Array, xla.Tokens]:
         tokens, segments, owners, state, do = group
