@@ -122,18 +122,20 @@ def run(arguments: argparse.Namespace) -> None:
     make = (_training if arguments.train else _inference)(arguments, model, config, sizes)
 
     plans, records = [], []
-    for slice_ in slices:
-        try:
-            plans.append(make(slice_))
-        except ValueError as error:
-            if len(slices) == 1:
-                raise
-            records.append(refusal.as_json(slice_, error))
-            continue
-        record = plans[-1].as_json()
-        if arguments.price is not None:
-            record["cost"] = table.cost(record, arguments.price)
-        records.append(record)
+    with console(stderr=True).status("") as status:  # a terminal has a line for it, a pipe nothing
+        for done, slice_ in enumerate(slices):
+            status.update(f"planning {slice_.name} ({done} of {len(slices)} done)")
+            try:
+                plans.append(make(slice_))
+            except ValueError as error:
+                if len(slices) == 1:
+                    raise
+                records.append(refusal.as_json(slice_, error))
+                continue
+            record = plans[-1].as_json()
+            if arguments.price is not None:
+                record["cost"] = table.cost(record, arguments.price)
+            records.append(record)
     if not plans:
         raise ValueError("; ".join(record["error"] for record in records))
     if draw is not None:

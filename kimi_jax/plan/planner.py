@@ -105,7 +105,7 @@ def plan(model: str, job: Job, *, sizes: Sizes | None = None, compile_step: Comp
         compile_step = None
     if sizes is None:
         if not found:
-            raise ValueError(f"{model} divides by no mesh of {job.topology.name}'s {job.topology.devices} devices")
+            raise ValueError(f"no mesh of {job.topology.name}'s {job.topology.devices} devices divides {model}")
         chosen, why = next(ranked(found)), _why(found)
     else:
         idle = job.topology.devices - math.prod(sizes)

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from kimi_jax.plan.refusal import GB
 from kimi_jax.plan.report import MEMORY
@@ -35,6 +35,8 @@ REFUSED, FAINT = "#c1121f", "#777777"
 LONGEST = 150  # per cent at which the bar of a refused slice is cut
 MARKS = "osD^vP*Xp"
 LUMINANCE = (0.2126, 0.7152, 0.0722)  # of red, green and blue (ITU-R BT.709)
+SPEED_INCHES = 6.5  # height of chips against tokens a second
+NAMED_FROM = 1.08  # times the tokens a second of the last named slice, from which there is room for the next name
 NUMBERED = 5  # per cent of a device from which a part's number has room in its bar
 
 Record = Mapping[str, Any]
@@ -52,10 +54,13 @@ def save(records: Sequence[Record], path: Path) -> None:
             _draw_memory(top, records)
             _draw_headroom(bottom, planned[0])
         else:
-            figure = Figure(figsize=(14, max(5.0, height)), layout="constrained")
-            left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-            _draw_memory(left, records)
-            _draw_speed(right, planned)
+            figure = Figure(figsize=(14, max(SPEED_INCHES, height)), layout="constrained")
+            below = max(0.1, height - SPEED_INCHES)
+            axes = figure.subplot_mosaic(
+                [["memory", "speed"], ["memory", "."]], width_ratios=(3, 2), height_ratios=(SPEED_INCHES, below)
+            )
+            _draw_memory(axes["memory"], records)
+            _draw_speed(axes["speed"], planned)
         figure.suptitle(_title(planned[0]), fontsize=12, fontweight="bold")
         figure.supxlabel(_source(planned), fontsize=8, color=FAINT)
         figure.savefig(path, format=path.suffix[1:].lower(), dpi=130)
@@ -89,7 +94,7 @@ def _draw_memory(axes: Axes, records: Sequence[Record]) -> None:
                 axes.text(begin + share / 2, row, f"{share:.0f}", ha="center", va="center", color=ink, fontsize=8)
             begin += share
     axes.set_yticks(range(len(records)), [_label(record) for record in records], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(records) - 0.5, -0.5)
     axes.set_xlim(0, LONGEST if any("error" in record for record in records) else 100)
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     axes.set_xlabel("memory of a device")
@@ -134,13 +139,18 @@ def _draw_speed(axes: Axes, records: Sequence[Record]) -> None:
         [record["chips"] for record in best], [record["tokens_per_second"] for record in best],
         color=FAINT, linewidth=1, drawstyle="steps-post", label="no fewer chips do more", zorder=2,
     )  # fmt: skip
+    named = 0.0
     for record in best:
         point = (record["chips"], record["tokens_per_second"])
-        axes.annotate(record["topology"], point, xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=8)
+        if point[1] > NAMED_FROM * named:
+            axes.annotate(record["topology"], point, xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=8)
+            named = point[1]
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.16, 0.12)
     axes.set_xlabel("chips")
     axes.set_ylabel("tokens/s at most")

@@ -60,8 +60,8 @@ def show(console: Console, plan: Plan) -> None:
 def _show_limits(console: Console, plan: Plan) -> None:
     sure = {None: "by arithmetic", True: "the batch confirmed by compiling it", False: "but the compiler refuses"}
     console.print(
-        f"fits at most: batch {plan.largest_batch:,} of {plan.job.context:,} tokens, or {_count(plan.job.batch, 'row')} of "
-        f"{plan.largest_context:,} tokens ({sure[plan.confirmed]})",
+        f"fits at most: batch {plan.largest_batch:,} of {plan.job.context:,} tokens, or "
+        f"{_count(plan.job.batch, 'row')} of {plan.largest_context:,} tokens ({sure[plan.confirmed]})",
         highlight=False,
     )
     if (engine := plan.engine) is None:
@@ -70,8 +70,8 @@ def _show_limits(console: Console, plan: Plan) -> None:
     copies = f", {engine.places:,} copies of recurrent states" if engine.places else ""
     console.print(
         f"an engine of {_count(engine.slots, 'slot')} takes {engine.cache_memory / GB:.2f} GB of a device, unless told "
-        f"otherwise: {engine.pages:,} pages{copies}; {_count(engine.sequences, 'sequence')} of {plan.job.context:,} tokens at "
-        "one time",
+        f"otherwise: {engine.pages:,} pages{copies}; {_count(engine.sequences, 'sequence')} of {plan.job.context:,} "
+        "tokens at one time",
         highlight=False,
     )
 

@@ -31,7 +31,11 @@ def refused(name, need=700 * 10**9, enough="tpu7x:8x16x16", int4=None):
 @pytest.mark.parametrize("mesh", [(1, 1, 1, 1), (16, 1, 8, 16), (128, 4, 2, 4), (16, 16, 2, 8)])
 def test_no_line_is_longer_than_80_characters(mesh, priced):
     # Given the longest name of a slice
-    records = [record("tpu7x:8x16x16", mesh, **priced), refused("v5p:8x16x16"), refused("rtx-4090:1", 99 * 10**9, None, 90 * 10**9)]
+    records = [
+        record("tpu7x:8x16x16", mesh, **priced),
+        refused("v5p:8x16x16"),
+        refused("rtx-4090:1", 99 * 10**9, None, 90 * 10**9),
+    ]
     found = table.lines(records)
     assert len(found) == 4 and max(map(len, found)) <= table.WIDTH, found
 
