@@ -146,8 +146,8 @@ def train_plan(model: str, job: TrainJob, *, compile_step: Compile | None = None
     dense, kinds = layers_with_experts(job.config)
     first = tuple(kinds) * FIRST
     short = job.with_layers(dense, first)
-    found = [_measure(short, compile_step)]
-    found += [_measure(job.with_layers(dense, (*first, kind)), compile_step) for kind in kinds]
+    found = [measure(short, compile_step)]
+    found += [measure(job.with_layers(dense, (*first, kind)), compile_step) for kind in kinds]
     base, *longer = (one for one, _ in found)
     per_layer = {kind: _add(more, base, -1) for kind, more in zip(kinds, longer, strict=True)}
     whole = base
@@ -214,7 +214,8 @@ def _check(model: str, job: TrainJob) -> None:
         raise TooSmallError(message, need, available, None if enough is None else enough.name)
 
 
-def _measure(job: TrainJob, compile_step: Compile | None) -> tuple[Measured, Compiled | None]:
+def measure(job: TrainJob, compile_step: Compile | None) -> tuple[Measured, Compiled | None]:
+    """Compiles the step of all of the job's layers, or where `compile_step` is None traces it."""
     if compile_step is None:
         # Slices of as many devices have the same messages
         platform = "cuda" if job.topology.is_gpu else "tpu"
