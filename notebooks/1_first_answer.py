@@ -13,8 +13,9 @@
 # %% [markdown]
 # # A first answer
 #
-# A model answers in text, looks at a picture, calls a tool, and thinks first or not. `MODEL` names a small model of the
-# package, or the folder of any converted or published checkpoint; what is claimed below is claimed of the small one.
+# A model answers in text, looks at a picture, calls a tool, and thinks first or not. `MODEL` names a small model of
+# the package, or the folder of any converted or published checkpoint; what is claimed below is claimed of the small
+# one.
 
 # %%
 MODEL = "k25-digits"
@@ -55,7 +56,7 @@ picture = kimi_jax.small.picture("427")
 question = "What number is in the picture?"
 answers = {thinking: ask(question, thinking=thinking, images=[picture]) for thinking in (True, False)}
 figure, axes = plt.subplots(1, 2, figsize=(8, 2), layout="constrained")
-for axis, (thinking, said) in zip(axes, answers.items(), strict=True):
+for axis, said in zip(axes, answers.values(), strict=True):
     axis.imshow(Image.open(picture).convert("L"), cmap="gray")
     axis.set_title(f"{'thinks: ' + said.reasoning if said.reasoning else 'answers at once'}\nKimi: {said.content}")
     axis.axis("off")

@@ -31,8 +31,8 @@ processor = kimi_jax.Processor.from_folder(folder)
 config = model.config.text
 
 # %% [markdown]
-# One conversation: a picture, a question, and the model's own answer after it. `look` runs the model's layers and returns
-# the experts that each chose.
+# One conversation: a picture, a question, and the model's own answer after it. `look` runs the model's layers and
+# returns the experts that each chose.
 
 # %%
 question = "What number is in the picture?"

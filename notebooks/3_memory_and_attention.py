@@ -13,8 +13,8 @@
 # %% [markdown]
 # # What a KDA state remembers, and what attention sees
 #
-# Kimi Linear has layers of two kinds. A KDA layer keeps a matrix of one size, however long the text: each token fades what
-# is there a little, and writes. An attention layer keeps every token, and looks at each again.
+# Kimi Linear has layers of two kinds. A KDA layer keeps a matrix of one size, however long the text: each token
+# fades what is there a little, and writes. An attention layer keeps every token, and looks at each again.
 
 # %%
 MODEL = "kimi-linear-small"
@@ -51,8 +51,9 @@ found = look(model, tokens, what=["kda", "attention"])
 # %% [markdown]
 # ## What is left of each token in the states at the end
 #
-# A head's keys have channels, and each channel has its own rate of fading. What a token wrote is multiplied by the decays
-# of all tokens after it; that product is what fading leaves of it. (Later tokens with a like key also overwrite it.)
+# A head's keys have channels, and each channel has its own rate of fading. What a token wrote is multiplied by the
+# decays of all tokens after it; that product is what fading leaves of it. (Later tokens with a like key also
+# overwrite it.)
 
 
 # %%

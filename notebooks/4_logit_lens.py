@@ -13,13 +13,15 @@
 # %% [markdown]
 # # The logit lens
 #
-# The head makes words of the last layer's vectors. Given an earlier layer's vectors, it shows what the model would say if
-# it had to stop there (nostalgebraist, *interpreting GPT: the logit lens*, 2020).
+# The head makes words of the last layer's vectors. Given an earlier layer's vectors, it shows what the model would
+# say if it had to stop there (nostalgebraist, *interpreting GPT: the logit lens*, 2020).
 
 # %%
 MODEL = "k25-digits"
 
 # %%
+import itertools
+
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
@@ -81,4 +83,4 @@ plt.show()
 
 # %%
 assert agree[-1] == 1.0 and agree[0] < 0.7
-assert all(earlier > later for earlier, later in zip(far, far[1:], strict=False))
+assert all(earlier > later for earlier, later in itertools.pairwise(far))

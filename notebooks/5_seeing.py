@@ -13,13 +13,15 @@
 # %% [markdown]
 # # Seeing
 #
-# A picture is cut into patches, a vision tower turns patches into features while each looks at the others, and a projector
-# makes one token of the language model of every 2 x 2 patches.
+# A picture is cut into patches, a vision tower turns patches into features while each looks at the others, and a
+# projector makes one token of the language model of every 2 x 2 patches.
 
 # %%
 MODEL = "k25-digits"
 
 # %%
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
@@ -79,13 +81,14 @@ plt.show()
 
 # %%
 np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-4)
-for start, stop in zip(ends, ends[1:], strict=False):  # nobody looks into another picture
+for start, stop in itertools.pairwise(ends):  # nobody looks into another picture
     assert attention[:, start:stop, :start].max(initial=0) == attention[:, start:stop, stop:].max(initial=0) == 0
 
 # %% [markdown]
 # ## Features
 #
-# The three directions in which the features of all pictures' patches differ most, as red, green and blue over the pictures.
+# The three directions in which the features of all pictures' patches differ most, as red, green and blue over the
+# pictures.
 
 # %%
 features = np.asarray(found.vision[layer].hidden, np.float64)

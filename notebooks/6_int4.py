@@ -13,8 +13,8 @@
 # %% [markdown]
 # # INT4
 #
-# Published Kimis hold the experts as codes from -7 to 7 and a bf16 scale for each group of 32. What does that cost, and
-# what does it save? Here a model that was trained in bf16 is converted both ways.
+# Published Kimis hold the experts as codes from -7 to 7 and a bf16 scale for each group of 32. What does that cost,
+# and what does it save? Here a model that was trained in bf16 is converted both ways.
 
 # %%
 MODEL = "kimi-linear-small"
@@ -85,7 +85,8 @@ assert abs(saved - 16 / 4.5) < 0.01  # 4 bits, and 16 for each 32
 # %% [markdown]
 # ## What the model says of it
 #
-# Both forms read the same text. Kullback-Leibler divergence of the next word, and how often the best guess is the same.
+# Both forms read the same text. Kullback-Leibler divergence of the next word, and how often the best guess is the
+# same.
 
 # %%
 questions = [
