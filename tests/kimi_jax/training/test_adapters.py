@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     write_toy(root / "toy", toy_config("k2", **SIZES, quantization_config=int4(("lm_head",))), shards=1)
     line = json.dumps({"messages": [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "1, one"}]})
     (root / "data.jsonl").write_text(f"{line}\n" * 4)
-    settings = Settings(4, rows=1, tokens=64, learning_rate=0.02, trainable=is_adapted, adapter_rank=RANK, save_every=2)
+    settings = Settings(4, rows=1, tokens=80, learning_rate=0.02, trainable=is_adapted, adapter_rank=RANK, save_every=2)
     made = Run(root / "toy", root / "data.jsonl", root / "out", settings)
     made.losses = [float(metrics.loss) for _, metrics in made.steps()]
     yield made
