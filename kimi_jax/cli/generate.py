@@ -54,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", action="append", default=[], metavar="FILE", help="picture to show with --prompt; may be repeated"
     )
     parser.add_argument(
-        "--video", action="append", default=[], metavar="FILE", help="GIF, WebP or PNG animation to show with --prompt"
+        "--video",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="MP4 or another film (with kimi-jax[video]), or GIF, WebP or PNG animation, to show with --prompt",
     )
     parser.add_argument(
         "--no-thinking", dest="thinking", action="store_false", help="answer at once (K2.5's Instant mode)"
