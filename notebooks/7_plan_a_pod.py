@@ -109,8 +109,9 @@ plt.show()
 
 # %%
 contexts = [8192, 32768, 131072, 262144]
-name = plans[-1]["topology"]
-longer = [plan("--batch", "16", "--context", str(context), "--topology", name)[0] for context in contexts]
+name, mesh = plans[-1]["topology"], plans[-1]["mesh"]
+same = ("--batch", "16", "--topology", name, "--mesh", ",".join(f"{axis}={size}" for axis, size in mesh.items()))
+longer = [plan(*same, "--context", str(context))[0] for context in contexts]
 figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
 axis.loglog(contexts, [record["memory"]["cache"] / 1e9 for record in longer], "o-", label="cache")
 axis.loglog(contexts, [record["memory"]["experts"] / 1e9 for record in longer], "s-", label="experts")
@@ -119,5 +120,5 @@ axis.set_ylabel("GB of a device")
 axis.set_title(name)
 axis.legend()
 plt.show()
-assert len({record["memory"]["experts"] for record in longer if record["mesh"] == longer[0]["mesh"]}) == 1
+assert len({record["memory"]["experts"] for record in longer}) == 1
 assert longer[-1]["memory"]["cache"] > 8 * longer[0]["memory"]["cache"]
