@@ -135,7 +135,8 @@ class TrainPlan:
 def train_plan(model: str, job: TrainJob, *, compile_step: Compile | None = None) -> TrainPlan:
     """Plans `job`, on the mesh of its `sizes` or, where these are (), on the one that `choose_sizes` gives.
 
-    `compile_step` (`compile.compiled`) is called for two programs or more; None counts messages of traces alone.
+    `compile_step` (`compile.compiled`) is called for two programs or more; None, and GPUs, which no compiler is asked
+    for, count messages of traces alone.
     Raises ValueError where the mesh does not multiply to the devices or does not divide the job, and where the layers
     are of an order that no plan is made for; TooSmallError where a device does not hold its states, naming the smallest
     slice whose devices do.
@@ -143,6 +144,8 @@ def train_plan(model: str, job: TrainJob, *, compile_step: Compile | None = None
     why = "given" if job.sizes else "experts and rows divided over `data`, heads over the rest"
     job = job if job.sizes else dataclasses.replace(job, sizes=choose_sizes(job))
     _check(model, job)
+    if job.topology.is_gpu:
+        compile_step = None
     dense, kinds = layers_with_experts(job.config)
     first = tuple(kinds) * FIRST
     short = job.with_layers(dense, first)
@@ -170,7 +173,13 @@ def train_plan(model: str, job: TrainJob, *, compile_step: Compile | None = None
         bound=bound(job, whole.messages),
         slices={form.name: _smallest(job, form) for form in FORMS},
         compiled=compiled,
-        warnings=tuple(f"{moved.how} of experts: {moved.instruction}" for one in compiled for moved in one.moved),
+        # (Copies are how masters are rounded and gradients turned.)
+        warnings=tuple(
+            f"{moved.how} of experts: {moved.instruction}"
+            for one in compiled
+            for moved in one.moved
+            if moved.how != "copy"
+        ),
     )
 
 
