@@ -46,8 +46,8 @@ class Measured:
     """
 
     messages: tuple[Messages, ...]
-    arguments: float | None
-    beside: float | None
+    arguments: int | None
+    beside: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class TrainPlan:
         return self.job.rows * self.job.tokens / self.bound.lower_bound_seconds
 
     @property
-    def headroom(self) -> float | None:
+    def headroom(self) -> int | None:
         """Bytes that the extrapolated step leaves of a device's memory; None where nothing was compiled."""
         if self.whole.arguments is None or self.whole.beside is None:
             return None
@@ -243,7 +243,7 @@ def _traced(job: TrainJob, platform: str) -> tuple[Messages, ...]:
 def _add(one: Measured, other: Measured, times: int) -> Measured:
     """Adds `times` another's numbers."""
 
-    def total(a: float | None, b: float | None) -> float | None:
+    def total(a: int | None, b: int | None) -> int | None:
         return None if a is None or b is None else a + times * b
 
     return Measured(
