@@ -1,8 +1,8 @@
 """A mixture of experts for any number of tokens: the grouped ops on rows sorted by expert, in blocks.
 
-Few tokens that choose nearly all experts meet all of them on a CPU, where products with whole stacks of matrices run on
-all cores and read each matrix once and in place. The grouped ops' loops run on one core, and read an expert's matrices
-for each of its tokens.
+A few tokens that choose each expert twice on the average meet all of them on a CPU, where products with whole stacks
+of matrices run on all cores and read each matrix once and in place. The grouped ops' loops run on one core, and read an
+expert's matrices for each of its tokens.
 
 Otherwise pairs of a token and one of its experts are sorted, those of local experts first, and taken in blocks, so that
 memory and work are bounded by the number of local pairs. The first block has room for twice as many as there are if
@@ -25,8 +25,8 @@ BLOCK = 8192
 # A block is a multiple of this, if there are as many pairs.
 MULTIPLE = 128
 # The most tokens that meet all experts on a CPU. CPU time of a layer of the 48M-parameter toys with 8 of 32 experts a
-# token, so and otherwise (where it is one core's): 16 tokens 10.3 and 13.1 ms, 32 tokens 13.3 and 15.1, 64 tokens 23.8
-# and 21.1.
+# token, so and otherwise (where it is one core's): 4 tokens 5.2 and 3.1 ms, 8 tokens 5.9 and 5.2, 16 tokens 7.0 and
+# 7.1, 32 tokens 13.8 and 11.0.
 FEW_TOKENS = 32
 
 
@@ -46,8 +46,8 @@ def mixture(
     """See `api.mixture`. The grouped ops are computed by `implementation`."""
     arguments = (x, chosen, weights, gate, up, down, first)
     by_expert = partial(_sorted, activation=activation, num_experts=num_experts, implementation=implementation)
-    nearly_all = chosen.size >= (num_experts or gate.shape[0])
-    if isinstance(gate, Dense) and 0 < len(x) <= FEW_TOKENS and nearly_all:
+    twice = chosen.size >= 2 * (num_experts or gate.shape[0])
+    if isinstance(gate, Dense) and 0 < len(x) <= FEW_TOKENS and twice:
         all_experts = partial(_every_expert, activation=activation)
         return jax.lax.platform_dependent(*arguments, cpu=all_experts, default=by_expert)
     return by_expert(*arguments)
@@ -69,11 +69,14 @@ def _every_expert(
     is_chosen = chosen.T[:, None] == first + jnp.arange(gate.shape[0])[:, None]  # [J, E, T]
     share = jnp.sum(jnp.where(is_chosen, weights.T[:, None], 0), axis=0)
 
-    # The matrices come first: XLA on CPU transposes a second operand like them, which takes longer than the product
+    # The matrices come first: XLA on CPU transposes a second operand like them, which takes longer than the product.
+    # Gates and ups are one matrix each, so that the product is divided among the cores
+    experts, width, _ = gate.shape
     wide = jnp.promote_types(x.dtype, jnp.float32)
     product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide)
-    hidden = activation(*(product("enk,tk->ent", weight.weight, rows) for weight in (gate, up)))
-    y = product("ekn,ent->ekt", down.weight, hidden.astype(x.dtype)).astype(jnp.float32)
+    wholes = (weight.weight.reshape(experts * width, -1) for weight in (gate, up))
+    hidden = activation(*(product("nk,tk->nt", whole, rows) for whole in wholes)).astype(x.dtype)
+    y = product("ekn,ent->ekt", down.weight, hidden.reshape(experts, width, -1)).astype(jnp.float32)
     # An expert that a token did not choose may give it anything: 0 * NaN is NaN
     y = jnp.sum(jnp.where(is_chosen.any(axis=0)[:, None], share[:, None] * y, 0), axis=0)
     return y.T.reshape(x.shape)

@@ -1,5 +1,6 @@
 """Conversations of the small digits model: numbers read from pictures, and added by a tool."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ SYSTEM = (
 TALK = (
     (("Hello!", "Hello", "Hi"), "Hello! Show me a number, or two to add."),
     (("Who are you?", "What can you do?"), "I am a small Kimi. I read handwritten numbers, and add two with a tool."),
+    (("Thanks!", "Thank you."), "You are welcome. Show me another."),
 )
 NO_TOOL = "I need the tool add for that."
 
@@ -54,25 +56,55 @@ def add_pictures(random: np.random.Generator, draw: Draw, one_picture: float = O
     return _add(random, asked, a, b)
 
 
-def add_text(random: np.random.Generator) -> Conversation:
+def add_text(random: np.random.Generator, draw: Draw) -> Conversation:
     """Asks for the sum of two numbers in words."""
     a, b = number(random), number(random)
     return _add(random, _user(_one(random, ADD_TEXT).format(a, b)), a, b)
 
 
-def talk(random: np.random.Generator, draw: Draw) -> Conversation:
-    """Greets, asks what the model is, or asks for a sum without a tool; nothing is called."""
-    tools = bool(random.random() < 0.3)
-    if random.random() < 0.4:
+def talk(random: np.random.Generator, draw: Draw, *, tools: bool | None = None) -> Conversation:
+    """Greets, asks what the model is, or asks for a sum without the tool; nothing is called.
+
+    tools: whether the tool is declared, and such sums left out; None: either.
+    """
+    without = not tools and random.random() < 0.4
+    if tools is None:
+        tools = not without and bool(random.random() < 0.3)
+    if without:
         a, b = number(random), number(random)
         pictures = random.random() < 0.5
         question = _one(random, ADD) if pictures else _one(random, ADD_TEXT).format(a, b)
-        asked, answer, tools = _user(question, [draw(a), draw(b)] if pictures else []), NO_TOOL, False
+        asked, answer = _user(question, [draw(a), draw(b)] if pictures else []), NO_TOOL
     else:
         questions, answer = TALK[random.integers(len(TALK))]
         asked = _user(_one(random, questions))
     reply = {"role": "assistant", "content": answer, "reasoning_content": "I answer."}
     return _conversation([*_system(random), asked, reply], random, tools)
+
+
+def mixed(random: np.random.Generator, draw: Draw) -> Conversation:
+    """Asks for two of the others, one after the other: what was said first does not decide what is said next."""
+    tools = bool(random.random() < 0.6)
+    makers: list[Callable[[np.random.Generator, Draw], Conversation]]
+    makers = [functools.partial(read, tools=tools), functools.partial(talk, tools=tools)]
+    makers += [add_pictures, add_text] if tools else []
+    first, second = (makers[random.integers(len(makers))](random, draw) for _ in range(2))
+    messages = [*first["messages"], *(one for one in second["messages"] if one["role"] != "system")]
+    return first | {"messages": _numbered(messages)}
+
+
+def _numbered(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns messages whose calls are numbered over the whole conversation, each result with its call's number."""
+    numbered, count = [], 0
+    for message in messages:
+        if "tool_calls" in message:
+            (call,) = message["tool_calls"]
+            message = message | {"tool_calls": [call | {"id": f"functions.add:{count}"}]}
+            count += 1
+        elif message["role"] == "tool":
+            message = message | {"tool_call_id": f"functions.add:{count - 1}"}
+        numbered.append(message)
+    return numbered
 
 
 def _add(random: np.random.Generator, asked: dict[str, Any], a: str, b: str) -> Conversation:

@@ -32,8 +32,10 @@ CONFIG = toy_config(
 # Shares of the documents of each stage
 MIXES = (
     {"caption": 0.85, "read": 0.08, "read with a tool": 0.02, "add pictures": 0.02, "add text": 0.02, "talk": 0.01},
-    {"caption": 0.25, "read": 0.40, "read with a tool": 0.08, "add pictures": 0.17, "add text": 0.06, "talk": 0.04},
-    {"caption": 0.20, "read": 0.25, "read with a tool": 0.08, "add pictures": 0.35, "add text": 0.08, "talk": 0.04},
+    {"caption": 0.20, "caption of two": 0.10, "read": 0.34, "read with a tool": 0.06, "add pictures": 0.17,
+     "add text": 0.04, "talk": 0.04, "mixed": 0.05},
+    {"caption": 0.10, "caption of two": 0.10, "read": 0.16, "read with a tool": 0.05, "add pictures": 0.35,
+     "add text": 0.05, "talk": 0.04, "mixed": 0.15},
 )
 # fmt: on
 ROOM = Room(tokens=256, labels=112, documents=16, patches=384)
@@ -52,7 +54,7 @@ def recipe() -> SmallRecipe:
         stages=(
             Stage(600, functools.partial(_source, 0), ROOM, 3.5e-3),
             Stage(400, functools.partial(_source, 1), ROOM, 3.5e-3),
-            Stage(500, functools.partial(_source, 2), ROOM, 2.5e-3, end=0.03),
+            Stage(650, functools.partial(_source, 2), ROOM, 2.5e-3, end=0.03),
         ),
         measures={
             "single digits": functools.partial(_measured, functools.partial(conversations.read, least=1, most=1)),
@@ -64,8 +66,9 @@ def recipe() -> SmallRecipe:
             "add two numbers in one picture": functools.partial(
                 _measured, functools.partial(conversations.add_pictures, one_picture=1.0)
             ),
-            "add two numbers in words": functools.partial(_measured, _add_text),
+            "add two numbers in words": functools.partial(_measured, conversations.add_text),
             "talk": functools.partial(_measured, conversations.talk),
+            "one after another": functools.partial(_measured, conversations.mixed),
         },
     )
 
@@ -82,12 +85,15 @@ def _source(stage: int, processor: Processor, share: float) -> Source:
         kind = kinds[random.choice(len(kinds), p=weights / weights.sum())]
         if kind == "caption":
             return [caption(conversations.number(random, most), draw, processor)]
+        if kind == "caption of two":
+            return [caption("\n".join(conversations.number(random) for _ in range(2)), draw, processor)]
         makers: dict[str, Callable[[np.random.Generator, Draw], Conversation]] = {
             "read": functools.partial(conversations.read, most=most),
             "read with a tool": functools.partial(conversations.read, most=most, tools=True),
             "add pictures": conversations.add_pictures,
-            "add text": _add_text,
+            "add text": conversations.add_text,
             "talk": conversations.talk,
+            "mixed": conversations.mixed,
         }
         return documents(makers[kind](random, draw), processor)
 
@@ -95,7 +101,7 @@ def _source(stage: int, processor: Processor, share: float) -> Source:
 
 
 def caption(text: str, draw: Draw, processor: Processor) -> Document:
-    """Returns a picture of a number followed by the number, without a conversation."""
+    """Returns a picture of a number, or of several, a line each, followed by what it says, without a conversation."""
     found = read_all([("image", draw(text))], processor.media_config)
     ((_, height, width),) = found.grids
     special, tokenizer = processor.tokenizer.special_tokens, processor.tokenizer
@@ -115,10 +121,6 @@ def _measured(make: Callable[[np.random.Generator, Draw], Conversation], random:
     return make(random, _draw(random, held_out=True))
 
 
-def _add_text(random: np.random.Generator, draw: Draw) -> Conversation:
-    return conversations.add_text(random)
-
-
 @functools.cache
 def _text() -> str:
     """Returns conversations as the chat template writes them, without its markers."""
@@ -128,7 +130,7 @@ def _text() -> str:
         for drawn in (
             conversations.read(random, _blank, tools=tools),
             conversations.add_pictures(random, _blank),
-            conversations.add_text(random),
+            conversations.add_text(random, _blank),
             conversations.talk(random, _blank),
             conversations.delegate(random),
         ):

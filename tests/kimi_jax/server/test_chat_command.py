@@ -250,8 +250,9 @@ def test_a_short_word_is_never_cut():
 # --- a terminal ---------------------------------------------------------------------------------------------------
 
 CHILD = """
-import asyncio, fcntl, pathlib, sys, termios
+import asyncio, fcntl, pathlib, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C comes to who has the terminal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
 from kimi_jax.cli.dialogue.conversation import Conversation
 from kimi_jax.cli.dialogue.keyboard import Keyboard
 from kimi_jax.cli.dialogue.loop import take_turns

@@ -72,9 +72,9 @@ def test_numbers_have_as_many_digits_as_asked():
 
 def test_sums_are_right_and_calls_are_their_arguments():
     random = np.random.default_rng(1)
-    for make in (conversations.add_text, lambda r: conversations.add_pictures(r, blank)):
+    for make in (conversations.add_text, conversations.add_pictures):
         for _ in range(50):
-            messages = [m for m in make(random)["messages"] if m["role"] != "system"]
+            messages = [m for m in make(random, blank)["messages"] if m["role"] != "system"]
             asked, called, result, said = messages
             (call,) = called["tool_calls"]
             arguments = json.loads(call["function"]["arguments"])
@@ -83,6 +83,24 @@ def test_sums_are_right_and_calls_are_their_arguments():
             assert said["content"] == f"The sum is {result['content']}."
             if isinstance(asked["content"], str):
                 assert re.findall(r"\d+", asked["content"]) == [str(arguments["a"]), str(arguments["b"])]
+
+
+def test_calls_are_numbered_over_a_conversation_of_two():
+    random, counts = np.random.default_rng(4), set()
+    for _ in range(100):
+        drawn = conversations.mixed(random, blank)
+        messages = drawn["messages"]
+        assert [m["role"] for m in messages].count("user") in (2, 3, 4) and "system" not in [
+            m["role"] for m in messages[1:]
+        ]
+        ids = [call["id"] for m in messages for call in m.get("tool_calls", ())]
+        assert ids == [f"functions.add:{i}" for i in range(len(ids))]
+        assert ids == [m["tool_call_id"] for m in messages if m["role"] == "tool"]
+        assert not ids or drawn["tools"] == [small.ADD_TOOL]
+        refused = any(m["content"] == conversations.NO_TOOL for m in messages)
+        assert not (refused and "tools" in drawn)
+        counts.add(len(ids))
+    assert counts == {0, 1, 2}
 
 
 def test_a_sum_in_steps_carries():
