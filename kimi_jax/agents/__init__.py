@@ -6,6 +6,7 @@ from kimi_jax.agents.heavy import heavy as heavy
 from kimi_jax.agents.limits import Limits as Limits
 from kimi_jax.agents.loop import Agent as Agent
 from kimi_jax.agents.loop import Run as Run
+from kimi_jax.agents.mcp_tools import mcp_tools as mcp_tools
 from kimi_jax.agents.model import BusyError as BusyError
 from kimi_jax.agents.model import Call as Call
 from kimi_jax.agents.model import ChatModel as ChatModel
