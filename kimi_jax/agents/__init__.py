@@ -15,6 +15,7 @@ from kimi_jax.agents.model import Parts as Parts
 from kimi_jax.agents.model import Reply as Reply
 from kimi_jax.agents.model import Usage as Usage
 from kimi_jax.agents.openai_model import OpenAIModel as OpenAIModel
+from kimi_jax.agents.python_tool import python as python
 from kimi_jax.agents.replay import read_trace as read_trace
 from kimi_jax.agents.scripted import ScriptedModel as ScriptedModel
 from kimi_jax.agents.swarm import swarm as swarm

@@ -21,9 +21,10 @@ START = 60.0  # seconds for a server to start and list its tools
 async def mcp_tools(spec: Any, *, timeout: float = 60.0) -> AsyncIterator[list[Tool]]:
     """Connects to servers while the block runs; gives their tools, each of which asks for a person's yes.
 
-    spec: `{"mcpServers": {NAME: {"command": ..., "args": ..., "env": ..., "cwd": ...} or {"url": ..., "headers": ...}}}`
-        or the path of a JSON file with it, the URL of one server, `mcp.StdioServerParameters`, or an `MCPServer` of
-        this process. Servers of commands get of this process's environment what `mcp` deems harmless, and `env`.
+    spec: `{"mcpServers": {NAME: SERVER}}`, where SERVER is `{"command": ..., "args": ..., "env": ..., "cwd": ...}` or
+        `{"url": ..., "headers": ...}`, or the path of a JSON file with it, the URL of one server,
+        `mcp.StdioServerParameters`, or an `MCPServer` of this process. Servers of commands get of this process's
+        environment what `mcp` deems harmless, and `env`.
     timeout: seconds that a call may take. A call that takes longer or is cancelled is cancelled on the server.
 
     A tool whose name two servers have is named SERVER_TOOL on both.

@@ -214,7 +214,7 @@ def test_headers_and_environments_reach_the_server_and_not_the_trace():
         (
             mcp.StdioServerParameters(command="/no/such"),
             RuntimeError,
-            "the MCP server /no/such gives no tools: FileNot",
+            "the MCP server /no/such gives no tools",
         ),
     ],
 )
