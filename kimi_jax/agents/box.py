@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from kimi_jax.agents import interpreter
+from kimi_jax.printable import printable
 
 Kind = Literal["bwrap", "unshare", "none"]
 HOME = "/box"  # the folder's path in a box
@@ -26,8 +27,8 @@ SOURCE = Path(interpreter.__file__).read_text(encoding="utf-8")
 _USERS = itertools.count()  # each box of root is another user, so that limits of processes are its own
 _FIRST_USER, _NUMBER_OF_USERS = 40_000, 20_000  # between those of people and those that systemd hands out
 
-# $1: a folder for the box's root, $2: its working folder, then what is shown read-only. All mounts are in a namespace of
-# their own, which ends with the box. The program in it unmounts /old, the outer root, before it does anything else.
+# $1: a folder for the box's root, $2: its working folder, then what is shown read-only. All mounts are in a namespace
+# of their own, which ends with the box. The program in it unmounts /old, the outer root, before it does anything else.
 _UNSHARE = """
 root=$1 home=$2; shift 2
 mount -t tmpfs -o mode=755 box "$root"
@@ -38,7 +39,7 @@ while [ "$1" != -- ]; do
   mount --rbind "$1" "$root$1"; mount -o remount,bind,ro,nosuid,nodev "$root$1"; shift
 done
 shift
-for device in null zero random urandom; do touch "$root/dev/$device"; mount --bind "/dev/$device" "$root/dev/$device"; done
+for name in null zero random urandom; do touch "$root/dev/$name"; mount --bind "/dev/$name" "$root/dev/$name"; done
 mount --bind "$home" "$root/box"
 cd "$root"; PATH=$PATH:/usr/sbin:/sbin pivot_root . old; cd /box
 exec "$@"
@@ -74,30 +75,36 @@ def user_of_box(kind: Kind) -> int | None:
     return _FIRST_USER + next(_USERS) % _NUMBER_OF_USERS if kind != "none" and _is_root() else None
 
 
-@functools.cache
 def find_box() -> tuple[Kind, str]:
     """Returns the kind of box that works on this machine, "none" where none does, and one line that says why none."""
-    reasons = []
     kinds: tuple[Kind, ...] = ("bwrap", "unshare")
+    reasons = []
     for kind in kinds:
-        if shutil.which(kind) is None:
-            reasons.append(f"{kind} is not installed")
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            home = Path(folder) / "home"
-            home.mkdir()
-            program = f"{SOURCE}\nleave_outside({user_of_box(kind)})"
-            command = box_command(kind, home, [sys.executable, "-I", "-c", program])
-            try:
-                tried = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=30, check=False)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                reasons.append(f"{kind} fails: {error}")
-                continue
-        if tried.returncode == 0:
+        reason = why_not(kind)
+        if not reason:
             return kind, ""
-        lines = tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"]
-        reasons.append(f"{kind} fails: {lines[-1]}")
+        reasons.append(reason)
     return "none", "; ".join(reasons)
+
+
+@functools.cache
+def why_not(kind: Kind) -> str:
+    """Returns the reason for which a kind of box does not work on this machine; nothing where it works."""
+    if shutil.which(kind) is None:
+        return f"{kind} is not installed"
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder) / "box"
+        home.mkdir()
+        program = f"{SOURCE}\nleave_outside({user_of_box(kind)})"
+        command = box_command(kind, home, [sys.executable, "-I", "-c", program])
+        try:
+            tried = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{kind} fails: {printable(error)}"
+    if tried.returncode == 0:
+        return ""
+    lines = tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"]
+    return f"{kind} fails: {printable(lines[-1])}"
 
 
 def _is_root() -> bool:

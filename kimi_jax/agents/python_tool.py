@@ -100,16 +100,16 @@ class Interpreter:
             os.chown(home, user, user)
         ours, theirs = socket.socketpair()
         self._stack.callback(ours.close)
-        output = self._stack.enter_context(tempfile.TemporaryFile())
-        self._output = output.fileno()
+        self._output = os.open(Path(folder.name) / "output", os.O_RDWR | os.O_CREAT, 0o600)
+        self._stack.callback(os.close, self._output)
         boxed = self._kind != "none"
         with theirs:
             program = f"{SOURCE}\nmain({theirs.fileno()}, {boxed}, {user})"
             process = await asyncio.create_subprocess_exec(
                 *box_command(self._kind, home, [sys.executable, "-I", "-u", "-c", program]),
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
+                stdout=self._output,
+                stderr=self._output,
                 env={**ENVIRONMENT, "HOME": HOME if boxed else str(home)},
                 cwd=home,
                 pass_fds=[theirs.fileno()],
@@ -137,9 +137,13 @@ class Interpreter:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    def send(number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
+    def send(number: int) -> bool:
+        """Signals the group, and says whether it has a process."""
+        try:
             os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
 
     send(signal.SIGTERM)
     try:
@@ -150,6 +154,10 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     finally:
         send(signal.SIGKILL)
     await process.wait()
+    for _ in range(100):  # the others of the group are gone soon after, one second at most
+        if not send(0):
+            return
+        await asyncio.sleep(0.01)
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:
