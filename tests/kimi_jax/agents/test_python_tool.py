@@ -39,9 +39,9 @@ def cells(kind, *codes):
 
 
 def left_of(session):
-    """Returns the processes that are left of a session."""
-    listed = subprocess.run(["ps", "-eo", "sid"], capture_output=True, text=True, check=True).stdout
-    return listed.split().count(str(session))
+    """Returns how many processes of a session are alive; one that is dead may wait for init to take note."""
+    listed = subprocess.run(["ps", "-eo", "sid=,stat="], capture_output=True, text=True, check=True).stdout
+    return sum(sid == str(session) and not stat.startswith("Z") for sid, stat in map(str.split, listed.splitlines()))
 
 
 FORKS = "import os\nn = 0\nwhile True:\n    if os.fork() == 0:\n        import time; time.sleep(100)\n    n += 1"
