@@ -52,7 +52,8 @@ def test_no_line_is_longer_than_80_characters(mesh, priced):
 def test_a_line_for_each_slice_is_printed_first(narrow, capsys, monkeypatch):
     if narrow:
         monkeypatch.setattr(
-            "kimi_jax.cli.plan.console", lambda **_: Console(width=80, force_terminal=True, color_system=None)
+            "kimi_jax.cli.plan.console",
+            lambda stderr=False: Console(stderr=stderr, width=80, force_terminal=not stderr, color_system=None),
         )
     slices = [part for name in ("v5e:2x2", "h100:1", "h200:1") for part in ("--topology", name)]
     assert main(["plan", "--model", "linear-48b", *slices, "--no-compile", "--price", "3", "--details"]) == 0
