@@ -1,12 +1,14 @@
 """Agents on Kimi models: a loop of tool calls with limits, and swarms of sub-agents."""
 
 from kimi_jax.agents.engine_model import EngineModel as EngineModel
+from kimi_jax.agents.file_tools import files as files
 from kimi_jax.agents.limits import Limits as Limits
 from kimi_jax.agents.loop import Agent as Agent
 from kimi_jax.agents.loop import Run as Run
 from kimi_jax.agents.model import Call as Call
 from kimi_jax.agents.model import ChatModel as ChatModel
 from kimi_jax.agents.model import ContextLengthError as ContextLengthError
+from kimi_jax.agents.model import Mode as Mode
 from kimi_jax.agents.model import Reply as Reply
 from kimi_jax.agents.model import Usage as Usage
 from kimi_jax.agents.openai_model import OpenAIModel as OpenAIModel

@@ -38,6 +38,8 @@ class Tool:
         runs in a thread, which goes on to its end.
     timeout: seconds that a call may take; None is no limit.
     counts: whether a call is taken from the budget of tool calls.
+    asks: whether a person's yes is needed before each call, as for what writes, runs code or reaches a network. It is
+        for who makes the tool available to ask: the `kimi-jax` command does, `Agent` does not.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Tool:
     run: Callable[..., Any]
     timeout: float | None = 60.0
     counts: bool = True
+    asks: bool = False
 
     @property
     def declaration(self) -> dict[str, Any]:

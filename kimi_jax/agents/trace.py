@@ -5,6 +5,7 @@ import binascii
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ class Trace:
     """Keeps the events of a run: in `events`, or as lines of the file `path`, each complete when the next begins.
 
     Every event has `t` (seconds since the start), `agent`, `parent` and `event`. A trace whose last line is the `stop`
-    of the agent "main" is complete. Raises FileExistsError where `path` exists.
+    of the agent "main" is complete. `listen` is given each event, too. Raises FileExistsError where `path` exists.
     """
 
-    def __init__(self, path: str | Path | None = None):
-        self.path = None if path is None else Path(path)
+    def __init__(self, path: str | Path | None = None, *, listen: Callable[[dict[str, Any]], object] | None = None):
+        self.path, self._listen = None if path is None else Path(path), listen
         self.events: list[dict[str, Any]] = []
         self._start = time.monotonic()
         self._texts = 0
@@ -30,9 +31,11 @@ class Trace:
         entry = {"t": seconds, "agent": agent, "parent": parent, "event": event, **self._without_pictures(fields)}
         if self.path is None:
             self.events.append(entry)
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=True) + "\n")
+        else:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=True) + "\n")
+        if self._listen is not None:
+            self._listen(entry)
 
     def _without_pictures(self, value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,0 +1,119 @@
+"""Gathers the tools that `agent` and `chat` are given by name, and has those that need it ask a person first."""
+
+import argparse
+import asyncio
+import concurrent.futures
+import functools
+import importlib.util
+import inspect
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kimi_jax.printable import printable
+
+if TYPE_CHECKING:
+    from kimi_jax.agents import Tool
+
+# Is given a tool and its arguments; returns, or raises ToolError with the words of the refusal.
+Permit = Callable[["Tool", dict[str, Any]], Awaitable[None]]
+
+
+def add_tools(parser: argparse.ArgumentParser) -> None:
+    """Adds `--tool` and `--yes`."""
+    parser.add_argument(
+        "--tool",
+        action="append",
+        default=[],
+        metavar="add|files:DIR|FILE.py",
+        help="a calculator that adds; listing, reading and searching inside a folder; or the public functions of a "
+        "Python file, which is run here; may be repeated",
+    )
+    parser.add_argument(
+        "--yes", action="store_true", help="let all tools run (default: ask before each call of a FILE.py's function)"
+    )
+
+
+def tools_of(names: Sequence[str]) -> "list[Tool]":
+    """Returns the tools that `--tool` names. Raises ValueError or OSError for a name that is none, and where two tools
+    have one name."""
+    from kimi_jax.agents import Toolset
+
+    tools = [one for name in names for one in _named(name)]
+    Toolset(tools)
+    return tools
+
+
+def _named(name: str) -> "list[Tool]":
+    from kimi_jax import small
+    from kimi_jax.agents import Tool, files
+
+    if name == "add":
+        return [Tool(**small.ADD_TOOL["function"], run=lambda a, b: a + b)]
+    kind, found, folder = name.partition(":")
+    if found and kind == "files":
+        return files(folder)
+    if not name.endswith(".py"):
+        raise ValueError(f"--tool {printable(name, 300)}: expected add, files:DIR or a Python file")
+    return _functions(Path(name))
+
+
+def _functions(path: Path) -> "list[Tool]":
+    """Runs a Python file, and returns its public functions as tools that ask."""
+    from kimi_jax.agents import tool
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{printable(path)}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        functions = [one for _, one in inspect.getmembers(module, inspect.isfunction) if one.__module__ == path.stem]
+        made = [tool(one) for one in functions if not one.__name__.startswith("_")]
+    except Exception as error:
+        raise ValueError(f"{printable(path)}: {type(error).__name__}: {error}") from error
+    if not made:
+        raise ValueError(f"{printable(path)}: no public function is defined in it")
+    return [
+        replace(one, asks=True, run=one.run if inspect.iscoroutinefunction(one.run) else _in_thread(one.run))
+        for one in made
+    ]
+
+
+def _in_thread(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+    """Returns a coroutine function that runs `function` in a thread which does not keep the process from ending."""
+
+    @functools.wraps(function)
+    async def run(**arguments: Any) -> Any:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+
+        def work() -> None:
+            try:
+                future.set_result(function(**arguments))
+            except StopIteration as error:  # which no future takes
+                future.set_exception(RuntimeError(f"StopIteration: {error}"))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name=function.__name__, daemon=True).start()
+        return await asyncio.wrap_future(future)
+
+    return run
+
+
+def with_permission(tools: "Sequence[Tool]", permit: Permit) -> "list[Tool]":
+    """Returns the tools; those that ask call `permit` before they run. Waiting for it takes nothing of their time."""
+    from kimi_jax.agents.tools import run_tool
+
+    def guarded(one: "Tool") -> "Tool":
+        async def run(**arguments: Any) -> Any:
+            await permit(one, arguments)
+            return await run_tool(one, arguments)
+
+        return replace(one, run=run, timeout=None)
+
+    return [guarded(one) if one.asks else one for one in tools]
