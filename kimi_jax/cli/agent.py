@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,18 +93,18 @@ def run(arguments: argparse.Namespace) -> None:
 
     trace = Trace(arguments.trace_out, listen=listen)
 
-    def work(model: "ChatModel") -> "Run":
-        with steps:
-            return asyncio.run(_agent(arguments, model, tools).run(task, trace=trace))
+    async def work(model: "ChatModel") -> "Run":
+        async with steps:
+            return await _agent(arguments, model, tools).run(task, trace=trace)
 
     if url is None:
         done = _work_here(arguments, work)
     else:
-        done = work(OpenAIModel.at(server_address(url), arguments.model, server_key(arguments)))
+        done = asyncio.run(work(OpenAIModel.at(server_address(url), arguments.model, server_key(arguments))))
     _finish(done, arguments.json)
 
 
-def _work_here(arguments: argparse.Namespace, work: "Callable[[ChatModel], Run]") -> "Run":
+def _work_here(arguments: argparse.Namespace, work: "Callable[[ChatModel], Coroutine[Any, Any, Run]]") -> "Run":
     """Loads the model, and works with it."""
     from kimi_jax.agents import EngineModel
 
@@ -112,7 +112,7 @@ def _work_here(arguments: argparse.Namespace, work: "Callable[[ChatModel], Run]"
     sampling: Any = {mode: sampling_of(arguments, arguments.path, thinking) for mode, thinking in modes}
     slots = _limits(arguments).concurrency if arguments.swarm else 1
     with engine_of(arguments, slots) as (engine, processor):
-        return work(EngineModel(engine, processor, sampling, seed=arguments.seed or 0))
+        return asyncio.run(work(EngineModel(engine, processor, sampling, seed=arguments.seed or 0)))
 
 
 def _agent(arguments: argparse.Namespace, model: "ChatModel", tools: "list[Tool]") -> "Agent":

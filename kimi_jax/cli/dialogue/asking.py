@@ -17,7 +17,7 @@ from kimi_jax.printable import printable
 if TYPE_CHECKING:
     from kimi_jax.agents import Tool
 
-QUESTION = "y once, a always for {name}, n no (n and a reason tells the model why)> "
+QUESTION = "y once, a always, n no, n REASON no and why> "
 
 
 class Asker:
@@ -48,7 +48,7 @@ class Asker:
                 return
             with self._pause():
                 self._show(tool.name, arguments)
-                answer, reason = await self._ask(tool.name)
+                answer, reason = await self._ask()
         if answer == "a":
             self._asking.discard(tool.name)
         elif answer == "n":
@@ -63,15 +63,19 @@ class Asker:
             for line in [f"{key}:", first, *rest] if rest else [f"{key}: {first}"]:
                 self._log.out(BAR + printable(line, len(line)), highlight=False)
 
-    async def _ask(self, name: str) -> tuple[str, str]:
+    async def _ask(self) -> tuple[str, str]:
         """Returns "y", "a" or "n", and the reason; the end of the input is no."""
         termios.tcflush(sys.stdin, termios.TCIFLUSH)  # what was typed before the question does not answer it
         while True:
-            self._log.out(QUESTION.format(name=printable(name, 100)), style="yellow", highlight=False, end="")
+            self._log.out(QUESTION, style="yellow", highlight=False, end="")
             self._log.file.flush()
-            line = await _line()
+            line = b""
+            try:
+                line = await _line()
+            finally:
+                if not line.endswith(b"\n"):
+                    self._log.out("")
             if not line:
-                self._log.out("")
                 return "n", ""
             answer, _, reason = line.decode(errors="replace").strip().partition(" ")
             if answer.lower() in ("y", "yes", "a", "always", "n", "no"):

@@ -37,6 +37,11 @@ class Conversation:
         """Returns the name of the tool whose result the next line is, None where it is the user's message."""
         return self._calls[0]["function"]["name"] if self._calls else None
 
+    @property
+    def waiting_calls(self) -> list[dict[str, Any]]:
+        """Returns the calls that have no result yet, in their order."""
+        return list(self._calls)
+
     def say(self, text: str) -> bool:
         """Adds the user's message, with the pictures that wait, or the result of a call. Returns whether the model is
         to answer now, and False where results of other calls are missing."""

@@ -8,10 +8,12 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from kimi_jax.cli.terminal import escaped
+from kimi_jax.printable import printable
 from kimi_jax.text.answers import Delta
 
 BAR = "│ "
-ARROW = "→ "
+ARROW, RESULT = "→ ", "← "
+RESULT_SHOWN = 300  # characters of a result
 _NARROWEST = 10  # columns; in less, words are not kept whole
 # A line feed, blanks, a wide character (which a line may break after), or a word.
 _PIECE = re.compile(r"\n|[^\S\n]+|[\u1100-\u11ff\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uff60]|\S")
@@ -99,6 +101,10 @@ class Screen:
         """Ends the answer's last line."""
         self._leave()
         self._last = None
+
+    def result(self, text: str) -> None:
+        """Shows the beginning and the end of a tool's result in a line."""
+        self.out.out(RESULT + printable(text, RESULT_SHOWN), style=_STYLE["call"], highlight=False)
 
     def note(self, text: str) -> None:
         """Shows a line about the conversation, on `log`."""

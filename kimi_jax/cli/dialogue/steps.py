@@ -1,5 +1,6 @@
 """Shows agents at work on a terminal: reasoning, calls and results, and for a swarm a table of who does what."""
 
+import asyncio
 import contextlib
 import sys
 import time
@@ -11,16 +12,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kimi_jax.cli.dialogue.screen import ARROW, BAR, WrappedText
+from kimi_jax.cli.dialogue.screen import ARROW, BAR, RESULT, WrappedText
 from kimi_jax.cli.terminal import escaped
 from kimi_jax.printable import printable
 
 LINE = 300  # characters of a call or result
+REFRESH = 0.25  # seconds
 MAIN = "main"
 
 
 class Steps:
-    """Takes the events of a trace, and shows them on `log` where that is a terminal. It is a context manager.
+    """Takes the events of a trace, and shows them on `log` where that is a terminal. It is an async
+    context manager.
 
     table: whether sub-agents are shown, in a live table below what the main agent does.
     asking: names of tools whose calls are shown by who asks for each.
@@ -32,17 +35,26 @@ class Steps:
         self._done = 0
         self._late: list[tuple[str, str]] = []  # lines that wait while a person is asked
         self._paused = False
-        live = Live(get_renderable=self._table, console=log, refresh_per_second=4, transient=True)
+        # Drawn by the event loop alone: with rich's own thread, lines that come meanwhile leave parts of tables behind
+        live = Live(get_renderable=self._table, console=log, auto_refresh=False, transient=True)
         self._live = live if table and log.is_terminal else None
 
-    def __enter__(self) -> "Steps":
+    async def __aenter__(self) -> "Steps":
         if self._live is not None:
             self._live.start()
+            self._drawing = asyncio.create_task(self._draw(self._live))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._live is not None:
+            self._drawing.cancel()
             self._live.stop()
+
+    async def _draw(self, live: Live) -> None:
+        while True:
+            await asyncio.sleep(REFRESH)
+            if live.is_started:
+                live.refresh()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -75,7 +87,7 @@ class Steps:
             case "call" if not (entry["name"] in self._asking and sys.stdin.isatty()):
                 self._line(f"{ARROW}{entry['name']} {entry['arguments']}", "cyan")
             case "result":
-                self._line(f"← {entry['content']}", "" if entry["ok"] else "red")
+                self._line(f"{RESULT}{entry['content']}", "" if entry["ok"] else "red")
 
     def _say(self, reasoning: str | None, content: str | None) -> None:
         for text, margin, style in ((reasoning, BAR, "dim"), (content, "", "")):
