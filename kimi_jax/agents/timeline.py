@@ -1,19 +1,15 @@
 """Reads a trace back: what each agent did and when, its counts, and the longest chain of steps through a swarm."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kimi_jax import json_reader
 from kimi_jax.agents.model import Usage
+from kimi_jax.agents.replay import read_trace
 from kimi_jax.stages import Stage, critical_steps
 
 Span = tuple[float, float]  # begin and end, seconds since the start of the trace
-
-
-class TraceError(ValueError):
-    """Raised where a file is no trace; the text names the line."""
+KINDS: dict[str, Any] = {"t": int | float, "agent": str, "parent": str | None, "event": str}
 
 
 @dataclass
@@ -45,75 +41,50 @@ class Timeline:
     is_whole: bool
 
     @property
-    def stages(self) -> list[Stage]:
-        """The steps of the main agents with those of each sub-agent launched in it."""
-        return [
-            (1, [len(sub.steps) for sub in self._launched(main, number)])
-            for main in self.agents.values()
-            if main.parent is None
-            for number in range(1, len(main.steps) + 1)
-        ]
-
-    @property
     def critical_steps(self) -> int:
         """The steps of the longest chain."""
-        return critical_steps(self.stages)
+        return sum(self._chain(main)[0] for main in self.agents.values() if main.parent is None)
 
     @property
     def critical_path(self) -> list[str]:
-        """The agents of the longest chain: those without a parent, and for each of their steps the sub-agent with the
-        most steps, of several the one that ended last."""
-        path = []
-        for main in self.agents.values():
-            if main.parent is None:
-                path.append(main.name)
-                for number in range(1, len(main.steps) + 1):
-                    if launched := self._launched(main, number):
-                        path.append(max(launched, key=lambda sub: (len(sub.steps), sub.end)).name)
-        return path
+        """The agents of the longest chain: one without a parent, and for each of its steps the sub-agent with the
+        longest chain of its own, of several the one that ended last."""
+        return [name for main in self.agents.values() if main.parent is None for name in self._chain(main)[1]]
 
-    def _launched(self, main: AgentRecord, stage: int) -> list[AgentRecord]:
-        return [one for one in self.agents.values() if (one.parent, one.stage) == (main.name, stage)]
-
-
-def read_events(path: str | Path) -> tuple[list[dict[str, Any]], bool]:
-    """Returns a trace's events, and whether its last line is whole; one that is cut off is left out.
-
-    Raises OSError, and TraceError where a line is no event.
-    """
-    *lines, rest = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    events = []
-    for number, line in enumerate(lines, 1):
-        label = f"{path}: line {number}"
-        try:
-            event = json_reader.parse(line, label)
-        except json_reader.JSONError as error:
-            raise TraceError(str(error)) from None
-        kinds = {"t": int | float, "agent": str, "parent": str | None, "event": str}
-        if not isinstance(event, dict) or not all(isinstance(event.get(key), kind) for key, kind in kinds.items()):
-            raise TraceError(f"{label}: expected an event with the fields t, agent, parent and event")
-        events.append(event)
-    return events, not rest
+    def _chain(self, agent: AgentRecord) -> tuple[int, list[str]]:
+        """Returns the steps and the agents of an agent's longest chain."""
+        stages: list[Stage] = []
+        path = [agent.name]
+        for number in range(len(agent.steps) + 1):  # runs that are merged are launched before the first step
+            launched = [one for one in self.agents.values() if (one.parent, one.stage) == (agent.name, number)]
+            chains = [(*self._chain(one), one.end) for one in launched]
+            stages.append((int(number > 0), [steps for steps, _, _ in chains]))
+            if chains:
+                path += max(chains, key=lambda chain: (chain[0], chain[2]))[1]
+        return critical_steps(stages), path
 
 
-def timeline(events: Sequence[dict[str, Any]]) -> Timeline:
-    """Returns what the events of a trace say about each agent.
+def read_timeline(path: str | Path) -> Timeline:
+    """Returns what a trace says about each agent. A last line that is cut off is left out.
 
-    Raises TraceError where an event lacks a field.
+    Raises OSError where the file cannot be read, and ValueError naming a line that is no event or lacks a field.
     """
     agents: dict[str, AgentRecord] = {}
     open_calls: dict[tuple[str, str], list[float]] = {}
-    last = float(events[-1]["t"]) if events else 0.0
-    for number, event in enumerate(events, 1):
+    last, is_whole = 0.0, False
+    for number, event in enumerate(read_trace(path), 1):
+        if not all(isinstance(event.get(key), kind) for key, kind in KINDS.items()):
+            raise ValueError(f"{path}, line {number}: expected an event with t, agent, parent and event")
         try:
             _take(event, agents, open_calls)
         except (KeyError, TypeError) as error:
-            raise TraceError(f"line {number}: the event {event['event']} has no {error}") from None
+            raise ValueError(f"{path}, line {number}: the event {event['event']} has no {error}") from None
+        last, is_whole = float(event["t"]), event["event"] == "stop" and event["parent"] is None
     for (name, _), begins in open_calls.items():
         agents[name].calls += [(begin, last) for begin in begins]
     for record in agents.values():
         record.end = last if record.stop is None else record.end
-    return Timeline(agents, bool(events) and events[-1]["event"] == "stop" and events[-1]["parent"] is None)
+    return Timeline(agents, is_whole)
 
 
 def _take(

@@ -38,22 +38,7 @@ class Trace:
             self._listen(entry)
 
     def _without_pictures(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: self._without_pictures(one) for key, one in value.items()}
-        if isinstance(value, list):
-            return [self._without_pictures(one) for one in value]
-        if not (isinstance(value, str) and value.startswith("data:image/")):
-            return value
-        head, _, body = value.partition(",")
-        try:
-            data = base64.b64decode(body, validate=True)
-        except binascii.Error:
-            return value
-        digest = hashlib.sha256(data).hexdigest()
-        if self.path is not None:
-            kind = "".join(filter(str.isalnum, head.removeprefix("data:image/").partition(";")[0]))
-            self.path.with_name(f"{digest}.{kind[:8]}").write_bytes(data)
-        return f"sha256:{digest}"
+        return without_pictures(value, self.path)
 
     def keep_text(self, text: str) -> Path | None:
         """Writes a result that is too long for a prompt to a file beside the trace, and returns its path; returns None
@@ -64,3 +49,24 @@ class Trace:
         file = self.path.with_name(f"{self.path.stem}.result-{self._texts}.txt")
         file.write_text(text, encoding="utf-8", errors="backslashreplace")
         return file
+
+
+def without_pictures(value: Any, beside: Path | None = None) -> Any:
+    """Returns a value of JSON with the SHA-256 of each picture in its place; `beside` is a file in whose folder the
+    pictures are written."""
+    if isinstance(value, dict):
+        return {key: without_pictures(one, beside) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_pictures(one, beside) for one in value]
+    if not (isinstance(value, str) and value.startswith("data:image/")):
+        return value
+    head, _, body = value.partition(",")
+    try:
+        data = base64.b64decode(body, validate=True)
+    except binascii.Error:
+        return value
+    digest = hashlib.sha256(data).hexdigest()
+    if beside is not None:
+        kind = "".join(filter(str.isalnum, head.removeprefix("data:image/").partition(";")[0]))
+        beside.with_name(f"{digest}.{kind[:8]}").write_bytes(data)
+    return f"sha256:{digest}"

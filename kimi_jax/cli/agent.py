@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from kimi_jax.cli.arguments import SEED_MAX, add_sampling, given_sampling, local, place, sampling_of, seconds, whole
 from kimi_jax.cli.partner import add_place, add_running, engine_of, server_address, server_key, server_of
 from kimi_jax.cli.terminal import for_stdout
-from kimi_jax.cli.tools import add_tools, tools_of, with_permission
+from kimi_jax.cli.tools import add_tools, connected, tools_of
 
 if TYPE_CHECKING:
-    from kimi_jax.agents import Agent, ChatModel, Limits, Run, Tool
+    from kimi_jax.agents import Agent, ChatModel, Limits, Run, Tool, Trace
 
 NAME = "agent"
 SUMMARY = (
@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-thinking", dest="thinking", action="store_false", help="use K2.5's Instant mode")
     parser.add_argument("--swarm", action="store_true", help="let the model hand tasks to sub-agents, side by side")
     parser.add_argument(
+        "--heavy", type=whole(1, 64), metavar="N", help="let N runs work side by side, and one more merge their answers"
+    )
+    parser.add_argument(
         "--steps", type=whole(1), metavar="N", help="messages at most (default 300; of a swarm's main agent 15)"
     )
     parser.add_argument("--sub-steps", type=whole(1), metavar="N", help="messages of a sub-agent (default 100)")
@@ -53,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tool-calls", type=whole(0), default=1500, metavar="N", help="calls of tools in all (default 1500)"
     )
     parser.add_argument("--time", type=seconds, metavar="TIME", help="time in all, like 90s, 10m or 2h")
+    parser.add_argument(
+        "--context",
+        choices=["keep", "hide-tool-results", "discard-all"],
+        default="keep",
+        help="what is done as the context fills up: nothing, so that the work ends; earlier results go; or all but the "
+        "task (default keep)",
+    )
     parser.add_argument(
         "--max-new-tokens", type=whole(1), default=16_384, metavar="N", help="length of a message (default 16384)"
     )
@@ -73,18 +83,15 @@ def run(arguments: argparse.Namespace) -> None:
     swarms = [f"--{name.replace('_', '-')}" for name in OF_SWARM if getattr(arguments, name) is not None]
     if swarms and not arguments.swarm:
         raise ValueError(f"{', '.join(swarms)}: for a swarm, with --swarm")
-    try:
-        from kimi_jax.agents import OpenAIModel, Trace
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'kimi-jax[agents]'") from None
+    tools = tools_of(arguments)
+    from kimi_jax.agents import OpenAIModel, Trace
     from kimi_jax.cli.console import console
     from kimi_jax.cli.dialogue.asking import Asker
     from kimi_jax.cli.dialogue.steps import Steps
 
-    tools, log = tools_of(arguments.tool), console(stderr=True)
-    asking = set[str]() if arguments.yes else {one.name for one in tools if one.asks}
-    steps = Steps(log, table=arguments.swarm, asking=asking)
-    tools = with_permission(tools, Asker(log, asking, steps.pause))
+    log, asking = console(stderr=True), set[str]()
+    steps = Steps(log, table=arguments.swarm or arguments.heavy is not None, asking=asking)
+    asker = Asker(log, asking, steps.pause)
 
     def listen(entry: dict[str, Any]) -> None:
         if arguments.json:
@@ -94,8 +101,11 @@ def run(arguments: argparse.Namespace) -> None:
     trace = Trace(arguments.trace_out, listen=listen)
 
     async def work(model: "ChatModel") -> "Run":
-        async with steps:
-            return await _agent(arguments, model, tools).run(task, trace=trace)
+        async with steps, connected(arguments, tools, asking, asker) as every:
+            agent = _agent(arguments, model, every)
+            if arguments.heavy is None:
+                return await agent.run(task, trace=trace, seed=arguments.seed)
+            return await _heavy(agent, task, arguments.heavy, trace)
 
     if url is None:
         done = _work_here(arguments, work)
@@ -110,7 +120,7 @@ def _work_here(arguments: argparse.Namespace, work: "Callable[[ChatModel], Corou
 
     modes = (("thinking", True), ("instant", False))
     sampling: Any = {mode: sampling_of(arguments, arguments.path, thinking) for mode, thinking in modes}
-    slots = _limits(arguments).concurrency if arguments.swarm else 1
+    slots = max(_limits(arguments).concurrency if arguments.swarm else 1, arguments.heavy or 1)
     with engine_of(arguments, slots) as (engine, processor):
         return asyncio.run(work(EngineModel(engine, processor, sampling, seed=arguments.seed or 0)))
 
@@ -121,8 +131,20 @@ def _agent(arguments: argparse.Namespace, model: "ChatModel", tools: "list[Tool]
     mode: agents.Mode = "thinking" if arguments.thinking else "instant"
     if arguments.swarm:
         system = {} if arguments.system is None else {"system": arguments.system}
-        return agents.swarm(model, tools, mode=mode, limits=_limits(arguments), **system)
-    return agents.Agent(model, tools, arguments.system, mode, _limits(arguments))
+        main = agents.swarm(model, tools, mode=mode, limits=_limits(arguments), **system)
+    else:
+        main = agents.Agent(model, tools, arguments.system, mode, _limits(arguments))
+    return replace(main, context=arguments.context)
+
+
+async def _heavy(agent: "Agent", task: Any, count: int, trace: "Trace") -> "Run":
+    """Returns the run that merges the answers of `count` runs. Raises ValueError where there is none."""
+    from kimi_jax import agents
+
+    try:
+        return (await agents.heavy(agent, task, count, trace=trace)).merged
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _limits(arguments: argparse.Namespace) -> "Limits":

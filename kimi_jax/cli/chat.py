@@ -7,7 +7,7 @@ from kimi_jax import json_reader
 from kimi_jax.cli.arguments import SEED_MAX, add_sampling, given_sampling, local, sampling_of, whole
 from kimi_jax.cli.models import SMALL
 from kimi_jax.cli.partner import add_place, add_running, engine_of, server_address, server_key, server_of
-from kimi_jax.cli.tools import add_tools, tools_of, with_permission
+from kimi_jax.cli.tools import add_tools, connected, tools_of
 
 NAME = "chat"
 SUMMARY = (
@@ -43,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from kimi_jax.cli.dialogue.conversation import Conversation
 
-    if arguments.tools is not None and arguments.tool:
-        raise ValueError("--tools and --tool: results are either typed or come from tools that run, not both")
+    if arguments.tools is not None and (arguments.tool or arguments.mcp):
+        raise ValueError("--tools: results are typed, and those of --tool and --mcp come from tools that run")
     calls = _calls(arguments)
-    tools = _tools(arguments) if calls is None else calls.declarations
+    tools = _tools(arguments)
     url = server_of(arguments)
     conversation = Conversation(tools, system=arguments.system, thinking=arguments.thinking)
     if url is not None:
@@ -91,18 +91,15 @@ def _talk(conversation: Any, calls: Any, speaker: Any, name: str) -> None:
 
 def _calls(arguments: argparse.Namespace) -> Any:
     """Returns what runs the calls of the tools that are given; None where there are none."""
-    if not arguments.tool:
+    if not (arguments.tool or arguments.mcp):
         return None
-    try:
-        tools = tools_of(arguments.tool)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'kimi-jax[agents]'") from None
+    tools = tools_of(arguments)
     from kimi_jax.cli.console import console
     from kimi_jax.cli.dialogue.asking import Asker
     from kimi_jax.cli.dialogue.calls import Calls
 
-    asking = set[str]() if arguments.yes else {one.name for one in tools if one.asks}
-    return Calls(with_permission(tools, Asker(console(stderr=True), asking)))
+    asking = set[str]()
+    return Calls(connected(arguments, tools, asking, Asker(console(stderr=True), asking)))
 
 
 def _tools(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -3,15 +3,18 @@
 import argparse
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import importlib.util
 import inspect
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kimi_jax import json_reader
+from kimi_jax.cli.arguments import local
 from kimi_jax.printable import printable
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ Permit = Callable[["Tool", dict[str, Any]], Awaitable[None]]
 
 
 def add_tools(parser: argparse.ArgumentParser) -> None:
-    """Adds `--tool` and `--yes`."""
+    """Adds `--tool`, `--mcp` and `--yes`."""
     parser.add_argument(
         "--tool",
         action="append",
@@ -32,18 +35,57 @@ def add_tools(parser: argparse.ArgumentParser) -> None:
         "Python file, which is run here; may be repeated",
     )
     parser.add_argument(
-        "--yes", action="store_true", help="let all tools run (default: ask before each call of a FILE.py's function)"
+        "--mcp",
+        action="append",
+        default=[],
+        type=local,
+        metavar="FILE",
+        help='tools of MCP servers: JSON with {"mcpServers": {NAME: {"command": ...} or {"url": ...}}}; may be repeated',
+    )
+    parser.add_argument(
+        "--yes",
+        action="store_true",
+        help="let all tools run (default: ask before each call of tools that run code or reach a network)",
     )
 
 
-def tools_of(names: Sequence[str]) -> "list[Tool]":
-    """Returns the tools that `--tool` names. Raises ValueError or OSError for a name that is none, and where two tools
-    have one name."""
-    from kimi_jax.agents import Toolset
-
-    tools = [one for name in names for one in _named(name)]
+def tools_of(arguments: argparse.Namespace) -> "list[Tool]":
+    """Returns the tools that `--tool` names. Raises ValueError or OSError for a name that is none, for a `--mcp` file
+    that cannot be read, and where two tools have one name."""
+    try:
+        from kimi_jax.agents import Toolset
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'kimi-jax[agents]'") from None
+    for file in arguments.mcp:
+        json_reader.read_object(file)
+    tools = [one for name in arguments.tool for one in _named(name)]
     Toolset(tools)
     return tools
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    arguments: argparse.Namespace, tools: "Sequence[Tool]", asking: set[str], permit: Permit
+) -> "AsyncIterator[list[Tool]]":
+    """Connects to the servers of `--mcp` while the block runs. Yields `tools` and theirs, as `with_permission` makes
+    them; without `--yes`, adds the names of those that ask to `asking`.
+
+    Raises ValueError for a server that does not answer, and where `mcp` is not installed.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        found = list(tools)
+        for file in arguments.mcp:
+            from kimi_jax.agents.mcp_tools import mcp_tools
+
+            try:
+                found += await stack.enter_async_context(mcp_tools(file))
+            except ModuleNotFoundError as error:
+                raise ValueError(f"{error.name} is not installed: pip install 'kimi-jax[agents]'") from None
+            except RuntimeError as error:
+                raise ValueError(str(error)) from error
+        if not arguments.yes:
+            asking |= {one.name for one in found if one.asks}
+        yield with_permission(found, permit)
 
 
 def _named(name: str) -> "list[Tool]":
@@ -107,13 +149,21 @@ def _in_thread(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
 
 def with_permission(tools: "Sequence[Tool]", permit: Permit) -> "list[Tool]":
     """Returns the tools; those that ask call `permit` before they run. Waiting for it takes nothing of their time."""
+    return [_guarded(one, permit) if one.asks else one for one in tools]
+
+
+def _guarded(one: "Tool", permit: Permit) -> "Tool":
+    from kimi_jax.agents import Parts
     from kimi_jax.agents.tools import run_tool
 
-    def guarded(one: "Tool") -> "Tool":
-        async def run(**arguments: Any) -> Any:
-            await permit(one, arguments)
-            return await run_tool(one, arguments)
+    async def run(**arguments: Any) -> Any:
+        await permit(one, arguments)
+        result = await run_tool(one, arguments)
+        return result if isinstance(result, str) else Parts(result)
 
-        return replace(one, run=run, timeout=None)
+    @contextlib.asynccontextmanager
+    async def opened() -> AsyncIterator[Any]:
+        async with one.run() as inner:
+            yield _guarded(replace(one, run=inner, opens=False), permit).run
 
-    return [guarded(one) if one.asks else one for one in tools]
+    return replace(one, run=opened if one.opens else run, timeout=None)

@@ -30,19 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     try:
-        from kimi_jax.agents.timeline import read_events, timeline
+        from kimi_jax.agents.timeline import read_timeline
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'kimi-jax[agents]'") from None
     from kimi_jax.cli.console import console
 
-    events, whole_line = read_events(arguments.path)
-    found = timeline(events)
+    found = read_timeline(arguments.path)
     if not found.agents:
         raise ValueError(f"{printable(arguments.path)}: the trace has no events")
     console().print(_table(found))
     log = console(stderr=True)
-    if not whole_line:
-        log.print("the last line is cut off, and left out", markup=False)
     if not found.is_whole:
         log.print("the trace does not reach the end of the run", markup=False)
     if arguments.plot is not None:

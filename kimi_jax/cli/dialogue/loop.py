@@ -28,8 +28,12 @@ def take_turns(
     """
     with asyncio.Runner() as runner:
         try:
+            if calls is not None:
+                conversation.tools = runner.run(calls.open())
             _take_turns(conversation, speaker, keyboard, screen, calls, runner)
         finally:
+            if calls is not None:
+                runner.run(calls.close())
             runner.run(speaker.aclose())
 
 
@@ -73,13 +77,14 @@ def _take_turns(
 
 async def _reply(conversation: Conversation, speaker: Speaker, screen: Screen, calls: Calls | None) -> bool:
     """Lets the model answer, and again after the calls of each answer. Returns False where it was stopped."""
+    turn = None if calls is None else calls.of_a_turn()
     while await _answer(conversation, speaker, screen):
         waiting = conversation.waiting_calls
-        if calls is None or not waiting:
+        if turn is None or not waiting:
             return True
         stopped = False
         try:
-            results = await calls.results(waiting)
+            results = await turn.results(waiting)
         except asyncio.CancelledError:
             results, stopped = [STOPPED] * len(waiting), True
         for result in results:

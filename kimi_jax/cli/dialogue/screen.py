@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -70,6 +70,13 @@ class WrappedText:
         return self._margin
 
 
+def result_line(content: str | list[dict[str, Any]]) -> str:
+    """Returns the line that shows a tool's result: a text, or parts, of which pictures are only named."""
+    if not isinstance(content, str):
+        content = " ".join(one.get("text", "[picture]") for one in content)
+    return RESULT + printable(content, RESULT_SHOWN)
+
+
 class Screen:
     """Shows answers: content and calls of tools on `out`, reasoning on `log`.
 
@@ -102,9 +109,9 @@ class Screen:
         self._leave()
         self._last = None
 
-    def result(self, text: str) -> None:
+    def result(self, content: str | list[dict[str, Any]]) -> None:
         """Shows the beginning and the end of a tool's result in a line."""
-        self.out.out(RESULT + printable(text, RESULT_SHOWN), style=_STYLE["call"], highlight=False)
+        self.out.out(result_line(content), style=_STYLE["call"], highlight=False)
 
     def note(self, text: str) -> None:
         """Shows a line about the conversation, on `log`."""

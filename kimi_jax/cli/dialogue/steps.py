@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kimi_jax.cli.dialogue.screen import ARROW, BAR, RESULT, WrappedText
+from kimi_jax.cli.dialogue.screen import ARROW, BAR, WrappedText, result_line
 from kimi_jax.cli.terminal import escaped
 from kimi_jax.printable import printable
 
@@ -87,7 +87,7 @@ class Steps:
             case "call" if not (entry["name"] in self._asking and sys.stdin.isatty()):
                 self._line(f"{ARROW}{entry['name']} {entry['arguments']}", "cyan")
             case "result":
-                self._line(f"{RESULT}{entry['content']}", "" if entry["ok"] else "red")
+                self._line(result_line(entry["content"]), "" if entry["ok"] else "red")
 
     def _say(self, reasoning: str | None, content: str | None) -> None:
         for text, margin, style in ((reasoning, BAR, "dim"), (content, "", "")):
