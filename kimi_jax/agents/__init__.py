@@ -7,6 +7,7 @@ from kimi_jax.agents.heavy import heavy as heavy
 from kimi_jax.agents.limits import Limits as Limits
 from kimi_jax.agents.loop import Agent as Agent
 from kimi_jax.agents.loop import Run as Run
+from kimi_jax.agents.mcp_tools import mcp_tools as mcp_tools
 from kimi_jax.agents.model import BusyError as BusyError
 from kimi_jax.agents.model import Call as Call
 from kimi_jax.agents.model import ChatModel as ChatModel
@@ -16,6 +17,7 @@ from kimi_jax.agents.model import Parts as Parts
 from kimi_jax.agents.model import Reply as Reply
 from kimi_jax.agents.model import Usage as Usage
 from kimi_jax.agents.openai_model import OpenAIModel as OpenAIModel
+from kimi_jax.agents.python_tool import python as python
 from kimi_jax.agents.replay import read_trace as read_trace
 from kimi_jax.agents.scripted import ScriptedModel as ScriptedModel
 from kimi_jax.agents.swarm import swarm as swarm
