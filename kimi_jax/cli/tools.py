@@ -30,9 +30,9 @@ def add_tools(parser: argparse.ArgumentParser) -> None:
         "--tool",
         action="append",
         default=[],
-        metavar="add|files:DIR|FILE.py",
-        help="a calculator that adds; listing, reading and searching inside a folder; or the public functions of a "
-        "Python file, which is run here; may be repeated",
+        metavar="add|python|files:DIR|FILE.py",
+        help="a calculator that adds; a Python interpreter in a box; listing, reading and searching inside a folder; or "
+        "the public functions of a Python file, which is run here; may be repeated",
     )
     parser.add_argument(
         "--mcp",
@@ -40,7 +40,11 @@ def add_tools(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=local,
         metavar="FILE",
-        help='tools of MCP servers: JSON with {"mcpServers": {NAME: {"command": ...} or {"url": ...}}}; may be repeated',
+        help='tools of MCP servers: JSON with {"mcpServers": {NAME: {"command": ...} or {"url": ...}}}; '
+        "may be repeated",
+    )
+    parser.add_argument(
+        "--unsafe-python", action="store_true", help="with --tool python: run code where this machine has no box for it"
     )
     parser.add_argument(
         "--yes",
@@ -58,7 +62,7 @@ def tools_of(arguments: argparse.Namespace) -> "list[Tool]":
         raise ValueError(f"{error.name} is not installed: pip install 'kimi-jax[agents]'") from None
     for file in arguments.mcp:
         json_reader.read_object(file)
-    tools = [one for name in arguments.tool for one in _named(name)]
+    tools = [one for name in arguments.tool for one in _named(name, arguments.unsafe_python)]
     Toolset(tools)
     return tools
 
@@ -88,17 +92,22 @@ async def connected(
         yield with_permission(found, permit)
 
 
-def _named(name: str) -> "list[Tool]":
+def _named(name: str, unsafe_python: bool) -> "list[Tool]":
     from kimi_jax import small
-    from kimi_jax.agents import Tool, files
+    from kimi_jax.agents import Tool, files, python
 
     if name == "add":
         return [Tool(**small.ADD_TOOL["function"], run=lambda a, b: a + b)]
+    if name == "python":
+        try:
+            return [python(unsafe=unsafe_python)]
+        except RuntimeError as error:
+            raise ValueError(f"--tool python: {error}; --unsafe-python runs code without one") from None
     kind, found, folder = name.partition(":")
     if found and kind == "files":
         return files(folder)
     if not name.endswith(".py"):
-        raise ValueError(f"--tool {printable(name, 300)}: expected add, files:DIR or a Python file")
+        raise ValueError(f"--tool {printable(name, 300)}: expected add, python, files:DIR or a Python file")
     return _functions(Path(name))
 
 
