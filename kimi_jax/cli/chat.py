@@ -41,13 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from kimi_jax.cli.dialogue.conversation import Conversation
-
     if arguments.tools is not None and (arguments.tool or arguments.mcp):
         raise ValueError("--tools: results are typed, and those of --tool and --mcp come from tools that run")
-    calls = _calls(arguments)
     tools = _tools(arguments)
     url = server_of(arguments)
+    calls = _calls(arguments)
+    from kimi_jax.cli.dialogue.conversation import Conversation
+
     conversation = Conversation(tools, system=arguments.system, thinking=arguments.thinking)
     if url is not None:
         from kimi_jax.cli.dialogue.speakers import ServerSpeaker

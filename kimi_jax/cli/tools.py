@@ -31,7 +31,7 @@ def add_tools(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="add|python|files:DIR|FILE.py",
-        help="a calculator that adds; a Python interpreter in a box; listing, reading and searching inside a folder; or "
+        help="a calculator that adds; a Python interpreter in a box; listing, reading and searching in a folder; or "
         "the public functions of a Python file, which is run here; may be repeated",
     )
     parser.add_argument(
