@@ -116,14 +116,15 @@ def test_the_table_has_all_agents(trace, capsys):
     assert "5 agents, 10 steps in the longest chain (*)" in out and err == ""
     assert rows["main"][1:8] == ["*", "4", "5", "0", "300", "80%", "30"]
     assert rows["finder#2"][1:8] == ["*", "4", "3", "1", "300", "80%", "30"]
-    assert rows["all"][1:7] == ["15", "12", "4", "1,100", "80%", "110"]
+    assert rows["all"][1:7] == ["15", "12", "4", "1,000", "80%", "100"]
 
 
 def test_the_picture_is_written_whole_or_not_at_all(trace, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     for name in ("run.png", "run.svg"):
         assert main(["trace", str(trace[0]), "--plot", str(tmp_path / name)]) == 0
-    assert Image.open(tmp_path / "run.png").size == (1200, 336)
+    with Image.open(tmp_path / "run.png") as picture:
+        assert picture.size == (1200, 336)
     svg = (tmp_path / "run.svg").read_text()
     assert svg.rstrip().endswith("</svg>") and "#d9480f" in svg
     with pytest.raises(SystemExit):
