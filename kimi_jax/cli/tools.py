@@ -79,7 +79,7 @@ async def connected(
     async with contextlib.AsyncExitStack() as stack:
         found = list(tools)
         for file in arguments.mcp:
-            from kimi_jax.agents.mcp_tools import mcp_tools
+            from kimi_jax.agents import mcp_tools
 
             try:
                 found += await stack.enter_async_context(mcp_tools(file))

@@ -122,7 +122,7 @@ def test_tools_run_between_a_line_and_its_answer(engine, toy_folder, typed, tmp_
         yield [agents.Tool("look", "Looks.", {"type": "object"}, lambda: "", asks=True)]
         opened.append(asyncio.current_task())
 
-    monkeypatch.setattr("kimi_jax.agents.mcp_tools.mcp_tools", mcp_tools)
+    monkeypatch.setattr("kimi_jax.agents.mcp_tools", mcp_tools)
     (tmp_path / "servers.json").write_text('{"mcpServers": {}}')
     flags = ["--tool", str(tmp_path / "sums.py"), "--mcp", str(tmp_path / "servers.json")]
     for more, result in ((["--yes"], "7"), ([], "Error: add runs only where a person says yes, and nobody can be")):
