@@ -73,7 +73,7 @@ class Film(Sequence[Image.Image]):
         self.starts: list[float] | None = None if even else (ticks * tick).tolist()
         self._frames: Iterator[Any] = iter(())
         self._last: Any = None  # the frame that was decoded last
-        self.size = self[0].size
+        self.size: tuple[int, int] = self[0].size
 
     def __len__(self) -> int:
         return len(self._stamps)
