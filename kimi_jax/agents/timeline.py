@@ -14,7 +14,7 @@ KINDS: dict[str, Any] = {"t": int | float, "agent": str, "parent": str | None, "
 
 @dataclass
 class AgentRecord:
-    """What a trace says about one agent.
+    """Holds the record of one agent in a trace.
 
     stage: the step of the parent that launched it, counted from 1, and 0 where it has no parent.
     steps, calls: when the model wrote its messages, and when its calls of tools ran; a call without a result ends with
