@@ -140,7 +140,7 @@ class Conversation:
 
     @property
     def prefix(self) -> str:
-        """What the names of this agent's sub-agents begin with."""
+        """The beginning of the names of this agent's sub-agents."""
         return "" if self.name == "main" else f"{self.name}/"
 
     async def run(self) -> Run:
