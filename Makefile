@@ -2,11 +2,15 @@
 PYTHON ?= python3
 VENV   := .venv/$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN    := $(VENV)/bin
+PACKAGE := $(VENV)/package
 READY  := $(VENV)/ready
 
-.PHONY: demo test slow lint browser clean
+NOTEBOOKS := $(patsubst notebooks/%.py,build/notebooks/%.html,$(wildcard notebooks/*.py))
 
-demo: $(READY)
+.PHONY: demo test slow lint browser notebooks notebooks-test docs clean
+
+# The package alone, 0.8 GB; the other targets add what tests need to the same environment.
+demo: $(PACKAGE)
 	$(BIN)/kimi-jax demo
 
 # Bytecode is written wherever the environment forbids it, too: without it each process rewrites every test anew.
@@ -22,6 +26,25 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tests/check_docstrings.py
 
+# Notebooks are scripts in the repository; executed and with their figures they are in build/notebooks.
+notebooks: $(NOTEBOOKS)
+
+build/notebooks/%.html: notebooks/%.py $(VENV)/notebooks
+	@mkdir -p $(@D)
+	$(BIN)/python -m jupytext --quiet --to ipynb --execute --output build/notebooks/$*.ipynb $<
+	$(BIN)/python -m nbconvert --log-level WARN --to html build/notebooks/$*.ipynb
+
+notebooks-test: $(READY)
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_notebooks.py
+
+docs: $(NOTEBOOKS) $(VENV)/docs
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
+	cp -r build/notebooks build/site/notebooks
+
+$(VENV)/notebooks $(VENV)/docs: $(PACKAGE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(@F)]'
+	touch $@
+
 # The tests of the chat page run in a Chromium of the system, and are skipped where there is none.
 browser:
 	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
@@ -29,8 +52,12 @@ browser:
 	echo "No Chromium is found. On Debian: apt-get install --no-install-recommends chromium"; \
 	echo "On Fedora: dnf install chromium. On macOS: brew install --cask chromium"; exit 1
 
-$(READY): pyproject.toml
+$(PACKAGE): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(READY): $(PACKAGE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from checkpoints.load import load as load
+    from checkpoints.loading import load as load
     from kimi_jax import media as media
     from kimi_jax import small as small
     from kimi_jax import training as training

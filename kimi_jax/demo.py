@@ -4,7 +4,10 @@ The published folder is converted and loaded over a mesh. Then the model reads a
 calling a tool, whose result it puts into words. The digits are some that it was not trained on.
 """
 
+import contextlib
 import json
+import shlex
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,18 +31,25 @@ from kimi_jax.runtime.sampling import Sampling
 from sharding import make_mesh
 
 MESH = "2x4"
+# With its prompt, each answer takes two of the cache's pages of 128 tokens: one program decodes all three
+MAX_NEW_TOKENS = 110
 READ, ADD = "What number is in the picture?", "Add the numbers."
 WIDE = 84  # characters, the width at which a picture is shown
 
 
-def run(console: Console, *, picture: Path | None = None) -> None:
-    """Prints every stage with its sizes and times. `picture` is an image file to read; None is one of the package's."""
+def run(console: Console, *, picture: Path | None = None, keep: Path | None = None) -> None:
+    """Prints every stage with its sizes and times.
+
+    picture: an image file to read; None is one of the package's. keep: a folder for the converted checkpoint and the
+    pictures, with which the commands that are shown at the end work; None removes them.
+    """
     source = small.path("k25-digits")
     console.print("A small Kimi, trained to read digits, in K2.5's published layout (INT4 experts, vision tower):")
     console.print(checkpoints.table(checkpoints.summary(source)))
-    with TemporaryDirectory(prefix="kimi-jax-demo-") as temporary:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="kimi-jax-demo-"))) if keep is None else keep
         with checkpoints.progress_bar("converting") as progress:
-            report = checkpoints.convert(source, Path(temporary) / "orbax", progress=progress)
+            report = checkpoints.convert(source, folder / "k25-digits", progress=progress)
         console.print(
             f"Converted to Orbax: {_size(source) / 1e6:.2f} MB in {report.tensors} tensors -> "
             f"{_size(report.destination) / 1e6:.2f} MB in {report.leaves} leaves.\n"
@@ -50,9 +60,20 @@ def run(console: Console, *, picture: Path | None = None) -> None:
         console.print(f"Loaded over a mesh of {dict(mesh.shape)}. Bytes on each of its {len(held)} devices:")
         console.print("  " + ", ".join(f"{device}: {size:,}" for device, size in held.items()), highlight=False)
         talk = _Talk(console, model, Processor.from_folder(report.destination))
-        talk.ask(READ, [small.picture("427") if picture is None else picture])
+        shown = small.picture("427") if picture is None else picture
+        talk.ask(READ, [shown])
         if picture is None:
             talk.ask(ADD, [small.picture("58"), small.picture("316")])
+    if keep is not None:
+        kept = shutil.copy(shown, keep) if picture is None else picture
+        folder = report.destination
+        console.print("\nTry next:")
+        for command in (
+            ["chat", folder],
+            ["generate", folder, "--prompt", READ, "--image", kept],
+            ["serve", folder],
+        ):
+            console.print(f"  kimi-jax {shlex.join(map(str, command))}", highlight=False, markup=False, soft_wrap=True)
 
 
 def bytes_per_device(model: object) -> dict[str, int]:
@@ -92,7 +113,13 @@ class _Talk:
     def _answer(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Answer:
         began = time.monotonic()
         said = answer(
-            self.model, messages, tools, True, Sampling(temperature=0.0), max_new_tokens=64, processor=self.processor
+            self.model,
+            messages,
+            tools,
+            True,
+            Sampling(temperature=0.0),
+            max_new_tokens=MAX_NEW_TOKENS,
+            processor=self.processor,
         )
         seconds = time.monotonic() - began
         if said.reasoning:

@@ -55,6 +55,7 @@ class Links:
         self._context: zmq.Context[Any] = zmq.Context()
         self._links: dict[int, _Link] = {}
         self._over = threading.Event()
+        self._sending = threading.Lock()  # a socket is one thread's at a time
         self._watching: threading.Thread | None = None
         try:
             public, secret = zmq.curve_keypair()
@@ -83,11 +84,12 @@ class Links:
     def send(self, message: bytes) -> None:
         """Sends a message to process 0, or from it to all others; returns at once. A lost process gets none: `watch`
         tells of it."""
-        for link in self._links.values():
-            try:
-                link.socket.send(message, zmq.DONTWAIT)
-            except zmq.Again:
-                continue
+        with self._sending:
+            for link in self._links.values():
+                try:
+                    link.socket.send(message, zmq.DONTWAIT)
+                except zmq.Again:
+                    continue
 
     def receive(self) -> list[bytes]:
         """Waits for the next message of process 0, or in process 0 for one of each other process, in their order."""

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,14 +29,19 @@ _GRACE_S = 1.5  # a collective can fail before `links` says that its cause is a 
 
 @contextmanager
 def joined(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    on_failure: Callable[[str], Any] | None = None,
 ) -> Iterator[Links]:
     """Connects the processes before the body, and yields this process's links with the others; the first one prints.
 
     `jax.distributed` reads an argument that is None from the environment (a TPU pod, GKE, Slurm, MPI). Enter this
     context before anything asks JAX for devices. Where the body raises, in any process, or a process is lost, every
-    process writes the first such reason to standard error and exits with 1. Raises ValueError where neither arguments
-    nor environment say who the processes are.
+    process writes the first such reason to standard error and exits with 1; before it exits it calls `on_failure` with
+    the reason, in any thread, which should take no more than a second. Raises ValueError where neither arguments nor
+    environment say who the processes are.
     """
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
@@ -47,7 +52,7 @@ def joined(
         ) from error
     from jax._src.distributed import global_state  # no public function of JAX gives the coordinator's store
 
-    end = _End(global_state.client, jax.process_index(), jax.process_count())
+    end = _End(global_state.client, jax.process_index(), jax.process_count(), on_failure)
     threading.Thread(target=end.with_others, daemon=True).start()
     try:
         host = str(global_state.coordinator_address).rpartition(":")[0]
@@ -64,8 +69,8 @@ def joined(
 class _End:
     """Ends this process, once, with the first reason that any process has. `store` is the coordinator's."""
 
-    def __init__(self, store: Any, process: int, processes: int):
-        self.store, self.process, self.processes = store, process, processes
+    def __init__(self, store: Any, process: int, processes: int, on_failure: Callable[[str], Any] | None = None):
+        self.store, self.process, self.processes, self.on_failure = store, process, processes, on_failure
         self.lost: set[int] = set()
         self._ending = threading.Lock()
         self._waiting, self._all_done = threading.Event(), threading.Event()
@@ -119,6 +124,8 @@ class _End:
         wait = _FAREWELL_S if lost is None else _FAREWELL_AFTER_LOSS_S
         others = [process for process in range(self.processes) if process != lost]
         try:
+            if self.on_failure is not None:
+                self.on_failure(reason)
             if lost != 0:
                 self.store.wait_at_barrier("kimi-jax/farewell", 1000 * wait, others)
         finally:

@@ -64,6 +64,10 @@ class EngineBackend:
         """Returns the engine's counts of the moment."""
         return self.engine.stats()
 
+    def fail(self, reason: str) -> None:
+        """Ends all answers with an error, and takes no more requests."""
+        self.engine.fail(RuntimeError(reason))
+
     @property
     def failed(self) -> bool:
         """True once the engine is closed or has died."""

@@ -4,12 +4,11 @@ Peaks and links are as cloud.google.com/tpu/docs publishes them (v5e, v5p, v6e, 
 lets a program use; `facts` agree with JAX's `pltpu.get_tpu_info`. Clocks are not published for all: v5e's follows from
 its 197 TFLOP/s, the others are assumed (+-30 % between chips; ratios on one chip are free of them).
 
-No kernel is written for a GPU and no plan is made for one, so none is listed. The first to need a fact of one adds a
-class for GPUs beside `Chip`, with the fields that are read and the vendor's data sheet as their source.
+GPUs are listed for plans alone, since no kernel is written for one, with the numbers of NVIDIA's data sheets.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from jax.experimental.pallas import tpu as pltpu
 
@@ -90,6 +89,43 @@ CHIPS = {
             links=600e9,
             devices=2,
         ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU, which is one JAX device.
+
+    `memory` is the data sheet's (1 GB is 10^9 bytes: what a GPU has beyond that the driver and CUDA take), `hbm` in
+    bytes/s, `bf16` in FLOP/s of dense products that are summed in float32, half the data sheet's where that counts
+    sparse ones. It sends `links` bytes/s, half of the data sheet's NVLink, which counts both directions.
+    """
+
+    name: str
+    memory: int
+    hbm: float
+    bf16: float
+    links: float
+    devices: ClassVar[int] = 1
+    cores: ClassVar[int] = 1
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # NVIDIA H100 Tensor Core GPU data sheet, SXM: 80 GB, 3.35 TB/s, 1,979 TFLOPS with sparsity, NVLink 900 GB/s
+        Gpu("h100", memory=80 * 10**9, hbm=3350e9, bf16=989.5e12, links=450e9),
+        # NVIDIA H200 Tensor Core GPU data sheet, SXM: 141 GB, 4.8 TB/s, 1,979 TFLOPS with sparsity, NVLink 900 GB/s
+        Gpu("h200", memory=141 * 10**9, hbm=4800e9, bf16=989.5e12, links=450e9),
+        # NVIDIA DGX B200 data sheet, eight GPUs: 1,440 GB, 64 TB/s, FP8 72 PFLOPS with sparsity (bf16 is half of FP8),
+        # NVLink 14.4 TB/s
+        Gpu("b200", memory=180 * 10**9, hbm=8000e9, bf16=2250e12, links=900e9),
+        # NVIDIA GB200 NVL72 data sheet, 72 GPUs: 13.4 TB, 576 TB/s, bf16 360 PFLOPS with sparsity, NVLink 130 TB/s
+        Gpu("gb200", memory=186 * 10**9, hbm=8000e9, bf16=2500e12, links=900e9),
+        # NVIDIA Ada GPU Architecture white paper, appendix A: 24 GB, 1,008 GB/s, 165.2 dense TFLOPS with sums in
+        # float32; no NVLink, but PCI Express 4.0 with sixteen lanes, 32 GB/s each way
+        Gpu("rtx-4090", memory=24 * 10**9, hbm=1008e9, bf16=165.2e12, links=32e9),
     )
 }
 # The shape of a vector register of any TPU, and of a float32 array's tiles in memory.

@@ -73,6 +73,8 @@ jaxtyping.install_import_hook(["kimi_jax", "pallas_kernels", "sharding", "checkp
 
 # Started first, so that the last of two processes does not end with them
 LONGEST = (
+    "test_engine.py",
+    "test_engine_sampling.py",
     "test_tpu_schedule.py",
     "test_generate.py",
     "test_meshes.py",
@@ -81,6 +83,28 @@ LONGEST = (
     "test_program.py",
     "test_mixture.py",
 )
+
+
+# Run in one process, one after another, since they compile the same programs
+TOGETHER = {
+    "test_engine_sampling.py": "test_engine.py",
+    "test_serve_command.py": "test_small_models.py",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Returns what deals out files to processes as `--dist loadfile` does, but those of TOGETHER as one."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = Path(nodeid.split("::")[0]).name
+            return TOGETHER.get(name, name)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,22 +1,17 @@
 """Summarises a checkpoint: layers, experts, dtypes, parameters and bytes by part."""
 
-import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
-from rich.table import Table
-
+from checkpoints.jobs.sizes import Kind, PartSizes, Summary
 from checkpoints.published.endings import is_scales, is_words
 from checkpoints.stored.folder import Converted
 from checkpoints.stored.names import Leaf, stored_leaves
 from checkpoints.stored.source import open_source
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import abstract
-
-Kind = Literal["orbax", "safetensors", "configuration"]
 
 # A path's part is the first of these that it contains.
 _PARTS = (
@@ -33,41 +28,6 @@ _PARTS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class PartSizes:
-    """The sizes of one part of the model. `parameters` are weights: an INT4 word counts 8, a scale none. `nbytes` are
-    as stored."""
-
-    name: str
-    tensors: int
-    parameters: int
-    nbytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """The sizes of a checkpoint, or of one that a configuration would have. `layers` counts text layers by kind
-    ("mla + moe"), `dtypes` bytes by stored dtype ("int4" for packed words), `tensors` the published ones without
-    `weight_shape`."""
-
-    kind: Kind
-    model_type: str
-    layers: dict[str, int]
-    vision_layers: int
-    n_routed_experts: int
-    num_experts_per_tok: int
-    dtypes: dict[str, int]
-    parts: tuple[PartSizes, ...]
-
-    @property
-    def parameters(self) -> int:
-        return sum(part.parameters for part in self.parts)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-
 def summary(path: str | Path) -> Summary:
     """Returns the summary of the checkpoint in folder `path`: one that `convert` wrote, or a published folder.
 
@@ -82,27 +42,6 @@ def summary_of_config(config: KimiConfig) -> Summary:
     """Returns the summary that a published checkpoint of `config` would have, off the abstract model: nothing is
     allocated."""
     return _summary("configuration", config, stored_leaves(abstract(config)))
-
-
-def table(summary: Summary) -> Table:
-    """Returns `summary` as a table to print."""
-    layers = ", ".join(f"{count} x {kind}" for kind, count in summary.layers.items())
-    vision = f", {summary.vision_layers} vision layers" if summary.vision_layers else ""
-    experts = f", {summary.n_routed_experts} experts, {summary.num_experts_per_tok} chosen"
-    title = f"{summary.model_type} ({summary.kind}): {layers}{vision}{experts if summary.n_routed_experts else ''}"
-    table = Table("part", "tensors", "parameters", "bytes", title=title, show_footer=True)
-    total = PartSizes("total", sum(p.tensors for p in summary.parts), summary.parameters, summary.nbytes)
-    for column, footer in zip(table.columns, _row(total), strict=True):
-        column.footer = footer
-        column.justify = "left" if column is table.columns[0] else "right"
-    for part in summary.parts:
-        table.add_row(*_row(part))
-    table.caption = ", ".join(f"{size:,} bytes of {dtype}" for dtype, size in summary.dtypes.items())
-    return table
-
-
-def _row(part: PartSizes) -> tuple[str, ...]:
-    return part.name, f"{part.tensors:,}", f"{part.parameters:,}", f"{part.nbytes:,}"
 
 
 def _summary(kind: Kind, config: KimiConfig, leaves: Iterable[Leaf]) -> Summary:

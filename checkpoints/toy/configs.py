@@ -11,6 +11,7 @@ from kimi_jax.config_json import preset_names
 from kimi_jax.families import text_fields
 
 TINY_VOCAB = 768
+SPECIAL_SLOTS = 256  # the last ids of a vocabulary
 # Kimi-K2.5's own list.
 _IGNORE = ("lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*")
 
@@ -101,7 +102,7 @@ def toy_config(like: str, **overrides: Any) -> dict[str, Any]:
     text = text_fields(config)
     if text.get("quantization_config", ...) is None:
         del text["quantization_config"]
-    first_special = text["vocab_size"] - 256
+    first_special = text["vocab_size"] - SPECIAL_SLOTS
     im_end = first_special + 2
     # As released: K2 stops at [EOS], Kimi Linear at <|im_end|>, and K2.5's two levels each name one of them.
     ids = {"bos_token_id": first_special, "eos_token_id": first_special + 1, "pad_token_id": text["vocab_size"] - 1}

@@ -15,7 +15,7 @@ from checkpoints.files.place import identity
 from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
 from checkpoints.published.spellings import open_published
 from checkpoints.stored.companions import copy_companions
-from checkpoints.toy.configs import PREPROCESSOR, TINY_VOCAB
+from checkpoints.toy.configs import PREPROCESSOR, SPECIAL_SLOTS
 from checkpoints.toy.draw import copy_blocks, draw_blocks
 from checkpoints.toy.weights import ToyWeight, weights
 from kimi_jax.families import text_fields
@@ -28,8 +28,8 @@ def write_toy(folder: str | Path, config: Mapping[str, Any], *, seed: int = 0, s
     """Writes the random checkpoint of `config` and `seed` to `folder` and returns the folder.
 
     Leaves config.json, generation_config.json, safetensors shards of about equal size with their index, for a model
-    with vision preprocessor_config.json, and for a vocabulary of 768 the synthetic tokenizer. Weights are drawn whole,
-    with all their bits, and always the same; for large models there is `make_toy`.
+    with vision preprocessor_config.json, and for a vocabulary of 512 or more the synthetic tokenizer. Weights are drawn
+    whole, with all their bits, and always the same; for large models there is `make_toy`.
 
     Raises FileExistsError if `folder` holds anything, ValueError if there are fewer tensors than shards.
     """
@@ -115,8 +115,8 @@ def _write_rest(folder: Path, config: Mapping[str, Any]) -> None:
     _write_json(folder / "generation_config.json", {"eos_token_id": im_end, "max_length": longest})
     if "vision_config" in config:
         _write_json(folder / "preprocessor_config.json", PREPROCESSOR)
-    if text["vocab_size"] == TINY_VOCAB:
-        write_tiny_tokenizer(folder)
+    if text["vocab_size"] >= 2 * SPECIAL_SLOTS:  # else there are not ids for all bytes
+        write_tiny_tokenizer(folder, base_ranks=text["vocab_size"] - SPECIAL_SLOTS)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

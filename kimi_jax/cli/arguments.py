@@ -1,6 +1,7 @@
 """Defines arguments that several commands have, and the types of all arguments, which refuse values out of range."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import re
@@ -191,6 +192,42 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
         help="devices over data, expert, tensor and sequence, like 1x1x8x1 or tensor=8; `auto` shares all devices out "
         "by the model's heads (default: one device)",
     )
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a command that several processes run together: see `joined`."""
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="run as one of several processes that run this command together; needs --mesh. A TPU pod, GKE or Slurm "
+        "says who they are, elsewhere the next three flags do",
+    )
+    parser.add_argument(
+        "--coordinator", type=host_and_port, metavar="HOST:PORT", help="address where process 0 listens"
+    )
+    parser.add_argument("--num-processes", type=whole(1), metavar="N", help="number of processes on all hosts together")
+    parser.add_argument(
+        "--process-id", type=whole(0), metavar="I", help="number of this process, 0 to N-1; process 0 prints or serves"
+    )
+
+
+def joined(arguments: argparse.Namespace, on_failure: Callable[[str], Any] | None = None) -> Any:
+    """Returns a context that yields the `Links` with the other processes, None without `--distributed`.
+
+    on_failure: see `kimi_jax.processes.joined`.
+
+    Raises ValueError where the flags of `add_processes` do not go together.
+    """
+    who = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if not arguments.distributed:
+        if who != (None, None, None):
+            raise ValueError("--coordinator, --num-processes and --process-id go with --distributed")
+        return contextlib.nullcontext()
+    if arguments.mesh is None:
+        raise ValueError("--distributed needs --mesh: the devices of all processes, and what they split")
+    from kimi_jax import processes
+
+    return processes.joined(*who, on_failure=on_failure)
 
 
 def mesh_of(shape: str | None, config: Any) -> Any:

@@ -36,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from kimi_jax.cli.dialogue.conversation import Conversation
-
     tools = _tools(arguments)
     url = server_of(arguments)
+    from kimi_jax.cli.dialogue.conversation import Conversation
+
     conversation = Conversation(tools, system=arguments.system, thinking=arguments.thinking)
     if url is not None:
         from kimi_jax.cli.dialogue.speakers import ServerSpeaker

@@ -12,8 +12,9 @@ from kimi_jax import json_reader
 from kimi_jax.cli.arguments import (
     SEED_MAX,
     add_mesh,
+    add_processes,
     add_sampling,
-    host_and_port,
+    joined,
     local,
     mesh_of,
     part,
@@ -53,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", action="append", default=[], metavar="FILE", help="picture to show with --prompt; may be repeated"
     )
     parser.add_argument(
-        "--video", action="append", default=[], metavar="FILE", help="GIF, WebP or PNG animation to show with --prompt"
+        "--video",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="MP4 or another film (with kimi-jax[video]), or GIF, WebP or PNG animation, to show with --prompt",
     )
     parser.add_argument(
         "--no-thinking", dest="thinking", action="store_false", help="answer at once (K2.5's Instant mode)"
@@ -69,19 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=whole(0, SEED_MAX), default=0, metavar="N", help="seed of the sampling (default 0)"
     )
     add_mesh(parser)
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="run as one of several processes that run this command together; needs --mesh. A TPU pod, GKE or Slurm "
-        "says who they are, elsewhere the next three flags do",
-    )
-    parser.add_argument(
-        "--coordinator", type=host_and_port, metavar="HOST:PORT", help="address where process 0 listens"
-    )
-    parser.add_argument("--num-processes", type=whole(1), metavar="N", help="number of processes on all hosts together")
-    parser.add_argument(
-        "--process-id", type=whole(0), metavar="I", help="number of this process, 0 to N-1; process 0 prints"
-    )
+    add_processes(parser)
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="dtype of weights and activations (default: as stored)"
     )
@@ -119,16 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.out or arguments.in_order or arguments.cache_memory or arguments.part != (0, 1)
     ):
         raise ValueError("--out, --in-order, --cache-memory and --part go with --prompts")
-    who = (arguments.coordinator, arguments.num_processes, arguments.process_id)
-    if not arguments.distributed:
-        if who != (None, None, None):
-            raise ValueError("--coordinator, --num-processes and --process-id go with --distributed")
-        return answer(arguments, None)
-    if arguments.mesh is None:
-        raise ValueError("--distributed needs --mesh: the devices of all processes, and what they split")
-    from kimi_jax import processes
-
-    with processes.joined(*who) as links:
+    with joined(arguments) as links:
         answer(arguments, links)
 
 

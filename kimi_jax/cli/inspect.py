@@ -26,11 +26,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.preset is None:
         check_folder(arguments.path)
     import checkpoints
-    from kimi_jax import config_json
     from kimi_jax.cli.console import console
 
-    if arguments.preset is not None:
-        summary = checkpoints.summary_of_config(config_json.preset(arguments.preset))
-    else:
-        summary = checkpoints.summary(arguments.path)
+    preset = arguments.preset
+    summary = checkpoints.summary(arguments.path) if preset is None else checkpoints.summary_of_preset(preset)
     console().print(checkpoints.table(summary))

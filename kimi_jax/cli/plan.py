@@ -1,23 +1,36 @@
-"""Runs `kimi-jax plan`, which says whether a model fits on a TPU slice and what bounds a step."""
+"""Runs `kimi-jax plan`, which says on which slices of TPUs or GPUs a model fits and what bounds a step."""
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kimi_jax.cli.arguments import local, place, whole
+from rich.console import Console
+
+from kimi_jax.cli.arguments import local, number, place, whole
+from kimi_jax.cli.console import console
 
 NAME = "plan"
 SUMMARY = (
-    "Plan a job on a TPU slice: does the model fit, with how much context and batch, and how many bytes does a step "
-    "move? Compiles the step for the slice where libtpu is installed; needs no TPU."
+    "Plan a job on slices of TPUs or GPUs: does the model fit, with how much context and batch, and how many tokens a "
+    "second are there at most? Compiles the step for a TPU slice where libtpu is installed; needs no TPU."
 )
 EXAMPLE = (
     "kimi-jax plan --model k2.5 --topology v5p:4x4x4 --batch 64 --context 32768 --plot plan.png\n"
-    "  kimi-jax plan --model k2.5 --topology all --no-compile\n"
+    "  kimi-jax plan --model k2.5 --topology all --batch 64 --price 2.5\n"
+    "  kimi-jax plan --model linear-48b --topology h100:1 --experts int4\n"
     "  kimi-jax plan --model ~/models/Kimi-K2 --topology v6e:8x8 --phase prefill --json"
 )
+
+
+class _List(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Prints the slices that there are."""
+        from kimi_jax.plan import listing
+
+        print("\n".join(listing.lines()))
+        parser.exit()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="SLICE",
-        help="slice like v5p:4x4x4, or `all` for every known slice; may be repeated",
+        help="slice like v5p:4x4x4 or h100:8, or `all` for every known slice; may be repeated",
+    )
+    parser.add_argument("--list", action=_List, nargs=0, help="list the slices that there are, and exit")
+    parser.add_argument(
+        "--experts",
+        choices=["int4", "bf16"],
+        help="format of the routed experts (default: as published, but FP8 becomes bf16)",
     )
     parser.add_argument(
         "--mesh",
@@ -67,99 +86,159 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of each sequence in a prefill step (default: 2,048, or the context if shorter)",
     )
     parser.add_argument(
-        "--no-compile",
-        dest="compile",
-        action="store_false",
-        help="compile nothing: plan by arithmetic and traces, in seconds, without libtpu",
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the step, minutes for each slice; or plan by arithmetic and traces, in seconds, without libtpu "
+        "(default: compile TPU slices that are named, and none of `all`)",
+    )
+    parser.add_argument(
+        "--price",
+        type=number(0.0, 1e6, above=True),
+        metavar="N",
+        help="dollars for a chip and hour: also show the least cost of a million tokens",
+    )
+    parser.add_argument(
+        "--details", action="store_true", help="show every slice's plan in full (default: where there is one slice)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON: a list with one object per slice")
-    parser.add_argument("--plot", type=local, metavar="FILE.png", help="draw memory and lower bounds of time")
+    parser.add_argument(
+        "--plot", type=local, metavar="FILE", help="draw the plans as FILE.png or FILE.svg (needs kimi-jax[plot])"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # a plan needs no accelerator, and leaves one to others
-    from kimi_jax import plan as planning
-    from kimi_jax.cli.console import console
-    from kimi_jax.plan import plot, report
-    from kimi_jax.runtime.generate import PREFILL_CHUNK
+    from kimi_jax.plan import refusal, table
+    from kimi_jax.plan.planner import with_experts
     from sharding import mesh_sizes
     from sharding.topologies import topologies, topology
 
+    draw = None if arguments.plot is None else _drawing(arguments)
     model, config = _named_config(arguments.model)
+    if arguments.experts is not None:
+        config = with_experts(config, arguments.experts)
     slices = topologies() if arguments.topology == ["all"] else [topology(name) for name in arguments.topology]
     sizes = None if arguments.mesh is None else mesh_sizes(arguments.mesh)
     log = console(stderr=True)
+    compile_step = _compiler(arguments, slices, log)
+    make = (_training if arguments.train else _inference)(arguments, model, config, sizes, compile_step)
+
+    plans, records = [], []
+    with log.status("") as status:  # a terminal has a line for it, a pipe nothing
+        for done, slice_ in enumerate(slices):
+            status.update(f"planning {slice_.name} ({done} of {len(slices)} done)")
+            try:
+                plans.append(make(slice_))
+            except ValueError as error:
+                if len(slices) == 1:
+                    raise
+                records.append(refusal.as_json(slice_, error))
+                continue
+            record = plans[-1].as_json()
+            if arguments.price is not None:
+                record["cost"] = table.cost(record, arguments.price)
+            records.append(record)
+    if not plans:
+        raise ValueError("; ".join(record["error"] for record in records))
+    if draw is not None:
+        draw(records, arguments.plot)
+    if arguments.json:
+        print(json.dumps(records, indent=2))
+    else:
+        _show(arguments, plans, records)
+
+
+def _drawing(arguments: argparse.Namespace) -> Callable[[Any, Path], None]:
+    """Returns the function that draws. Raises ValueError where it is not there, or draws no such plans or files."""
     if arguments.train:
-        _run_training(arguments, model, config, slices, () if sizes is None else sizes)
-        return
-    chunk = 1 if arguments.phase == "decode" else arguments.chunk or min(PREFILL_CHUNK, arguments.context)
-    compiles = arguments.compile and planning.available()
-    if arguments.compile and not compiles:
-        log.print("libtpu, the TPU compiler, is not installed (Linux x86-64: pip install libtpu): arithmetic alone")
-
-    def compile_step(job: planning.Job) -> planning.Compiled:
-        log.print(f"compiling {job.phase} of {job.batch} x {job.context:,} tokens for {job.topology.name} ...")
-        return planning.compiled(job)
-
-    plans, refused = [], {}
-    for slice_ in slices:
-        job = planning.Job(config, slice_, (), arguments.phase, arguments.batch or 1, arguments.context, chunk)
-        try:
-            plans.append(planning.plan(model, job, sizes=sizes, compile_step=compile_step if compiles else None))
-        except ValueError as error:
-            if len(slices) == 1:
-                raise
-            refused[slice_.name] = str(error)
-    if not plans:
-        raise ValueError("; ".join(refused.values()))
-    if arguments.plot is not None:
-        plot.save(plans, arguments.plot)
-    if arguments.json:
-        errors = [{"topology": name, "error": reason} for name, reason in refused.items()]
-        print(json.dumps([plan.as_json() for plan in plans] + errors, indent=2))
-    else:
-        report.show_all(console(), plans, refused)
-
-
-def _run_training(
-    arguments: argparse.Namespace, model: str, config: Any, slices: Sequence[Any], sizes: tuple[int, ...]
-) -> None:
-    from kimi_jax import plan as planning
-    from kimi_jax.cli.console import console
-    from kimi_jax.plan import train_report
-    from kimi_jax.plan.train_job import TrainJob
-    from kimi_jax.plan.train_plan import train_plan
-
-    if arguments.plot is not None or arguments.phase != "decode" or arguments.chunk is not None:
         raise ValueError("--train goes without --plot, --phase and --chunk")
-    log = console(stderr=True)
-    compiles = arguments.compile and planning.available()
-    if arguments.compile and not compiles:
-        log.print("libtpu, the TPU compiler, is not installed (Linux x86-64: pip install libtpu): traces alone")
+    try:
+        from kimi_jax.plan import plot
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install 'kimi-jax[plot]'") from error
+    if (suffix := arguments.plot.suffix[1:].lower()) not in plot.FORMATS:
+        raise ValueError(f"--plot {arguments.plot.name!r} ends in {suffix!r}, expected .{' or .'.join(plot.FORMATS)}")
+    return plot.save
 
-    def compile_step(job: TrainJob) -> planning.Compiled:
-        layers = job.config.text.num_hidden_layers
-        log.print(f"compiling a training step of {layers} layers for {job.topology.name} ...")
+
+def _compiler(arguments: argparse.Namespace, slices: Sequence[Any], log: Console) -> Callable[[Any], Any] | None:
+    """Returns the function that compiles a job and says so; None where nothing is to be compiled."""
+    from kimi_jax import plan as planning
+
+    wanted = arguments.topology != ["all"] if arguments.compile is None else arguments.compile
+    if not wanted or all(slice_.is_gpu for slice_ in slices):
+        return None
+    if not planning.available():
+        log.print("libtpu is not installed (Linux x86-64: pip install libtpu): arithmetic")
+        return None
+
+    def compile_step(job: Any) -> Any:
+        if arguments.train:
+            step = f"a training step of {job.config.text.num_hidden_layers} layers"
+        else:
+            step = f"{job.phase} of {job.batch} x {job.context:,} tokens"
+        log.print(f"compiling {step} for {job.topology.name} ...", soft_wrap=True)
         return planning.compiled(job)
 
-    plans, refused = [], {}
-    for slice_ in slices:
-        job = TrainJob(config, slice_, sizes, arguments.batch or slice_.devices, arguments.tokens)
-        try:
-            plans.append(train_plan(model, job, compile_step=compile_step if compiles else None))
-        except ValueError as error:
-            if len(slices) == 1:
-                raise
-            refused[slice_.name] = str(error)
-    if not plans:
-        raise ValueError("; ".join(refused.values()))
-    if arguments.json:
-        errors = [{"topology": name, "error": reason} for name, reason in refused.items()]
-        print(json.dumps([plan.as_json() for plan in plans] + errors, indent=2))
+    return compile_step
+
+
+def _inference(
+    arguments: argparse.Namespace, model: str, config: Any, sizes: Any, compile_step: Callable[[Any], Any] | None
+) -> Callable[[Any], Any]:
+    """Returns the function that plans a step of inference on a slice."""
+    from kimi_jax import plan as planning
+    from kimi_jax.runtime.generate import PREFILL_CHUNK
+
+    chunk = 1 if arguments.phase == "decode" else arguments.chunk or min(PREFILL_CHUNK, arguments.context)
+
+    def make(slice_: Any) -> planning.Plan:
+        job = planning.Job(config, slice_, (), arguments.phase, arguments.batch or 1, arguments.context, chunk)
+        return planning.plan(model, job, sizes=sizes, compile_step=compile_step)
+
+    return make
+
+
+def _training(
+    arguments: argparse.Namespace, model: str, config: Any, sizes: Any, compile_step: Callable[[Any], Any] | None
+) -> Callable[[Any], Any]:
+    """Returns the function that plans a step of training on a slice."""
+    from kimi_jax.plan.train_job import TrainJob
+    from kimi_jax.plan.train_plan import TrainPlan, train_plan
+
+    if arguments.phase != "decode" or arguments.chunk is not None:
+        raise ValueError("--train goes without --plot, --phase and --chunk")
+
+    def make(slice_: Any) -> TrainPlan:
+        job = TrainJob(config, slice_, sizes or (), arguments.batch or slice_.devices, arguments.tokens)
+        return train_plan(model, job, compile_step=compile_step)
+
+    return make
+
+
+def _show(arguments: argparse.Namespace, plans: list[Any], records: list[dict[str, Any]]) -> None:
+    """Prints the table, and details where they are asked for or there is one slice."""
+    from kimi_jax.plan import report, table, train_report
+
+    out = console()
+    shown = train_report if arguments.train else report
+    out.print(f"[bold]{shown.title(plans[0])}[/]", highlight=False)
+    for line in table.lines(records):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    out.print("tokens/s at most: those of a step over its least time", highlight=False)
+    if arguments.price is not None:
+        out.print(f"$/M: a million tokens cost at least so many dollars, at {arguments.price:g} a chip and hour")
+    if arguments.details or len(records) == 1:
+        for plan in plans:
+            out.print()
+            shown.show(out, plan)
     else:
-        train_report.show_all(console(), plans, refused)
+        out.print("`--details`, or one --topology, shows memory, times and messages of each", highlight=False)
+    if arguments.train:
+        out.print()
+        train_report.show_slices(out, plans[0])
 
 
 def _named_config(model: Path | str) -> tuple[str, Any]:

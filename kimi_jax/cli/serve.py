@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from kimi_jax.cli.arguments import add_mesh, local, mesh_of, number, whole
+from kimi_jax.cli.arguments import add_mesh, add_processes, joined, local, mesh_of, number, whole
 from kimi_jax.cli.models import check_folder
 from kimi_jax.cli.starting import add_compile_cache, keep_programs
 from kimi_jax.printable import printable
@@ -27,6 +27,8 @@ EXAMPLE = (
     "  kimi-jax serve ~/models/toy --host 0.0.0.0 --api-key secret"
 )
 KEY_VARIABLE = "KIMI_JAX_API_KEY"
+# Before a process whose job fails exits: clients read the errors that end their answers, and probes what /health says.
+TELLING_S = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="`kimi` takes the values that Moonshot's API takes, and no others (default open: all in range)",
     )
     add_mesh(parser)
+    add_processes(parser)
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="dtype of weights and activations (default: as stored)"
     )
@@ -133,23 +136,41 @@ def run(arguments: argparse.Namespace) -> None:
         log_requests=arguments.log_requests,
     )
     names = arguments.served_model_name or [printable(arguments.path.resolve().name)]
-    if not is_local and key is None:
-        _note(f"--host {arguments.host} without --api-key: everybody who reaches this port may use the model")
     service = Service(names, limits, arguments.sampling)
-    listener = Listener(service.app(), arguments.host, arguments.port, behind_proxy=arguments.behind_proxy)
-    with _log(), _Stop() as stop:
+
+    def tell(reason: str) -> None:
+        service.fail(reason)
+        time.sleep(TELLING_S)
+
+    with joined(arguments, tell) as links:
+        if links is None or links.first:
+            if not is_local and key is None:
+                _note(f"--host {arguments.host} without --api-key: everybody who reaches this port may use the model")
+            listener = Listener(service.app(), arguments.host, arguments.port, behind_proxy=arguments.behind_proxy)
+            _serve(arguments, service, listener, links)
+        else:
+            _follow(arguments, links)
+
+
+def _serve(arguments: argparse.Namespace, service: Any, listener: Any, links: Any) -> None:
+    """Serves until a signal comes; of several processes, which `links` connect, this is the first."""
+    with _log(), _Stop(0 if links is None else "a signal came before the server was ready") as stop:
         listener.start()
         try:
-            engine = _load(arguments, service)
+            engine = _load(arguments, service, links)
         except BaseException:
             listener.stop(0.0)
             raise
         with engine:
             # Texts of requests would fill the log, and Python keeps each of them
             warnings.filterwarnings("ignore", module=r"kimi_jax\.")
-            print(f"serving {names[0]} at {listener.url}/v1", flush=True)
-            print(_curl(listener.url, names[0], key is not None), flush=True)
-            print(f"chat at {listener.url}/", flush=True)
+            name, has_key = service.names[0], service.limits.api_key is not None
+            for line in (
+                f"serving {name} at {listener.url}/v1",
+                _curl(listener.url, name, has_key),
+                f"chat at {listener.url}/",
+            ):
+                _write(line, sys.stdout)
             stop.wait(listener.ended)
             service.stopping = True
             _note(f"stopping: {engine.stats().running} answers are running")
@@ -157,11 +178,30 @@ def run(arguments: argparse.Namespace) -> None:
     _note("stopped" if finished else f"stopped: answers that were not complete after {arguments.grace:g} s were cut")
 
 
-class _Stop:
-    """Handles SIGTERM and SIGINT while in this context: the first ends `wait`, or the program where nothing waits yet;
-    the second ends the program at once."""
+def _follow(arguments: argparse.Namespace, links: Any) -> None:
+    """Does what the engine of process 0 does, until that one stops. Ignores the signals that end a server: where all
+    processes of a job get one, process 0 ends them in order."""
+    import checkpoints
+    from kimi_jax.engine import follow
+    from kimi_jax.processor import Processor
 
-    def __init__(self) -> None:
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(one, signal.SIG_IGN) for one in signals]
+    try:
+        keep_programs(arguments)
+        mesh = mesh_of(arguments.mesh, Processor.from_folder(arguments.path).config)
+        follow(checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype), links)
+    finally:
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)
+
+
+class _Stop:
+    """Handles SIGTERM and SIGINT while in this context: the first ends `wait`, or the program where nothing waits yet,
+    with `early` as its exit code or reason; the second ends the program at once."""
+
+    def __init__(self, early: int | str) -> None:
+        self._early = early
         self._came = threading.Event()
         self._waits = False
 
@@ -184,11 +224,11 @@ class _Stop:
     def _handle(self, received: int, frame: FrameType | None) -> None:
         signal.signal(received, signal.SIG_DFL)
         if not self._waits:
-            raise SystemExit(0)
+            raise SystemExit(self._early)
         self._came.set()
 
 
-def _load(arguments: argparse.Namespace, service: Any) -> Any:
+def _load(arguments: argparse.Namespace, service: Any, links: Any) -> Any:
     """Loads the model, compiles the engine's programs, and gives both to the service. Returns the engine."""
     import checkpoints
     from kimi_jax.engine import Engine
@@ -223,6 +263,7 @@ def _load(arguments: argparse.Namespace, service: Any) -> Any:
         tokenizer=processor.tokenizer,
         max_waiting=arguments.max_queue,
         progress=note_program,
+        links=links,
     )
     stats = engine.stats()
     seconds = f"{time.perf_counter() - compiling:.1f} s"
@@ -258,4 +299,10 @@ def _log() -> Iterator[None]:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    _write(text, sys.stderr)
+
+
+def _write(line: str, file: Any) -> None:
+    """Writes a line. One that cannot be written, to a full disk or a closed pipe, ends no server."""
+    with contextlib.suppress(OSError):
+        print(line, file=file, flush=True)

@@ -21,6 +21,7 @@ EXAMPLE = (
     "  kimi-jax train ~/models/kimi-k2.5-orbax --data chats.jsonl --out runs/mesh --mesh 1x8x1"
 )
 
+ADAPTER_RANK = 16
 LINE_EVERY_S = 30.0  # where there is no terminal
 
 
@@ -75,9 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train",
         default="all",
-        metavar="all|REGEX",
+        metavar="all|adapters|REGEX",
         help="parameters to train, by a regular expression that matches whole names; INT4 experts that it does not "
-        "match stay INT4 and take no optimizer's memory (default all)",
+        "match stay INT4 and take no optimizer's memory. adapters: low-rank ones (LoRA) of attention, and of dense and "
+        "shared MLPs, which are merged when they are published (default all)",
+    )
+    parser.add_argument(
+        "--rank", type=whole(1), default=None, metavar="N", help=f"rank of adapters (default {ADAPTER_RANK})"
     )
     add_mesh(parser)
     parser.add_argument("--seed", type=whole(0, SEED_MAX), default=0, metavar="N", help="order of the data (default 0)")
@@ -93,6 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check_folder(arguments.path)
+    adapters = arguments.train == "adapters"
+    if arguments.rank is not None and not adapters:
+        raise ValueError(f"--rank {arguments.rank} is the rank of adapters, and goes with --train adapters")
     try:
         pattern = re.compile(".*" if arguments.train == "all" else arguments.train)
     except re.error as error:
@@ -102,6 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from kimi_jax import config_json
     from kimi_jax.cli.console import console
+    from kimi_jax.training.adapters import is_adapted
     from kimi_jax.training.run import Run, Settings
 
     # Orbax logs tracebacks of a write that fails, in every thread that waits for it; the error itself is one line.
@@ -117,7 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
         tokens=arguments.tokens,
         learning_rate=arguments.lr,
         quantized=quantized if arguments.qat is None else arguments.qat,
-        trainable=lambda name: pattern.fullmatch(name) is not None,
+        trainable=is_adapted if adapters else lambda name: pattern.fullmatch(name) is not None,
+        adapter_rank=(arguments.rank or ADAPTER_RANK) if adapters else 0,
         seed=arguments.seed,
         save_every=arguments.save_every,
     )

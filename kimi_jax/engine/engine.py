@@ -243,12 +243,20 @@ class Engine:
                 if before is not None:
                     self._read(before)
                 before = dispatched
-        except BaseException as failure:  # the device's state is unknown: every request is told, and no more are taken
-            self.failure = failure
+        except BaseException as failure:  # the device's state is unknown
+            self.fail(failure)
+        else:
+            self._end_all("cancelled", "the engine was closed")
+
+    def fail(self, failure: BaseException) -> None:
+        """Ends all requests with an error, and takes no more. It waits for no step: one may never end."""
+        with self._lock:
+            self.failure = self.failure or failure
+            self._end_all("error", f"the engine has failed: {self.failure}")
+
+    def _end_all(self, reason: FinishReason, why: str) -> None:
         with self._lock:
             self._closed = True
-            reason: FinishReason = "cancelled" if self.failure is None else "error"
-            why = "the engine was closed" if self.failure is None else f"the engine has failed: {self.failure}"
             for job in [*self._jobs.values(), *self._inbox]:
                 self._end(job, reason, why)
             self._inbox.clear()

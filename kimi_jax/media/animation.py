@@ -11,7 +11,7 @@ from kimi_jax.media.durations import first_frame, read_frames
 from kimi_jax.media.limits import MAX_FRAME_PIXELS, MAX_VIDEO_PIXELS
 from kimi_jax.media.opening import open_header, open_image
 
-NO_DECODER = "; no video decoder comes with kimi-jax; give a GIF, an animated WebP or PNG, or a folder of frames"
+KINDS = "; a video is an MP4 or another film, a GIF, an animated WebP or PNG, or a folder of frames"
 
 
 class Animation(Sequence[Image.Image]):
@@ -25,11 +25,11 @@ class Animation(Sequence[Image.Image]):
     def __init__(self, data: bytes, name: str) -> None:
         """Reads the header and the durations. Raises ValueError where `data` is no animation or exceeds a limit."""
         self.name, self._data = name, data
-        self._image = open_header(data, name, NO_DECODER)
+        self._image = open_header(data, name, KINDS)
         kind = str(self._image.format)
         frames = read_frames(data, kind, name)
         if len(frames) < 2:
-            raise ValueError(f"{name}: a still {kind} and no animation{NO_DECODER}")
+            raise ValueError(f"{name}: a still {kind} and no animation{KINDS}")
         self._first = first_frame(data, kind)
         width = max(self._image.width, *(frame.right for frame in frames))
         height = max(self._image.height, *(frame.bottom for frame in frames))

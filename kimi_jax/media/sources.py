@@ -15,6 +15,17 @@ _SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _SOURCES = "a data: URL, a path, bytes, a uint8 array or a PIL image"
 
 
+class NamedBytes(bytes):
+    """Holds the bytes of a picture under the name that errors give it."""
+
+    name: str
+
+    def __new__(cls, data: bytes, name: str) -> "NamedBytes":
+        made = super().__new__(cls, data)
+        made.name = name
+        return made
+
+
 def from_message(source: object, folder: Path | None) -> object:
     """Returns the `source` of a message's image or video as `read` takes it.
 
@@ -28,7 +39,7 @@ def from_message(source: object, folder: Path | None) -> object:
     if not isinstance(source, str) or _is_data_url(source):
         return source
     name = printable(source, 80)
-    _refuse_scheme(source)
+    _refuse_scheme(source, paths=folder is not None)
     if folder is None:
         raise ValueError(f"{name}: a message may not name local files here; expected a data: URL")
     try:
@@ -49,12 +60,12 @@ def read(source: object) -> tuple[bytes, str]:
     fetches nothing.
     """
     if isinstance(source, bytes | bytearray | memoryview):
-        data, name = bytes(source), "the bytes given"
+        data, name = bytes(source), source.name if isinstance(source, NamedBytes) else "the bytes given"
     elif isinstance(source, str) and _is_data_url(source):
         data, name = _from_data_url(source)
     elif isinstance(source, str | Path):
         if isinstance(source, str):
-            _refuse_scheme(source)
+            _refuse_scheme(source, paths=True)
         data, name = _from_file(Path(source)), printable(source)
     else:
         raise ValueError(f"a picture is given as {type(source).__name__}, expected {_SOURCES}")
@@ -84,10 +95,13 @@ def _is_data_url(text: str) -> bool:
     return text[:5].lower() == "data:"
 
 
-def _refuse_scheme(text: str) -> None:
+def _refuse_scheme(text: str, *, paths: bool) -> None:
+    """Raises ValueError for a URL, with advice: to give a path only where `paths` are taken."""
     if (scheme := _SCHEME.match(text)) is not None:
         kind = scheme[1].lower()
         advice = "give its path" if kind == "file" else "download it and give its path or a data: URL"
+        if not paths:
+            advice = "expected a data: URL"
         raise ValueError(f"{printable(text)}: {kind}:// is not fetched; {advice}")
 
 

@@ -14,6 +14,7 @@ from kimi_jax.media import sources
 from kimi_jax.media.animation import Animation, Pictures
 from kimi_jax.media.appearance import as_seen
 from kimi_jax.media.config import Config, MediaConfig, as_config
+from kimi_jax.media.film import Film, demuxer
 from kimi_jax.media.limits import MAX_PATCHES
 from kimi_jax.media.opening import as_image
 from kimi_jax.media.patches import Grid, grid, navit_resize, normalize, scale
@@ -72,8 +73,8 @@ def video_patches(frames: Sequence[Any], fps: float, config: Config) -> list[Vid
 def sample_video(frames: Sequence[Any], fps: float, config: Config, *, max_patches: int | None = None) -> SampledVideo:
     """Samples frames for `video_patches`, and decodes and scales them one after another.
 
-    max_patches: a limit for all sampled frames together; by default `MAX_PATCHES` for an animation and none for frames.
-    Raises ValueError where they have more, for an animation before it decodes anything.
+    max_patches: a limit for all sampled frames together; by default `MAX_PATCHES` for a file and none for frames.
+    Raises ValueError where they have more, for a file before it decodes all of them.
     """
     config = as_config(config)
     if not len(frames) or not 0 < fps < math.inf:
@@ -81,9 +82,9 @@ def sample_video(frames: Sequence[Any], fps: float, config: Config, *, max_patch
     if len(frames) / fps > _LONGEST:
         raise ValueError(f"{len(frames)} frames at {fps} frames per second last more than {_LONGEST:,} seconds")
     indices, times = _sample(frames, fps, config.sample_fps)
-    if max_patches is None and isinstance(frames, Animation):
+    if max_patches is None and isinstance(frames, Animation | Film):
         max_patches = MAX_PATCHES
-    first = frames.size if isinstance(frames, Animation) else _picture(frames, 0).size
+    first = frames.size if isinstance(frames, Animation | Film) else _picture(frames, 0).size
     size = navit_resize(*first, config.in_patch_limit_each_frame, config)
     patches = len(indices) * math.prod(size.padded) // config.patch_size**2
     if max_patches is not None and patches > max_patches:
@@ -104,16 +105,16 @@ def sample_video(frames: Sequence[Any], fps: float, config: Config, *, max_patch
 
 def _picture(frames: Sequence[Any], index: int) -> Image.Image:
     frame = frames[index]
-    return frame if isinstance(frames, Animation | Pictures) else as_seen(as_image(frame), f"frame {index}")
+    return frame if isinstance(frames, Animation | Film | Pictures) else as_seen(as_image(frame), f"frame {index}")
 
 
 def _sample(frames: Sequence[Any], fps: float, sample_fps: float) -> tuple[list[int], list[float]]:
     """Returns the numbers of the frames to sample, and their times in seconds.
 
     At a steady rate it chooses the published processor's: evenly from the first frame to the last, rounded. Where the
-    durations of an animation's frames differ, it chooses the frames on the screen at evenly spaced times.
+    durations of a file's frames differ, it chooses the frames on the screen at evenly spaced times.
     """
-    starts = frames.starts if isinstance(frames, Animation) and fps == frames.fps else None
+    starts = frames.starts if isinstance(frames, Animation | Film) and fps == frames.fps else None
     count = max(round(len(frames) * min(sample_fps, fps) / fps), 1)
     if starts is None:
         indices = np.linspace(0, len(frames) - 1, count).round().astype(int).tolist()
@@ -126,10 +127,10 @@ def _sample(frames: Sequence[Any], fps: float, sample_fps: float) -> tuple[list[
 def open_video(source: object, fps: float | None = None) -> tuple[Sequence[Any], float]:
     """Returns frames (as a viewer shows them, in RGB, decoded on access) and frames per second.
 
-    source: an animated GIF, WebP or PNG (a path, a base64 `data:` URL or bytes), a folder of pictures (in the order of
-    their names), or a list of sources that `open_image` takes. The rate of an animation is the mean of its durations
-    unless `fps` is given; pictures need `fps`. Other videos are refused: kimi-jax brings no video decoder. Raises
-    OSError or ValueError naming the source.
+    source: an animated GIF, WebP or PNG, or with kimi-jax[video] a film (a path, a base64 `data:` URL or bytes); a
+    folder of pictures (in the order of their names), or a list of sources that `open_image` takes. The rate of a file
+    is the mean of its durations unless `fps` is given; pictures need `fps`. Raises OSError or ValueError naming the
+    source.
     """
     if isinstance(source, list | tuple) or sources.is_folder(source):
         pictures = source if isinstance(source, list | tuple) else _files(Path(str(source)))
@@ -138,7 +139,11 @@ def open_video(source: object, fps: float | None = None) -> tuple[Sequence[Any],
         return Pictures(pictures), fps
     if not isinstance(source, str | Path | bytes | bytearray | memoryview):
         raise ValueError(f"a video is given as {type(source).__name__}, expected a path, a data: URL, bytes or a list")
-    animation = Animation(*sources.read(source))
+    data, name = sources.read(source)
+    if demuxer(data) is not None:
+        film = Film(data, name)
+        return film, film.fps if fps is None else fps
+    animation = Animation(data, name)
     if fps is None and not animation.fps:
         raise ValueError(f"{animation.name}: holds no durations, so its fps must be given")
     return animation, animation.fps if fps is None else fps

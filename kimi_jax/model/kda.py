@@ -93,11 +93,14 @@ class KDA(nnx.Module):
             o, S = kda_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], state.S, normalize_qk=True, scale=scale)
             o = o[:, None]
         elif segments is not None:
-            each = None if state is None else rearrange(state.S, "(b n) h k v -> b n h k v", b=len(x))
-            ids, count = jnp.where(valid, segments, -1), num_segments if each is None else each.shape[1]
-            packed = functools.partial(kda, segment_ids=ids, num_segments=count, initial_state=each)
-            o, S = packed(q, k, v, g, beta, normalize_qk=True, scale=scale)
-            S = rearrange(S, "b n h k v -> (b n) h k v")
+            ids = jnp.where(valid, segments, -1)
+            packed = functools.partial(kda, q, k, v, g, beta, segment_ids=ids, normalize_qk=True, scale=scale)
+            if state is None:
+                o, S = packed(num_segments=num_segments, return_state=False)
+            else:
+                each = rearrange(state.S, "(b n) h k v -> b n h k v", b=len(x))
+                o, S = packed(num_segments=each.shape[1], initial_state=each)
+                S = rearrange(S, "b n h k v -> (b n) h k v")
         else:
             run = functools.partial(kda, q, k, v, g, beta, normalize_qk=True, scale=scale)
             before: jax.Array | None = None if state is None else state.S

@@ -1,7 +1,8 @@
 """Memory and traffic of a step on each device, by arithmetic: the shapes of the real model under the real rules.
 
 Times are lower bounds: every byte once at the HBM's peak, every product at the matrix units', every message over all of
-a chip's links at once; nothing waits for anything else.
+a chip's links at once; nothing waits for anything else but small operations, of which a compiler has to say how long
+they take.
 """
 
 import dataclasses
@@ -42,8 +43,9 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class StepBound:
-    """Bytes that a device reads and sends and products that it computes in a step. The longest of three times bounds
-    it."""
+    """Bytes that a device reads and sends and products that it computes in a step. The longest of these three times
+    bounds it, together with `small_seconds`, the compiler's estimate for small operations between them (0 where nothing
+    was compiled): they keep a core from its kernels."""
 
     hbm_bytes: float
     flops: float
@@ -51,14 +53,25 @@ class StepBound:
     hbm_seconds: float
     flops_seconds: float
     sent_seconds: float
+    small_seconds: float = 0.0
 
     @property
-    def lower_bound_seconds(self) -> float:
+    def longest_seconds(self) -> float:
+        """The longest of the times of HBM, products and messages."""
         return max(self.hbm_seconds, self.flops_seconds, self.sent_seconds)
 
     @property
+    def lower_bound_seconds(self) -> float:
+        return self.longest_seconds + self.small_seconds
+
+    @property
     def bound_by(self) -> str:
-        times = {"HBM": self.hbm_seconds, "FLOPs": self.flops_seconds, "links": self.sent_seconds}
+        times = {
+            "HBM": self.hbm_seconds,
+            "FLOPs": self.flops_seconds,
+            "links": self.sent_seconds,
+            "small": self.small_seconds,
+        }
         return max(times, key=times.__getitem__)
 
 
@@ -230,8 +243,8 @@ def _kda_flops(job: Job, tokens: float) -> float:
     return tokens * heads * 6 * linear.head_dim**2
 
 
-def step(job: Job, sent: Sequence[Collective]) -> StepBound:
-    """Computes the step's lower bounds, with the messages that it sends."""
+def step(job: Job, sent: Sequence[Collective], small_seconds: float = 0.0) -> StepBound:
+    """Computes the step's lower bounds, with the messages that it sends and the time of its small operations."""
     chip, read, products = job.topology.chip, hbm_bytes(job), flops(job)
     over_links = sum((collective.sent for collective in sent), 0.0)
     return StepBound(
@@ -241,6 +254,7 @@ def step(job: Job, sent: Sequence[Collective]) -> StepBound:
         hbm_seconds=read / (chip.hbm * chip.cores),
         flops_seconds=products / (chip.bf16 * chip.cores),
         sent_seconds=over_links / chip.links,
+        small_seconds=small_seconds,
     )
 
 
@@ -249,7 +263,7 @@ def largest_batch(job: Job, temporaries: int | None = None) -> int:
     data = job.mesh["data"]
 
     def fits(parts: int) -> bool:
-        return _fits(dataclasses.replace(job, batch=parts * data), job, temporaries)
+        return headroom(dataclasses.replace(job, batch=parts * data), job, temporaries) >= 0
 
     return data * _last(fits, 2**20)
 
@@ -259,17 +273,22 @@ def largest_context(job: Job, temporaries: int | None = None) -> int:
     pages = job.config.text.max_position_embeddings // PAGE
 
     def fits(count: int) -> bool:
-        context = count * PAGE
-        return _fits(dataclasses.replace(job, context=context, chunk=min(job.chunk, context)), job, temporaries)
+        return headroom(with_context(job, count * PAGE), job, temporaries) >= 0
 
     return PAGE * _last(fits, pages)
 
 
-def _fits(job: Job, measured: Job, temporaries: int | None) -> bool:
-    """Tells whether the job fits; `temporaries` are those compiled for the `measured` job, and growth is estimated."""
+def with_context(job: Job, context: int) -> Job:
+    """Returns the job with so many tokens in each row."""
+    return dataclasses.replace(job, context=context, chunk=min(job.chunk, context))
+
+
+def headroom(job: Job, measured: Job, temporaries: int | None) -> int:
+    """Computes the bytes that the job leaves on a device; `temporaries` are those compiled for the `measured` job, and
+    their growth is estimated."""
     if temporaries is not None:
         temporaries += max(0, _temporaries(job) - _temporaries(measured))
-    return memory(job, temporaries).headroom >= 0
+    return memory(job, temporaries).headroom
 
 
 def _last(true_up_to: Callable[[int], bool], most: int) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -135,6 +136,11 @@ def _parameters(config: KimiConfig) -> tuple[tuple[int | None, Parameter], ...]:
         layer = int(str(path[2])) if path[:2] == ("model", "layers") else None
         found.append((layer, Parameter(kind, name, axes, variable.shape, bits(variable.dtype))))
     return tuple(found)
+
+
+def words(mesh: Mapping[str, int]) -> str:
+    """Returns a mesh as `--mesh` takes it: the axes of several devices with their sizes."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or f"{AXES[0]}=1"
 
 
 def bits(dtype: Any) -> int:

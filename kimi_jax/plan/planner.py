@@ -3,17 +3,21 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+from kimi_jax.config import KimiConfig, QuantizationConfig
 from kimi_jax.plan import analytic
 from kimi_jax.plan.analytic import EnginePools, Memory, PerLayer, StepBound
 from kimi_jax.plan.compile import Compiled, DoesNotFitError
-from kimi_jax.plan.job import Job, Sizes
+from kimi_jax.plan.headroom import Headroom, headroom
+from kimi_jax.plan.job import Job, Sizes, words
+from kimi_jax.plan.refusal import GB, TooSmallError
 from kimi_jax.plan.search import MESSAGE_SECONDS, Candidate, candidate, candidates, ranked, smallest_that_fits
 from kimi_jax.plan.traffic import Collective
+from kimi_jax.plan.versions import versions
+from pallas_kernels.hardware import Chip
 from sharding import AXES
 
-GIB = 2**30
 Compile = Callable[[Job], Compiled]
 
 
@@ -32,8 +36,8 @@ class Alternative:
 class Plan:
     """All bytes are a device's. `why` says where the mesh comes from. `collectives` are the compiled program's, or
     without one those of the step's traces (`plan.messages`). `confirmed` says whether the compiler fits `largest_batch`
-    too, None where it was not asked. `engine` are the pools of an engine with `job.batch` slots, None where there is no
-    room for them."""
+    too, None where it was not asked. `others` has what other batches and contexts leave. `engine` are the pools of an
+    engine with `job.batch` slots, None where there is no room for them."""
 
     model: str
     job: Job
@@ -44,11 +48,17 @@ class Plan:
     collectives: tuple[Collective, ...]
     largest_batch: int
     largest_context: int
+    others: Headroom
     engine: EnginePools | None
     confirmed: bool | None
     alternatives: tuple[Alternative, ...]
     compiled: Compiled | None
     warnings: tuple[str, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The most tokens that all rows get in a second: those of a step over its lower bound."""
+        return self.job.tokens / self.step.lower_bound_seconds
 
     def as_json(self) -> dict[str, Any]:
         """Returns numbers, strings, lists and dicts, which `kimi-jax plan --json` prints."""
@@ -56,9 +66,12 @@ class Plan:
         return {
             "model": self.model,
             "topology": job.topology.name,
+            "chips": job.topology.chips,
             "devices": job.topology.devices,
             "mesh": job.mesh,
             "why": self.why,
+            "from": "arithmetic" if compiled is None else "compiled",
+            "versions": versions(compiled=compiled is not None),
             "phase": job.phase,
             "batch": job.batch,
             "context": job.context,
@@ -67,8 +80,10 @@ class Plan:
             "per_layer": dataclasses.asdict(self.per_layer),
             "step": dataclasses.asdict(self.step)
             | {"lower_bound_seconds": self.step.lower_bound_seconds, "bound_by": self.step.bound_by},
+            "tokens_per_second": self.tokens_per_second,
             "collectives": [dataclasses.asdict(one) | {"sent": one.sent} for one in self.collectives],
             "largest": {"batch": self.largest_batch, "context": self.largest_context, "confirmed": self.confirmed},
+            "others": dataclasses.asdict(self.others),
             "engine": None if self.engine is None else dataclasses.asdict(self.engine),
             "alternatives": [dataclasses.asdict(one) for one in self.alternatives],
             "compiled": None if compiled is None else dataclasses.asdict(compiled),
@@ -80,25 +95,28 @@ def plan(model: str, job: Job, *, sizes: Sizes | None = None, compile_step: Comp
     """Plans `job` on a mesh of `sizes`, the best one where None; `model` is its name in the report.
 
     `compile_step` (`compile.compiled`) is called for the job and once more for the largest batch; None leaves out what
-    only a compiler knows.
-    Raises ValueError where the mesh does not multiply to the devices or does not divide the job, and where the model
-    does not fit, by how much and the smallest slice that would do.
+    only a compiler knows. No compiler is asked for GPUs.
+    Raises ValueError where the mesh does not multiply to the devices or does not divide the job, and TooSmallError
+    where the model does not fit, by how much and what would do.
     """
     _check(job)
     found = candidates(job)
+    if job.topology.is_gpu:
+        compile_step = None
     if sizes is None:
         if not found:
-            raise ValueError(f"{model} divides by no mesh of {job.topology.name}'s {job.topology.devices} devices")
+            raise ValueError(f"no mesh of {job.topology.name}'s {job.topology.devices} devices divides {model}")
         chosen, why = next(ranked(found)), _why(found)
     else:
-        if math.prod(sizes) != job.topology.devices:
+        idle = job.topology.devices - math.prod(sizes)
+        if idle < 0 or (idle and not job.topology.is_gpu):
             raise ValueError(
                 f"mesh {words(dict(zip(AXES, sizes, strict=True)))} asks for {math.prod(sizes)} devices, "
                 f"{job.topology.name} has {job.topology.devices}"
             )
         chosen, why = candidate(dataclasses.replace(job, sizes=sizes)), "given"
     if chosen.bytes_over:
-        raise ValueError(_too_small(model, chosen))
+        raise _too_small(model, chosen)
     job = chosen.job
     made = None if compile_step is None else _compile(model, job, compile_step)
     beside = None if made is None else made.beside_arguments
@@ -111,10 +129,11 @@ def plan(model: str, job: Job, *, sizes: Sizes | None = None, compile_step: Comp
         why=why,
         memory=memory,
         per_layer=analytic.per_layer(job),
-        step=analytic.step(job, sent),
+        step=analytic.step(job, sent, _small_seconds(job, made)),
         collectives=sent,
         largest_batch=batch,
         largest_context=analytic.largest_context(job, beside),
+        others=headroom(job, beside),
         engine=analytic.engine_pools(job),
         confirmed=None if compile_step is None else _fits(job, batch, compile_step),
         alternatives=tuple(_alternatives(job, found)),
@@ -142,16 +161,41 @@ def _why(found: list[Candidate]) -> str:
     )
 
 
-def _too_small(model: str, chosen: Candidate) -> str:
+def _too_small(model: str, chosen: Candidate) -> TooSmallError:
     memory, job = chosen.memory, chosen.job
     need = memory.available + chosen.bytes_over
     enough = smallest_that_fits(job)
-    would = f"no known {job.topology.chip.name} slice would do" if enough is None else f"{enough.name} would do"
-    return (
+    int4 = _in_int4(job)
+    chip = job.topology.chip.name
+    would = [f"no known {chip} slice would do" if enough is None else f"{enough.name} would do"]
+    would += [] if int4 is None else [f"with --experts int4 {int4 / GB:.1f} GB would do"]
+    message = (
         f"{model} with {job.batch} x {job.context} tokens does not fit on {job.topology.name} with mesh "
-        f"{words(job.mesh)}: a device would need {need / GIB:.2f} GiB of its {memory.available / GIB:.2f}, "
-        f"{chosen.bytes_over / GIB:.2f} GiB too much; {would}"
+        f"{words(job.mesh)}: a device would need {need / GB:.1f} GB of its {memory.available / GB:.1f}, "
+        f"{chosen.bytes_over / GB:.1f} GB too much; {', '.join(would)}"
     )
+    return TooSmallError(message, need, memory.available, None if enough is None else enough.name, int4)
+
+
+def _in_int4(job: Job) -> int | None:
+    """Computes the bytes that a device needs with the experts in INT4; None where they are, or do not fit either."""
+    if job.config.text.quantization is not None or not job.config.text.n_routed_experts:
+        return None
+    found = candidates(dataclasses.replace(job, config=with_experts(job.config, "int4")))
+    fit = [one.memory.available - one.memory.headroom for one in found if not one.bytes_over]
+    return min(fit, default=None)
+
+
+def with_experts(config: KimiConfig, form: Literal["int4", "bf16"]) -> KimiConfig:
+    """Returns the configuration of the model with its routed experts in this form, as `kimi-jax convert` makes it."""
+    if form == "bf16":
+        return config.dense()
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, quantization=QuantizationConfig()))
+
+
+def _small_seconds(job: Job, made: Compiled | None) -> float:
+    chip = job.topology.chip
+    return made.small_cycles / chip.clock if made is not None and isinstance(chip, Chip) else 0.0
 
 
 def _compile(model: str, job: Job, compile_step: Compile) -> Compiled:
@@ -201,7 +245,3 @@ def _warnings(memory: Memory, made: Compiled) -> list[str]:
     if abs(made.arguments - counted) > 0.03 * counted:
         said.append(f"the compiler counts {made.arguments:,} bytes of weights and cache, this plan {counted:,}")
     return said
-
-
-def words(mesh: dict[str, int]) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "of one device"

@@ -1,13 +1,14 @@
-"""A plan in words and numbers, for a terminal."""
+"""The details of a plan, for a terminal."""
 
-from collections.abc import Mapping, Sequence
-
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from kimi_jax.plan.analytic import PerLayer
-from kimi_jax.plan.planner import GIB, Plan, words
+from kimi_jax.plan.job import words
+from kimi_jax.plan.planner import Plan
+from kimi_jax.plan.refusal import GB
 from kimi_jax.printable import printable
 
 MEMORY = (
@@ -22,67 +23,36 @@ MEMORY = (
 )
 
 
-def show_all(console: Console, plans: Sequence[Plan], refused: Mapping[str, str]) -> None:
-    """Shows every plan, then where there are several, a line for each; `refused` gives the reasons of slices
-    without."""
-    for plan in plans:
-        _show(console, plan)
-        console.print()
-    if len(plans) + len(refused) == 1:
-        return
-    table = Table("topology", "mesh", "headroom GiB", "largest batch", "largest context", "step at least", "bound by")
-    for plan in plans:
-        table.add_row(
-            plan.job.topology.name,
-            words(plan.job.mesh),
-            f"{plan.memory.headroom / GIB:.2f}",
-            f"{plan.largest_batch:,}",
-            f"{plan.largest_context:,}",
-            _ms(plan.step.lower_bound_seconds),
-            plan.step.bound_by,
-        )
-    console.print(table)
-    for name, reason in refused.items():
-        console.print(f"{name}: {printable(reason, 1000)}", highlight=False, markup=False)
+def title(plan: Plan) -> str:
+    """Returns the plan's model and job in words, with markup escaped."""
+    job = plan.job
+    what = f"{printable(plan.model)}, {job.phase} of {job.batch:,} x {job.context:,} tokens"
+    return escape(what if job.phase == "decode" else f"{what}, {job.chunk:,} at a time")
 
 
-def _show(console: Console, plan: Plan) -> None:
-    job, compiled = plan.job, plan.compiled
-    what = f"{printable(plan.model)}, {job.phase} of {job.batch} x {job.context:,} tokens"
-    if job.phase == "prefill":
-        what += f", {job.chunk:,} at a time"
-    console.print(f"[bold]{escape(what)} on {job.topology.name}[/] ({job.topology.devices} devices)")
+def show(console: Console, plan: Plan) -> None:
+    """Shows a plan in full."""
+    job = plan.job
+    idle = job.topology.devices - job.partition.devices
+    devices = _count(job.topology.devices, "device") + (f", {idle} of them idle" if idle else "")
+    console.print(f"[bold]{title(plan)} on {job.topology.name}[/] ({devices})")
     console.print(f"mesh {words(job.mesh)}: {plan.why}", highlight=False)
     for other in plan.alternatives:
         console.print(
-            f"  or {words(other.mesh)}: >= {_ms(other.lower_bound_seconds)}, {other.messages} messages, "
-            f"{other.headroom / GIB:.2f} GiB headroom; {_layer(other.per_layer)}",
+            f"  or {words(other.mesh)}: >= {_ms(other.lower_bound_seconds)} ms, {other.messages} messages, "
+            f"{other.headroom / GB:.2f} GB headroom; {_layer(other.per_layer)}",
             highlight=False,
         )
-    table = Table("memory of a device", "GiB", "%")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for title, field in MEMORY:
+    table = _table("memory of a device", "GB", "%")
+    for name, field in MEMORY:
         size = getattr(plan.memory, field)
-        table.add_row(title, f"{size / GIB:.3f}", f"{100 * size / plan.memory.available:.1f}")
-    table.add_row("available", f"{plan.memory.available / GIB:.3f}", "100.0")
+        table.add_row(name, f"{size / GB:.3f}", f"{100 * size / plan.memory.available:.1f}")
+    table.add_row("available", f"{plan.memory.available / GB:.3f}", "100.0")
     console.print(table)
     _show_limits(console, plan)
     _show_step(console, plan)
-    if compiled is None:
-        console.print(
-            "Not compiled: temporaries are estimates, messages those of the step before a compiler merges any."
-        )
-    else:
-        console.print(
-            f"Compiled in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} s of CPU time), not run: "
-            f"{compiled.arguments / GIB:.3f} GiB of arguments ({(plan.memory.weights + plan.memory.cache) / GIB:.3f} "
-            f"itemised above), {compiled.temporaries / 1e6:.1f} MB of temporaries, {compiled.program / 1e6:.1f} MB of "
-            f"program; {compiled.hbm_bytes / 1e9:.3f} GB go to and from HBM; what is neither kernel nor message takes "
-            f"{compiled.small_cycles:,} cycles by the compiler's estimate, "
-            f"{_ms(compiled.small_cycles / job.topology.chip.clock)}, which the lower bound leaves out",
-            highlight=False,
-        )
+    _show_messages(console, plan)
+    _show_source(console, plan)
     for warning in plan.warnings:
         console.print(f"[bold red]warning[/]: {warning}", highlight=False)
 
@@ -90,41 +60,92 @@ def _show(console: Console, plan: Plan) -> None:
 def _show_limits(console: Console, plan: Plan) -> None:
     sure = {None: "by arithmetic", True: "the batch confirmed by compiling it", False: "but the compiler refuses"}
     console.print(
-        f"fits at most: batch {plan.largest_batch:,} of {plan.job.context:,} tokens, or {plan.job.batch} rows of "
-        f"{plan.largest_context:,} tokens ({sure[plan.confirmed]})",
+        f"fits at most: batch {plan.largest_batch:,} of {plan.job.context:,} tokens, or "
+        f"{_count(plan.job.batch, 'row')} of {plan.largest_context:,} tokens ({sure[plan.confirmed]})",
         highlight=False,
     )
     if (engine := plan.engine) is None:
-        console.print(f"an engine of {plan.job.batch} slots finds no room for a cache")
+        console.print(f"an engine of {_count(plan.job.batch, 'slot')} finds no room for a cache")
         return
     copies = f", {engine.places:,} copies of recurrent states" if engine.places else ""
     console.print(
-        f"an engine of {engine.slots:,} slots takes {engine.cache_memory / GIB:.2f} GiB of a device, unless told "
-        f"otherwise: {engine.pages:,} pages{copies}; {engine.sequences:,} sequences of {plan.job.context:,} tokens at "
-        "one time",
+        f"an engine of {_count(engine.slots, 'slot')} takes {engine.cache_memory / GB:.2f} GB of a device, unless told "
+        f"otherwise: {engine.pages:,} pages{copies}; {_count(engine.sequences, 'sequence')} of {plan.job.context:,} "
+        "tokens at one time",
         highlight=False,
     )
 
 
 def _show_step(console: Console, plan: Plan) -> None:
-    step = plan.step
+    step, compiled, chip = plan.step, plan.compiled, plan.job.topology.chip
     console.print(
-        f"a step is at least {_ms(step.lower_bound_seconds)} (lower bound, {step.bound_by}): "
-        f"{step.hbm_bytes / 1e9:.3f} GB from HBM in {_ms(step.hbm_seconds)}, {step.flops / 1e12:.3f} TFLOP in "
-        f"{_ms(step.flops_seconds)}, {step.sent_bytes / 1e6:.1f} MB sent in {_ms(step.sent_seconds)}",
+        f"a step is at least {_ms(step.lower_bound_seconds)} ms (lower bound, {step.bound_by}), "
+        f"{plan.tokens_per_second:,.0f} tokens/s at most",
         highlight=False,
     )
+    table = _table("time of a step", "ms", "of")
+    table.columns[2].justify = "left"
+    table.add_row("HBM", _ms(step.hbm_seconds), f"{step.hbm_bytes / 1e9:.3f} GB")
+    table.add_row("products", _ms(step.flops_seconds), f"{step.flops / 1e12:.3f} TFLOP")
+    table.add_row("messages", _ms(step.sent_seconds), f"{step.sent_bytes / 1e6:.1f} MB sent")
+    table.add_row("longest of these", _ms(step.longest_seconds), "")
+    if compiled is None:
+        table.add_row("small operations", "", "not known: nothing is compiled")
+    else:
+        table.add_row(
+            "small operations",
+            _ms(step.small_seconds),
+            f"{compiled.small_cycles:,} cycles by the compiler's estimate, {chip.name}",
+        )
+    table.add_row("in all", _ms(step.lower_bound_seconds), "")
+    console.print(table)
     console.print(f"the last layer: {_layer(plan.per_layer)}", highlight=False)
-    table = Table("messages of a step", "axes", "devices", "count", "bytes each")
+
+
+def _show_messages(console: Console, plan: Plan) -> None:
+    if not plan.collectives:
+        return
+    table = _table("messages of a step", "axes", "devices", "count", "bytes each")
+    table.columns[1].justify = "left"
     for one in plan.collectives:
         count = f"{one.count} a turn" if one.in_loop else f"{one.count}"
         table.add_row(one.kind, ", ".join(one.axes), f"{one.group}", count, f"{one.nbytes:,}")
     console.print(table)
 
 
+def _show_source(console: Console, plan: Plan) -> None:
+    compiled = plan.compiled
+    if compiled is None:
+        console.print(
+            "Not compiled: temporaries are estimates, messages those of the step before a compiler merges any."
+        )
+        if plan.job.topology.is_gpu:
+            console.print("On GPUs everything runs in plain JAX, which may take far longer than these bounds.")
+        return
+    console.print(
+        f"Compiled in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} s of CPU time), not run: "
+        f"{compiled.arguments / GB:.3f} GB of arguments ({(plan.memory.weights + plan.memory.cache) / GB:.3f} "
+        f"itemised above), {compiled.temporaries / 1e6:.1f} MB of temporaries, {compiled.program / 1e6:.1f} MB of "
+        f"program; {compiled.hbm_bytes / 1e9:.3f} GB go to and from HBM",
+        highlight=False,
+    )
+
+
+def _table(*heads: str) -> Table:
+    """Returns a table whose columns but the first are numbers."""
+    table = Table(*heads, box=SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
 def _layer(share: PerLayer) -> str:
     return f"{share.resident / 1e9:.3f} GB lie on a device, {share.read / 1e9:.3f} GB are read"
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3f} ms"
+    return f"{seconds * 1e3:.3f}"

@@ -32,7 +32,7 @@ class Candidate:
     @functools.cached_property
     def sent(self) -> tuple[Collective, ...]:
         """The messages of the step."""
-        return messages(self.job)
+        return messages(self.job, "cuda" if self.job.topology.is_gpu else "tpu")
 
     @functools.cached_property
     def step(self) -> StepBound:
@@ -73,9 +73,21 @@ def candidate(job: Job) -> Candidate:
 
 
 def candidates(job: Job) -> list[Candidate]:
-    """Lists the meshes of the slice's devices that divide the job, in no order."""
+    """Lists the meshes of the slice's devices that divide the job, in no order.
+
+    A TPU slice runs whole. Of GPUs as many are taken as some mesh divides the job by: 64 of a rack's 72.
+    """
+    devices = job.topology.devices
+    found = _candidates(job, devices)
+    while job.topology.is_gpu and not found and devices > 1:
+        devices -= 1
+        found = _candidates(job, devices)
+    return found
+
+
+def _candidates(job: Job, devices: int) -> list[Candidate]:
     found = []
-    for sizes in _factors(job.topology.devices, len(AXES)):
+    for sizes in _factors(devices, len(AXES)):
         try:
             found.append(candidate(dataclasses.replace(job, sizes=sizes)))
         except ValueError:  # it does not divide

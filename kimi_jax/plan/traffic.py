@@ -13,6 +13,8 @@ KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "coll
          "reduce-scatter")  # fmt: skip
 # A norm's scale in another dtype is no copy worth a word; an expert's projection has megabytes.
 COPY_BYTES = 2**20
+# A mesh with named axes, the order of its devices, and the axes in which those of a group differ
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 
 
@@ -88,10 +90,13 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
         shape, dims = _numbers(iota[1]), _numbers(iota[2])
         order = np.arange(np.prod(dims)).reshape(dims)
         return (order.transpose(_numbers(iota[3])) if iota[3] else order).reshape(shape)
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if named := _NAMED.search(attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        last = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
-        order = np.arange(devices).reshape(list(sizes.values()))
+        last = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[4])]
+        order = np.arange(devices)
+        if named[3]:  # the mesh's devices are not in order
+            order = order.reshape(_numbers(named[2])).transpose(_numbers(named[3]))
+        order = order.reshape(list(sizes.values()))
         return np.moveaxis(order, last, range(-len(last), 0)).reshape(-1, int(np.prod([order.shape[i] for i in last])))
     if re.search(r"replica_groups=\{\}", attributes):
         return np.arange(devices)[None]

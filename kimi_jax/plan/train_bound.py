@@ -155,7 +155,12 @@ def _hops(one: Messages, job: TrainJob) -> float:
 
 
 def mean_distance(topology: Topology) -> float:
-    """Returns the mean distance of two chips, in links, where each dimension of four or more chips is a ring."""
+    """Returns the mean distance of two chips, in links, where each dimension of four or more chips is a ring.
+
+    GPUs are one link apart.
+    """
+    if topology.is_gpu:
+        return 1.0
     total = 0.0
     for size in map(int, topology.name.split(":")[1].split("x")):
         apart = [min(n, size - n) if size >= 4 else n for n in range(size)]

@@ -13,6 +13,7 @@ from typing import Any
 
 from kimi_jax.plan.compile import Compiled
 from kimi_jax.plan.messages import traced
+from kimi_jax.plan.refusal import TooSmallError
 from kimi_jax.plan.train_bound import TrainBound, bound, stream_bytes
 from kimi_jax.plan.train_job import (
     FORMS,
@@ -28,6 +29,7 @@ from kimi_jax.plan.train_job import (
 )
 from kimi_jax.plan.train_step import trace
 from kimi_jax.plan.train_traffic import Messages, added, summed
+from kimi_jax.plan.versions import versions
 from pallas_kernels.hardware import CHIPS
 from sharding.topologies import topologies
 
@@ -44,8 +46,8 @@ class Measured:
     """
 
     messages: tuple[Messages, ...]
-    arguments: float | None
-    beside: float | None
+    arguments: int | None
+    beside: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,12 @@ class TrainPlan:
     warnings: tuple[str, ...]
 
     @property
-    def headroom(self) -> float | None:
+    def tokens_per_second(self) -> float:
+        """The most tokens that are trained on in a second."""
+        return self.job.rows * self.job.tokens / self.bound.lower_bound_seconds
+
+    @property
+    def headroom(self) -> int | None:
         """Bytes that the extrapolated step leaves of a device's memory; None where nothing was compiled."""
         if self.whole.arguments is None or self.whole.beside is None:
             return None
@@ -89,9 +96,12 @@ class TrainPlan:
         return {
             "model": self.model,
             "topology": job.topology.name,
+            "chips": job.topology.chips,
             "devices": job.topology.devices,
             "mesh": job.mesh,
             "why": self.why,
+            "from": "compiled" if self.compiled else "traced",
+            "versions": versions(compiled=bool(self.compiled)),
             "rows": job.rows,
             "tokens": job.tokens,
             "parameters": {
@@ -115,6 +125,7 @@ class TrainPlan:
                 "bound_by": self.bound.bound_by,
                 "mfu": self.bound.mfu,
             },
+            "tokens_per_second": self.tokens_per_second,
             "slices": self.slices,
             "compiled": [dataclasses.asdict(one) for one in self.compiled],
             "warnings": list(self.warnings),
@@ -124,19 +135,22 @@ class TrainPlan:
 def train_plan(model: str, job: TrainJob, *, compile_step: Compile | None = None) -> TrainPlan:
     """Plans `job`, on the mesh of its `sizes` or, where these are (), on the one that `choose_sizes` gives.
 
-    `compile_step` (`compile.compiled`) is called for two programs or more; None counts messages of traces alone.
-    Raises ValueError where the mesh does not multiply to the devices or does not divide the job, where the layers are
-    of an order that no plan is made for, and where a device does not hold its states, naming the smallest slice whose
-    devices do.
+    `compile_step` (`compile.compiled`) is called for two programs or more; None, and GPUs, which no compiler is asked
+    for, count messages of traces alone.
+    Raises ValueError where the mesh does not multiply to the devices or does not divide the job, and where the layers
+    are of an order that no plan is made for; TooSmallError where a device does not hold its states, naming the smallest
+    slice whose devices do.
     """
     why = "given" if job.sizes else "experts and rows divided over `data`, heads over the rest"
     job = job if job.sizes else dataclasses.replace(job, sizes=choose_sizes(job))
     _check(model, job)
+    if job.topology.is_gpu:
+        compile_step = None
     dense, kinds = layers_with_experts(job.config)
     first = tuple(kinds) * FIRST
     short = job.with_layers(dense, first)
-    found = [_measure(short, compile_step)]
-    found += [_measure(job.with_layers(dense, (*first, kind)), compile_step) for kind in kinds]
+    found = [measure(short, compile_step)]
+    found += [measure(job.with_layers(dense, (*first, kind)), compile_step) for kind in kinds]
     base, *longer = (one for one, _ in found)
     per_layer = {kind: _add(more, base, -1) for kind, more in zip(kinds, longer, strict=True)}
     whole = base
@@ -159,7 +173,13 @@ def train_plan(model: str, job: TrainJob, *, compile_step: Compile | None = None
         bound=bound(job, whole.messages),
         slices={form.name: _smallest(job, form) for form in FORMS},
         compiled=compiled,
-        warnings=tuple(f"{moved.how} of experts: {moved.instruction}" for one in compiled for moved in one.moved),
+        # (Copies are how masters are rounded and gradients turned.)
+        warnings=tuple(
+            f"{moved.how} of experts: {moved.instruction}"
+            for one in compiled
+            for moved in one.moved
+            if moved.how != "copy"
+        ),
     )
 
 
@@ -196,31 +216,34 @@ def _check(model: str, job: TrainJob) -> None:
     if need > available:
         enough = smallest_slice(job.config, TRAINED, job.topology.chip.name)
         would = f"no known {job.topology.chip.name} slice does" if enough is None else f"{enough.name} does"
-        raise ValueError(
+        message = (
             f"a step of {model} has states of {need / 1e9:.1f} GB on a device of {job.topology.name}, which has "
             f"{available / 1e9:.1f} GB; {would}"
         )
+        raise TooSmallError(message, need, available, None if enough is None else enough.name)
 
 
-def _measure(job: TrainJob, compile_step: Compile | None) -> tuple[Measured, Compiled | None]:
+def measure(job: TrainJob, compile_step: Compile | None) -> tuple[Measured, Compiled | None]:
+    """Compiles the step of all of the job's layers, or where `compile_step` is None traces it."""
     if compile_step is None:
         # Slices of as many devices have the same messages
-        return Measured(_traced(dataclasses.replace(job, topology=topologies()[0])), None, None), None
+        platform = "cuda" if job.topology.is_gpu else "tpu"
+        return Measured(_traced(dataclasses.replace(job, topology=topologies()[0]), platform), None, None), None
     made = compile_step(job)
     return Measured(summed(made.collectives), made.arguments, made.beside_arguments), made
 
 
 @functools.cache
-def _traced(job: TrainJob) -> tuple[Messages, ...]:
+def _traced(job: TrainJob, platform: str) -> tuple[Messages, ...]:
     mesh = job.partition.mesh
     assert mesh is not None
-    return summed(traced(trace(job, mesh).jaxpr.jaxpr, job.mesh))
+    return summed(traced(trace(job, mesh).jaxpr.jaxpr, job.mesh, platform))
 
 
 def _add(one: Measured, other: Measured, times: int) -> Measured:
     """Adds `times` another's numbers."""
 
-    def total(a: float | None, b: float | None) -> float | None:
+    def total(a: int | None, b: int | None) -> int | None:
         return None if a is None or b is None else a + times * b
 
     return Measured(

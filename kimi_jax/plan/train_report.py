@@ -1,32 +1,25 @@
 """A plan of training in words and numbers, for a terminal."""
 
-from collections.abc import Mapping, Sequence
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kimi_jax.plan.planner import words
+from kimi_jax.plan.job import words
 from kimi_jax.plan.train_job import TRAINED
 from kimi_jax.plan.train_plan import Measured, TrainPlan
 from kimi_jax.printable import printable
 
 
-def show_all(console: Console, plans: Sequence[TrainPlan], refused: Mapping[str, str]) -> None:
-    """Shows every plan, the slices that hold the states, and the reasons of slices without a plan."""
-    for plan in plans:
-        _show(console, plan)
-        console.print()
-    if plans:
-        _show_slices(console, plans[0])
-    for name, reason in refused.items():
-        console.print(f"{name}: {printable(reason, 1000)}", highlight=False, markup=False)
+def title(plan: TrainPlan) -> str:
+    """Returns the plan's model and job in words, with markup escaped."""
+    rows = f"{plan.job.rows:,} x {plan.job.tokens:,} tokens"
+    return escape(f"{printable(plan.model)}, a training step of {rows} (INT4 QAT, MuonClip)")
 
 
-def _show(console: Console, plan: TrainPlan) -> None:
+def show(console: Console, plan: TrainPlan) -> None:
+    """Shows a plan in full."""
     job = plan.job
-    what = f"{printable(plan.model)}, a training step of {job.rows:,} x {job.tokens:,} tokens (INT4 QAT, MuonClip)"
-    console.print(f"[bold]{escape(what)} on {job.topology.name}[/] ({job.topology.devices} devices)")
+    console.print(f"[bold]{title(plan)} on {job.topology.name}[/] ({job.topology.devices} devices)")
     console.print(f"mesh {words(job.mesh)}: {plan.why}", highlight=False)
     console.print(
         f"{plan.parameters / 1e9:,.1f}e9 parameters, {plan.expert_parameters / 1e9:,.1f}e9 of them routed experts'; "
@@ -66,8 +59,8 @@ def _show_memory(console: Console, plan: TrainPlan) -> None:
             ("compiler's temporaries, extrapolated", plan.whole.beside),
             ("headroom, extrapolated", plan.headroom),
         ]
-    for title, size in [*rows, ("available", available)]:
-        table.add_row(title, f"{size / 1e9:.2f}", f"{100 * size / available:.1f}")
+    for name, size in [*rows, ("available", available)]:
+        table.add_row(name, f"{size / 1e9:.2f}", f"{100 * size / available:.1f}")
     console.print(table)
 
 
@@ -84,15 +77,16 @@ def _show_bound(console: Console, plan: TrainPlan) -> None:
     )
 
 
-def _show_messages(console: Console, title: str, measured: Measured) -> None:
-    table = Table(title, "axes", "count", "GB sent")
+def _show_messages(console: Console, heading: str, measured: Measured) -> None:
+    table = Table(heading, "axes", "count", "GB sent")
     for one in measured.messages:
         count = f"{one.count:,} a turn" if one.in_loop else f"{one.count:,}"
         table.add_row(one.kind, ", ".join(one.axes), count, f"{one.sent / 1e9:.3f}")
     console.print(table)
 
 
-def _show_slices(console: Console, plan: TrainPlan) -> None:
+def show_slices(console: Console, plan: TrainPlan) -> None:
+    """Shows the smallest slice of each chip that holds the states of the plan's model, in each form."""
     chips = list(next(iter(plan.slices.values())))
     table = Table("smallest slice that holds the states (with a bf16 gradient)", *chips)
     for form, found in plan.slices.items():

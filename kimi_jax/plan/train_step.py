@@ -11,8 +11,9 @@ from kimi_jax.plan.train_job import TrainJob
 from kimi_jax.training import Recipe, Rows, Trainer, optimizer
 from sharding import TRAIN, Partition
 
-# The names of the experts' masters among a compiled program's arguments, a regular expression
-EXPERTS = r"state\.trained.*experts"
+# The names of the routed experts' masters among a compiled program's arguments, a regular expression (others are
+# `shared_experts`)
+EXPERTS = r"state\.trained.*'experts"
 LEARNING_RATE = 1e-4  # a number: its value changes nothing that is planned
 
 

@@ -51,6 +51,7 @@ class Service:
         self.metrics = Metrics(lambda: None if self._backend is None else self._backend.stats())
         self.pictures = PictureFetcher(self.limits.media_domains)
         self.stopping = False
+        self._lost = False
         self.created = int(time.time())
         self._backend: Backend | None = None
         self._masks: Masks | None = None
@@ -64,9 +65,19 @@ class Service:
         self._thinks = chat.answer_starts_in(backend.tokenizer, prompt.ids) == "reasoning"
         self._masks, self._backend = masks, backend
 
+    def fail(self, reason: str) -> None:
+        """Ends all answers with an error, and gives no more: the server's process is about to end, because a process of
+        its mesh is lost or has failed. Any thread may call it."""
+        log.error("the server ends: %s", printable(reason, 1_000))
+        self._lost = True
+        if self._backend is not None:
+            self._backend.fail(reason)
+
     @property
     def backend(self) -> Backend:
         """The backend. Raises `RequestError` while there is none that answers."""
+        if self._lost:
+            raise unavailable("a process of the model's mesh is lost or has failed; the server's log names it")
         if self._backend is None:
             raise unavailable("the model is loading")
         if self._backend.failed:

@@ -131,6 +131,10 @@ class Backend(Protocol):
         """Returns the engine's counts of the moment."""
         ...
 
+    def fail(self, reason: str) -> None:
+        """Ends all answers with an error, and takes no more requests."""
+        ...
+
     @property
     def failed(self) -> bool:
         """True once the engine has died."""

@@ -76,7 +76,7 @@ def prepare(backend: Backend, masks: Masks, request: Chat, mode: SamplingMode, t
     if written is not None and reasoning:
         # An answer of a form needs an end of its reasoning, whatever the weights.
         budget = max_tokens // 2 if budget is None else budget
-    providers = masks.providers(written, reasoning, budget, request.choices)
+    providers = masks.providers(written, reasoning, budget, max_tokens, request.choices)
     values = sampling_values(request, mode, thinking)
     seeds = choice_seeds(request.seed, request.choices)
     return Generation(

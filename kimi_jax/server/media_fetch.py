@@ -17,6 +17,7 @@ from urllib.parse import urljoin
 
 from kimi_jax.media.limits import MAX_BYTES
 from kimi_jax.media.opening import open_header
+from kimi_jax.media.sources import NamedBytes
 from kimi_jax.printable import printable
 from kimi_jax.server.errors import RequestError, invalid
 from kimi_jax.server.generation import Chat
@@ -82,18 +83,18 @@ class PictureFetcher:
         finally:
             self._places.release()
 
-    async def _fetch_all(self, targets: Mapping[str, Target]) -> dict[str, bytes]:
-        """Returns the pictures by URL. Together they may have as many bytes as one `data:` URL."""
-        found: dict[str, bytes] = {}
+    async def _fetch_all(self, targets: Mapping[str, Target]) -> dict[str, NamedBytes]:
+        """Returns the pictures by URL, and under its name. Together they may have as many bytes as one `data:` URL."""
+        found: dict[str, NamedBytes] = {}
         url, left = "", MAX_BYTES
         try:
             async with asyncio.timeout(SECONDS):
                 for url, target in targets.items():
                     with _errors_of(url):
-                        found[url] = await self._fetch(target, left)
+                        found[url] = NamedBytes(await self._fetch(target, left), printable(url, 100))
                     left -= len(found[url])
                     try:
-                        await asyncio.to_thread(open_header, found[url], printable(url, 100))
+                        await asyncio.to_thread(open_header, found[url], found[url].name)
                     except (ValueError, OSError) as error:
                         raise _refused(str(error)) from None
         except TimeoutError:

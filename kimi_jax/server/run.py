@@ -145,13 +145,15 @@ class Run:
 
     async def _choice(self, choice: int, stream: Stream) -> AsyncGenerator[Part, None]:
         generation = self.generation
-        reader = self._reader()
+        reader, mask = self._reader(), generation.settings[choice].mask_provider
         stop = StopText(generation.stop) if generation.stop else None
         logprobs: list[tuple[int, TokenLogprobs]] = []
         try:
             event: Event
             async for event in stream:
                 reason = event.finish_reason
+                if reason == "stop" and mask is not None and mask.shortened:
+                    reason = "length"  # the form is complete, but shorter than the model would have it
                 deltas: list[Delta] = []
                 if stop is None or stop.found is None:
                     deltas = reader.feed(event.tokens)
@@ -195,7 +197,7 @@ class Run:
     def _failure(self, error: str | None) -> RequestError:
         log.error("a request failed: %s", printable(error, 1_000))
         self.metrics.finished.labels("error").inc()
-        if error is not None and "closed" in error:
+        if error == "the engine was closed":
             return unavailable("the server is stopping, and cut this answer off")
         if self.backend.failed:
             return unavailable("the engine has failed; the server's log says why")

@@ -3,7 +3,7 @@
 It has 512 base ranks (the 256 bytes, in the order of GPT-2's byte table as in Kimi's own file, then 256 merges by
 byte-pair encoding from the text below) and 256 special slots at the offsets from the base that the real tokenizer
 uses (`tokenizer_config.json` of Kimi-K2.5): `[BOS]` 512, `[EOS]` 513, `<|im_end|>` 514, `<|media_pad|>` 533, `[PAD]`
-767.
+767. A toy of a larger vocabulary has more ranks, of printable characters, and its special slots after them.
 """
 
 import base64
@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 BASE_RANKS = 512
@@ -93,20 +94,31 @@ def _ranks(text: str) -> dict[bytes, int]:
     return ranks
 
 
-def write_tiny_tokenizer(folder: str | Path, text: str = "") -> None:
+def _words(text: str, count: int) -> Iterator[bytes]:
+    """Yields the tokens of `count` ranks: those that are learned, then two and more printable characters each."""
+    learned = _ranks(text)
+    printable = range(0x20, 0x7F)
+    more = (bytes(word) for length in (2, 3, 4) for word in itertools.product(printable, repeat=length))
+    return itertools.islice(itertools.chain(learned, (word for word in more if word not in learned)), count)
+
+
+def write_tiny_tokenizer(folder: str | Path, text: str = "", *, base_ranks: int = BASE_RANKS) -> None:
     """Writes `tiktoken.model` and `tokenizer_config.json` into `folder`, which is created if missing.
 
-    Merges are learned from the text below and from `text`. Every call writes the same bytes. The tokenizer has 768 ids:
-    512 base ranks and 256 special slots.
+    Merges are learned from the text below and from `text`. Every call writes the same bytes. The tokenizer has
+    `base_ranks` ids and 256 special slots after them. Raises ValueError for fewer ranks than there are bytes.
     """
+    if base_ranks < 256:
+        raise ValueError(f"a tokenizer of {base_ranks} base ranks, expected 256 or more: each byte has one")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in _ranks(text).items())
-    (folder / "tiktoken.model").write_text("".join(lines))
+    with (folder / "tiktoken.model").open("w") as file:
+        for rank, token in enumerate(_words(text, base_ranks)):
+            file.write(f"{base64.b64encode(token).decode()} {rank}\n")
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     config = {
         "added_tokens_decoder": {
-            str(BASE_RANKS + offset): {"content": content, **flags, "special": special}
+            str(base_ranks + offset): {"content": content, **flags, "special": special}
             for offset, (content, special) in _ADDED_TOKENS.items()
         },
         "bos_token": "[BOS]",

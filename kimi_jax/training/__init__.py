@@ -1,6 +1,9 @@
 """Training of Kimi models: quantisation-aware, by MuonClip, and by reinforcement learning."""
 
 from kimi_jax.stages import critical_steps as critical_steps
+from kimi_jax.training.adapters import is_adapted as is_adapted
+from kimi_jax.training.adapters import make_adapters as make_adapters
+from kimi_jax.training.adapters import merge_adapters as merge_adapters
 from kimi_jax.training.leaves import leaf_name as leaf_name
 from kimi_jax.training.leaves import split_trained as split_trained
 from kimi_jax.training.leaves import treatment as treatment

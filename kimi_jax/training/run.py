@@ -38,6 +38,7 @@ class Settings:
 
     quantized: train experts for INT4, and publish them so; False publishes bf16.
     trainable: takes a parameter's name; experts that are INT4 stay so where none is trained.
+    adapter_rank: trains adapters of this rank in place of what is trainable, and publishes them merged; 0 for none.
     seed: that of the order of the documents. save_every: steps from one checkpoint to the next.
     microbatches: parts of a step's rows that are computed one after another, in the memory of one.
     """
@@ -49,6 +50,7 @@ class Settings:
     weight_decay: float = 0.1
     quantized: bool = True
     trainable: Callable[[str], bool] = everything
+    adapter_rank: int = 0
     seed: int = 0
     save_every: int = 100
     microbatches: int = 1
@@ -100,7 +102,7 @@ class Run:
             )
         partition = Partition(mesh, TRAIN)
         model = checkpoints.load(folder, mesh=mesh, rules=TRAIN, dtype=jnp.float32)
-        if any(settings.trainable(name) for name in _experts(model)):
+        if not settings.adapter_rank and any(settings.trainable(name) for name in _experts(model)):
             model = dense_masters(model)
         config = processor.config if settings.quantized else processor.config.dense()
         schedule = settings.schedule()
@@ -112,6 +114,7 @@ class Run:
                 config,
                 bias_rate=lambda step: jnp.where(step < rests, BIAS_RATE, 0.0),
                 trainable=settings.trainable,
+                adapter_rank=settings.adapter_rank,
                 microbatches=settings.microbatches,
             ),
             partition,

@@ -18,6 +18,7 @@ from kimi_jax.axes import Array, Float32, Int32
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.statistics import Statistics
+from kimi_jax.training.adapters import make_adapters, merge_adapters
 from kimi_jax.training.initial import initial_optimizer
 from kimi_jax.training.leaves import everything, split_trained
 from kimi_jax.training.loss import Losses, sum_losses
@@ -66,6 +67,8 @@ class Recipe:
     config: the configuration of what is published: with its `quantization`, experts are trained for INT4.
     qk_threshold: tau of QK-Clip. bias_rate: a function from the step's number to gamma of the routers' biases.
     trainable: takes a parameter's name, and tells whether it is trained.
+    adapter_rank: the rank of the adapters that are trained in place of what is `trainable`, by `adapters`; 0 for none.
+        QK-Clip then has nothing to scale, since the matrices stay as they are.
     microbatches: the number of parts of a step's rows, whose gradients are computed one after another and summed.
     dtype: the dtype that the model computes in, where that is not the masters'.
     """
@@ -74,6 +77,7 @@ class Recipe:
     qk_threshold: float = 100.0
     bias_rate: Callable[[Any], Any] = lambda step: 1e-3
     trainable: Callable[[str], bool] = everything
+    adapter_rank: int = 0
     microbatches: int = 1
     dtype: DTypeLike | None = None
 
@@ -93,6 +97,9 @@ class Trainer:
     ):
         self.recipe, self.partition = recipe, partition
         self.graph, trained, frozen = split_trained(model, recipe.trainable)
+        if recipe.adapter_rank:
+            frozen = nnx.merge_state(trained, frozen)
+            trained = make_adapters(trained, recipe.adapter_rank, partition)
         self.optimizer = make_optimizer(trained)
         mesh = array_mesh(model.model.embed_tokens.weight.get_value())
         number, begun = initial_optimizer(self.optimizer, trained, mesh)
@@ -100,15 +107,19 @@ class Trainer:
         self.step: Any = jax.jit(self._step, donate_argnums=0)
 
     def model(self, state: TrainState) -> Kimi:
-        """Returns the model with a state's weights, unrounded."""
-        return nnx.merge(self.graph, state.trained, state.frozen)
+        """Returns the model with a state's weights, unrounded, adapters merged into them."""
+        return nnx.merge(self.graph, *self._weights(state.trained, state.frozen))
+
+    def _weights(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
+        """Returns the weights that training changes, and the others."""
+        return merge_adapters(frozen, trained) if self.recipe.adapter_rank else (trained, frozen)
 
     def _step(self, state: TrainState, rows: Rows) -> tuple[TrainState, Metrics]:
         config, labels = self.recipe.config, jnp.sum(rows.columns >= 0)
 
         def mean_loss(trained: Any, rows: Rows) -> tuple[jax.Array, Any]:
-            published = in_dtype(as_published(trained, config), self.recipe.dtype)
-            model = nnx.merge(self.graph, published, state.frozen)
+            changed, others = self._weights(trained, state.frozen)
+            model = nnx.merge(self.graph, in_dtype(as_published(changed, config), self.recipe.dtype), others)
             losses, statistics = sum_losses(model, rows, self.partition)
             return losses.loss / jnp.maximum(labels, 1), (losses, statistics)
 

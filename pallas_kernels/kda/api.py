@@ -34,8 +34,9 @@ def kda(
     scale: float = 1.0,
     lower_bound: float | None = None,
     return_transition: bool = False,
+    return_state: bool = True,
     implementation: str | None = None,
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """Returns outputs for T tokens and the state after them, exact for any gate, however strong.
 
     States and arithmetic are float32, except that the TPU kernel rounds products' operands to bf16 if q, k and v are
@@ -54,6 +55,8 @@ def kda(
         result undefined; under `jax.experimental.checkify` it is an error that names the least g.
       return_transition: also returns the linear map of the state over the whole span, S_out = transition @ S_in +
         (S_out for S_in = 0).
+      return_state: False returns None for the final state. Packed rows without an `initial_state` then cost the "xla"
+        implementation no more than rows of one segment, however many segments there are.
       implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
 
     Returns:
@@ -99,21 +102,23 @@ def kda(
     tokens = (*map(jnp.asarray, (q, k)), values, *map(jnp.asarray, (g, beta)))
     arguments = (*tokens, states, segment_ids)
     kernel = partial(mosaic_tpu.kda, lower_bound=lower_bound, **options)
-    plain = partial(xla.recurrent if sizes["T"] <= _SHORT else xla.chunked, **options)
+    outputs_only = initial_state is None and not (return_state or return_transition)
+    chunked = partial(xla.chunked, outputs_only=outputs_only, **options)
+    plain = partial(xla.recurrent, **options) if sizes["T"] <= _SHORT else chunked
+    gradients = partial(backward.gradients, outputs_only=outputs_only, **options)
     run, run_saving, run_backward = (
         choose(op, implementation, _backends(*ways), *arguments)
         for ways in (
             (kernel, plain),
-            (partial(kernel, visit_states=True), partial(xla.chunked, chunk_states=True, **options)),
-            (partial(mosaic_backward.kda_backward, **options), partial(backward.gradients, **options)),
+            (partial(kernel, visit_states=True), partial(chunked, chunk_states=True)),
+            (partial(mosaic_backward.kda_backward, **options), gradients),
         )
     )
     o, states = backward.differentiable(run, run_saving, run_backward)(*arguments)
-    states = states if packed else states[:, 0]
     o = o[..., : sizes["Dv"]]
-    if return_transition:
-        return o, states[..., : sizes["Dv"]], states[..., sizes["Dv"] :]
-    return o, states
+    states = states if packed else states[:, 0]
+    final = states[..., : sizes["Dv"]] if return_state else None
+    return (o, final, states[..., sizes["Dv"] :]) if return_transition else (o, final)
 
 
 def _backends(kernel: Callable[..., Any], plain: Callable[..., Any]) -> tuple[Backend, ...]:

@@ -16,10 +16,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.kda import xla
+from pallas_kernels.kda.chunk_groups import ChunkGroups
 
 
 def differentiable(
@@ -58,24 +60,28 @@ def gradients(
     do: Float[Array, "B T H Dv"],
     dstates: Float[Array, "B N H Dk Dv"],
     segment_ids: Int[Array, "B T"] | None,
+    *,
+    outputs_only: bool = False,
     **options: Any,
 ) -> tuple[Array, ...]:
     """Returns the gradients of q, k, v, g, beta and the initial states, in plain JAX.
 
-    `saved` are the states before each chunk (`xla.chunked`), `do` and `dstates` the gradients of its results, `options`
-    those of `xla.advance_group`.
+    `saved` are the states before each chunk (`xla.chunked`), `do` and `dstates` the gradients of its results,
+    `outputs_only` is its option, `options` are those of `xla.advance_group`. With `outputs_only` the gradient of the
+    initial states is left at zero.
     """
     inputs = (q, k, v, g, beta)
-    groups = xla.ChunkGroups.make(beta, initial, segment_ids)
+    groups = ChunkGroups.make(beta, initial, segment_ids, outputs_only)
 
     def step(dstates: Array, group: tuple[Any, ...]) -> tuple[Array, xla.Tokens]:
-        tokens, segments, state, do = group
-        states = xla.put_state(initial, segments[0], state)
-        _, pull = jax.vjp(partial(xla.advance_group, segments=segments, **options), states, tokens)
+        tokens, segments, owners, state, do = group
+        states = xla.put_state(groups.carried(initial), segments[0], state)
+        advance = partial(xla.advance_group, segments=segments, owners=owners, **options)
+        _, pull = jax.vjp(advance, states, tokens)
         return pull((dstates, do))
 
     tokens = tuple(groups.split(array) for array in inputs)
-    dstates, dtokens = lax.scan(
-        step, dstates, (tokens, groups.segments, groups.first_states(saved), groups.split(do)), reverse=True
-    )
-    return *(groups.join(array) for array in dtokens), dstates
+    carried = groups.carried(jnp.zeros_like(dstates) if outputs_only else dstates)
+    steps = (tokens, groups.segments, groups.owners, groups.first_states(saved), groups.split(do))
+    before, dtokens = lax.scan(step, carried, steps, reverse=True)
+    return *(groups.join(array) for array in dtokens), jnp.zeros_like(dstates) if outputs_only else before

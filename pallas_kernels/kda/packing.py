@@ -1,9 +1,11 @@
-"""Several sequences packed in one row: assigns tokens to chunks so that no chunk has tokens of two segments."""
+"""Several sequences packed in one row: assigns tokens to chunks so that no chunk has tokens of two segments, or says
+which tokens of a chunk belong to one segment."""
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 
@@ -48,3 +50,14 @@ def pack_chunks(segment_ids: Int[Array, "B T"], num_segments: int, chunk: int) -
     slots = jnp.where(valid, jnp.take_along_axis(first_chunk, index, axis=1) * chunk + rank, beyond)
     holders = jnp.sum(jnp.arange(chunks)[None, :, None] >= first_chunk[:, None, :], axis=-1) - 1
     return ChunkPacking(holders, slots, chunk)
+
+
+def share_chunks(segment_ids: Int[Array, "B T"], chunk: int) -> Int[Array, "B T"]:
+    """Returns each token's segment, counted from that of the last token before its chunk: 0 continues that segment.
+
+    Ids do not decrease, apart from -1 for padding, which counts to the segment before it.
+    """
+    owners = lax.cummax(segment_ids, axis=1)
+    ends = owners[:, chunk - 1 :: chunk]
+    before = jnp.concatenate([owners[:, :1], ends], axis=1)
+    return owners - jnp.repeat(before, chunk, axis=1)[:, : owners.shape[1]]

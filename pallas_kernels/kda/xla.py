@@ -4,26 +4,23 @@ The chunkwise form (arXiv 2510.26692, section 3 and appendix; the WY representat
 running log decay of a chunk, S its incoming state,
     A_ij = beta_i k_i . (exp(G_i - G_j) k_j), j < i;   [U | W] = (I + A)^-1 beta [V | exp(G) K];   V' = U - W S
     O = (exp(G) Q) S + Aqk V',  Aqk_ij = q_i . (exp(G_i - G_j) k_j), j <= i;   S <- exp(G_C) S + (exp(G_C - G) K)^T V'.
-Everything that needs no state is computed for a group of chunks at once; groups follow one another in a scan, so that
-intermediate results, which are wider or longer than the tokens, exist for one group at a time. All
-arithmetic is float32 (or wider).
+Where segments share a chunk, pairs of tokens of two segments contribute 0, S is read by the segment that the chunk
+continues and written by its last. Everything that needs no state is computed for a group of chunks at once; groups
+follow one another in a scan, so that intermediate results, which are wider or longer than the tokens, exist for one
+group at a time. All arithmetic is float32 (or wider).
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.kda.chunk_groups import CHUNK, ChunkGroups
 from pallas_kernels.kda.decays import decayed_products
-from pallas_kernels.kda.packing import ChunkPacking, pack_chunks
 from pallas_kernels.kda.triangular import unit_lower_inverse
-
-CHUNK = 64
-# Chunks times heads whose intermediate results exist at one time.
-GROUP = 64
 
 Tokens = tuple[Array, ...]  # q, k, v, g and beta
 Result = tuple[Float[Array, "B T H Dv"], Float[Array, "B N H Dk Dv"]]
@@ -75,68 +72,26 @@ def chunked(
     normalize_qk: bool = False,
     scale: float = 1.0,
     chunk_states: bool = False,
+    outputs_only: bool = False,
 ) -> tuple[Array, ...]:
     """Computes chunk by chunk, with a new chunk for each segment; arguments and results are those of `recurrent`.
 
-    With `chunk_states` it also returns the state before each chunk, [B, chunks, H, Dk, Dv].
+    With `chunk_states` it also returns the state before each chunk, [B, ceil(T / CHUNK) + N - 1, H, Dk, Dv].
+    With `outputs_only` the states given are zeros and those returned are, too. Segments then share chunks, and the time
+    does not depend on N.
     """
-    groups = ChunkGroups.make(beta, states, segment_ids)
+    groups = ChunkGroups.make(beta, states, segment_ids, outputs_only)
 
-    def step(states: Array, group: tuple[Tokens, Array]) -> tuple[Array, tuple[Array, ...]]:
+    def step(states: Array, group: tuple[Any, ...]) -> tuple[Array, tuple[Array, ...]]:
         states, *results = advance_group(
             states, *group, normalize_qk=normalize_qk, scale=scale, chunk_states=chunk_states
         )
         return states, tuple(results)
 
     tokens = tuple(groups.split(array) for array in (q, k, v, g, beta))
-    states, (o, *saved) = lax.scan(step, states, (tokens, groups.segments))
-    return groups.join(o), states, *(groups.join_states(array) for array in saved)
-
-
-class ChunkGroups(NamedTuple):
-    """The groups of chunks that a batch of rows is cut into."""
-
-    packing: ChunkPacking | None  # of packed rows
-    tokens: int
-    chunks: int  # the last group may have room for more
-    segments: Int[Array, "groups chunks B"]  # each chunk's segment; a chunk without tokens may name any
-
-    @classmethod
-    def make(
-        cls, beta: Float[Array, "B T H"], states: Float[Array, "B N H Dk Dv"], segment_ids: Int[Array, "B T"] | None
-    ) -> "ChunkGroups":
-        batch, tokens, heads = beta.shape
-        packing = None if segment_ids is None else pack_chunks(segment_ids, states.shape[1], CHUNK)
-        chunks = -(-tokens // CHUNK) if packing is None else packing.segments.shape[1]
-        count = -(-chunks // max(1, GROUP // (batch * heads)))
-        size = -(-chunks // count)
-        segments = jnp.zeros((batch, chunks), jnp.int32) if packing is None else packing.segments
-        segments = jnp.pad(segments, ((0, 0), (0, count * size - chunks)))
-        return cls(packing, tokens, chunks, rearrange(segments, "b (n m) -> n m b", n=count))
-
-    def split(self, array: Float[Array, "B T *rest"]) -> Float[Array, "groups B t *rest"]:
-        """Splits tokens into groups, with zeros in places without a token."""
-        count, size, _ = self.segments.shape
-        placed = array if self.packing is None else self.packing.scatter(array)
-        padding = [(0, 0)] * array.ndim
-        padding[1] = (0, count * size * CHUNK - placed.shape[1])
-        return rearrange(jnp.pad(placed, padding), "b (n t) ... -> n b t ...", n=count)
-
-    def join(self, array: Float[Array, "groups B t *rest"]) -> Float[Array, "B T *rest"]:
-        """Joins the groups that `split` made, with zeros where a token is padding."""
-        placed = rearrange(array, "n b t ... -> b (n t) ...")
-        return placed[:, : self.tokens] if self.packing is None else self.packing.gather(placed)
-
-    def join_states(self, states: Float[Array, "groups m B H Dk Dv"]) -> Float[Array, "B chunks H Dk Dv"]:
-        """Joins the states before the chunks of each group."""
-        return rearrange(states, "n m b ... -> b (n m) ...")[:, : self.chunks]
-
-    def first_states(self, states: Float[Array, "B chunks H Dk Dv"]) -> Float[Array, "groups B H Dk Dv"]:
-        """Returns the states before each group's first chunk; zeros for a group without chunks."""
-        count, size, _ = self.segments.shape
-        padding = [(0, 0)] * states.ndim
-        padding[1] = (0, count * size - self.chunks)
-        return rearrange(jnp.pad(states, padding), "b (n m) ... -> m n b ...", n=count)[0]
+    after, (o, *saved) = lax.scan(step, groups.carried(states), (tokens, groups.segments, groups.owners))
+    room = -(-groups.tokens // CHUNK) + states.shape[1] - 1
+    return groups.join(o), states if outputs_only else after, *(groups.join_states(array, room) for array in saved)
 
 
 def kda_step(
@@ -167,13 +122,14 @@ def advance_group(
     states: Float[Array, "B N H Dk Dv"],
     tokens: Tokens,
     segments: Int[Array, "chunks B"],
+    owners: Int[Array, "B t"] | None,
     *,
     normalize_qk: bool,
     scale: float,
     chunk_states: bool = False,
 ) -> tuple[Array, ...]:
     """Returns the states after a group's chunks, [B, N, H, Dk, Dv], and its outputs, [B, t, H, Dv]; tokens [B, t, H,
-    ...] are those of `ChunkGroups.split`.
+    ...], segments and owners are those of `ChunkGroups`.
 
     With `chunk_states` it also returns the state before each chunk, [chunks, B, H, Dk, Dv].
     """
@@ -183,6 +139,14 @@ def advance_group(
     q, k, v, g, beta = _prepare(arranged, states.dtype, normalize_qk, scale)
     (qk, kk), decays = decayed_products(jnp.stack([q, k]), k, g)
     since, until, total = (jnp.exp(array[:, 0]) for array in decays)
+    if owners is not None:
+        owner = repeat(owners, "b (m c) -> (m b h) c", m=steps, h=heads)
+        last = owner[:, -1:]
+        qk, kk = (jnp.where(owner[:, :, None] == owner[:, None, :], products, 0) for products in (qk, kk))
+        since, until, total = (
+            jnp.where(reaches[:, :, None], decay, 0)
+            for reaches, decay in ((owner == 0, since), (owner == last, until), (last == 0, total))
+        )
     inverse = unit_lower_inverse(beta[..., None] * kk)
     solved = _einsum("nij,njd->nid", inverse, beta[..., None] * jnp.concatenate([v, since * k], axis=-1))
     U, W = jnp.split(solved, [v.shape[-1]], axis=-1)

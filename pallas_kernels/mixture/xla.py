@@ -1,8 +1,8 @@
 """A mixture of experts for any number of tokens: the grouped ops on rows sorted by expert, in blocks.
 
-A few tokens that choose each expert twice on the average meet all of them on a CPU, where products with whole stacks of matrices run on
-all cores and read each matrix once and in place. The grouped ops' loops run on one core, and read an expert's matrices
-for each of its tokens.
+A few tokens that choose each expert twice on the average meet all of them on a CPU, where products with whole stacks
+of matrices run on all cores and read each matrix once and in place. The grouped ops' loops run on one core, and read an
+expert's matrices for each of its tokens.
 
 Otherwise pairs of a token and one of its experts are sorted, those of local experts first, and taken in blocks, so that
 memory and work are bounded by the number of local pairs. The first block has room for twice as many as there are if

@@ -31,7 +31,7 @@ from sharding import make_mesh
 
 FAMILIES = ["k2.5", "k2", "kimi-linear"]
 FLOAT32 = ("A_log", "dt_bias", "e_score_correction_bias")
-loading = importlib.import_module("checkpoints.load")
+loading = importlib.import_module("checkpoints.loading")
 
 
 def variables(model: Kimi) -> dict[tuple[Any, ...], jax.Array]:

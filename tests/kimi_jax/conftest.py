@@ -23,7 +23,14 @@ def model(checkpoint):
 
 
 @pytest.fixture(scope="session")
-def two_layer_model(tmp_path_factory: pytest.TempPathFactory):
-    """Returns a function from a golden's name to a model with one of each of its kinds of layers, in float32."""
+def two_layer_checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    """Returns a function from a golden's name to a checkpoint with one of each of its kinds of layers: programs of its
+    model compile in half the time."""
     folder = tmp_path_factory.mktemp("two_layer_models")
-    return functools.cache(lambda name: kimi_jax.load(cases.two_layers(name, folder), dtype=jnp.float32))
+    return functools.cache(lambda name: cases.two_layers(name, folder))
+
+
+@pytest.fixture(scope="session")
+def two_layer_model(two_layer_checkpoint):
+    """Returns a function from a golden's name to the model of its two-layer checkpoint, in float32, on one device."""
+    return functools.cache(lambda name: kimi_jax.load(two_layer_checkpoint(name), dtype=jnp.float32))

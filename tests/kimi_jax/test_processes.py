@@ -73,6 +73,7 @@ def run_job(*folders):
     return [(code, out, err) for (out, err), code in ended]
 
 
+@pytest.mark.slow  # (an engine on two does, below, and test_load.py counts what each reads)
 def test_two_processes_give_the_tokens_of_one(folder, single):
     # When two processes with four devices each run the command
     first, second = run_job(folder, folder)

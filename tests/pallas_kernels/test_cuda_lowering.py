@@ -123,7 +123,9 @@ CASES = [
 @pytest.mark.parametrize("op,shape", CASES, ids=lambda part: getattr(part, "__name__", None) or str(part))
 def test_lowers_for_cuda(op, shape):
     function, arguments = op(shape)
-    choices = [{}] if op is mla_write else [{"implementation": None}, {"implementation": "xla"}]
+    choices = [{}] if op is mla_write else [{"implementation": None}]
+    if op is not mla_write and (op, shape) == next(case for case in CASES if case[0] is op):
+        choices.append({"implementation": "xla"})  # one shape of each op is enough: it is what None chooses
     for choice in choices:
         # A new function each time: jit would return the trace of the other choice
         lowered = jax.jit(lambda *arrays, choice=choice: function(*arrays, **choice)).trace(*arguments)

@@ -1,6 +1,7 @@
 """Experts sharded over a mesh give each token the sum that one device gives it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -69,44 +70,68 @@ def on_mesh(moe, x, shape, dispatches):
     return jax.jit(run)(*jax.device_put((params, x), NamedSharding(mesh, REPLICATED)))
 
 
-@pytest.mark.parametrize("how", ["replicated", "in rounds", "by ragged messages"])
-@pytest.mark.parametrize("shape", ["1x8", "2x1x2x2"])
-@pytest.mark.parametrize(
-    ("rows", "tokens", "choice"),
-    [
-        (8, 1, "spread"),
-        (1, 1, "spread"),
-        (7, 1, "none to the first half"),
-        (6, 8, "spread"),
-        (2, 8, "all to one"),
-        (1, 13, "none to the first half"),
-    ],
-)
-def test_each_token_gets_the_sum_over_its_experts(monkeypatch, shape, rows, tokens, choice, how):
+def on_one_device(moe, x):
+    graph, params = nnx.split(moe)
+    return np.asarray(jax.jit(lambda params, x: mix_experts(nnx.merge(graph, params), x, StreamLayout()))(params, x))
+
+
+HOWS = ("replicated", "in rounds", "by ragged messages")
+TOKENS = [
+    (8, 1, "spread"),
+    (1, 1, "spread"),
+    (7, 1, "none to the first half"),
+    (6, 8, "spread"),
+    (2, 8, "all to one"),
+    (1, 13, "none to the first half"),
+]
+# Any two of tokens, mesh and way are together in a quick case
+DISPATCHES = [
+    pytest.param(*given, shape, how, marks=[] if (i + j + k) % 2 == 0 else [pytest.mark.slow])
+    for i, given in enumerate(TOKENS)
+    for j, shape in enumerate(("1x8", "2x1x2x2"))
+    for k, how in enumerate(HOWS)
+]
+
+
+@functools.cache
+def expected_sum(rows, tokens, choice):
+    """Returns a layer, its input, and the sum on one device."""
+    moe = layer(choice)
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((rows, tokens, HIDDEN)), jnp.float32)
+    return moe, x, on_one_device(moe, x)
+
+
+@pytest.mark.parametrize(("rows", "tokens", "choice", "shape", "how"), DISPATCHES)
+def test_each_token_gets_the_sum_over_its_experts(monkeypatch, rows, tokens, choice, shape, how):
+    moe, x, expected = expected_sum(rows, tokens, choice)
     if how == "by ragged messages":
         monkeypatch.setattr(expert_dispatch, "combine_in_rounds", expert_dispatch.combine_ragged)
         monkeypatch.setattr(expert_dispatch, "LANES", HIDDEN // expert_dispatch.SUBLANES)
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
-    moe = layer(choice)
-    x = jnp.asarray(np.random.RandomState(0).standard_normal((rows, tokens, HIDDEN)), jnp.float32)
-    expected = np.asarray(mix_experts(moe, x, StreamLayout()))
     found = on_mesh(moe, x, shape, dispatches=how != "replicated")
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_experts_and_their_width_split_together():
+@pytest.mark.parametrize(
+    ("shape", "dispatches"),
+    [
+        ("2x4", False),
+        ("1x1x4x2", True),
+        pytest.param("2x4", True, marks=pytest.mark.slow),
+        pytest.param("1x1x4x2", False, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_and_their_width_split_together(shape, dispatches):
     # Given four INT4 experts on eight devices, over which each is sharded in two or four parts
     config = dataclasses.replace(TEXT, n_routed_experts=4, moe_intermediate_size=128)
     moe = MoE(Init(jax.random.key(0), jnp.dtype(jnp.float32), std=0.2), config)
     x = jnp.asarray(np.random.RandomState(0).standard_normal((4, 8, HIDDEN)), jnp.float32)
-    expected = np.asarray(mix_experts(moe, x, StreamLayout()))
-    for shape in ("2x4", "1x1x4x2"):
-        mesh = make_mesh(shape)
-        specs = weight_specs(nnx.split(moe)[1], Partition(mesh))
-        down = specs["experts"]["down_proj"]
-        # Then codes and scales are cut at the same inputs, between groups of 32
-        assert down["codes"].get_value() == down["scales"].get_value()
-        assert down["codes"].get_value()[1] is not None
-        for dispatches in (False, True):
-            found = on_mesh(moe, x, shape, dispatches)
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    expected = on_one_device(moe, x)
+    mesh = make_mesh(shape)
+    specs = weight_specs(nnx.split(moe)[1], Partition(mesh))
+    down = specs["experts"]["down_proj"]
+    # Then codes and scales are cut at the same inputs, between groups of 32
+    assert down["codes"].get_value() == down["scales"].get_value()
+    assert down["codes"].get_value()[1] is not None
+    found = on_mesh(moe, x, shape, dispatches)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

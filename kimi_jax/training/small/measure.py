@@ -14,6 +14,7 @@ from kimi_jax.runtime.sampling import Sampling
 from kimi_jax.training.small.recipe import Conversation, SmallRecipe
 
 SEED = 1000  # far from those of training
+MOST_NEW = 64  # tokens of an answer
 
 
 def measure(recipe: SmallRecipe, folder: Path, count: int = 500, *, slots: int = 16) -> dict[str, float]:
@@ -24,7 +25,7 @@ def measure(recipe: SmallRecipe, folder: Path, count: int = 500, *, slots: int =
         checkpoints.load(folder),
         slots=slots,
         prefill_chunk=128,
-        max_length=max(stage.room.tokens for stage in recipe.stages),
+        max_length=max(stage.room.tokens for stage in recipe.stages) + MOST_NEW,
     )
     try:
         return {
@@ -56,7 +57,7 @@ async def _writes(
 ) -> bool:
     prompt = processor(before, tools, thinking)
     request = Request(
-        prompt.tokens[0].tolist(), media=prompt.media, max_new_tokens=64, sampling=Sampling(temperature=0.0)
+        prompt.tokens[0].tolist(), media=prompt.media, max_new_tokens=MOST_NEW, sampling=Sampling(temperature=0.0)
     )
     ids = [token async for event in engine.submit(request) for token in event.tokens]
     found = processor.parse(ids, thinking, tools)

@@ -1,22 +1,33 @@
 """Summaries of checkpoints, against published totals and a count by the safetensors library."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 from checkpoint_oracle import read_all
 from rich.console import Console
 
-from checkpoints import Summary, summary, summary_of_config, table
+from checkpoints import Summary, summary, summary_of_config, summary_of_preset, table
 from kimi_jax import config_json
 
 # Tensors, weights and bytes of the files on Hugging Face: moonshotai/Kimi-Linear-48B-A3B-Instruct and Kimi-K2.5.
 RELEASED = {"kimi-linear-48b": (20_493, 49.12e9, 98.2e9), "kimi-k2.5": (208_550, 1.027e12, 595e9)}
 
 
+@pytest.mark.parametrize(
+    "preset",
+    [name if name in RELEASED else pytest.param(name, marks=pytest.mark.slow) for name in config_json.preset_names()],
+)
+def test_the_sizes_beside_a_preset_are_those_of_its_model(preset: str) -> None:
+    found = summary_of_config(config_json.preset(preset))
+    assert summary_of_preset(preset) == found, json.dumps(dataclasses.asdict(found))
+
+
 @pytest.mark.parametrize("preset", RELEASED)
 def test_presets_are_the_released_models(preset: str) -> None:
     tensors, parameters, nbytes = RELEASED[preset]
-    found = summary_of_config(config_json.preset(preset))
+    found = summary_of_preset(preset)
     # each weight_packed, half of the tensors of INT4 experts, has a weight_shape beside it, which no summary counts
     packed = next(part.tensors for part in found.parts if part.name == "routed experts") // 2
     packed = packed if "int4" in found.dtypes else 0

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from safetensors.numpy import load_file
 import checkpoints
 import kimi_jax
 from kimi_jax import config_json
-from kimi_jax.cli import COMMANDS, GROUPS, main, starting
+from kimi_jax.cli import COMMANDS, GROUPS, command_parser, main, starting
 from kimi_jax.cli.console import console
 from kimi_jax.runtime.batch import Finish
 from kimi_jax.runtime.generate import Column
@@ -265,7 +266,7 @@ def test_help_has_examples(command, capsys):
     out = capsys.readouterr().out
     assert exit_.value.code == 0
     examples = out[out.index("\nexamples:\n") :]
-    assert examples.count(f"kimi-jax {command.NAME}") >= (1 if command.NAME == "demo" else 3)
+    assert examples.count(f"kimi-jax {command.NAME}") >= 3
 
 
 def test_the_commands_are_listed(capsys):
@@ -332,6 +333,7 @@ def test_a_refusal_comes_before_anything_heavy_is_imported(tmp_path):
         ["verify", "gone"],
         ["serve", "gone"],
         ["train", "gone", "--data", "x", "--out", "y"],
+        ["demo", "--image", "gone.png"],
     ):
         done = subprocess.run([sys.executable, "-c", script, *argv], cwd=tmp_path, capture_output=True, text=True)
         assert done.stdout == "1 False\n" and "gone" in done.stderr, argv
@@ -381,14 +383,19 @@ def test_without_a_terminal_a_long_job_writes_a_line_now_and_then(monkeypatch, c
 
 
 @pytest.mark.slow
-def test_demo():
-    command = [sys.executable, "-m", "kimi_jax.cli", "demo"]
+def test_demo(tmp_path):
+    command = [sys.executable, "-m", "kimi_jax.cli", "demo", "--keep", str(tmp_path / "kept")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    out = " ".join(done.stdout.split())
+    shown, commands = done.stdout.split("\nTry next:\n")
+    out = " ".join(shown.split())
     assert "kimi_k25 (safetensors): 1 x mla + dense, 2 x mla + moe, 2 vision layers" in out
     assert re.search(r"Converted to Orbax: 1\.\d\d MB in \d+ tensors -> 1\.\d\d MB in \d+ leaves", out)
     assert "mesh of {'data': 2, 'expert': 4, 'tensor': 1, 'sequence': 1}. Bytes on each of its 8 devices:" in out
     assert [f"cpu:{i}: " in out for i in range(8)] == [True] * 8
     assert "thinks: I see 4, 2 and 7. Kimi: 427 " in out
     assert 'calls: add {"a": 58, "b": 316}' in out and "tool: 374" in out and "Kimi: The sum is 374. " in out
+    # The commands that it ends with have the files that they name
+    found = [command_parser().parse_args(shlex.split(line)[1:]) for line in commands.splitlines()]
+    assert len(found) == 3 and all(one.path == tmp_path / "kept" / "k25-digits" for one in found)
+    assert Path(found[1].image[0]).is_file() and checkpoints.summary(found[0].path).model_type == "kimi_k25"

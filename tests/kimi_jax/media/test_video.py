@@ -108,14 +108,11 @@ def test_folder_and_list_of_frames(tmp_path: Path):
 
 
 def test_no_video_file(tmp_path: Path):
-    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(99))
-    with pytest.raises(
-        ValueError,
-        match=r"a.mp4: not an image .*found MP4, .*\); no video decoder comes with kimi-jax",
-    ):
-        open_video(tmp_path / "a.mp4")
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x20ftypheic" + bytes(99))
+    with pytest.raises(ValueError, match=r"a.heic: not an image .*found HEIC, .*\); a video is an MP4 or another film"):
+        open_video(tmp_path / "a.heic")
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a.png: a still PNG and no animation; no video decoder"):
+    with pytest.raises(ValueError, match=r"a.png: a still PNG and no animation; a video is an MP4"):
         open_video(tmp_path / "a.png")
     pictures = [Image.new("L", (4, 4), i) for i in (0, 255)]
     with pytest.raises(ValueError, match="gif;base64 URL: holds no durations, so its fps must be given"):

@@ -13,6 +13,11 @@ import kimi_jax
 
 ATOL = 5e-5
 FAMILIES = ["k2.5", "k2", "deepseek-v3", "kimi-linear"]
+# K2 and DeepSeek-V3 have other ropes, experts and routes than K2.5, which know no chunks and no steps: the logits of a
+# text are the quick test of theirs.
+QUICK_AND_OTHERS = [
+    pytest.param(name, marks=[] if name in ("k2.5", "kimi-linear") else [pytest.mark.slow]) for name in FAMILIES
+]
 
 
 def media(grids):
@@ -31,7 +36,7 @@ def test_text_logits(model, name):
     np.testing.assert_allclose(at(logits, golden["text_positions"]), golden["text_logits"], rtol=0, atol=ATOL)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", QUICK_AND_OTHERS)
 def test_greedy_continuation_of_a_ragged_batch(model, name):
     golden = cases.golden(name)
     new = kimi_jax.generate(
@@ -40,11 +45,8 @@ def test_greedy_continuation_of_a_ragged_batch(model, name):
     np.testing.assert_array_equal(new, golden["greedy_tokens"])
 
 
-# K2 and DeepSeek-V3 have other ropes, experts and routes than K2.5, which know no chunks; both decode greedily above.
-@pytest.mark.parametrize("chunk", [37, 200])
-@pytest.mark.parametrize(
-    "name", ["k2.5", "kimi-linear", *(pytest.param(name, marks=pytest.mark.slow) for name in ("k2", "deepseek-v3"))]
-)
+@pytest.mark.parametrize("chunk", [37, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", QUICK_AND_OTHERS)
 def test_prefill_in_chunks_and_decoding_give_the_logits_of_one_pass(model, two_layer_model, name, chunk):
     # Given a prompt and the logits of a layer of each kind in one pass (test_text_logits holds whole models to the
     # reference); the whole Kimi Linear costs no more, since tests below run it over as many tokens
@@ -88,7 +90,7 @@ def test_logits_of_a_prompt_with_two_images(model):
     np.testing.assert_allclose(at(logits, golden["prompt_positions"]), golden["prompt_logits"], rtol=0, atol=ATOL)
 
 
-@pytest.mark.parametrize("chunk", [2048, 16])
+@pytest.mark.parametrize("chunk", [pytest.param(2048, marks=pytest.mark.slow), 16])
 def test_greedy_continuation_of_a_prompt_with_two_images(model, chunk):
     golden, grids = cases.golden("k2.5"), cases.IMAGE_GRIDS[list(cases.PROMPT_IMAGES)]
     new = kimi_jax.generate(

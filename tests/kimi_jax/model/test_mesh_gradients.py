@@ -74,7 +74,8 @@ def single_device(batch):
 @pytest.mark.parametrize(
     ("name", "shape", "rules", "dispatches"),
     [
-        ("k2", "2x2x2x1", TRAIN, False),
+        # (quick in test_training_on_meshes.py, packed)
+        pytest.param("k2", "2x2x2x1", TRAIN, False, marks=pytest.mark.slow),
         ("k2", "2x1x2x2", TRAIN, True),
         ("kimi-linear", "1x2x2x2", SERVE, False),
     ],

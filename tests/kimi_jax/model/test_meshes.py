@@ -1,7 +1,6 @@
 """Models on meshes compute the logits of one device, however heads, experts, tokens and the cache are sharded. A
 decode step sends a few activations a layer between devices, and no weight, state or cache."""
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +18,11 @@ BATCH, TOKENS, CHUNK = 8, 144, 128
 # data x expert x tensor x sequence, and the messages that a layer of K2.5 may send in a decode step
 MESHES = [("1x8x1x1", 2), ("2x4x1x1", 2), ("1x2x4x1", 3), ("2x2x2x1", 3), ("1x1x1x8", 5), ("1x2x2x2", 5)]
 NAMES = ["k2.5", "kimi-linear"]
-# Each two axes are together in a quick mesh (data and sequence in those of odd numbers and test_program.py), and each
-# axis is in a quick mesh of each model.
-SLOW = {
-    "k2.5": ("2x4x1x1", "1x2x4x1"),
-    "kimi-linear": ("1x8x1x1", "2x4x1x1", "1x2x4x1"),
-}
+# Each two axes are together in a quick mesh, and each axis is in a quick mesh of each model (data and sequence
+# together, and the sequence of Kimi Linear, in those of odd numbers and of test_program.py).
+QUICK = {"k2.5": ("2x2x2x1", "1x2x2x2"), "kimi-linear": ("2x2x2x1",)}
 CASES = [
-    pytest.param(name, shape, most, marks=[pytest.mark.slow] if shape in SLOW[name] else [])
+    pytest.param(name, shape, most, marks=[] if shape in QUICK[name] else [pytest.mark.slow])
     for name in NAMES
     for shape, most in MESHES
 ]
@@ -40,62 +36,53 @@ def prompts():
     return random.randint(0, 500, (BATCH, TOKENS)).astype(np.int32), lengths
 
 
-def prefill_and_steps(model, tokens, lengths):
-    """Returns the logits after the prompts, which take two calls, and after one more token; and the compiled step's
-    text."""
-    rows = WholeRows(model, BATCH, 300)
-    logits = rows.prefill(tokens, lengths, CHUNK)
-    program, more = rows.program, tokens[:, 0]
-    step = program.jitted.logits.lower(program.arrays, rows.cache, rows.next_batch(more)).compile().as_text()
-    return np.stack([logits, rows.step(more)]), step  # the step is compiled already
+def prefill_and_step(rows, tokens, lengths):
+    """Returns the logits after the prompts, which take two calls, and after one more token."""
+    return np.stack([rows.prefill(tokens, lengths, CHUNK), rows.step(tokens[:, 0])])
 
 
 @pytest.fixture(scope="module")
-def two_layers(tmp_path_factory):
-    """Returns, for each name, a checkpoint with one of each of the golden model's kinds of layers: they are compiled in
-    half the time."""
-    folder = tmp_path_factory.mktemp("two_layers")
-    return {name: cases.two_layers(name, folder) for name in NAMES}
-
-
-@pytest.fixture(scope="module")
-def single_device(two_layers, prompts):
+def single_device(two_layer_model, prompts):
     """Returns a function from a name to the logits on one device; test_goldens.py compares those of the whole model
     with the reference."""
     found = {}
 
     def of(name):
         if name not in found:
-            found[name], _ = prefill_and_steps(kimi_jax.load(two_layers[name], dtype=jnp.float32), *prompts)
+            found[name] = prefill_and_step(WholeRows(two_layer_model(name), BATCH, 300), *prompts)
         return found[name]
 
     return of
 
 
-def check_messages(hlo, text, mesh, most):
+def check_messages(rows, most):
     """Checks that a step sends one message for the embeddings and at most `most` a layer, of activations only."""
+    program = rows.program
+    text, mesh = program.config.text, program.mesh
+    step = program.jitted.logits.lower(program.arrays, rows.cache, rows.next_batch(np.zeros(BATCH)))
+    hlo = step.compile().as_text()  # the step is compiled already
     messages = collectives(parse(hlo), dict(mesh.shape))
     sent = [(message.kind, message.nbytes) for message in messages for _ in range(message.count)]
     assert 1 + text.num_hidden_layers <= len(sent) <= 1 + most * text.num_hidden_layers, sent
     # No message is larger than the batch's hidden vectors, except the partial softmaxes of the heads of a sequence
     # group and, in this narrow model, the queries of a device's heads
-    rows, heads = BATCH // mesh.shape["data"], text.num_attention_heads // mesh.shape["tensor"]
+    part, heads = BATCH // mesh.shape["data"], text.num_attention_heads // mesh.shape["tensor"]
     hidden = BATCH * text.hidden_size * 4
-    queries = rows * heads // mesh.shape["sequence"] * (text.kv_lora_rank + text.qk_rope_head_dim) * 4
-    largest = {"all-to-all": rows * heads * (text.kv_lora_rank + 2) * 4, "all-gather": max(hidden, queries)}
+    queries = part * heads // mesh.shape["sequence"] * (text.kv_lora_rank + text.qk_rope_head_dim) * 4
+    largest = {"all-to-all": part * heads * (text.kv_lora_rank + 2) * 4, "all-gather": max(hidden, queries)}
     for kind, size in sent:
         assert size <= largest.get(kind, hidden), sent
     assert [kind for kind, _ in sent].count("all-to-all") == (text.num_hidden_layers if most == 5 else 0), sent
 
 
 @pytest.mark.parametrize(("name", "shape", "most"), CASES)
-def test_prefill_and_decoding_on_a_mesh(two_layers, single_device, prompts, name, shape, most):
+def test_prefill_and_decoding_on_a_mesh(two_layer_checkpoint, single_device, prompts, name, shape, most):
     mesh = make_mesh(shape)
-    model = kimi_jax.load(two_layers[name], mesh=mesh, dtype=jnp.float32)
-    logits, step = prefill_and_steps(model, *prompts)
-    np.testing.assert_allclose(logits, single_device(name), rtol=0, atol=ATOL)
+    model = kimi_jax.load(two_layer_checkpoint(name), mesh=mesh, dtype=jnp.float32)
+    rows = WholeRows(model, BATCH, 300)
+    np.testing.assert_allclose(prefill_and_step(rows, *prompts), single_device(name), rtol=0, atol=ATOL)
     if name == "k2.5":
-        check_messages(step, model.config.text, mesh, most)
+        check_messages(rows, most)
     # And each device has its share: two of 16 experts, its heads' part of the attention, its words
     attention = next(layer.self_attn for layer in model.model.layers if isinstance(layer.self_attn, MLA))
     down = model.model.layers[1].mlp.experts.down_proj
@@ -108,16 +95,15 @@ def test_prefill_and_decoding_on_a_mesh(two_layers, single_device, prompts, name
         (model.lm_head.weight, 0, of_heads * mesh.shape["expert"]),
     ):
         assert variable[...].addressable_shards[0].data.shape[axis] == variable.shape[axis] // parts
-    cache = next(layer.pages for layer in WholeRows(model, BATCH, 300).cache.layers if hasattr(layer, "pages"))
+    cache = next(layer.pages for layer in rows.cache.layers if hasattr(layer, "pages"))
     assert cache.addressable_shards[0].data.nbytes * mesh.shape["data"] * mesh.shape["sequence"] == cache.nbytes
 
 
-def test_a_whole_pass_and_odd_numbers_on_a_mesh(two_layers):
+def test_a_whole_pass_and_odd_numbers_on_a_mesh(two_layer_checkpoint, two_layer_model):
     # Given three rows of 31 tokens (two divides neither number), continued by two tokens
     tokens = jnp.asarray(np.random.RandomState(1).randint(0, 500, (3, 31)), jnp.int32)
-    plain, meshed = (
-        kimi_jax.load(two_layers["kimi-linear"], mesh=mesh, dtype=jnp.float32) for mesh in (None, make_mesh("2x1x2x2"))
-    )
+    plain, folder = two_layer_model("kimi-linear"), two_layer_checkpoint("kimi-linear")
+    meshed = kimi_jax.load(folder, mesh=make_mesh("2x1x2x2"), dtype=jnp.float32)
     new = kimi_jax.generate(meshed, np.asarray(tokens), max_new_tokens=2, stop_ids=())
     longer = jnp.concatenate([tokens, new[:, :1]], axis=1)
     single_device = np.asarray(plain(longer))
@@ -128,16 +114,16 @@ def test_a_whole_pass_and_odd_numbers_on_a_mesh(two_layers):
     np.testing.assert_array_equal(new, single_device[:, 30:].argmax(-1))
 
 
-def test_a_batch_that_cannot_be_sharded(two_layers):
-    rows = WholeRows(kimi_jax.load(two_layers["k2.5"], mesh=make_mesh("4x2"), dtype=jnp.float32), 8, 100)
+def test_a_batch_that_cannot_be_sharded(two_layer_checkpoint):
+    rows = WholeRows(kimi_jax.load(two_layer_checkpoint("k2.5"), mesh=make_mesh("4x2"), dtype=jnp.float32), 8, 100)
     batch = next(rows.batches(np.ones((6, 2)), np.full(6, 2)))
     with pytest.raises(ValueError, match="a batch of 6 rows cannot be sharded over a data axis of 4"):
         rows.program.step(rows.cache, batch)
 
 
-def test_one_device_as_a_mesh(two_layers):
+def test_one_device_as_a_mesh(two_layer_checkpoint, two_layer_model):
     mesh = make_mesh("1x1", devices=jax.devices()[:1])
-    plain, meshed = (kimi_jax.load(two_layers["k2.5"], mesh=on, dtype=jnp.float32) for on in (None, mesh))
+    plain, meshed = two_layer_model("k2.5"), kimi_jax.load(two_layer_checkpoint("k2.5"), mesh=mesh, dtype=jnp.float32)
     tokens = np.random.RandomState(2).randint(0, 500, (2, 9))
     np.testing.assert_array_equal(
         kimi_jax.generate(meshed, tokens, max_new_tokens=2, stop_ids=()),

@@ -137,7 +137,9 @@ def test_bytes_of_a_shape(shape, size):
      ("[4,2]<=[4,2]", ("sequence",)), ("[2,4]<=[2,4]T(0,1)", ("tensor", "sequence")),
      ("[4,2]<=[2,4]T(1,0)", ("data",)), ("[2,4]<=[2,2,2]T(1,0,2)", ("data", "sequence")), ("[1,8]<=[8]",
       ("data", "tensor", "sequence")), ("mesh['data'=2,'tensor'=2,'sequence'=2] {'tensor'}", ("tensor",)),
-     ("mesh['data'=2,'tensor'=2,'sequence'=2] {'data','sequence'}", ("data", "sequence"))],
+     ("mesh['data'=2,'tensor'=2,'sequence'=2] {'data','sequence'}", ("data", "sequence")),
+     ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", ("sequence",)),
+     ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", ("data", "tensor"))],
 )  # fmt: skip
 def test_every_way_to_write_groups(groups, axes):
     # Given one message

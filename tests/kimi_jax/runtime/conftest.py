@@ -4,23 +4,16 @@ Both fixtures replace those of the folder above, since `model` is cached for the
 first had.
 """
 
-import functools
-
-import cases
-import jax.numpy as jnp
 import pytest
 
-import kimi_jax
-
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory):
+def checkpoint(two_layer_checkpoint):
     """Returns a function from a name to the folder of that golden's published checkpoint without its later layers."""
-    folder = tmp_path_factory.mktemp("two_layers")
-    return functools.cache(lambda name: cases.two_layers(name, folder))
+    return two_layer_checkpoint
 
 
 @pytest.fixture(scope="session")
-def model(checkpoint):
+def model(two_layer_model):
     """Returns a function from a name to its model in float32, on one device."""
-    return functools.cache(lambda name: kimi_jax.load(checkpoint(name), dtype=jnp.float32))
+    return two_layer_model

@@ -105,5 +105,8 @@ class FakeEngine(Engine):
     def stats(self):
         return Stats(compiled_programs=3, pages=8, free_pages=6, slots=4, free_slots=3, waiting=0, running=1)
 
+    def fail(self, failure):
+        self.error, self._closed = f"the engine has failed: {failure}", True
+
     def close(self):
         self.error, self._closed = "the engine was closed", True

@@ -1,11 +1,14 @@
-"""Agents of openai's own framework run chains of tools against the server, in both of OpenAI's APIs."""
+"""Agents of two frameworks, openai-agents and Pydantic AI, run chains of tools against the server, in the APIs that
+each speaks."""
 
 import asyncio
 
+import anthropic
 import openai
 import pytest
 
 agents = pytest.importorskip("agents", reason="needs openai-agents")
+pydantic_ai = pytest.importorskip("pydantic_ai", reason="needs pydantic-ai-slim")
 
 STEPS = [("double", '{"number":3}'), ("double", '{"number":6}'), ("negate", '{"number":12}')]
 CALL = (
@@ -14,13 +17,11 @@ CALL = (
 )
 
 
-@agents.function_tool
 def double(number: int) -> str:
     """Doubles a number."""
     return f"double is {2 * number}"
 
 
-@agents.function_tool
 def negate(number: int) -> str:
     """Negates a number."""
     return f"negative is {-number}"
@@ -42,6 +43,16 @@ def script(processor):
     return answer
 
 
+def check(processor, requests):
+    """Checks that the last of a chain's requests has every step of it as the model wrote it, reasoning included."""
+    assert len(requests) == 4
+    prompt = processor.tokenizer.decode(requests[-1].tokens)
+    for index, (name, arguments) in enumerate(STEPS):
+        assert CALL.format(thought=f"<think>Thought {index}.", name=name, index=index, arguments=arguments) in prompt
+    for found in ("double is 6", "double is 12", "negative is -12"):
+        assert found in prompt
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("api", ["responses", "chat"])
 def test_a_chain_of_three_tools_completes_and_keeps_its_reasoning(served, processor, api, streamed):
@@ -56,7 +67,8 @@ def test_a_chain_of_three_tools_completes_and_keeps_its_reasoning(served, proces
                 model = agents.OpenAIChatCompletionsModel(
                     "kimi-toy", client, should_replay_reasoning_content=lambda context: True
                 )
-            agent = agents.Agent("counter", model=model, tools=[double, negate], instructions="Use the tools.")
+            tools = [agents.function_tool(double), agents.function_tool(negate)]
+            agent = agents.Agent("counter", model=model, tools=tools, instructions="Use the tools.")
             if not streamed:
                 return await agents.Runner.run(agent, "Double 3 twice, then negate it.")
             result = agents.Runner.run_streamed(agent, "Double 3 twice, then negate it.")
@@ -66,9 +78,37 @@ def test_a_chain_of_three_tools_completes_and_keeps_its_reasoning(served, proces
 
     result = asyncio.run(run())
     assert result.final_output == "It is -12."
-    assert len(served.engine.requests) == 4
-    prompt = processor.tokenizer.decode(served.engine.requests[-1].tokens)
-    for index, (name, arguments) in enumerate(STEPS):
-        assert CALL.format(thought=f"<think>Thought {index}.", name=name, index=index, arguments=arguments) in prompt
-    for found in ("double is 6", "double is 12", "negative is -12"):
-        assert found in prompt
+    check(processor, served.engine.requests)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("api", ["chat", "responses", "messages"])
+def test_a_chain_of_pydantic_ai_completes_and_keeps_its_reasoning(served, processor, api, streamed):
+    from pydantic_ai.models.anthropic import AnthropicModel
+    from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+    from pydantic_ai.providers.anthropic import AnthropicProvider
+    from pydantic_ai.providers.moonshotai import MoonshotAIProvider
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    served.engine.answer = script(processor)
+    said = "Double 3 twice, then negate it."
+
+    async def run():
+        url, settings = served.listener.url, None
+        make = {"base_url": url if api == "messages" else f"{url}/v1", "api_key": "none"}
+        async with anthropic.AsyncAnthropic(**make) if api == "messages" else openai.AsyncOpenAI(**make) as client:
+            if api == "messages":
+                model = AnthropicModel("kimi-toy", provider=AnthropicProvider(anthropic_client=client))
+                settings = {"max_tokens": 100, "anthropic_thinking": {"type": "enabled", "budget_tokens": 60}}
+            elif api == "responses":
+                model = OpenAIResponsesModel("kimi-toy", provider=OpenAIProvider(openai_client=client))
+            else:
+                model = OpenAIChatModel("kimi-toy", provider=MoonshotAIProvider(openai_client=client))
+            agent = pydantic_ai.Agent(model, tools=[double, negate], model_settings=settings)
+            if not streamed:
+                return (await agent.run(said)).output
+            async with agent.run_stream(said) as result:
+                return await result.get_output()
+
+    assert asyncio.run(run()) == "It is -12."
+    check(processor, served.engine.requests)

@@ -486,3 +486,11 @@ def test_each_api_takes_pictures_by_url(fetching, site):
         elsewhere = json.loads(json.dumps(body).replace("images.example.org", "evil.example"))
         text = fetching.http.post(path, json=elsewhere).json()["error"]["message"]
         assert text.startswith("https://evil.example/x.png: https:// is not fetched from this host")
+
+
+def test_a_picture_whose_pixels_are_damaged_is_named_by_its_url(fetching, site):
+    url, cut = "https://images.example.org/cut.png", png(300, 300)
+    site.pages["/cut.png"] = answer(cut[:60] + bytes(len(cut) - 60))
+    found = fetching.http.post("/v1/chat/completions", json={"model": "kimi-toy", "messages": [message(url)]})
+    assert found.status_code == 400
+    assert found.json()["error"]["message"].startswith(f"{url}: a damaged image")

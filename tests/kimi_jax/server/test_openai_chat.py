@@ -205,6 +205,37 @@ def test_content_keeps_its_form_whatever_the_weights(served):
         assert whole(ask(served, extra_body=body))[0]["content"] in expected
 
 
+LOOSE = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "string"},
+        "b": {"type": "array", "minItems": 2, "items": {"type": ["string", "number"]}},
+        "c": {"type": "object", "minProperties": 1},
+        "d": {"type": "number"},
+    },
+    "required": ["a", "b", "c", "d"],
+}
+
+
+@pytest.mark.parametrize("goes_on", ["a", ',"', "1"])
+def test_a_form_is_closed_before_its_tokens_run_out(served, processor, goes_on):
+    ids = processor.tokenizer.encode(goes_on)  # weights that never come to an end
+    served.engine.answer = lambda request: lambda tokens: ids[len(tokens) % len(ids)]
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": LOOSE}}
+    body = {"max_tokens": 400, "extra_body": {"thinking": {"type": "disabled"}}}
+    message, finish, usage = whole(ask(served, tools=[tool], tool_choice="required", **body))
+    assert finish == "length" and 300 <= usage.completion_tokens < 400
+    for call in message["tool_calls"]:
+        jsonschema.validate(json.loads(call[2]), LOOSE)
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": LOOSE}}
+    message, finish, _ = whole(ask(served, response_format=form, **body))
+    assert finish == "length"
+    jsonschema.validate(json.loads(message["content"]), LOOSE)
+    # Text of its own is not closed, and uses all tokens
+    _, finish, usage = whole(ask(served, tools=[tool], **body))
+    assert (finish, usage.completion_tokens) == ("length", 400)
+
+
 def test_no_call_is_made_where_none_may_be(served):
     served.engine.text = "</think>" + CALL.format(name="weather", number=0, arguments="{}")
     message, _, _ = whole(ask(served, tools=[WEATHER], tool_choice="none", max_tokens=30))

@@ -49,6 +49,16 @@ REFUSED = [
     (picture("data:image/png;base64,AAAA"), "", "messages"),
     (picture(None), "", "messages"),
     (user([{"type": "video_url", "video_url": {"url": "/dev/zero"}}]), "may not name local files", "messages"),
+    (
+        user([{"type": "video_url", "video_url": {"url": "https://a.example/x.gif"}}]),
+        "https://a.example/x.gif: https:// is not fetched; expected a data: URL",
+        "messages",
+    ),
+    (
+        user([{"type": "image_url", "image_url": "file:///x"}]),
+        "file:// is not fetched; expected a data: URL",
+        "messages",
+    ),
     ({"temperature": -0.1}, "temperature is -0.1", "temperature"),
     ({"temperature": 2.5}, "temperature is 2.5", "temperature"),
     ({"temperature": "hot"}, "$.temperature", "temperature"),

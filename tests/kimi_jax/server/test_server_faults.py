@@ -1,11 +1,14 @@
 """Clients that leave or mean harm, engines that fail, and servers that stop: each is told, and the rest goes on."""
 
 import base64
+import errno
 import functools
+import io
 import json
 import resource
 import socket
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -14,6 +17,7 @@ import httpx
 import pytest
 from fake_engine import FakeEngine
 
+from kimi_jax import cli
 from kimi_jax.server import Limits, watched
 from kimi_jax.server.listener import MAX_CONNECTIONS
 
@@ -140,6 +144,38 @@ def test_a_fault_of_the_server_says_nothing_of_its_inside(served, monkeypatch, c
     monkeypatch.setattr(type(served.service.backend), "prompt", fails)
     answer = served.http.post("/v1/chat/completions", json=BODY)
     assert answer.status_code == 500 and "secret" not in answer.text and "secret" in caplog.text
+
+
+class FullDisk(io.StringIO):
+    """A file that takes nothing."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_on_a_full_disk_ends_no_request_and_no_server(serve, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    with cli.serve._log():
+        served = serve(Limits(log_requests=True))
+        assert served.http.post("/v1/chat/completions", json=BODY).status_code == 200
+        served.engine.error = "x"
+        assert served.http.post("/v1/chat/completions", json=BODY).status_code == 500
+    cli.serve._note("stopped")
+    cli.serve._write("serving", sys.stdout)
+
+
+def test_a_lost_process_of_the_mesh_is_said_and_ends_what_runs(serve):
+    served = serve()
+    never_ends(served.engine)
+    with stream(served, max_tokens=500) as answer:
+        lines = answer.iter_lines()
+        assert next(lines)
+        served.service.fail("process 1 of 2 (host secret) is lost")
+        *_, last = events(lines)
+    health = served.http.get("/health")
+    assert '"error"' in last and health.status_code == 503
+    assert "process of the model's mesh is lost" in health.text and "secret" not in last + health.text
 
 
 def test_a_server_that_stops_finishes_or_cuts_what_runs(serve, processor):

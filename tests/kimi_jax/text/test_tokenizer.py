@@ -54,6 +54,17 @@ def test_tiny_is_the_same_each_time_and_merges(tok: Tokenizer, tiny_tokenizer_di
     assert len(tok.encode(" the question")) == 2
 
 
+@pytest.mark.parametrize("base", [256, 700, 20_000])
+def test_a_tokenizer_of_any_size_is_whole(base: int, tmp_path: Path):
+    write_tiny_tokenizer(tmp_path, base_ranks=base)
+    tok = Tokenizer.from_folder(tmp_path)
+    assert tok.vocab_size == base + 256 and tok.special_tokens["<|im_end|>"] == base + 2
+    text = "What is the weather in 北京?"
+    assert tok.decode(tok.encode(text)) == text
+    with pytest.raises(ValueError, match="255 base ranks, expected 256 or more"):
+        write_tiny_tokenizer(tmp_path, base_ranks=255)
+
+
 def _ranks(*more: bytes) -> str:
     tokens = [bytes([b]) for b in range(256)] + list(more)
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))

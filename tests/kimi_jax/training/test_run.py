@@ -71,7 +71,7 @@ def test_the_published_folder_computes_what_was_trained(folder, run):
     tokens, config = np.random.RandomState(0).randint(0, 500, (1, 40)), run.trainer.recipe.config
     published = as_published(run.state.trained, config)
     trained = nnx.merge(run.trainer.graph, published, run.state.frozen)
-    expected, _ = label_logits(trained, Rows.whole(tokens))
+    expected, _ = nnx.jit(label_logits)(trained, Rows.whole(tokens))
     # When it is published, and loaded
     out = run.publish()
     model = checkpoints.load(out, dtype=jnp.float32)

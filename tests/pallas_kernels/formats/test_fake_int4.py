@@ -50,8 +50,17 @@ def test_published_numbers_are_a_fixed_point_with_the_published_codes():
     assert words.tolist() == [WORDS] and np.asarray(scales).view(np.uint16).tolist() == [SCALES]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(48, 64), (3, 5, 96), (2, 2, 2, 32)])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (jnp.float32, (48, 64)),
+        (jnp.bfloat16, (3, 5, 96)),
+        (jnp.float32, (2, 2, 2, 32)),
+        pytest.param(jnp.bfloat16, (48, 64), marks=pytest.mark.slow),
+        pytest.param(jnp.float32, (3, 5, 96), marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, (2, 2, 2, 32), marks=pytest.mark.slow),
+    ],
+)
 def test_numbers_are_those_of_the_quantised_weight_bit_for_bit(dtype, shape):
     weight = masters(*shape, dtype=dtype)
     rounded = fake_quantize_int4(weight)

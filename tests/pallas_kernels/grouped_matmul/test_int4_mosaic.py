@@ -23,7 +23,8 @@ from pallas_kernels.matmul import reference as single
 K, N, EXPERTS = 256, 128, 4
 RNG = np.random.default_rng(3)
 TOLERANCES = [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-3)]
-GATE, UP = (Int4(*quantize_int4(jnp.asarray(RNG.normal(size=(EXPERTS, K, N)), jnp.float32))) for _ in range(2))
+quantize = jax.jit(quantize_int4)  # op by op, each shape compiles sixteen programs
+GATE, UP = (Int4(*quantize(jnp.asarray(RNG.normal(size=(EXPERTS, K, N)), jnp.float32))) for _ in range(2))
 
 
 V5 = CHIPS["v5e"].facts
@@ -107,7 +108,7 @@ def test_a_step_in_parts_and_outputs_in_tiles(monkeypatch, chip):
     tile = mosaic_tpu.tiles(40, 1024, 256, 3, jnp.bfloat16)
     assert (tile.N, tile.K_part, tile.K_shared) == (128, 512, 512)
     x, exact = rows(40, slice(0, 36), jnp.bfloat16, inputs=1024)
-    codes, scales = quantize_int4(jnp.asarray(RNG.normal(size=(3, 1024, 256)), jnp.float32))
+    codes, scales = quantize(jnp.asarray(RNG.normal(size=(3, 1024, 256)), jnp.float32))
     sizes = jnp.asarray([5, 25, 6], jnp.int32)
     found = int4_grouped_matmul(x, codes, scales, sizes, implementation="mosaic_tpu")
     assert relative_rmse(found, reference.grouped_matmul(exact, Int4(codes, scales), sizes)) <= 3e-3
@@ -123,7 +124,7 @@ def test_any_sizes(sizes):
 @pytest.mark.parametrize(("tokens", "inputs"), [(1, 64), (130, 96 * 2), (7, 1024)])
 def test_one_matrix(tokens, inputs, dtype, tolerance):
     x = jnp.asarray(RNG.normal(size=(tokens, inputs)), dtype)
-    codes, scales = quantize_int4(jnp.asarray(RNG.normal(size=(inputs, 128)), jnp.float32))
+    codes, scales = quantize(jnp.asarray(RNG.normal(size=(inputs, 128)), jnp.float32))
     found = int4_matmul(x, codes, scales, implementation="mosaic_tpu")
     assert found.dtype == dtype
     assert relative_rmse(found, single.matmul(x, Int4(codes, scales))) <= tolerance

@@ -61,10 +61,18 @@ def check_packed(run, dtype, arrays, initial, ids, tolerances):
                 assert max(error, relative_rmse(after[row, n, head], expected[at, head])) <= tolerance, (n, row, head)
 
 
-@pytest.mark.parametrize("dtype,tolerances", [(jnp.float32, (1e-5, 1e-5)), (jnp.bfloat16, (5e-3, 1e-2))])
+ANY_DECAY, BOUNDED = (None, (0.01, 0.1, 2, 20, 60, (0.01, 0.1, 2, 20, 60), (0.01, 60))), (-5.0, (0.01, 3, (0.01, 3)))
+EXACT, ROUNDED = (jnp.float32, (1e-5, 1e-5)), (jnp.bfloat16, (5e-3, 1e-2))
+
+
 @pytest.mark.parametrize(
-    "lower_bound,decays",
-    [(None, (0.01, 0.1, 2, 20, 60, (0.01, 0.1, 2, 20, 60), (0.01, 60))), (-5.0, (0.01, 3, (0.01, 3)))],
+    "lower_bound,decays,dtype,tolerances",
+    [
+        (*ANY_DECAY, *EXACT),
+        (*BOUNDED, *ROUNDED),
+        pytest.param(*ANY_DECAY, *ROUNDED, marks=pytest.mark.slow),
+        pytest.param(*BOUNDED, *EXACT, marks=pytest.mark.slow),
+    ],
 )
 def test_every_decay_and_length_with_unlike_and_alike_keys(lower_bound, decays, dtype, tolerances):
     # Given a row for each kind of decay, a head for each likeness of keys, and segments of awkward lengths anywhere

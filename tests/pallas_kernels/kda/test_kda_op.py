@@ -12,7 +12,7 @@ from jax.experimental import checkify
 from kernel_numerics import relative_rmse
 
 from pallas_kernels import kda, kda_step
-from pallas_kernels.kda import reference, xla
+from pallas_kernels.kda import chunk_groups, reference, xla
 from pallas_kernels.kda.shapes import AWKWARD, KIMI, KdaShape
 
 FORMS = {"recurrent": jax.jit(xla.recurrent), "chunked": jax.jit(xla.chunked)}
@@ -210,7 +210,7 @@ def check_gradients(found, expected, tolerance):
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-3)])
 def test_gradients_of_every_decay(dtype, tolerance, monkeypatch):
     # Given two groups of one chunk each
-    monkeypatch.setattr(xla, "GROUP", 1)
+    monkeypatch.setattr(chunk_groups, "GROUP", 1)
     inputs = every_kind(100, dtype)
     rng = np.random.default_rng(1)
     weights = [jnp.asarray(rng.standard_normal(array.shape), dtype) for array in (inputs[2], inputs[5])]
@@ -229,7 +229,7 @@ def test_gradients_of_every_decay(dtype, tolerance, monkeypatch):
 
 def test_gradients_of_packed_rows_with_poisoned_padding(monkeypatch):
     # Given padding around and between three segments, one of them empty and one of two chunks; every chunk is a group
-    monkeypatch.setattr(xla, "GROUP", 1)
+    monkeypatch.setattr(chunk_groups, "GROUP", 1)
     ids = np.repeat([[-1, 0, -1, 2, -1]], [3, 12, 2, 70, 3], axis=1).astype(np.int32)
     poisoned = [np.where((ids >= 0).reshape(1, PACKED, *(1,) * (a.ndim - 2)), a, np.nan) for a in PACKED_INPUTS[:5]]
     initial = PACKED_STATES[:, :3]
@@ -254,6 +254,34 @@ def test_gradients_of_packed_rows_with_poisoned_padding(monkeypatch):
         check_gradients([*(array[:, tokens] for array in found[:5]), found[5][:, segment]], expected, 1e-5)
     np.testing.assert_array_equal(found[5][:, 1], weights[1][:, 1])
     assert not any(np.asarray(array)[ids < 0].any() for array in found[:5])
+
+
+def test_segments_that_share_chunks_are_those_with_chunks_of_their_own():
+    # Given segments that begin and end in chunks of others, one of a token, one empty, and poisoned padding
+    ids = np.repeat([[-1, 0, 1, -1, 3, 4, -1]], [3, 12, 1, 2, 60, 9, 3], axis=1).astype(np.int32)
+    poisoned = [np.where((ids >= 0).reshape(1, PACKED, *(1,) * (a.ndim - 2)), a, np.nan) for a in PACKED_INPUTS[:5]]
+    weight = np.random.default_rng(2).standard_normal(poisoned[2].shape).astype(np.float32)
+
+    def outputs_loss(options, *arrays):
+        o, _ = kda(*arrays, segment_ids=ids, num_segments=5, normalize_qk=True, scale=0.3, **options)
+        return jnp.sum(o * weight), o
+
+    (_, o), found = jax.jit(
+        jax.value_and_grad(partial(outputs_loss, {"return_state": False}), argnums=range(5), has_aux=True)
+    )(*poisoned)
+    (_, expected_o), expected = jax.jit(jax.value_and_grad(partial(outputs_loss, {}), argnums=range(5), has_aux=True))(
+        *poisoned
+    )
+    assert relative_rmse(o, expected_o) <= 1e-6
+    check_gradients(found, expected, 2e-6)
+    assert not any(np.asarray(array)[ids < 0].any() for array in (o, *found))
+
+
+def test_time_does_not_depend_on_the_room_for_segments():
+    beta, ids = jnp.zeros((2, 200, 3)), jnp.zeros((2, 200), jnp.int32)
+    few, many = (chunk_groups.ChunkGroups.make(beta, jnp.zeros((2, room, 3, 8, 4)), ids, True) for room in (1, 50))
+    assert jax.tree.map(jnp.shape, few) == jax.tree.map(jnp.shape, many)
+    assert many.carried(jnp.zeros((2, 50, 3, 8, 4))).shape == (2, 1, 3, 8, 4)
 
 
 def test_a_broken_lower_bound_is_an_error_under_checkify():

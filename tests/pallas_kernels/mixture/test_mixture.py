@@ -25,8 +25,7 @@ MODULES = [
 KERNEL = MODULES[0]
 V5E, V5P = (CHIPS[name].facts for name in ("v5e", "v5p"))
 FORMS = pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])
-DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)])
-
+TOLERANCES = [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)]
 
 quantise = jax.jit(Int4.from_dense)  # op by op, each shape compiles sixteen programs
 
@@ -62,13 +61,23 @@ def run(implementation):
 PLAIN, INTERPRETED = run("xla"), run("mosaic_tpu")
 
 
-@DTYPES
-@pytest.mark.parametrize(
-    ("shape", "int4"),
-    [*[(shape, False) for shape in shapes.KIMI + shapes.AWKWARD], *[(shape, True) for shape in shapes.AWKWARD]],
-    ids=lambda part: part.name if isinstance(part, shapes.MixtureShape) else "int4" if part else "dense",
-)
-def test_against_float64(shape, dtype, tolerance, int4):
+def against_float64():
+    """Returns the cases of shapes, forms and dtypes. Any two of a shape, a form and a dtype are together in a quick one
+    (Kimi's own shape is not INT4)."""
+    cases = [
+        (shape, int4, dtype, tolerance, (i + int4 + j) % 2 == 0)
+        for i, shape in enumerate(shapes.AWKWARD)
+        for int4 in (False, True)
+        for j, (dtype, tolerance) in enumerate(TOLERANCES)
+    ]
+    cases += [(shape, False, *TOLERANCES[j], j == 1) for shape in shapes.KIMI for j in (0, 1)]
+    for shape, int4, dtype, tolerance, quick in cases:
+        name = f"{shape.name}-{'int4' if int4 else 'dense'}-{dtype.__name__}"
+        yield pytest.param(shape, int4, dtype, tolerance, id=name, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("shape", "int4", "dtype", "tolerance"), list(against_float64()))
+def test_against_float64(shape, int4, dtype, tolerance):
     given = arguments(shape, dtype, int4)
     expected = reference.mixture(*given, shape.first)
     for found in (PLAIN(*given, shape.first), INTERPRETED(*given, shape.first)):
@@ -80,12 +89,11 @@ def test_against_float64(shape, dtype, tolerance, int4):
 @pytest.mark.parametrize(
     ("chip", "dtype", "tolerance", "int4"),
     [
-        (V5E, jnp.bfloat16, 4e-3, True),
-        (V5P, jnp.bfloat16, 4e-3, True),
-        (V5P, jnp.float32, 1e-6, True),
-        (V5P, jnp.bfloat16, 4e-3, False),
+        pytest.param(V5E, jnp.bfloat16, 4e-3, True, id="v5e-int4"),
+        pytest.param(V5P, jnp.bfloat16, 4e-3, True, id="v5p-int4", marks=pytest.mark.slow),
+        pytest.param(V5P, jnp.float32, 1e-6, True, id="v5p-float32-int4"),
+        pytest.param(V5P, jnp.bfloat16, 4e-3, False, id="v5p-dense"),
     ],
-    ids=["v5e-int4", "v5p-int4", "v5p-float32-int4", "v5p-dense"],
 )
 def test_on_chips_without_bf16_arithmetic_and_with_two_cores(chip, dtype, tolerance, int4, monkeypatch):
     # Groups of up to 8 rows, of up to 16 and of more; an odd number of visits, and none
@@ -141,8 +149,15 @@ def test_any_choices(data):
     assert relative_rmse(found, reference.mixture(x, chosen, weights, *matrices, 2)) <= 1e-6
 
 
-@FORMS
-@pytest.mark.parametrize("chip", [V5P, None], ids=["v5p", "v6e"])
+@pytest.mark.parametrize(
+    ("chip", "int4"),
+    [
+        pytest.param(V5P, True, id="v5p-int4"),
+        pytest.param(None, False, id="v6e-dense"),
+        pytest.param(V5P, False, id="v5p-dense", marks=pytest.mark.slow),
+        pytest.param(None, True, id="v6e-int4", marks=pytest.mark.slow),
+    ],
+)
 def test_steps_in_tiles_and_parts(chip, int4, monkeypatch):
     if chip:
         on(chip, monkeypatch)
@@ -168,8 +183,15 @@ def test_what_fits_a_chip_with_less_vector_memory(monkeypatch):
     assert fits(292, 7168) and not fits(293, 7168) and fits(512, 2304)
 
 
-@FORMS
-@pytest.mark.parametrize("chip", [V5E, None], ids=["v5e", "v6e"])
+@pytest.mark.parametrize(
+    ("chip", "int4"),
+    [
+        pytest.param(V5E, True, id="v5e-int4"),
+        pytest.param(None, False, id="v6e-dense"),
+        pytest.param(V5E, False, id="v5e-dense", marks=pytest.mark.slow),
+        pytest.param(None, True, id="v6e-int4", marks=pytest.mark.slow),
+    ],
+)
 def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised(chip, int4, monkeypatch):
     if chip:
         on(chip, monkeypatch)

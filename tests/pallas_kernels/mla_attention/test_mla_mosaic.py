@@ -306,9 +306,20 @@ def written_in_turn(cache, latents, table, positions):
     return cache
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("page", [128, 256])
-@pytest.mark.parametrize("positions", WRITES.values(), ids=WRITES)
+# Any two of positions, a page and a dtype are together in a quick case
+PLACES = [
+    pytest.param(
+        positions, page, dtype,
+        id=f"{kind}-{page}-{dtype.__name__}",
+        marks=[] if (i + j + k) % 2 == 0 else [pytest.mark.slow],
+    )
+    for i, (kind, positions) in enumerate(WRITES.items())
+    for j, page in enumerate((128, 256))
+    for k, dtype in enumerate((jnp.float32, jnp.bfloat16))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("positions", "page", "dtype"), PLACES)
 def test_rows_are_written_where_one_after_another_would_be(positions, page, dtype):
     arguments = rows_and_cache(positions, dtype, page)
     np.testing.assert_array_equal(WRITE_JIT(*arguments), written_in_turn(*arguments))
@@ -327,7 +338,13 @@ def test_one_row_each_is_written_where_the_plain_form_writes_it(dtype):
     np.testing.assert_array_equal(WRITE_JIT(*arguments), xla.mla_write(*arguments))
 
 
-@pytest.mark.parametrize("kind", ["within a page, over its end, padded", "more rows at once than there are slots"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "more rows at once than there are slots",
+        pytest.param("within a page, over its end, padded", marks=pytest.mark.slow),
+    ],
+)
 def test_write_races_with_nothing_and_stays_in_bounds(kind):
     # Given sequences that share their pages
     arguments = rows_and_cache(WRITES[kind], table=((2, 0), (0, 2)))
