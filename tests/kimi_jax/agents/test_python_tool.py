@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from kimi_jax import agents
-from kimi_jax.agents import python_tool
+from kimi_jax.agents import python_process, python_tool
 from kimi_jax.agents.box import find_box, why_not
-from kimi_jax.agents.python_tool import RESTARTED, Interpreter
+from kimi_jax.agents.python_process import RESTARTED, Interpreter
 
 KINDS = [
     pytest.param(kind, marks=pytest.mark.skipif(bool(why_not(kind)), reason=why_not(kind) or "works"))
@@ -107,7 +107,7 @@ def test_an_interpreter_that_ends_is_told_and_the_next_call_has_a_new_one():
 
 
 def test_much_output_is_cut_in_the_middle(monkeypatch):
-    monkeypatch.setattr(python_tool, "OUTPUT", 10)
+    monkeypatch.setattr(python_process, "OUTPUT", 10)
     assert cells("none", "print('a' * 30 + 'b' * 30)", "1") == [
         "a" * 10 + "\n[... 41 bytes left out]\n" + "b" * 9 + "\n",
         "1\n",
@@ -175,7 +175,7 @@ def test_each_conversation_has_an_interpreter_of_its_own():
 
 @pytest.mark.parametrize("kind", [*KINDS, "none"])
 def test_cancelling_ends_the_process_even_where_it_ignores_the_first_signal(kind, monkeypatch):
-    monkeypatch.setattr(python_tool, "GRACE", 0.2)
+    monkeypatch.setattr(python_process, "GRACE", 0.2)
     code = "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.fork()\ntime.sleep(100)"
 
     async def main():
