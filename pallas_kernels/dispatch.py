@@ -128,6 +128,23 @@ def with_gradient(run: Callable[..., Any], twin: Callable[..., Any]) -> Callable
     return with_backward(run, lambda arrays, cotangents: jax.vjp(twin, *arrays)[1](cotangents))
 
 
+def differentiated_as(run: Callable[..., Any], twin: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `run`, in place of which a gradient computes `twin`, the same function, and keeps what it needs of it;
+    within `shapes_only`, `run` alone.
+
+    `with_gradient` keeps no more than the arguments, and computes `twin` in the backward pass, after `run`.
+    """
+    if shapes_only.value:
+        return run
+
+    @jax.custom_vjp
+    def function(*arrays: Any) -> Any:
+        return run(*arrays)
+
+    function.defvjp(lambda *arrays: jax.vjp(twin, *arrays), lambda pull, cotangents: pull(cotangents))
+    return function
+
+
 def with_backward(run: Callable[..., Any], backward: Callable[[tuple[Any, ...], Any], Any]) -> Callable[..., Any]:
     """Returns `run` with the gradient backward(arrays, cotangents); within `shapes_only`, `run` alone."""
     if shapes_only.value:

@@ -1,6 +1,7 @@
 """Agents on Kimi models: a loop of tool calls with limits, and swarms of sub-agents."""
 
 from kimi_jax.agents.engine_model import EngineModel as EngineModel
+from kimi_jax.agents.file_tools import files as files
 from kimi_jax.agents.heavy import Heavy as Heavy
 from kimi_jax.agents.heavy import heavy as heavy
 from kimi_jax.agents.limits import Limits as Limits
@@ -11,6 +12,7 @@ from kimi_jax.agents.model import BusyError as BusyError
 from kimi_jax.agents.model import Call as Call
 from kimi_jax.agents.model import ChatModel as ChatModel
 from kimi_jax.agents.model import ContextLengthError as ContextLengthError
+from kimi_jax.agents.model import Mode as Mode
 from kimi_jax.agents.model import Parts as Parts
 from kimi_jax.agents.model import Reply as Reply
 from kimi_jax.agents.model import Usage as Usage

@@ -41,7 +41,7 @@ def make_adapters(weights: Any, rank: int, partition: Partition = SINGLE_DEVICE,
         drawn = jax.random.normal(key, (rank, shape[1]), jnp.float32) * shape[1] ** -0.5
         parts = {_A: (drawn, (None, axes[1])), _B: (jnp.zeros((shape[0], rank), jnp.float32), (axes[0], None))}
         for name, (array, own) in parts.items():
-            if partition.devices > 1:
+            if partition.mesh is not None:
                 array = jax.device_put(array, NamedSharding(partition.mesh, partition.spec(own, array.shape)))
             adapters.append(((*path, name), nnx.Param(array, axes=own, full_shape=array.shape)))
     return nnx.from_flat_state(adapters)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Int4, Int32
 from pallas_kernels import formats
 from pallas_kernels.activations import Activation, find_activation
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
-from pallas_kernels.dispatch import Backend, choose, with_backward, with_gradient
+from pallas_kernels.dispatch import Backend, choose, differentiated_as, with_backward, with_gradient
 from pallas_kernels.formats import Dense, Weight, as_weight
 from pallas_kernels.formats.int4 import GROUP_SIZE, check_codes
 from pallas_kernels.grouped_matmul import dequantized, mosaic_gradients, mosaic_int4, mosaic_tpu, xla
@@ -114,8 +114,10 @@ def grouped_glu(
     offset = check_groups(op, x, group_sizes, group_offset, gate.shape[0])
     arguments = (jnp.asarray(x), gate, up, jnp.asarray(group_sizes), offset)
     backends = _glu_backends(type(gate), combine)
-    twin = partial(_two_products, op, implementation, combine) if isinstance(gate, Dense) else backends[-1].run
-    return with_gradient(choose(op, implementation, backends, *arguments), twin)(*arguments)
+    run = choose(op, implementation, backends, *arguments)
+    if isinstance(gate, Dense):
+        return differentiated_as(run, partial(_two_products, op, implementation, combine))(*arguments)
+    return with_gradient(run, backends[-1].run)(*arguments)
 
 
 def _two_products(

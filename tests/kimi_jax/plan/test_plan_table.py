@@ -124,4 +124,4 @@ def test_a_gpu_has_its_vendors_numbers(kind):
     assert 2 * gpu.bf16 == sparse[kind] * 1e12
     if kind in systems:
         count, memory, bandwidth = systems[kind]
-        assert count * gpu.memory == pytest.approx(memory * 1e9, rel=0.01) and count * gpu.hbm == bandwidth * 1e12
+        assert 1 < count * gpu.memory / (memory * 1e9) < 1.08 and count * gpu.hbm == bandwidth * 1e12
