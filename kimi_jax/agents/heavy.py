@@ -93,9 +93,8 @@ def _merge_task(judge: Agent, task: Content, runs: list[Run]) -> Content:
         merged: Content = (
             f"{task}\n\n{text}" if isinstance(task, str) else [*task, {"type": "text", "text": f"\n\n{text}"}]
         )
-        messages: list[Message] = [{"role": "user", "content": merged}]
-        if judge.system is not None:
-            messages.insert(0, {"role": "system", "content": judge.system})
+        system: list[Message] = [] if judge.system is None else [{"role": "system", "content": judge.system}]
+        messages = [*system, {"role": "user", "content": merged}]
         found = judge.model.measure(messages, [], mode=judge.mode, last=Usage())
         if found is None or found[0] <= prompt_limit(found[1], judge.limits.max_tokens, 1.0) or length < 100:
             return merged

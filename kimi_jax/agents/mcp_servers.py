@@ -22,8 +22,8 @@ def servers_of(spec: Any) -> dict[str, Callable[[], Any]]:
         return _of_settings(json_reader.read_object(Path(spec)), printable(spec))
     if isinstance(spec, Mapping):
         return _of_settings(spec, "the spec")
-    name = getattr(spec, "command", None) or getattr(spec, "name", None)
-    return {str(name or "server"): lambda: mcp.Client(spec)}
+    name = str(getattr(spec, "command", None) or getattr(spec, "name", "server"))
+    return {name: lambda: mcp.Client(spec)}
 
 
 def _of_settings(settings: Mapping[str, Any], source: str) -> dict[str, Callable[[], Any]]:
