@@ -34,7 +34,7 @@ build/notebooks/%.html: notebooks/%.py $(VENV)/notebooks
 	$(BIN)/python -m jupytext --quiet --to ipynb --execute --output build/notebooks/$*.ipynb $<
 	$(BIN)/python -m nbconvert --log-level WARN --to html build/notebooks/$*.ipynb
 
-notebooks-test: $(READY) $(VENV)/notebooks
+notebooks-test: $(READY)
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_notebooks.py
 
 docs: $(NOTEBOOKS) $(VENV)/docs

@@ -2,6 +2,7 @@
 
     python benchmarks/agent_runs.py digits --cases 100   # an engine in this process; compiling takes most of a minute
     python benchmarks/agent_runs.py swarm --items 30     # scripted model and tools, no engine
+    python benchmarks/agent_runs.py chain --steps 300    # the loop's own time and memory
 
 `digits`: pictures of two numbers in handwritten digits that are held out from training, either both in one picture or
 one in each of two, and the question for their sum. A case is right where the answer is the sum in the words of training
@@ -9,6 +10,9 @@ and the trace is complete: the run, its call of the tool with its result, each m
 
 `swarm`: m items of two look-ups each; a message of the model takes 50 ms and a tool 100 ms. A single agent makes a call
 in each message; the orchestrator of the swarm gives each item to a sub-agent.
+
+`chain`: a model that answers at once and makes a call in each message; the trace goes to a file. Memory is what Python
+allocated beyond the messages' own growth: `bytes_a_step` of the second half is that of the first where nothing leaks.
 """
 
 import argparse
@@ -16,7 +20,10 @@ import asyncio
 import base64
 import io
 import json
+import tempfile
 import time
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,16 +137,49 @@ async def swarm_main(items: int, concurrency: int) -> dict[str, Any]:
     return found
 
 
+def chain_main(steps: int) -> dict[str, Any]:
+    def look(key: str) -> str:
+        marks.append((time.process_time(), tracemalloc.get_traced_memory()[0] if tracemalloc.is_tracing() else 0))
+        return key
+
+    def chain(path: Path) -> None:
+        marks.clear()
+        model = agents.ScriptedModel(lambda messages, _: looker(messages, 0, steps - 1))
+        agent = agents.Agent(model, [agents.tool(look)], limits=agents.Limits(steps=steps))
+        run = asyncio.run(agent.run("Find all.", trace=agents.Trace(path)))
+        assert (run.stop, run.steps) == ("answer", steps), run
+
+    marks: list[tuple[float, int]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.process_time()
+        chain(Path(folder) / "a.jsonl")
+        seconds, half = time.process_time() - begin, len(marks) // 2
+        halves = [marks[half - 1][0] - marks[0][0], marks[-1][0] - marks[half][0]]
+        tracemalloc.start()  # apart, because it takes time
+        chain(Path(folder) / "b.jsonl")
+    grown = [marks[half - 1][1] - marks[0][1], marks[-1][1] - marks[half][1]]
+    return {
+        "steps": steps,
+        "cpu_s": seconds,
+        "cpu_s_of_halves": halves,
+        "bytes_a_step_of_halves": [bytes_ / half for bytes_ in grown],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["digits", "swarm"])
+    parser.add_argument("what", choices=["chain", "digits", "swarm"])
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--items", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3, help="of the swarm; the fastest of each counts")
     given = parser.parse_args()
     if given.what == "digits":
         print(json.dumps(digits_main(given.cases), indent=1))
+        return
+    if given.what == "chain":
+        print(json.dumps(chain_main(given.steps), indent=1))
         return
     rounds = [asyncio.run(swarm_main(given.items, given.concurrency)) for _ in range(given.rounds)]
     best = {name: min((one[name] for one in rounds), key=lambda found: found["s"]) for name in ("single", "swarm")}

@@ -23,19 +23,23 @@ MODEL = "k25-digits"
 # %%
 import json
 
+import jax
 import matplotlib.pyplot as plt
 from PIL import Image
 
 import kimi_jax
 
-folder = kimi_jax.small.path(MODEL) if MODEL in kimi_jax.small.NAMES else MODEL
+folder = MODEL
+if MODEL in kimi_jax.small.NAMES:
+    folder = kimi_jax.small.path(MODEL)
+    jax.config.update("jax_disable_most_optimizations", True)  # nearly all of a small model's time is compiling
 model = kimi_jax.load(folder)
 processor = kimi_jax.Processor.from_folder(folder)
 
 
 def ask(messages, tools=None, thinking=True, images=()):
-    """Answers with at most 100 tokens."""
-    return kimi_jax.answer(model, messages, tools, thinking, max_new_tokens=100, images=images, processor=processor)
+    """Answers with at most 120 tokens (with any prompt below, two pages of the cache: one program)."""
+    return kimi_jax.answer(model, messages, tools, thinking, max_new_tokens=120, images=images, processor=processor)
 
 
 # %% [markdown]

@@ -20,6 +20,7 @@
 MODEL = "kimi-linear-small"
 
 # %%
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -31,22 +32,20 @@ model = kimi_jax.load(folder)
 processor = kimi_jax.Processor.from_folder(folder)
 
 # %% [markdown]
-# A list, a question about it, and the right answer: where does the model look while it writes the number?
+# A list, a question about it, and the right answer. One run over all of it shows what goes on while the answer is
+# written.
 
 # %%
 things = {"red dog": 41, "blue cat": 73, "old house": 18, "tiny boat": 96, "gold ring": 27, "big tree": 64}
 listed = ", ".join(f"{name} {number}" for name, number in things.items())
 asked = "tiny boat"
-question = f"Remember: {listed}.\nWhich number has the {asked}?"
-answer = kimi_jax.answer(model, question, thinking=False, max_new_tokens=24, processor=processor)
-print(answer.content)
-assert answer.content == f"{asked} {things[asked]}"
-
-# %%
-prompt = processor(question, thinking=False)
-tokens = np.concatenate([prompt.tokens, np.asarray(answer.token_ids)[None]], axis=1)
+prompt = processor(f"Remember: {listed}.\nWhich number has the {asked}?", thinking=False)
+end = processor.tokenizer.special_tokens["<|im_end|>"]
+answer = [*processor.tokenizer.encode(f"{asked} {things[asked]}"), end]
+tokens = np.concatenate([prompt.tokens, [answer]], axis=1)
 words = [processor.tokenizer.decode([token]).replace("\n", "↵") for token in tokens[0]]
-found = look(model, tokens, what=["kda", "attention"])
+found = look(model, tokens, what=["hidden", "kda", "attention"])
+first = prompt.tokens.shape[1] - 1  # after this token the answer begins
 
 # %% [markdown]
 # ## What is left of each token in the states at the end
@@ -84,35 +83,45 @@ for layer, share in kept.items():
 # %% [markdown]
 # ## What attention sees
 #
-# The row of the last attention layer for the token before each token of the answer.
+# The rows of the attention layer for the token before each token of the answer.
 
 # %%
 layer = max(found.attention)
-weights = np.asarray(found.attention[layer], np.float64)[0]  # [heads, tokens, tokens]
-first = prompt.tokens.shape[1] - 1
-rows = weights[:, first:-1].mean(0)  # the heads' mean
+weights = np.asarray(found.attention[layer], np.float64)[0, :, first:-1]  # [heads, tokens of the answer, tokens]
+rows = weights.mean(0)  # the heads' mean
 figure, axis = plt.subplots(figsize=(11, 3), layout="constrained")
 shown = axis.imshow(rows, aspect="auto", cmap="viridis")
 axis.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
 axis.set_yticks(range(len(rows)), [f"→ {word}" for word in words[first + 1 :]], fontsize=7)
 figure.colorbar(shown, ax=axis, label="attention")
-axis.set_title(f"layer {layer}: from where the next token of the answer comes")
+axis.set_title(f"layer {layer}: to which tokens the writer of the next one attends")
 plt.show()
+np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-4)
 
 # %% [markdown]
-# While the number is written, attention is at the thing that was asked for, far more than its share of the text.
+# In this small model attention is spread thin, and the entry that was asked for has no more of it than its share.
+# Then where does the number come from? Each layer's guess of the answer says: from the states.
 
 # %%
-text = "".join(words)
-begins = np.cumsum([0, *map(len, words)])
-entry = f"{asked} {things[asked]}"
-where = [i for i in range(first) if text.index(entry) <= begins[i] < text.index(entry) + len(entry)]
-number = str(things[asked])
-spoken = text.rindex(number)
-writes = [i for i in range(first + 1, len(words)) if begins[i] < spoken + len(number) and begins[i + 1] > spoken]
-there = weights[:, [i - 1 for i in writes]][:, :, where].sum(-1).max(0)  # of the head that looks there most
-print(f"attention at {entry!r}: {there.round(2)}, {len(where)} of {len(words)} tokens")
-assert there.max() > 3 * len(where) / len(words)
+chances = {}
+for number, x in found.hidden.items():
+    said = jax.nn.softmax(model.logits(model.model.norm(x), model.partition), -1)
+    chances[number] = np.asarray(said, np.float64)[0, first:-1][range(len(answer)), answer]
+figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
+shown = axis.imshow(np.stack(list(chances.values())), aspect="auto", cmap="YlGn", vmin=0, vmax=1)
+kinds = ["KDA" if number in found.kda else "attention" for number in chances]
+axis.set_yticks(range(len(chances)), [f"after layer {i}, {kind}" for i, kind in zip(chances, kinds, strict=True)])
+axis.set_xticks(range(len(answer)), words[first + 1 :])
+figure.colorbar(shown, ax=axis, label="probability of the right token")
+plt.show()
+
+# %%
+memory, last = max(found.kda), max(chances)
+assert memory < layer  # all of KDA comes before attention
+assert chances[last].min() > 0.9  # the model knows the answer,
+assert chances[memory].min() > 0.9  # and has known it before attention looked:
+assert chances[min(chances)].mean() < 0.5  # the KDA layers found it one after another
+assert weights.max() < 0.2  # attention has no token that it looks at much
 
 # %% [markdown]
 # ## What each costs

@@ -54,6 +54,7 @@ for record in refused:
 
 # %%
 PARTS = ("experts", "attention", "embeddings", "other_weights", "vision", "cache", "temporaries")
+COLOURS = ("#31688e", "#35b779", "#90d743", "#b8a9c9", "#8c6bb1", "#f9a03f", "#777777")
 figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
 for row, record in enumerate(records):
     if "error" in record:
@@ -62,10 +63,10 @@ for row, record in enumerate(records):
         axis.text(2, row, f"refused: needs {share:.0f} %", va="center", color="white")
         continue
     begin, memory = 0.0, record["memory"]
-    for number, part in enumerate(PARTS):
+    for part, colour in zip(PARTS, COLOURS, strict=True):
         share = 100 * memory[part] / memory["available"]
         label = part.replace("_", " ") if record is plans[0] else None
-        axis.barh(row, share, left=begin, color=f"C{number}", label=label)
+        axis.barh(row, share, left=begin, color=colour, label=label)
         begin += share
 axis.axvline(100, color="black", linewidth=1)
 axis.set_yticks(range(len(records)), [record["topology"] for record in records])
@@ -95,9 +96,12 @@ for record in plans:
     axis.annotate(
         f"{record['topology']}, by {record['step']['bound_by']}", point, xytext=(6, 4), textcoords="offset points"
     )
+chips = sorted({record["chips"] for record in plans})
 axis.set_xscale("log", base=2)
 axis.set_yscale("log")
-axis.margins(0.3)
+axis.set_xticks(chips, map(str, chips))
+axis.set_xlim(chips[0] / 1.2, chips[-1] * 2)
+axis.margins(y=0.2)
 axis.set_xlabel("chips")
 axis.set_ylabel("tokens/s at most")
 plt.show()
@@ -109,8 +113,9 @@ plt.show()
 
 # %%
 contexts = [8192, 32768, 131072, 262144]
-name = plans[-1]["topology"]
-longer = [plan("--batch", "16", "--context", str(context), "--topology", name)[0] for context in contexts]
+name, mesh = plans[-1]["topology"], plans[-1]["mesh"]
+same = ("--batch", "16", "--topology", name, "--mesh", ",".join(f"{axis}={size}" for axis, size in mesh.items()))
+longer = [plan(*same, "--context", str(context))[0] for context in contexts]
 figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
 axis.loglog(contexts, [record["memory"]["cache"] / 1e9 for record in longer], "o-", label="cache")
 axis.loglog(contexts, [record["memory"]["experts"] / 1e9 for record in longer], "s-", label="experts")
@@ -119,5 +124,5 @@ axis.set_ylabel("GB of a device")
 axis.set_title(name)
 axis.legend()
 plt.show()
-assert len({record["memory"]["experts"] for record in longer if record["mesh"] == longer[0]["mesh"]}) == 1
+assert len({record["memory"]["experts"] for record in longer}) == 1
 assert longer[-1]["memory"]["cache"] > 8 * longer[0]["memory"]["cache"]

@@ -111,21 +111,23 @@ class Gpu:
     cores: ClassVar[int] = 1
 
 
+MIB = 2**20
+# Memory is what `nvidia-smi` shows as a device's total; the round numbers of data sheets are up to 8 % less.
 GPUS = {
     gpu.name: gpu
     for gpu in (
         # NVIDIA H100 Tensor Core GPU data sheet, SXM: 80 GB, 3.35 TB/s, 1,979 TFLOPS with sparsity, NVLink 900 GB/s
-        Gpu("h100", memory=80 * 10**9, hbm=3350e9, bf16=989.5e12, links=450e9),
+        Gpu("h100", memory=81559 * MIB, hbm=3350e9, bf16=989.5e12, links=450e9),
         # NVIDIA H200 Tensor Core GPU data sheet, SXM: 141 GB, 4.8 TB/s, 1,979 TFLOPS with sparsity, NVLink 900 GB/s
-        Gpu("h200", memory=141 * 10**9, hbm=4800e9, bf16=989.5e12, links=450e9),
+        Gpu("h200", memory=143771 * MIB, hbm=4800e9, bf16=989.5e12, links=450e9),
         # NVIDIA DGX B200 data sheet, eight GPUs: 1,440 GB, 64 TB/s, FP8 72 PFLOPS with sparsity (bf16 is half of FP8),
         # NVLink 14.4 TB/s
-        Gpu("b200", memory=180 * 10**9, hbm=8000e9, bf16=2250e12, links=900e9),
+        Gpu("b200", memory=183359 * MIB, hbm=8000e9, bf16=2250e12, links=900e9),
         # NVIDIA GB200 NVL72 data sheet, 72 GPUs: 13.4 TB, 576 TB/s, bf16 360 PFLOPS with sparsity, NVLink 130 TB/s
-        Gpu("gb200", memory=186 * 10**9, hbm=8000e9, bf16=2500e12, links=900e9),
+        Gpu("gb200", memory=189471 * MIB, hbm=8000e9, bf16=2500e12, links=900e9),
         # NVIDIA Ada GPU Architecture white paper, appendix A: 24 GB, 1,008 GB/s, 165.2 dense TFLOPS with sums in
         # float32; no NVLink, but PCI Express 4.0 with sixteen lanes, 32 GB/s each way
-        Gpu("rtx-4090", memory=24 * 10**9, hbm=1008e9, bf16=165.2e12, links=32e9),
+        Gpu("rtx-4090", memory=24564 * MIB, hbm=1008e9, bf16=165.2e12, links=32e9),
     )
 }
 # The shape of a vector register of any TPU, and of a float32 array's tiles in memory.

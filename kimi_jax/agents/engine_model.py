@@ -10,10 +10,11 @@ from kimi_jax.agents.model import Call, ContextLengthError, Message, Mode, Reply
 
 if TYPE_CHECKING:
     from kimi_jax.engine import Engine
-    from kimi_jax.processor import Processor
+    from kimi_jax.processor import Processor, Prompt
     from kimi_jax.runtime.sampling import Sampling
 
 PAGE = 128  # tokens; a shorter beginning is not shared
+NO_PICTURE = "[A picture, which this model cannot see.]"
 
 
 class EngineModel:
@@ -33,12 +34,19 @@ class EngineModel:
     ):
         self.engine, self.processor, self.sampling, self.seed = engine, processor, sampling, seed
         self._prefills: list[tuple[np.ndarray, asyncio.Event]] = []  # prompts without their first new token yet
+        self._newest: tuple[tuple[list[Message], list[Mapping[str, Any]], bool], Prompt] | None = None
 
     def __str__(self) -> str:
         return self.processor.folder.name
 
     async def __call__(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, mode: Mode, max_tokens: int
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        mode: Mode,
+        max_tokens: int,
+        seed: int | None = None,
     ) -> Reply:
         """Returns the model's answer. Cancelling it frees the row.
 
@@ -48,13 +56,14 @@ class EngineModel:
         from kimi_jax.runtime.sampling import Sampling
 
         thinking = mode != "instant"
-        prompt = self.processor(list(messages), list(tools) or None, thinking)
+        prompt = self._prompt(messages, tools, thinking)
         ids = prompt.tokens[0]
         longest = self.engine.sizes.max_length
         if len(ids) >= longest:
             raise ContextLengthError(f"the prompt has {len(ids)} tokens; with the answer the engine holds {longest}")
         sampling = Sampling.recommended(thinking) if self.sampling is None else self.sampling[mode]
-        seed, self.seed = self.seed, self.seed + 1
+        if seed is None:
+            seed, self.seed = self.seed, self.seed + 1
         request = Request(
             ids,
             max_new_tokens=min(max_tokens, longest - len(ids)),
@@ -83,6 +92,21 @@ class EngineModel:
         usage = Usage(event.usage.prompt_tokens, event.usage.cached_tokens, event.usage.completion_tokens)
         return Reply(parsed.content, parsed.reasoning, calls, usage, parsed.finish_reason)
 
+    def measure(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, mode: Mode, last: Usage
+    ) -> tuple[int, int]:
+        """Returns the tokens of a prompt by the model's template, and those that the engine holds with the answer."""
+        return len(self._prompt(messages, tools, mode != "instant").tokens[0]), self.engine.sizes.max_length
+
+    def _prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], thinking: bool) -> "Prompt":
+        """Returns the prompt of a conversation. A prompt that was measured is not made again to be asked."""
+        asked = (list(messages), list(tools), thinking)
+        if self._newest is None or self._newest[0] != asked:
+            takes_pictures = self.processor.config.vision is not None
+            shown = asked[0] if takes_pictures else [_without_pictures(message) for message in asked[0]]
+            self._newest = (asked, self.processor(shown, asked[1] or None, thinking))
+        return self._newest[1]
+
     async def _wait_for_siblings(self, ids: np.ndarray) -> None:
         """Waits while a beginning that another prompt shares with this one is being computed for that one."""
         for other, begun in list(self._prefills):
@@ -90,6 +114,14 @@ class EngineModel:
             whole = shared // PAGE * PAGE
             if whole and not begun.is_set() and not self.engine.prefix_ready(ids[:whole]):
                 await begun.wait()
+
+
+def _without_pictures(message: Message) -> Message:
+    """Returns a message as a model without a vision tower takes it: a tool's pictures are named, not shown."""
+    if message["role"] != "tool" or isinstance(message["content"], str):
+        return message
+    parts = [one if one["type"] == "text" else {"type": "text", "text": NO_PICTURE} for one in message["content"]]
+    return {**message, "content": parts}
 
 
 def _shared(a: np.ndarray, b: np.ndarray, placeholder: int | None) -> int:

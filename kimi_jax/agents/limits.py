@@ -1,5 +1,7 @@
 """Limits of a run, and what is left of those that a whole tree of agents shares."""
 
+import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +35,66 @@ class Limits:
     sub_time: float = 1_800.0
 
 
+class Concurrency:
+    """Lets at most `limit` sub-agents run at one time, first come first served: `async with` waits for its turn.
+
+    `halve` lowers the limit. It grows by one after each `REGAIN` seconds in which it was not lowered.
+    """
+
+    REGAIN = 60.0
+
+    def __init__(self, most: int):
+        self.limit = self._most = most
+        self._free = asyncio.Semaphore(most)
+        self._owed = 0  # turns that end with the sub-agents that have them
+        self._lowered = float("-inf")
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> None:
+        await self._free.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._owed:
+            self._owed -= 1
+        else:
+            self._free.release()
+
+    async def halve(self, asked: float) -> None:
+        """Halves the limit, to no less than one, unless a request sent before the last halving is the reason.
+
+        asked: the `time.monotonic()` of the request that the server refused.
+        """
+        if asked < self._lowered:
+            return
+        self._lowered = time.monotonic()
+        lost = self.limit - max(1, self.limit // 2)
+        self.limit -= lost
+        for _ in range(lost):
+            if self._free.locked():
+                self._owed += 1
+            else:
+                await self._free.acquire()  # returns at once
+        self.close()
+        self._regain_later()
+
+    def _regain_later(self) -> None:
+        if self.limit < self._most:
+            self._timer = asyncio.get_running_loop().call_later(self.REGAIN, self._regain)
+
+    def _regain(self) -> None:
+        self.limit += 1
+        self._release()
+        self._regain_later()
+
+    def close(self) -> None:
+        """Ends the growth of the limit."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
 @dataclass
 class Budget:
     """Counts that all agents of a tree share."""
@@ -41,6 +103,9 @@ class Budget:
     tool_calls: int = 0
     subagents: int = 0
     usage: Usage = field(default_factory=Usage)
+
+    def __post_init__(self) -> None:
+        self.concurrency = Concurrency(self.limits.concurrency)
 
     def take_call(self) -> bool:
         """Counts a tool call that starts, and returns whether the budget had it."""

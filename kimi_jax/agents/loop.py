@@ -1,23 +1,26 @@
 """The loop of an agent: a model's message, its calls all at once, their results in order, until it makes no call."""
 
 import asyncio
-import collections
-import json
+import random
 import re
 import time
-import traceback
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from kimi_jax.agents.calls import Calls
+from kimi_jax.agents.context import STRATEGIES, Strategy, prompt_limit
 from kimi_jax.agents.limits import Budget, Limits, Stop
-from kimi_jax.agents.model import Call, ChatModel, Content, ContextLengthError, Message, Mode, Reply, Usage
-from kimi_jax.agents.tools import Tool, ToolError, Toolset, error_text, run_tool
+from kimi_jax.agents.model import BusyError, Call, ChatModel, Content, ContextLengthError, Message, Mode, Reply, Usage
+from kimi_jax.agents.tools import Tool, Toolset
 from kimi_jax.agents.trace import Trace
 from kimi_jax.stages import Stage, critical_steps
 
-RESULT_LENGTH = 100_000
-REPEATS = 3
+RETRIES = 3
+BACKOFF = 0.5  # seconds before the first retry, doubled for each further one, as openai's client does
 LAST_STEP = "This is your last step. No tools are available any more: give your final answer now."
 GO_ON = "Your message ended before an answer, at its limit of tokens. Go on, briefly."
 
@@ -50,8 +53,10 @@ class Agent:
     """A model with tools and limits. `run` may be called many times, also at once: nothing is kept between runs.
 
     mode: "thinking" or "instant". run_tools: makes further tools for each run, which know its conversation.
+    context: what is done where a prompt is longer than `threshold`, a share of the context, less `max_tokens`: "keep"
+        nothing (a prompt that does not fit ends the run), "hide-tool-results", or "discard-all" but the task.
 
-    Raises ValueError for another mode, and what `Toolset` raises.
+    Raises ValueError for another mode, context or threshold, and what `Toolset` raises.
     """
 
     model: ChatModel
@@ -60,26 +65,54 @@ class Agent:
     mode: Mode = "thinking"
     limits: Limits = field(default_factory=Limits)
     run_tools: Callable[["Conversation"], Sequence[Tool]] | None = None
+    context: Strategy = "keep"
+    threshold: float = 0.85
 
     def __post_init__(self) -> None:
         if self.mode not in ("instant", "thinking"):
             raise ValueError(f"mode is {self.mode!r}, expected 'instant' or 'thinking'")
+        if self.context not in STRATEGIES:
+            raise ValueError(f"context is {self.context!r}, expected {', '.join(STRATEGIES)}")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold is {self.threshold}, expected a share of the context above 0, 1 at most")
         Toolset(self.tools)
 
-    async def run(self, task: Content, *, trace: Trace | None = None) -> Run:
+    async def run(self, task: Content, *, trace: Trace | None = None, seed: int | None = None) -> Run:
         """Works on a task until there is an answer or a limit is reached, which is no exception.
 
         task: a text, or parts in OpenAI's schema: texts, and pictures as `data:` URLs.
+        seed: makes the model's answers repeatable; None leaves them to the model.
 
         Cancelling the task that runs this cancels and awaits everything below it.
         """
-        conversation = Conversation(self, task, Budget(self.limits), trace or Trace())
+        conversation = Conversation(self, task, Budget(self.limits), trace or Trace(), seed=seed)
         return await conversation.run()
+
+    async def stream(
+        self, task: Content, *, path: str | Path | None = None, seed: int | None = None
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Works on a task as `run` does, and yields each event of the trace when it happens; the last is the `stop`.
+
+        path: a new file for the trace. Closing the iterator early (`contextlib.aclosing`) cancels the run.
+        """
+        events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        run = asyncio.create_task(self.run(task, trace=Trace(path, listen=events.put_nowait), seed=seed))
+        run.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            await run
+        finally:
+            run.cancel()
+            await asyncio.wait([run])
 
 
 @dataclass
 class Conversation:
-    """One agent at work on one task. `budget` and `trace` are those of the whole tree."""
+    """One agent at work on one task. `budget` and `trace` are those of the whole tree.
+
+    is_root: whether the tree has no agent above this one. seed: of the model's answers; None leaves them to the model.
+    """
 
     agent: Agent
     task: Content
@@ -87,6 +120,8 @@ class Conversation:
     trace: Trace
     name: str = "main"
     parent: str | None = None
+    is_root: bool = True
+    seed: int | None = None
     messages: list[Message] = field(default_factory=list)
     stages: list[tuple[int, list[int]]] = field(default_factory=list)
     calls: int = 0
@@ -97,13 +132,16 @@ class Conversation:
         self.messages.append({"role": "user", "content": self.task})
         extra = self.agent.run_tools(self) if self.agent.run_tools is not None else ()
         self.tools = Toolset([*self.agent.tools, *extra])
-        self._seen: collections.Counter[tuple[str, str]] = collections.Counter()
         self._ids: set[str] = set()
-        self._made = 0
         self._usage = Usage()
-        self._refused = False  # the budget of calls was spent when the last message made some
+        self._last = Usage()  # of the last answer, which the messages go on from
         self._answer = ""
         self._error: Exception | None = None
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of the names of this agent's sub-agents."""
+        return "" if self.name == "main" else f"{self.name}/"
 
     async def run(self) -> Run:
         """Runs to the end and returns the result; the trace has its `stop` also where this is cancelled."""
@@ -114,23 +152,28 @@ class Conversation:
             mode=self.agent.mode,
             limits=asdict(limits),
             tools=self.tools.declarations,
+            system=self.agent.system,
             task=self.task,
         )
         stop: Stop = "cancelled"
         try:
-            async with asyncio.timeout(limits.time if self.parent is None else None) as clock:
-                stop = await self._steps()
+            async with asyncio.timeout(limits.time if self.is_root else None) as clock, AsyncExitStack() as stack:
+                tools = await self.tools.open(stack)
+                calls = Calls(tools, limits, self.budget, self.trace, self.name, self.parent)
+                stop = await self._steps(calls)
         except TimeoutError:
             if not clock.expired():
                 raise
             stop = "time"
         finally:
+            if self.is_root:
+                self.budget.concurrency.close()
             run = Run(
                 self._answer,
                 stop,
                 len(self.stages),
                 list(self.stages),
-                self.budget.usage if self.parent is None else self._usage,
+                self.budget.usage if self.is_root else self._usage,
                 self.messages,
                 self.trace,
                 self._error,
@@ -141,7 +184,7 @@ class Conversation:
             )
         return run
 
-    async def _steps(self) -> Stop:
+    async def _steps(self, calls: Calls) -> Stop:
         limits, asked = self.agent.limits, False
         while True:
             if limits.critical_steps is not None and critical_steps(self.stages) >= limits.critical_steps:
@@ -150,9 +193,9 @@ class Conversation:
                 return "tokens"
             last = len(self.stages) + 1 >= limits.steps
             if last:
-                self.messages.append({"role": "user", "content": LAST_STEP})
+                self._tell(LAST_STEP)
             try:
-                reply = await self._ask([] if last else self.tools.declarations)
+                reply = await self._ask_in_context([] if last else self.tools.declarations, calls)
             except ContextLengthError:
                 return "tokens"
             except Exception as error:
@@ -165,23 +208,66 @@ class Conversation:
                 if asked or last:
                     return "length"
                 asked = True
-                self.messages.append({"role": "user", "content": GO_ON})
+                self._tell(GO_ON)
                 continue
             if last:
                 return "steps"
-            if self._refused:
+            if calls.refused:
                 return "tool_calls"
-            await self._run_calls(reply.calls)
+            await self._run_calls(reply.calls, calls)
+
+    def _tell(self, text: str) -> None:
+        """Adds a message to the model that is not the task's."""
+        message: Message = {"role": "user", "content": text}
+        self.messages.append(message)
+        self._add("message", message=message)
+
+    async def _ask_in_context(self, tools: Sequence[dict[str, Any]], calls: Calls) -> Reply:
+        """Takes one step; where the prompt is too long for one, applies the strategy for that first."""
+        agent = self.agent
+        if agent.context == "keep":
+            return await self._ask(tools)
+        length = self._measure(tools)
+        if length is not None and length[0] > prompt_limit(length[1], agent.limits.max_tokens, agent.threshold):
+            self._make_room(tools, calls)
+        try:
+            return await self._ask(tools)
+        except ContextLengthError:
+            if not self._make_room(tools, calls):
+                raise
+        return await self._ask(tools)
+
+    def _measure(self, tools: Sequence[dict[str, Any]]) -> tuple[int, int] | None:
+        return self.agent.model.measure(self.messages, tools, mode=self.agent.mode, last=self._last)
+
+    def _make_room(self, tools: Sequence[dict[str, Any]], calls: Calls) -> bool:
+        """Applies the strategy, and returns whether that changed anything."""
+        shorter = STRATEGIES[self.agent.context](self.messages)
+        if shorter == self.messages:
+            return False
+        before, cached = self._measure(tools), self._last.cached
+        self.messages[:], self._last = shorter, Usage()
+        calls.forget()
+        after = self._measure(tools)
+        self._add(
+            "context",
+            strategy=self.agent.context,
+            before=before and before[0],
+            after=after and after[0],
+            cached_before=cached,
+        )
+        return True
 
     async def _ask(self, tools: Sequence[dict[str, Any]]) -> Reply:
         """Takes one step, and adds its message to the history."""
         begin = time.monotonic()
         mode = self.agent.mode
-        reply = await self.agent.model(self.messages, tools, mode=mode, max_tokens=self.agent.limits.max_tokens)
+        reply = await self._ask_until_answered(tools)
         reply = replace(reply, calls=tuple(self._with_id(call, self.calls + n) for n, call in enumerate(reply.calls)))
         self.calls += len(reply.calls)
         self.budget.usage += reply.usage
         self._usage += reply.usage
+        self._last = reply.usage
         self.stages.append((1, []))
         message: Message = {"role": "assistant", "content": reply.content}
         if reply.reasoning is not None and mode != "instant":
@@ -197,6 +283,29 @@ class Conversation:
         self._add("message", message=message)
         return reply
 
+    async def _ask_until_answered(self, tools: Sequence[dict[str, Any]]) -> Reply:
+        """Asks the model, and again where its server is busy. Raises what the model raises."""
+        seed = None
+        if self.seed is not None:  # one for each answer of each agent, whatever the order of their steps
+            seed = zlib.crc32(f"{self.seed} {self.name} {len(self.stages)}".encode())
+        agent, tried = self.agent, 0
+        while True:
+            begin = time.monotonic()
+            try:
+                return await agent.model(
+                    self.messages, tools, mode=agent.mode, max_tokens=agent.limits.max_tokens, seed=seed
+                )
+            except BusyError as error:
+                if error.too_many:
+                    await self.budget.concurrency.halve(begin)
+                if tried == RETRIES:
+                    raise
+                # Sub-agents that were refused together do not come back together
+                wait = BACKOFF * 2**tried * random.uniform(1, 1.5) if error.after is None else error.after
+                self._add("retry", error=str(error), wait=wait, concurrency=self.budget.concurrency.limit)
+            await asyncio.sleep(wait)
+            tried += 1
+
     def _with_id(self, call: Call, number: int) -> Call:
         """Returns a call whose id has the form that the model was trained on, unique in the conversation."""
         known = re.fullmatch(rf"functions\.{re.escape(call.name)}:\d+", call.id) and call.id not in self._ids
@@ -204,58 +313,12 @@ class Conversation:
         self._ids.add(call.id)
         return call
 
-    async def _run_calls(self, calls: Sequence[Call]) -> None:
+    async def _run_calls(self, made: Sequence[Call], calls: Calls) -> None:
         """Runs the calls of one message at once, and adds their results in the order of the calls."""
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._call(call)) for call in calls]
-        for call, task in zip(calls, tasks, strict=True):
+            tasks = [group.create_task(calls.run(call)) for call in made]
+        for call, task in zip(made, tasks, strict=True):
             self.messages.append({"role": "tool", "tool_call_id": call.id, "content": task.result()})
-
-    async def _call(self, call: Call) -> str:
-        """Runs one call, and returns its result, or the words for its failure."""
-        self._add("call", id=call.id, name=call.name, arguments=call.arguments)
-        begin, failure = time.monotonic(), dict[str, Any]()
-        try:
-            one = self.tools.find(call.name)
-            arguments = self.tools.read_arguments(call.name, call.arguments)
-            key = (call.name, json.dumps(arguments, sort_keys=True))
-            self._seen[key] += 1
-            if self._seen[key] > REPEATS:
-                failure["loop"] = True
-                raise ToolError("this call was made three times before; its result does not change")
-            if one.counts:
-                self._take_from_budget()
-            text = self._cut(await run_tool(one, arguments))
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            text, failure["stack"] = error_text(error), traceback.format_exc()
-        except ToolError as error:
-            text, failure["error"] = error_text(error), str(error)
-        except Exception as error:
-            text, failure["stack"] = error_text(error), traceback.format_exc()
-        self._add("result", id=call.id, ok=not failure, s=time.monotonic() - begin, content=text, **failure)
-        return text
-
-    def _take_from_budget(self) -> None:
-        limits = self.agent.limits
-        if limits.calls is not None and self._made >= limits.calls:
-            self._refused = True
-            raise ToolError(f"the budget of {limits.calls} tool calls is spent; answer with what you have")
-        if not self.budget.take_call():
-            self._refused = True
-            spent = self.budget.limits.tool_calls
-            raise ToolError(f"the budget of {spent} tool calls is spent; answer with what you have")
-        self._made += 1
-
-    def _cut(self, text: str) -> str:
-        if len(text) <= RESULT_LENGTH:
-            return text
-        file, half = self.trace.keep_text(text), RESULT_LENGTH // 2
-        left_out = f"{len(text) - RESULT_LENGTH} characters left out"
-        where = "" if file is None else f", all of it in {file}"
-        return f"{text[:half]}\n[... {left_out}{where}]\n{text[-half:]}"
 
     def _add(self, event: str, **fields: Any) -> None:
         self.trace.add(event, self.name, self.parent, **fields)

@@ -8,6 +8,11 @@ Mode = Literal["instant", "thinking"]
 Message = dict[str, Any]
 Content = str | list[dict[str, Any]]  # of a message: a text, or parts that are texts and pictures
 
+
+class Parts(list[dict[str, Any]]):
+    """The result of a tool as parts of its message: texts, and pictures as `data:` URLs. Other lists become JSON."""
+
+
 TEMPERATURE: Mapping[Mode, float] = {"instant": 0.6, "thinking": 1.0}  # Moonshot's recommendation, as is TOP_P
 TOP_P = 0.95
 
@@ -48,13 +53,43 @@ class ContextLengthError(RuntimeError):
     """Raised by a model whose context does not hold the prompt."""
 
 
+class BusyError(RuntimeError):
+    """Raised by a model whose server cannot be reached or refuses for now.
+
+    too_many: whether it refuses because it is asked too often. after: the seconds until it may be asked again, None
+    where it does not say.
+    """
+
+    def __init__(self, message: str, *, too_many: bool = False, after: float | None = None):
+        super().__init__(message)
+        self.too_many, self.after = too_many, after
+
+
 @runtime_checkable
 class ChatModel(Protocol):
     """Answers a conversation in OpenAI's schema with one assistant message.
 
-    Raises ContextLengthError for a prompt that is too long, and what its server or engine raises.
+    seed: makes an answer repeatable; None leaves it to the model.
+
+    Raises ContextLengthError for a prompt that is too long, BusyError where asking again may help, and what its server
+    or engine raises.
     """
 
     async def __call__(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, mode: Mode, max_tokens: int
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        mode: Mode,
+        max_tokens: int,
+        seed: int | None = None,
     ) -> Reply: ...
+
+    def measure(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, mode: Mode, last: Usage
+    ) -> tuple[int, int] | None:
+        """Returns the tokens of a prompt and those that the context holds; None where either is unknown.
+
+        last: the usage of the conversation's last answer; zero where there is none that these messages go on from.
+        """
+        ...

@@ -3,46 +3,80 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import httpx
 import openai
 
-from kimi_jax.agents.model import TEMPERATURE, TOP_P, Call, ContextLengthError, Message, Mode, Reply, Usage
+from kimi_jax.agents.model import TEMPERATURE, TOP_P, BusyError, Call, ContextLengthError, Message, Mode, Reply, Usage
 
 
 class OpenAIModel:
-    """Asks `model` of the server behind `client`, by streaming."""
+    """Asks `model` of the server behind `client`, by streaming.
 
-    def __init__(self, client: openai.AsyncOpenAI, model: str):
-        self.client, self.model = client, model
+    context_length: the tokens of a prompt and its answer; None is unknown, and then the server alone says what is too
+        long.
+    """
+
+    def __init__(self, client: openai.AsyncOpenAI, model: str, *, context_length: int | None = None):
+        self.client, self.model, self.context_length = client, model, context_length
         host = client.base_url.host
         self._moonshot = host.endswith((".moonshot.ai", ".moonshot.cn"))
 
     @classmethod
-    def at(cls, url: str, model: str, api_key: str = "none") -> "OpenAIModel":
+    def at(cls, url: str, model: str, api_key: str = "none", *, context_length: int | None = None) -> "OpenAIModel":
         """Returns a model of the server whose API begins at `url`."""
-        return cls(openai.AsyncOpenAI(base_url=url, api_key=api_key, max_retries=3), model)
+        return cls(openai.AsyncOpenAI(base_url=url, api_key=api_key), model, context_length=context_length)
 
     def __str__(self) -> str:
         return self.model
 
     async def __call__(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, mode: Mode, max_tokens: int
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        mode: Mode,
+        max_tokens: int,
+        seed: int | None = None,
     ) -> Reply:
-        """Returns the server's answer. Raises ContextLengthError, and otherwise what the client raises."""
+        """Returns the server's answer, asked for once.
+
+        Raises ContextLengthError, BusyError (status 408, 409, 429, 5xx, or no connection), and otherwise what the
+        client raises.
+        """
         sent = [self._with_reasoning(message) for message in messages] if self._moonshot else list(messages)
         request: dict[str, Any] = {"model": self.model, "messages": sent, "max_tokens": max_tokens}
         request |= {"temperature": TEMPERATURE[mode], "top_p": TOP_P, "extra_body": self._switch(mode)}
         if tools:
             request["tools"] = list(tools)
+        if seed is not None:
+            request["seed"] = seed
+        client = self.client.with_options(max_retries=0)  # the loop asks again, and has it in the trace
         try:
-            stream = await self.client.chat.completions.create(
+            stream = await client.chat.completions.create(
                 **request, stream=True, stream_options={"include_usage": True}
             )
-        except openai.BadRequestError as error:
+            async with stream:
+                return await _join(stream)
+        except (openai.APIConnectionError, httpx.TransportError) as error:
+            raise BusyError(str(error)) from error
+        except openai.APIStatusError as error:
             if error.code == "context_length_exceeded":
                 raise ContextLengthError(str(error)) from error
+            if error.status_code in (408, 409, 429) or error.status_code >= 500:
+                after = _seconds(error.response.headers.get("retry-after"))
+                raise BusyError(str(error), too_many=error.status_code == 429, after=after) from error
             raise
-        async with stream:
-            return await _join(stream)
+
+    def measure(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, mode: Mode, last: Usage
+    ) -> tuple[int, int] | None:
+        """Returns the tokens of the last prompt and its answer, and those of the context; None where either is unknown.
+
+        The results since then are not counted: where they are too long, the server says so.
+        """
+        if self.context_length is None or not last.prompt:
+            return None
+        return last.prompt + last.completion, self.context_length
 
     def _switch(self, mode: Mode) -> dict[str, Any]:
         """Returns the field by which the server turns thinking on and off."""
@@ -57,6 +91,14 @@ class OpenAIModel:
             if "tool_calls" in message
             else message
         )
+
+
+def _seconds(text: str | None) -> float | None:
+    """Returns what a server says in `Retry-After`, one minute at most; None for a date."""
+    try:
+        return min(max(float(text or ""), 0.0), 60.0)
+    except ValueError:
+        return None
 
 
 async def _join(stream: Any) -> Reply:

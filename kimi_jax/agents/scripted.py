@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from kimi_jax.agents.model import Message, Mode, Reply
+from kimi_jax.agents.model import Message, Mode, Reply, Usage
+from kimi_jax.agents.replay import replay
 
 
 class ScriptedModel:
@@ -21,11 +23,26 @@ class ScriptedModel:
         self._replies = None if callable(script) else iter(script)
         self._script, self._latency = script, latency
 
+    @classmethod
+    def from_trace(cls, path: str | Path) -> "ScriptedModel":
+        """Returns a model that answers each prompt of a recorded run as it was answered.
+
+        It raises ValueError for the first prompt that differs, naming the message, and is then the `error` of a run.
+        Raises OSError or ValueError where the trace cannot be read.
+        """
+        return cls(replay(path))
+
     def __str__(self) -> str:
         return "scripted"
 
     async def __call__(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, mode: Mode, max_tokens: int
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        mode: Mode,
+        max_tokens: int,
+        seed: int | None = None,
     ) -> Reply:
         """Returns the next reply."""
         await asyncio.sleep(self._latency)
@@ -36,3 +53,8 @@ class ScriptedModel:
             return next(self._replies)
         except StopIteration:
             raise RuntimeError("the script has no further reply") from None
+
+    def measure(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, mode: Mode, last: Usage
+    ) -> None:
+        """Returns None: a script has no tokens and no context."""

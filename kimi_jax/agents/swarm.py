@@ -38,7 +38,6 @@ def _swarm_tools(main: Conversation) -> list[Tool]:
     prompts: dict[str, str] = {}
     launched: dict[str, int] = {}
     limits = main.agent.limits
-    running = asyncio.Semaphore(limits.concurrency)
 
     async def create_subagent(name: str, system_prompt: str) -> str:
         if name in prompts:
@@ -53,13 +52,15 @@ def _swarm_tools(main: Conversation) -> list[Tool]:
             raise ToolError(f"the budget of {limits.subagents} sub-agents is spent; answer with what you have")
         main.budget.subagents += 1
         launched[agent] = launched.get(agent, 0) + 1
-        name = f"{agent}#{launched[agent]}"
+        name = f"{main.prefix}{agent}#{launched[agent]}"
         own = replace(limits, steps=limits.sub_steps, critical_steps=None)
         worker = replace(main.agent, system=prompts[agent], limits=own, run_tools=None)
         steps = main.stages[-1][1]
-        async with running:
+        async with main.budget.concurrency:
             main.trace.add("spawn", main.name, main.parent, id=name, configuration=agent)
-            conversation = Conversation(worker, prompt, main.budget, main.trace, name, main.name)
+            conversation = Conversation(
+                worker, prompt, main.budget, main.trace, name, main.name, is_root=False, seed=main.seed
+            )
             try:
                 async with asyncio.timeout(limits.sub_time) as clock:
                     run = await conversation.run()

@@ -6,13 +6,15 @@ import inspect
 import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jsonschema import Draft202012Validator
 from referencing import Registry
 
 from kimi_jax import json_reader
+from kimi_jax.agents.model import Content, Parts
 
 ERROR_LENGTH = 2_000
 _TYPES: Mapping[Any, str] = {
@@ -38,6 +40,10 @@ class Tool:
         runs in a thread, which goes on to its end.
     timeout: seconds that a call may take; None is no limit.
     counts: whether a call is taken from the budget of tool calls.
+    asks: whether a person's yes is needed before each call, as for what writes, runs code or reaches a network. It is
+        for who makes the tool available to ask: the `kimi-jax` command does, `Agent` does not.
+    opens: whether `run` is called once for each conversation, without arguments, and returns an asynchronous context
+        manager; its value is then called in the place of `run`, and it is closed when the conversation ends.
     """
 
     name: str
@@ -46,6 +52,8 @@ class Tool:
     run: Callable[..., Any]
     timeout: float | None = 60.0
     counts: bool = True
+    asks: bool = False
+    opens: bool = False
 
     @property
     def declaration(self) -> dict[str, Any]:
@@ -98,6 +106,18 @@ class Toolset:
             one.validator  # noqa: B018, a schema that is none is refused here and not at the first call
         self.declarations = [one.declaration for one in tools]
 
+    async def open(self, stack: AsyncExitStack) -> "Toolset":
+        """Returns the tools for one conversation: those that are opened are closed with `stack`."""
+        tools = list(self._tools.values())
+        if not any(one.opens for one in tools):
+            return self
+        return Toolset(
+            [
+                replace(one, run=await stack.enter_async_context(one.run()), opens=False) if one.opens else one
+                for one in tools
+            ]
+        )
+
     def find(self, name: str) -> Tool:
         """Returns the tool of a name. Raises ToolError where there is none."""
         if name not in self._tools:
@@ -124,10 +144,10 @@ class Toolset:
         return values
 
 
-async def run_tool(one: Tool, arguments: Mapping[str, Any]) -> str:
-    """Runs a tool and returns its result as text: a string as it is, anything else as JSON.
+async def run_tool(one: Tool, arguments: Mapping[str, Any]) -> Content:
+    """Runs a tool and returns its result: a string or `Parts` as they are, anything else as JSON.
 
-    Raises ToolError where it takes longer than its timeout, and what the tool raises.
+    Raises ToolError where it takes longer than its timeout or a picture cannot be opened, and what the tool raises.
     """
     try:
         async with asyncio.timeout(one.timeout) as clock:
@@ -139,7 +159,23 @@ async def run_tool(one: Tool, arguments: Mapping[str, Any]) -> str:
         if clock.expired():
             raise ToolError(f"{one.name} took longer than {one.timeout:g} s") from None
         raise
+    if isinstance(result, Parts):
+        await asyncio.to_thread(_open_pictures, result)
+        return list(result)
     return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+
+
+def _open_pictures(parts: Parts) -> None:
+    """Raises ToolError for a picture that cannot be opened: in a prompt, it would end the run."""
+    from kimi_jax.media.opening import open_image
+    from kimi_jax.media.sources import from_message
+
+    for part in parts:
+        if part["type"] == "image_url":
+            try:
+                open_image(from_message(part["image_url"]["url"], None))
+            except (ValueError, OSError) as error:
+                raise ToolError(f"the result holds a picture that cannot be opened: {error}") from None
 
 
 def error_text(error: BaseException) -> str:

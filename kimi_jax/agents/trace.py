@@ -5,6 +5,7 @@ import binascii
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ class Trace:
     """Keeps the events of a run: in `events`, or as lines of the file `path`, each complete when the next begins.
 
     Every event has `t` (seconds since the start), `agent`, `parent` and `event`. A trace whose last line is the `stop`
-    of the agent "main" is complete. Raises FileExistsError where `path` exists.
+    of the agent "main" is complete. `listen` is given each event, too. Raises FileExistsError where `path` exists.
     """
 
-    def __init__(self, path: str | Path | None = None):
-        self.path = None if path is None else Path(path)
+    def __init__(self, path: str | Path | None = None, *, listen: Callable[[dict[str, Any]], object] | None = None):
+        self.path, self._listen = None if path is None else Path(path), listen
         self.events: list[dict[str, Any]] = []
         self._start = time.monotonic()
         self._texts = 0
@@ -30,27 +31,14 @@ class Trace:
         entry = {"t": seconds, "agent": agent, "parent": parent, "event": event, **self._without_pictures(fields)}
         if self.path is None:
             self.events.append(entry)
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=True) + "\n")
+        else:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=True) + "\n")
+        if self._listen is not None:
+            self._listen(entry)
 
     def _without_pictures(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: self._without_pictures(one) for key, one in value.items()}
-        if isinstance(value, list):
-            return [self._without_pictures(one) for one in value]
-        if not (isinstance(value, str) and value.startswith("data:image/")):
-            return value
-        head, _, body = value.partition(",")
-        try:
-            data = base64.b64decode(body, validate=True)
-        except binascii.Error:
-            return value
-        digest = hashlib.sha256(data).hexdigest()
-        if self.path is not None:
-            kind = "".join(filter(str.isalnum, head.removeprefix("data:image/").partition(";")[0]))
-            self.path.with_name(f"{digest}.{kind[:8]}").write_bytes(data)
-        return f"sha256:{digest}"
+        return without_pictures(value, self.path)
 
     def keep_text(self, text: str) -> Path | None:
         """Writes a result that is too long for a prompt to a file beside the trace, and returns its path; returns None
@@ -61,3 +49,24 @@ class Trace:
         file = self.path.with_name(f"{self.path.stem}.result-{self._texts}.txt")
         file.write_text(text, encoding="utf-8", errors="backslashreplace")
         return file
+
+
+def without_pictures(value: Any, beside: Path | None = None) -> Any:
+    """Returns a value of JSON with the SHA-256 of each picture in its place; `beside` is a file in whose folder the
+    pictures are written."""
+    if isinstance(value, dict):
+        return {key: without_pictures(one, beside) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_pictures(one, beside) for one in value]
+    if not (isinstance(value, str) and value.startswith("data:image/")):
+        return value
+    head, _, body = value.partition(",")
+    try:
+        data = base64.b64decode(body, validate=True)
+    except binascii.Error:
+        return value
+    digest = hashlib.sha256(data).hexdigest()
+    if beside is not None:
+        kind = "".join(filter(str.isalnum, head.removeprefix("data:image/").partition(";")[0]))
+        beside.with_name(f"{digest}.{kind[:8]}").write_bytes(data)
+    return f"sha256:{digest}"

@@ -24,6 +24,7 @@ from kimi_jax.cli import (
     make_toy,
     plan,
     serve,
+    trace,
     train,
     verify,
 )
@@ -50,6 +51,7 @@ GROUPS: dict[str, dict[Command, str]] = {
         chat: "Talk with a model in the terminal",
         agent: "Work on a task with tools until answered",
         generate: "Answer one prompt, or a file of them",
+        trace: "Show what the agents of a run did",
         serve: "Serve a model to clients over HTTP",
     },
     "prepare": {
@@ -77,17 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises SystemExit for `--help`, wrong usage, a limit of `agent` and SIGTERM, and no other exception.
     """
-    trace = False
+    show_trace = False
     with failures.one_line_warnings(), failures.sigterm_exits():
         try:
             arguments = command_parser().parse_args(argv)
-            trace = arguments.trace
+            show_trace = arguments.trace
             arguments.run(arguments)
             failures.flush_output()
         except KeyboardInterrupt:
             return 130
         except Exception as error:
-            return failures.report(error, trace)
+            return failures.report(error, show_trace)
         finally:
             failures.drop_unwritten_output()
     return 0

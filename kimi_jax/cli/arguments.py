@@ -63,6 +63,15 @@ def nbytes(text: str) -> int:
     return int(size)
 
 
+def seconds(text: str) -> float:
+    """Parses a time like 90s, 10m or 2h, from a second to a year."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh])", text)
+    length = 0.0 if found is None else float(found[1]) * {"s": 1, "m": 60, "h": 3_600}[found[2]]
+    if not 1 <= length <= 365 * 24 * 3_600:
+        raise _refused(text, "a time like 90s, 10m or 2h, from a second to a year")
+    return length
+
+
 def place(text: str) -> Path | str:
     """Returns the path of a local folder or file, which a `file://` URL may name; returns any other URL unchanged."""
     scheme, found, _ = text.partition("://")

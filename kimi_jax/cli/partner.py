@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,11 +18,11 @@ KEY_VARIABLES = ("KIMI_JAX_API_KEY", "OPENAI_API_KEY")
 _HERE = ("mesh", "dtype", "cache_memory")
 
 
-def add_place(parser: argparse.ArgumentParser) -> None:
-    """Adds the folder or URL, and `--model`."""
+def add_place(parser: argparse.ArgumentParser, parse: Callable[[str], Any] = place) -> None:
+    """Adds the folder or URL, which `parse` makes of a word, and `--model`."""
     parser.add_argument(
         "path",
-        type=place,
+        type=parse,
         nargs="?",
         metavar="FOLDER|URL",
         help="a checkpoint's folder, converted or published, or a server's http:// address (default: the small model)",
@@ -79,8 +79,8 @@ def server_key(arguments: argparse.Namespace) -> str:
 
 
 @contextlib.contextmanager
-def engine_of(arguments: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
-    """Loads the model of `arguments.path`, and yields an engine that answers one request at a time, and a
+def engine_of(arguments: argparse.Namespace, slots: int = 1) -> Iterator[tuple[Any, Any]]:
+    """Loads the model of `arguments.path`, and yields an engine that answers `slots` requests at a time, and a
     `Processor`."""
     import jax
 
@@ -93,6 +93,6 @@ def engine_of(arguments: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
     model = load_model(arguments, mesh_of(arguments.mesh, processor.config))
     chunk = CPU_PREFILL_CHUNK if jax.default_backend() == "cpu" else PREFILL_CHUNK
     with compiling(log, kept) as name:
-        engine = Engine(model, slots=1, cache_memory=arguments.cache_memory, prefill_chunk=chunk, progress=name)
+        engine = Engine(model, slots=slots, cache_memory=arguments.cache_memory, prefill_chunk=chunk, progress=name)
     with engine:
         yield engine, processor

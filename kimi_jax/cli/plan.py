@@ -2,9 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from kimi_jax.cli.arguments import local, number, place, whole
 from kimi_jax.cli.console import console
@@ -119,10 +121,12 @@ def run(arguments: argparse.Namespace) -> None:
         config = with_experts(config, arguments.experts)
     slices = topologies() if arguments.topology == ["all"] else [topology(name) for name in arguments.topology]
     sizes = None if arguments.mesh is None else mesh_sizes(arguments.mesh)
-    make = (_training if arguments.train else _inference)(arguments, model, config, sizes)
+    log = console(stderr=True)
+    compile_step = _compiler(arguments, slices, log)
+    make = (_training if arguments.train else _inference)(arguments, model, config, sizes, compile_step)
 
     plans, records = [], []
-    with console(stderr=True).status("") as status:  # a terminal has a line for it, a pipe nothing
+    with log.status("") as status:  # a terminal has a line for it, a pipe nothing
         for done, slice_ in enumerate(slices):
             status.update(f"planning {slice_.name} ({done} of {len(slices)} done)")
             try:
@@ -159,31 +163,36 @@ def _drawing(arguments: argparse.Namespace) -> Callable[[Any, Path], None]:
     return plot.save
 
 
-def _compiler(arguments: argparse.Namespace, describe: Callable[[Any], str]) -> Callable[[Any], Any] | None:
-    """Returns the function that compiles a job, which it says with the words of `describe`; None to compile nothing."""
+def _compiler(arguments: argparse.Namespace, slices: Sequence[Any], log: Console) -> Callable[[Any], Any] | None:
+    """Returns the function that compiles a job and says so; None where nothing is to be compiled."""
     from kimi_jax import plan as planning
 
-    log = console(stderr=True)
-    if arguments.compile is False or (arguments.compile is None and arguments.topology == ["all"]):
+    wanted = arguments.topology != ["all"] if arguments.compile is None else arguments.compile
+    if not wanted or all(slice_.is_gpu for slice_ in slices):
         return None
     if not planning.available():
         log.print("libtpu is not installed (Linux x86-64: pip install libtpu): arithmetic")
         return None
 
     def compile_step(job: Any) -> Any:
-        log.print(f"compiling {describe(job)} for {job.topology.name} ...")
+        if arguments.train:
+            step = f"a training step of {job.config.text.num_hidden_layers} layers"
+        else:
+            step = f"{job.phase} of {job.batch} x {job.context:,} tokens"
+        log.print(f"compiling {step} for {job.topology.name} ...", soft_wrap=True)
         return planning.compiled(job)
 
     return compile_step
 
 
-def _inference(arguments: argparse.Namespace, model: str, config: Any, sizes: Any) -> Callable[[Any], Any]:
+def _inference(
+    arguments: argparse.Namespace, model: str, config: Any, sizes: Any, compile_step: Callable[[Any], Any] | None
+) -> Callable[[Any], Any]:
     """Returns the function that plans a step of inference on a slice."""
     from kimi_jax import plan as planning
     from kimi_jax.runtime.generate import PREFILL_CHUNK
 
     chunk = 1 if arguments.phase == "decode" else arguments.chunk or min(PREFILL_CHUNK, arguments.context)
-    compile_step = _compiler(arguments, lambda job: f"{job.phase} of {job.batch} x {job.context:,} tokens")
 
     def make(slice_: Any) -> planning.Plan:
         job = planning.Job(config, slice_, (), arguments.phase, arguments.batch or 1, arguments.context, chunk)
@@ -192,14 +201,15 @@ def _inference(arguments: argparse.Namespace, model: str, config: Any, sizes: An
     return make
 
 
-def _training(arguments: argparse.Namespace, model: str, config: Any, sizes: Any) -> Callable[[Any], Any]:
+def _training(
+    arguments: argparse.Namespace, model: str, config: Any, sizes: Any, compile_step: Callable[[Any], Any] | None
+) -> Callable[[Any], Any]:
     """Returns the function that plans a step of training on a slice."""
     from kimi_jax.plan.train_job import TrainJob
     from kimi_jax.plan.train_plan import TrainPlan, train_plan
 
     if arguments.phase != "decode" or arguments.chunk is not None:
         raise ValueError("--train goes without --plot, --phase and --chunk")
-    compile_step = _compiler(arguments, lambda job: f"a training step of {job.config.text.num_hidden_layers} layers")
 
     def make(slice_: Any) -> TrainPlan:
         job = TrainJob(config, slice_, sizes or (), arguments.batch or slice_.devices, arguments.tokens)

@@ -73,7 +73,7 @@ class Film(Sequence[Image.Image]):
         self.starts: list[float] | None = None if even else (ticks * tick).tolist()
         self._frames: Iterator[Any] = iter(())
         self._last: Any = None  # the frame that was decoded last
-        self.size = self[0].size
+        self.size: tuple[int, int] = self[0].size
 
     def __len__(self) -> int:
         return len(self._stamps)
@@ -108,9 +108,10 @@ class Film(Sequence[Image.Image]):
                 "animated WebP or PNG, or a folder of frames"
             ) from None
         try:
-            with av.open(io.BytesIO(self._data), format=demuxer(self._data)) as container:
-                if not container.streams.video:
-                    raise ValueError(f"{self.name}: no video is in it")
+            with av.open(io.BytesIO(self._data), format=demuxer(self._data), metadata_errors="replace") as container:
+                video = container.streams.video
+                if not video or video[0].codec_context is None:
+                    raise ValueError(f"{self.name}: a film without video that can be decoded")
                 yield container
         except av.FFmpegError as error:
             raise ValueError(f"{self.name}: a damaged film: {printable(error.strerror)}") from error

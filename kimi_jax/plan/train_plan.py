@@ -46,8 +46,8 @@ class Measured:
     """
 
     messages: tuple[Messages, ...]
-    arguments: float | None
-    beside: float | None
+    arguments: int | None
+    beside: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class TrainPlan:
         return self.job.rows * self.job.tokens / self.bound.lower_bound_seconds
 
     @property
-    def headroom(self) -> float | None:
+    def headroom(self) -> int | None:
         """Bytes that the extrapolated step leaves of a device's memory; None where nothing was compiled."""
         if self.whole.arguments is None or self.whole.beside is None:
             return None
@@ -135,7 +135,8 @@ class TrainPlan:
 def train_plan(model: str, job: TrainJob, *, compile_step: Compile | None = None) -> TrainPlan:
     """Plans `job`, on the mesh of its `sizes` or, where these are (), on the one that `choose_sizes` gives.
 
-    `compile_step` (`compile.compiled`) is called for two programs or more; None counts messages of traces alone.
+    `compile_step` (`compile.compiled`) is called for two programs or more; None, and GPUs, which no compiler is asked
+    for, count messages of traces alone.
     Raises ValueError where the mesh does not multiply to the devices or does not divide the job, and where the layers
     are of an order that no plan is made for; TooSmallError where a device does not hold its states, naming the smallest
     slice whose devices do.
@@ -143,6 +144,8 @@ def train_plan(model: str, job: TrainJob, *, compile_step: Compile | None = None
     why = "given" if job.sizes else "experts and rows divided over `data`, heads over the rest"
     job = job if job.sizes else dataclasses.replace(job, sizes=choose_sizes(job))
     _check(model, job)
+    if job.topology.is_gpu:
+        compile_step = None
     dense, kinds = layers_with_experts(job.config)
     first = tuple(kinds) * FIRST
     short = job.with_layers(dense, first)
@@ -170,7 +173,13 @@ def train_plan(model: str, job: TrainJob, *, compile_step: Compile | None = None
         bound=bound(job, whole.messages),
         slices={form.name: _smallest(job, form) for form in FORMS},
         compiled=compiled,
-        warnings=tuple(f"{moved.how} of experts: {moved.instruction}" for one in compiled for moved in one.moved),
+        # (Copies are how masters are rounded and gradients turned.)
+        warnings=tuple(
+            f"{moved.how} of experts: {moved.instruction}"
+            for one in compiled
+            for moved in one.moved
+            if moved.how != "copy"
+        ),
     )
 
 
@@ -234,7 +243,7 @@ def _traced(job: TrainJob, platform: str) -> tuple[Messages, ...]:
 def _add(one: Measured, other: Measured, times: int) -> Measured:
     """Adds `times` another's numbers."""
 
-    def total(a: float | None, b: float | None) -> float | None:
+    def total(a: int | None, b: int | None) -> int | None:
         return None if a is None or b is None else a + times * b
 
     return Measured(

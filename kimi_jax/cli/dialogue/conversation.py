@@ -37,9 +37,14 @@ class Conversation:
         """Returns the name of the tool whose result the next line is, None where it is the user's message."""
         return self._calls[0]["function"]["name"] if self._calls else None
 
-    def say(self, text: str) -> bool:
-        """Adds the user's message, with the pictures that wait, or the result of a call. Returns whether the model is
-        to answer now, and False where results of other calls are missing."""
+    @property
+    def waiting_calls(self) -> list[dict[str, Any]]:
+        """Returns the calls that have no result yet, in their order."""
+        return list(self._calls)
+
+    def say(self, text: str | list[dict[str, Any]]) -> bool:
+        """Adds the user's message, with the pictures that wait, or the result of a call, which may be parts. Returns
+        whether the model is to answer now, and False where results of other calls are missing."""
         if self._calls:
             call = self._calls.pop(0)
             self.messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})

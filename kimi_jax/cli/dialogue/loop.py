@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 
+from kimi_jax.cli.dialogue.calls import STOPPED, Calls
 from kimi_jax.cli.dialogue.conversation import Conversation
 from kimi_jax.cli.dialogue.keyboard import Keyboard
 from kimi_jax.cli.dialogue.screen import Screen
@@ -15,21 +16,34 @@ from kimi_jax.text.answers import Delta
 PROMPT = ">>> "
 
 
-def take_turns(conversation: Conversation, speaker: Speaker, keyboard: Keyboard, screen: Screen) -> None:
+def take_turns(
+    conversation: Conversation, speaker: Speaker, keyboard: Keyboard, screen: Screen, calls: Calls | None = None
+) -> None:
     """Holds the conversation until /exit or the end of the input.
+
+    calls: runs the calls of tools; without it, a line that is typed is the result of each.
 
     A person sees what went wrong and goes on; from a pipe it is raised, a ValueError or OSError. Ctrl-C stops an
     answer. Raises KeyboardInterrupt for a second Ctrl-C without a line between.
     """
     with asyncio.Runner() as runner:
         try:
-            _take_turns(conversation, speaker, keyboard, screen, runner)
+            if calls is not None:
+                conversation.tools = runner.run(calls.open())
+            _take_turns(conversation, speaker, keyboard, screen, calls, runner)
         finally:
+            if calls is not None:
+                runner.run(calls.close())
             runner.run(speaker.aclose())
 
 
 def _take_turns(
-    conversation: Conversation, speaker: Speaker, keyboard: Keyboard, screen: Screen, runner: asyncio.Runner
+    conversation: Conversation,
+    speaker: Speaker,
+    keyboard: Keyboard,
+    screen: Screen,
+    calls: Calls | None,
+    runner: asyncio.Runner,
 ) -> None:
     interrupted = False
     while not conversation.ended:
@@ -54,11 +68,31 @@ def _take_turns(
                 screen.note(said)
             elif not line.startswith("/") and conversation.say(line):
                 # (the first Ctrl-C cancels what runs, the second raises KeyboardInterrupt)
-                interrupted = not runner.run(_answer(conversation, speaker, screen))
+                interrupted = not runner.run(_reply(conversation, speaker, screen, calls))
         except (ValueError, OSError) as error:
             if not keyboard.is_terminal:
                 raise
             screen.note(printable(error, 400))
+
+
+async def _reply(conversation: Conversation, speaker: Speaker, screen: Screen, calls: Calls | None) -> bool:
+    """Lets the model answer, and again after the calls of each answer. Returns False where it was stopped."""
+    turn = None if calls is None else calls.of_a_turn()
+    while await _answer(conversation, speaker, screen):
+        waiting = conversation.waiting_calls
+        if turn is None or not waiting:
+            return True
+        stopped = False
+        try:
+            results = await turn.results(waiting)
+        except asyncio.CancelledError:
+            results, stopped = [STOPPED] * len(waiting), True
+        for result in results:
+            screen.result(result)
+            conversation.say(result)
+        if stopped:
+            break
+    return False
 
 
 async def _answer(conversation: Conversation, speaker: Speaker, screen: Screen) -> bool:

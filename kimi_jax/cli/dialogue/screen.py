@@ -2,16 +2,18 @@
 
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from rich.cells import cell_len
 from rich.console import Console
 
 from kimi_jax.cli.terminal import escaped
+from kimi_jax.printable import printable
 from kimi_jax.text.answers import Delta
 
 BAR = "│ "
-ARROW = "→ "
+ARROW, RESULT = "→ ", "← "
+RESULT_SHOWN = 300  # characters of a result
 _NARROWEST = 10  # columns; in less, words are not kept whole
 # A line feed, blanks, a wide character (which a line may break after), or a word.
 _PIECE = re.compile(r"\n|[^\S\n]+|[\u1100-\u11ff\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uff60]|\S")
@@ -68,6 +70,13 @@ class WrappedText:
         return self._margin
 
 
+def result_line(content: str | list[dict[str, Any]]) -> str:
+    """Returns the line that shows a tool's result: a text, or parts, of which pictures are only named."""
+    if not isinstance(content, str):
+        content = " ".join(one.get("text", "[picture]") for one in content)
+    return RESULT + printable(content, RESULT_SHOWN)
+
+
 class Screen:
     """Shows answers: content and calls of tools on `out`, reasoning on `log`.
 
@@ -99,6 +108,10 @@ class Screen:
         """Ends the answer's last line."""
         self._leave()
         self._last = None
+
+    def result(self, content: str | list[dict[str, Any]]) -> None:
+        """Shows the beginning and the end of a tool's result in a line."""
+        self.out.out(result_line(content), style=_STYLE["call"], highlight=False)
 
     def note(self, text: str) -> None:
         """Shows a line about the conversation, on `log`."""

@@ -85,6 +85,7 @@ def talk(random: np.random.Generator, draw: Draw, *, tools: bool | None = None) 
 def mixed(random: np.random.Generator, draw: Draw) -> Conversation:
     """Asks for two of the others, one after the other: what was said first does not decide what is said next."""
     tools = bool(random.random() < 0.6)
+    makers: list[Callable[[np.random.Generator, Draw], Conversation]]
     makers = [functools.partial(read, tools=tools), functools.partial(talk, tools=tools)]
     makers += [add_pictures, add_text] if tools else []
     first, second = (makers[random.integers(len(makers))](random, draw) for _ in range(2))

@@ -37,9 +37,9 @@ THINGS = (
 )
 # fmt: on
 MOST_THINGS, MOST_WORDS = 160, 24
-QUESTIONS, MORE_QUESTIONS = 8, 12  # about one list, in training: few of its tokens would be learned from otherwise
-SHORT = Room(tokens=384, labels=192, documents=12, patches=0)
-LONG = Room(tokens=1280, labels=256, documents=16, patches=0)
+QUESTIONS = 5  # about one list, in training: a list of 1,000 tokens would have two labels otherwise
+SHORT = Room(tokens=320, labels=160, documents=5, patches=0)
+LONG = Room(tokens=1152, labels=160, documents=6, patches=0)
 HELLO = "Hello! Give me a list to remember, words to copy, or two numbers to add."
 
 
@@ -50,8 +50,8 @@ def recipe() -> SmallRecipe:
         config=CONFIG,
         text=_text(),
         stages=(
-            Stage(1200, functools.partial(_source, _short), SHORT, 2.5e-3),
-            Stage(500, functools.partial(_source, _long), LONG, 2e-3, end=0.03, rows=4),
+            Stage(800, functools.partial(_source, _short), SHORT, 2.5e-3),
+            Stage(250, functools.partial(_source, _long), LONG, 2e-3, end=0.03, rows=4),
         ),
         measures={
             "copy": functools.partial(copy, words=MOST_WORDS),
@@ -109,22 +109,21 @@ def _conversation(*turns: str) -> Conversation:
 
 
 def _short(random: np.random.Generator, share: float) -> Conversation:
-    """Draws a conversation of at most 384 tokens; lists and copies grow with the share that is done."""
+    """Draws a conversation of at most 320 tokens; lists and copies grow with the share that is done."""
     longest = min(1.0, 0.1 + 1.5 * share)
     kind = random.choice(4, p=(0.15, 0.5, 0.32, 0.03))
     if kind == 0:
         return copy(random, max(2, int(MOST_WORDS * longest)))
     if kind == 1:
-        things = int(random.integers(2, max(4, int(30 * longest))))
-        return recall(random, things, int(random.integers(1, QUESTIONS + 1)))
+        return recall(random, int(random.integers(2, max(4, int(30 * longest)))), int(random.integers(1, QUESTIONS)))
     return add(random) if kind == 2 else talk(random)
 
 
 def _long(random: np.random.Generator, share: float) -> Conversation:
-    """Draws a conversation of at most 1,280 tokens; lists grow with the share that is done."""
+    """Draws a conversation of at most 1,152 tokens; lists grow with the share that is done."""
     if random.random() < 0.4:
         most = max(40, int(MOST_THINGS * min(1.0, 0.3 + 2 * share)))
-        return recall(random, int(random.integers(20, most + 1)), MORE_QUESTIONS)
+        return recall(random, int(random.integers(20, most + 1)), QUESTIONS)
     return _short(random, 1.0)
 
 

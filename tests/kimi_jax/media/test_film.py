@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kimi_jax.media import MediaConfig, film, open_video, sample_video
+from checkpoints.toy.configs import PREPROCESSOR
+from kimi_jax.media import film, open_video, sample_video
+from kimi_jax.media.config import as_config
 
 av = pytest.importorskip("av", reason="needs kimi-jax[video]")
 
+CONFIG = as_config(PREPROCESSOR)  # two frames a second
 WIDTH, HEIGHT = 64, 32
 
 
@@ -53,7 +56,7 @@ def test_frames_that_follow_evenly_are_sampled_by_number():
     expected = decoded(data)
     for index in (0, 1, 7, 23, 4):  # the last goes backwards
         assert np.array_equal(np.asarray(frames[index]), expected[index])
-    sampled = sample_video(frames, fps, MediaConfig())
+    sampled = sample_video(frames, fps, CONFIG)
     numbers = np.linspace(0, 23, 6).round()
     assert sampled.times == pytest.approx((numbers / fps).tolist())
     for one, number in zip(sampled.frames, numbers.astype(int), strict=True):
@@ -65,7 +68,7 @@ def test_frames_at_odd_times_are_sampled_by_time():
     stamps = [0, 100, 200, 1500, 1600, 3000]
     frames, fps = open_video(written(stamps, greys(6)))
     assert frames.starts == pytest.approx([stamp / 1000 for stamp in stamps]) and fps == pytest.approx(5 / 3)
-    sampled = sample_video(frames, fps, dataclasses.replace(MediaConfig(), sample_fps=1.0))
+    sampled = sample_video(frames, fps, dataclasses.replace(CONFIG, sample_fps=1.0))
     assert sampled.times == pytest.approx([0.0, 1.0, 2.0, 3.0])
     shown = [np.median(np.asarray(frames[index])) for index in (0, 2, 4, 5)]  # those on the screen at these times
     assert [np.median(one[:HEIGHT, :WIDTH]) for one in sampled.frames] == pytest.approx(shown, abs=1)
@@ -107,11 +110,26 @@ def test_a_film_that_is_damaged_or_too_large_is_named(monkeypatch, tmp_path: Pat
     data = written(range(0, 1000, 100), greys(10))
     file = tmp_path / "a.mp4"
     file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"a\.mp4: a (damaged film|film without)"):
+    with pytest.raises(ValueError, match=r"a\.mp4: a film without video that can be decoded"):
         list(open_video(file)[0])
     monkeypatch.setattr(film, "MAX_FILM_FRAMES", 9)
     with pytest.raises(ValueError, match=r"the bytes given: 10 frames of 64 x 32 pixels, expected at most 9 frames"):
         open_video(data)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "matroska", "avi"])
+def test_damage_anywhere_is_a_value_error_or_none(kind):
+    data = written(range(0, 500, 100), greys(5), kind)
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        damaged = bytearray(data[: random.integers(16, len(data) + 1)])
+        for at in random.integers(16, len(damaged) + 1, 8) - 1:
+            damaged[at] = random.integers(256)
+        try:
+            frames, _ = open_video(bytes(damaged))
+            list(frames)
+        except ValueError as error:
+            assert str(error).startswith("the bytes given: ") and "\n" not in str(error)
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch):

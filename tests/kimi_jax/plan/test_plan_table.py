@@ -52,7 +52,8 @@ def test_no_line_is_longer_than_80_characters(mesh, priced):
 def test_a_line_for_each_slice_is_printed_first(narrow, capsys, monkeypatch):
     if narrow:
         monkeypatch.setattr(
-            "kimi_jax.cli.plan.console", lambda **_: Console(width=80, force_terminal=True, color_system=None)
+            "kimi_jax.cli.plan.console",
+            lambda stderr=False: Console(stderr=stderr, width=80, force_terminal=not stderr, color_system=None),
         )
     slices = [part for name in ("v5e:2x2", "h100:1", "h200:1") for part in ("--topology", name)]
     assert main(["plan", "--model", "linear-48b", *slices, "--no-compile", "--price", "3", "--details"]) == 0
@@ -123,4 +124,4 @@ def test_a_gpu_has_its_vendors_numbers(kind):
     assert 2 * gpu.bf16 == sparse[kind] * 1e12
     if kind in systems:
         count, memory, bandwidth = systems[kind]
-        assert count * gpu.memory == pytest.approx(memory * 1e9, rel=0.01) and count * gpu.hbm == bandwidth * 1e12
+        assert 1 < count * gpu.memory / (memory * 1e9) < 1.08 and count * gpu.hbm == bandwidth * 1e12

@@ -8,7 +8,9 @@ import pytest
 from checkpoints.toy import toy_config
 from kimi_jax import config_json
 from kimi_jax.cli import main
+from kimi_jax.plan.compile import Compiled
 from kimi_jax.plan.messages import traced
+from kimi_jax.plan.traffic import Collective
 from kimi_jax.plan.train_bound import bound, mean_distance
 from kimi_jax.plan.train_job import (
     FORMS,
@@ -27,13 +29,12 @@ from sharding import expert_dispatch
 from sharding.topologies import topology
 
 K25, LINEAR = config_json.preset("kimi-k2.5"), config_json.preset("kimi-linear-48b")
-TOY = config_json.from_dict(
-    toy_config(
-        "k2", hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_attention_heads=8,
-        num_key_value_heads=8, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=16,
-        num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=2,
-    )
+TOY_JSON = toy_config(
+    "k2", hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_attention_heads=8,
+    num_key_value_heads=8, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=16,
+    num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
+TOY = config_json.from_dict(TOY_JSON)
 
 
 def test_k25_has_a_trillion_parameters():
@@ -128,3 +129,37 @@ def test_the_command_refuses_what_has_no_meaning(capsys):
     common = ["plan", "--train", "--model", "k2.5", "--topology", "v5p:4x8x8", "--no-compile"]
     assert main([*common, "--phase", "prefill"]) != 0
     assert "--train goes without --plot, --phase and --chunk" in capsys.readouterr().err
+
+
+def test_what_is_compiled_is_extrapolated_and_shown(capsys, tmp_path, monkeypatch):
+    # Given a compiler that counts 1e9 bytes a layer, and a message in each
+    def compile_step(job):
+        layers = job.config.text.num_hidden_layers
+        sent = (Collective("all-to-all", ("data",), 8, 1000, layers),)
+        return Compiled(
+            arguments=layers * 10**9, results=0, in_place=0, temporaries=layers * 10**8, program=7, hbm_bytes=0,
+            accessed=0.0, small_cycles=0, collectives=sent, moved=(), seconds=1.0, cpu_seconds=1.0,
+        )  # fmt: skip
+
+    monkeypatch.setattr("kimi_jax.plan.available", lambda: True)
+    monkeypatch.setattr("kimi_jax.plan.compiled", compile_step)
+    (tmp_path / "config.json").write_text(json.dumps(TOY_JSON))
+    command = ["plan", "--train", "--model", str(tmp_path), "--topology", "v5e:2x4", "--tokens", "64"]
+    assert main([*command, "--json"]) == 0
+    out, err = capsys.readouterr()
+    (planned,) = json.loads(out)
+
+    # Then two programs are compiled, of one and of two layers with experts after the one without, and the difference
+    # between them is a layer's share
+    assert [line.split()[5] for line in err.splitlines()] == ["2", "3"]
+    assert planned["extrapolated"]["arguments"] == 3 * 10**9 and planned["extrapolated"]["beside"] == 3 * 10**8 + 7
+    assert [one["count"] for one in planned["extrapolated"]["messages"]] == [3]
+    assert planned["memory"]["headroom"] == CHIPS["v5e"].memory - 3_300_000_007
+    rate = 8 * 64 / planned["step"]["lower_bound_seconds"]
+    assert planned["from"] == "compiled" and planned["tokens_per_second"] == rate
+
+    # and the table comes first
+    assert main(command) == 0
+    first, head, row = capsys.readouterr().out.splitlines()[:3]
+    assert "a training step of 8 x 64 tokens" in first and head.split()[1:4] == ["mesh", "chips", "tokens/s"]
+    assert row.split()[:2] == ["v5e:2x4", "data=8"] and row.endswith("compiled")

@@ -2,6 +2,7 @@
 each speaks."""
 
 import asyncio
+import json
 
 import anthropic
 import openai
@@ -43,12 +44,14 @@ def script(processor):
     return answer
 
 
-def check(processor, requests):
-    """Checks that the last of a chain's requests has every step of it as the model wrote it, reasoning included."""
+def check(processor, requests, write=str):
+    """Checks that the last of a chain's requests has every step of it as the model wrote it, reasoning included, with
+    the arguments as `write` has them."""
     assert len(requests) == 4
     prompt = processor.tokenizer.decode(requests[-1].tokens)
     for index, (name, arguments) in enumerate(STEPS):
-        assert CALL.format(thought=f"<think>Thought {index}.", name=name, index=index, arguments=arguments) in prompt
+        step = {"thought": f"<think>Thought {index}.", "name": name, "index": index, "arguments": write(arguments)}
+        assert CALL.format(**step) in prompt
     for found in ("double is 6", "double is 12", "negative is -12"):
         assert found in prompt
 
@@ -111,4 +114,5 @@ def test_a_chain_of_pydantic_ai_completes_and_keeps_its_reasoning(served, proces
                 return await result.get_output()
 
     assert asyncio.run(run()) == "It is -12."
-    check(processor, served.engine.requests)
+    # (Anthropic's API has arguments as objects, whose spelling is lost)
+    check(processor, served.engine.requests, (lambda text: json.dumps(json.loads(text))) if api == "messages" else str)

@@ -164,3 +164,30 @@ def test_what_is_wrong_is_said_in_anthropics_object(served, fields, message):
     assert message in error["error"]["message"]
     answer = served.http.post("/v1/messages", json={"model": "gpt", "messages": HELLO, "max_tokens": 20})
     assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found_error")
+
+
+def test_a_request_as_claude_code_sends_it_is_answered(served, processor):
+    served.engine.text = "Hm.</think>" + CALL.format(arguments='{"city": "Oslo"}')
+    cached = {"cache_control": {"type": "ephemeral"}}
+    body = {
+        "model": NAME,
+        "max_tokens": 200,
+        "stream": True,
+        "system": [{"type": "text", "text": "You are a coder."}, {"type": "text", "text": "Be brief."} | cached],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Weather?"} | cached]}],
+        "tools": [WEATHER | cached, WEATHER | {"name": "other", "eager_input_streaming": True}],
+        "metadata": {"user_id": "x"},
+        "thinking": {"type": "adaptive"},
+        "context_management": {"edits": []},
+        "output_config": {"effort": "medium"},
+    }
+    headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "a-2025-01-01,b-2025-01-01"}
+    with served.http.stream("POST", "/v1/messages?beta=true", json=body, headers=headers) as answer:
+        assert answer.status_code == 200
+        names = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
+    assert names[0] == "message_start" and names[-1] == "message_stop"
+    prompt = processor.tokenizer.decode(served.engine.requests[0].tokens)
+    assert "You are a coder.\n\nBe brief." in prompt
+    del body["stream"], body["max_tokens"]
+    count = served.http.post("/v1/messages/count_tokens?beta=true", json=body, headers=headers).json()["input_tokens"]
+    assert count == len(served.engine.requests[0].tokens)

@@ -1,5 +1,7 @@
 """`kimi-jax chat` without a model: on a pipe and in a terminal, with an engine in the process and with a server."""
 
+import asyncio
+import contextlib
 import io
 import json
 import os
@@ -21,6 +23,7 @@ from rich.cells import cell_len
 
 import checkpoints
 import kimi_jax
+from kimi_jax import agents
 from kimi_jax.cli import main, partner
 from kimi_jax.cli.dialogue.conversation import Conversation
 from kimi_jax.cli.dialogue.screen import BAR, WrappedText
@@ -107,6 +110,41 @@ def test_a_call_is_shown_and_the_next_line_is_its_result(engine, toy_folder, typ
     assert saved["messages"][2] == {"role": "tool", "tool_call_id": call["id"], "content": "7"}
     assert "Seven" in prompts(engine)[1] or "7" in prompts(engine)[1]
     assert "3 + 4?" not in prompts(engine)[2]
+
+
+def test_tools_run_between_a_line_and_its_answer(engine, toy_folder, typed, tmp_path, monkeypatch, capsys):
+    (tmp_path / "sums.py").write_text("def add(a: int, b: int) -> int:\n    return a + b\n")
+    opened = []
+
+    @contextlib.asynccontextmanager
+    async def mcp_tools(spec):
+        opened.append(asyncio.current_task())
+        yield [agents.Tool("look", "Looks.", {"type": "object"}, lambda: "", asks=True)]
+        opened.append(asyncio.current_task())
+
+    monkeypatch.setattr("kimi_jax.agents.mcp_tools", mcp_tools)
+    (tmp_path / "servers.json").write_text('{"mcpServers": {}}')
+    flags = ["--tool", str(tmp_path / "sums.py"), "--mcp", str(tmp_path / "servers.json")]
+    for more, result in ((["--yes"], "7"), ([], "Error: add runs only where a person says yes, and nobody can be")):
+        typed("3 + 4?", f"/save {tmp_path / 'saved.json'}", "Again?")
+        answers = iter(["</think>" + CALL, "</think>" + CALL, "</think>So.", "</think>" + CALL, "</think>So."])
+
+        def answer(request, answers=answers):
+            ids = engine.processor.tokenizer.encode(next(answers), allow_special=True)
+            return lambda tokens: ids[len(tokens)] if len(tokens) < len(ids) else None
+
+        engine.answer = answer
+        assert main(["chat", str(toy_folder), *flags, *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line[:1] for line in lines] == ["→", "←", "→", "←", "S", "→", "←", "S"]
+        assert all(line.startswith(f"← {result}") for line in lines if line[0] == "←")
+        saved = json.loads((tmp_path / "saved.json").read_text())
+        assert [one["function"]["name"] for one in saved["tools"]] == ["add", "look"]
+        roles = [message["role"] for message in saved["messages"]]
+        assert roles == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
+    assert len(opened) == 4 and opened[0] is opened[1]  # connections are closed by the task that opened them
+    assert main(["chat", str(toy_folder), *flags, "--tools", "tools.json"]) == 1
+    assert "--tools: results are typed" in capsys.readouterr().err
 
 
 def test_a_picture_goes_with_the_next_message_alone(engine, toy_folder, typed, tmp_path, capsys):

@@ -54,7 +54,11 @@ REFUSED = [
         "https://a.example/x.gif: https:// is not fetched; expected a data: URL",
         "messages",
     ),
-    (user([{"type": "image_url", "image_url": "file:///x"}]), "file:// is not fetched; expected a data: URL", "messages"),
+    (
+        user([{"type": "image_url", "image_url": "file:///x"}]),
+        "file:// is not fetched; expected a data: URL",
+        "messages",
+    ),
     ({"temperature": -0.1}, "temperature is -0.1", "temperature"),
     ({"temperature": 2.5}, "temperature is 2.5", "temperature"),
     ({"temperature": "hot"}, "$.temperature", "temperature"),
