@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="parts of a step's rows that are computed one after another, in the memory of one (default 1)",
     )
     parser.add_argument(
+        "--no-recompute",
+        dest="recompute",
+        action="store_false",
+        help="keep all that gradients need instead of computing each layer again: faster, in more memory",
+    )
+    parser.add_argument(
         "--tokens",
         type=whole(16),
         default=1024,
@@ -123,6 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         rows=arguments.batch,
         microbatches=arguments.microbatches,
+        recompute=arguments.recompute,
         tokens=arguments.tokens,
         learning_rate=arguments.lr,
         quantized=quantized if arguments.qat is None else arguments.qat,

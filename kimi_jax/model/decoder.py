@@ -52,24 +52,26 @@ class Decoder(nnx.Module):
         return self.norm(x), None if caches is None else tuple(cache for cache in after if cache is not None)
 
     def with_statistics(
-        self, x: Stream, context: Context, layout: StreamLayout = ONE_DEVICE
+        self, x: Stream, context: Context, layout: StreamLayout = ONE_DEVICE, recompute: bool = True
     ) -> tuple[Stream, tuple[LayerStatistics, ...]]:
         """Maps the stream without a cache for training, and returns each layer's statistics.
 
-        A gradient keeps the stream before each layer, and computes the layer again, its gathered weights too.
+        A gradient keeps the stream before each layer, and computes the layer again, its gathered weights too; where it
+        is not to `recompute`, it keeps all that it needs.
         """
         found = []
         for block in self.layers:
-            x, statistics = _recomputed(block, x, context, layout)
+            x, statistics = _run(block, x, context, layout, recompute)
             found.append(statistics)
         return self.norm(x), tuple(found)
 
 
-def _recomputed(block: Block, x: Stream, context: Context, layout: StreamLayout) -> tuple[Stream, LayerStatistics]:
+def _run(
+    block: Block, x: Stream, context: Context, layout: StreamLayout, recompute: bool
+) -> tuple[Stream, LayerStatistics]:
     graph, weights = nnx.split(block)
 
-    @jax.checkpoint
     def run(weights: nnx.State, x: Stream, context: Context) -> tuple[Stream, LayerStatistics]:
         return gather_weights(nnx.merge(graph, weights), layout.partition).with_statistics(x, context, layout)
 
-    return run(weights, x, context)
+    return (jax.checkpoint(run) if recompute else run)(weights, x, context)

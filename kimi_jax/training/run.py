@@ -41,6 +41,7 @@ class Settings:
     adapter_rank: trains adapters of this rank in place of what is trainable, and publishes them merged; 0 for none.
     seed: that of the order of the documents. save_every: steps from one checkpoint to the next.
     microbatches: parts of a step's rows that are computed one after another, in the memory of one.
+    recompute: compute each layer again for its gradient; False keeps what that needs, faster in more memory.
     """
 
     steps: int
@@ -54,6 +55,7 @@ class Settings:
     seed: int = 0
     save_every: int = 100
     microbatches: int = 1
+    recompute: bool = True
 
     def __post_init__(self) -> None:
         if self.rows % self.microbatches:
@@ -116,6 +118,7 @@ class Run:
                 trainable=settings.trainable,
                 adapter_rank=settings.adapter_rank,
                 microbatches=settings.microbatches,
+                recompute=settings.recompute,
             ),
             partition,
         )

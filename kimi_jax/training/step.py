@@ -70,6 +70,7 @@ class Recipe:
     adapter_rank: the rank of the adapters that are trained in place of what is `trainable`, by `adapters`; 0 for none.
         QK-Clip then has nothing to scale, since the matrices stay as they are.
     microbatches: the number of parts of a step's rows, whose gradients are computed one after another and summed.
+    recompute: whether a gradient computes each layer again; without it keeps what it needs, faster in more memory.
     dtype: the dtype that the model computes in, where that is not the masters'.
     """
 
@@ -79,6 +80,7 @@ class Recipe:
     trainable: Callable[[str], bool] = everything
     adapter_rank: int = 0
     microbatches: int = 1
+    recompute: bool = True
     dtype: DTypeLike | None = None
 
 
@@ -120,7 +122,7 @@ class Trainer:
         def mean_loss(trained: Any, rows: Rows) -> tuple[jax.Array, Any]:
             changed, others = self._weights(trained, state.frozen)
             model = nnx.merge(self.graph, in_dtype(as_published(changed, config), self.recipe.dtype), others)
-            losses, statistics = sum_losses(model, rows, self.partition)
+            losses, statistics = sum_losses(model, rows, self.partition, recompute=self.recipe.recompute)
             return losses.loss / jnp.maximum(labels, 1), (losses, statistics)
 
         def differentiate(rows: Rows) -> tuple[Any, tuple[jax.Array, Losses], Statistics]:

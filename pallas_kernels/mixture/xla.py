@@ -107,7 +107,6 @@ def _sorted(
     ends = jnp.sum(local[:, None] <= jnp.arange(num_local), axis=0, dtype=jnp.int32)
     order = jnp.pad(order, (0, -order.size % size))
 
-    @jax.checkpoint
     def block(begin: Array | int) -> Array:
         pairs = jax.lax.dynamic_slice_in_dim(order, begin, size)
         sizes = jnp.diff(jnp.clip(ends - begin, 0, size), prepend=0).astype(jnp.int32)
@@ -121,11 +120,14 @@ def _sorted(
 
     if size == flat.size:
         return block(0)
+    one_of_many = jax.checkpoint(block)  # a gradient keeps nothing of one block while it works on another
 
     def add(total: Array, begin: Array) -> tuple[Array, None]:
-        return jax.lax.cond(begin < ends[-1], lambda total: total + block(begin), lambda total: total, total), None
+        return jax.lax.cond(
+            begin < ends[-1], lambda total: total + one_of_many(begin), lambda total: total, total
+        ), None
 
     def other_blocks(total: Array) -> Array:
         return jax.lax.scan(add, total, jnp.arange(size, order.size, size))[0]
 
-    return jax.lax.cond(ends[-1] > size, other_blocks, lambda total: total, block(0))
+    return jax.lax.cond(ends[-1] > size, other_blocks, lambda total: total, one_of_many(0))

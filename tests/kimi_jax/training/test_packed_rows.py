@@ -48,13 +48,13 @@ def trained_logits(logits, rows):
 @functools.cache
 def compiled(name):
     """Returns weights, the jitted loss of weights and rows with its gradients and what the layers saw, and the jitted
-    logits."""
+    logits. Kimi Linear's gradients keep what they need, the others' compute each layer again."""
     graph, params = drawn(from_dict(CONFIGS[name]))
 
     @jax.jit
     def gradients(params, rows):
         def loss(params):
-            losses, statistics = sum_losses(nnx.merge(graph, params), rows)
+            losses, statistics = sum_losses(nnx.merge(graph, params), rows, recompute=name != "kimi-linear")
             return losses.loss, statistics
 
         return jax.value_and_grad(loss, has_aux=True)(params)
