@@ -15,7 +15,11 @@ SUMMARY = (
     "Show what the agents of a run did, from the file that `agent --trace-out` writes: steps, calls of tools, tokens "
     "and how many of them were cached. The file of a run that still goes on, or was killed, will do."
 )
-EXAMPLE = "kimi-jax trace run.jsonl\n  kimi-jax trace run.jsonl --plot run.png"
+EXAMPLE = (
+    "kimi-jax trace run.jsonl\n"
+    "  kimi-jax trace run.jsonl --plot run.png\n"
+    "  kimi-jax trace run.jsonl --plot run.svg"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels.hardware import CHIPS
+from pallas_kernels.hardware import CHIPS, GPUS
 from sharding import AXES, SERVE, TRAIN, Partition, Rule, default_shape, make_mesh
 from sharding.topologies import SHAPES, topologies
 
@@ -34,7 +34,7 @@ def test_a_mesh_of_chosen_devices():
 
 
 def test_every_chip_has_slices_small_ones_first():
-    assert SHAPES.keys() == CHIPS.keys()
+    assert SHAPES.keys() == (CHIPS | GPUS).keys()
     for name, smallest in (("v5e", 4), ("v5p", 4), ("v6e", 4), ("tpu7x", 8)):
         devices = [slice_.devices for slice_ in topologies(name)]
         assert devices[0] == smallest and devices == sorted(devices)

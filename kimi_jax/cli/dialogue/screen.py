@@ -57,9 +57,12 @@ class WrappedText:
             return ""
         word, blanks, self._word, self._blanks = self._word, self._blanks, "", ""
         shown, room = self._begin(), max(self._width(), _NARROWEST + len(self._margin))
-        if self._column > len(self._margin) and self._column + len(blanks) + cell_len(word) > room:
+        over = self._column + len(blanks) + cell_len(word) - room
+        if over > 0 and self._column > len(self._margin):
             self._column, blanks = -1, ""
             shown += "\n" + self._begin()
+        elif over > 0:  # a line that begins with blanks
+            blanks = blanks[over:]
         self._column += len(blanks) + cell_len(word)
         return shown + blanks + word
 
