@@ -13,7 +13,6 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.py"))
 MOST_CPU_S, MOST_KB = 60, 2_000_000
-QUICK = ("7_plan_a_pod",)  # needs no model
 # Runs a command, and prints CPU seconds and kilobytes of it and its kernel. A process of its own: the memory of one
 # that is forked counts as its child's, too
 MEASURED = """
@@ -36,11 +35,7 @@ def test_a_notebook_names_its_model_once_and_states_claims(script):
 
 
 @pytest.mark.parametrize(
-    "script",
-    [
-        pytest.param(script, id=script.stem, marks=() if script.stem in QUICK else pytest.mark.slow)
-        for script in NOTEBOOKS
-    ],
+    "script", [pytest.param(script, id=script.stem, marks=pytest.mark.slow) for script in NOTEBOOKS]
 )
 @pytest.mark.skipif(importlib.util.find_spec("jupytext") is None, reason="needs kimi-jax[notebooks]")
 def test_a_notebook_runs(script, tmp_path):

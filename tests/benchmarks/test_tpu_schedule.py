@@ -23,6 +23,9 @@ REST = {
     "int4_grouped_glu 7168x2048 M=8 x 8",
     "mixture of 8 experts, 2304x1024",
     "mla_decode H=8 64 sequences of 8k",
+    "grouped_rows_gradient 2304x1024 M=8 x 32",
+    "mla_query H=8 of 8 tokens",
+    "mla_write 1 sequences, 2048 rows",
     "mla_write 1 sequences, 2048 rows from 64",
     BACKWARD,
 }

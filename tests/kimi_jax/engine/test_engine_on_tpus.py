@@ -51,6 +51,7 @@ def check_decode(ours, theirs):
     assert theirs["messages"] <= ours["messages"] <= theirs["messages"] + 7
 
 
+@pytest.mark.slow
 def test_a_decode_step_costs_what_that_of_generate_does(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(toy_config("k2", **SMALL)))
     mesh = ["--topology", "v5e:2x4", "--mesh", "data=2,tensor=4"]

@@ -77,7 +77,7 @@ def single_device(batch):
         # (quick in test_training_on_meshes.py, packed)
         pytest.param("k2", "2x2x2x1", TRAIN, False, marks=pytest.mark.slow),
         ("k2", "2x1x2x2", TRAIN, True),
-        ("kimi-linear", "1x2x2x2", SERVE, False),
+        pytest.param("kimi-linear", "1x2x2x2", SERVE, False, marks=pytest.mark.slow),
     ],
 )
 def test_gradients_on_a_mesh(monkeypatch, single_device, batch, name, shape, rules, dispatches):

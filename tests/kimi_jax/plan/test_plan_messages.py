@@ -41,7 +41,13 @@ def times_sent(found):
     ("phase", "chunk", "changes", "kinds"),
     [
         ("decode", 1, {"num_hidden_layers": 3}, {"all-reduce", "all-gather", "all-to-all"}),
-        ("prefill", 64, {"num_hidden_layers": 2}, {"all-reduce", "all-gather", "reduce-scatter"}),
+        pytest.param(
+            "prefill",
+            64,
+            {"num_hidden_layers": 2},
+            {"all-reduce", "all-gather", "reduce-scatter"},
+            marks=pytest.mark.slow,
+        ),
         # enough bytes for tokens to travel to their experts
         (
             "prefill",

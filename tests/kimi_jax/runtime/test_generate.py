@@ -181,6 +181,7 @@ def test_a_row_that_is_not_finite_ends_with_that_reason(checkpoint, model, promp
                 kimi_jax.generate(kimi, bad, max_new_tokens=4, stop_ids=(), temperature=temperature)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOP)
 def test_batches_of_1_to_9_rows_on_eight_devices(checkpoint, model, name):
     # Given nine rows on one device

@@ -74,7 +74,7 @@ def errors(found, expected):
     return {name: error for name, error in relative.items() if not error <= GRADIENT_ERROR}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["kimi-linear", pytest.param("k2.5", marks=pytest.mark.slow)])
 def test_packed_documents_are_those_alone(name):
     # Given eight documents in one row, and each in a row of its own
     params, compute, _ = compiled(name)
@@ -189,9 +189,10 @@ def test_a_rows_broken_picture_breaks_no_other_rows_logits(pictures):
     np.testing.assert_allclose(after[0], before[0], rtol=0, atol=3e-6 * np.abs(before[0]).max())
 
 
+@pytest.mark.slow  # quick beside it: test_training_on_meshes.py
 @pytest.mark.parametrize(
     ("name", "shape", "dispatches"),
-    [("k2.5", "2x2x2x1", True), pytest.param("kimi-linear", "1x2x2x2", False, marks=pytest.mark.slow)],
+    [("k2.5", "2x2x2x1", True), ("kimi-linear", "1x2x2x2", False)],
 )
 def test_the_loss_and_what_layers_saw_on_a_mesh(monkeypatch, pictures, name, shape, dispatches):
     config = from_dict(CONFIGS[name])
