@@ -16,9 +16,7 @@ SUMMARY = (
     "and how many of them were cached. The file of a run that still goes on, or was killed, will do."
 )
 EXAMPLE = (
-    "kimi-jax trace run.jsonl\n"
-    "  kimi-jax trace run.jsonl --plot run.png\n"
-    "  kimi-jax trace run.jsonl --plot run.svg"
+    "kimi-jax trace run.jsonl\n  kimi-jax trace run.jsonl --plot run.png\n  kimi-jax trace run.jsonl --plot run.svg"
 )
 
 

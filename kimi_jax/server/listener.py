@@ -1,5 +1,6 @@
 """Listens on a port with uvicorn, in a thread of its own, so that a program can load its model meanwhile."""
 
+import asyncio
 import socket
 import threading
 from typing import Any
@@ -36,6 +37,13 @@ class _Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
 
+class _Server(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Shuts down. Transports that are being closed close their sockets in the loop's next round: it has one."""
+        await super().shutdown(sockets)
+        await asyncio.sleep(0)
+
+
 class Listener:
     """An application on a port. `port` is the one that was free where 0 was asked for.
 
@@ -67,7 +75,7 @@ class Listener:
             limit_concurrency=MAX_CONNECTIONS,
             backlog=BACKLOG,
         )
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
         self._thread = threading.Thread(target=self._run, name="kimi-jax server", daemon=True)
         self.ended = threading.Event()
 

@@ -66,7 +66,7 @@ def ask(prompt, **more):
     return Request(prompt, **({"max_new_tokens": NEW, "stop_ids": ()} | more))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["kimi-linear", pytest.param("k2.5", marks=pytest.mark.slow)])
 def test_many_at_once_answer_as_each_alone(engine, expected, name):
     one = engine(name)
     programs = one.stats().compiled_programs

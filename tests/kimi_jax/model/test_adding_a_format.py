@@ -96,7 +96,9 @@ def mix(layer, x):
 
 
 @TOYS
-@pytest.mark.parametrize("tokens", [1, 33, MOST_TOKENS + 1])
+@pytest.mark.parametrize(
+    "tokens", [33, *(pytest.param(tokens, marks=pytest.mark.slow) for tokens in (1, MOST_TOKENS + 1))]
+)
 def test_a_mixture_computes_in_the_format(toy, tokens):
     layer, plain = make_pair(toy)
     found, expected = mix(layer, rows(tokens)), mix(plain, rows(tokens))

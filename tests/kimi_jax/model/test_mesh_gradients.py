@@ -76,7 +76,7 @@ def single_device(batch):
     [
         # (quick in test_training_on_meshes.py, packed)
         pytest.param("k2", "2x2x2x1", TRAIN, False, marks=pytest.mark.slow),
-        ("k2", "2x1x2x2", TRAIN, True),
+        pytest.param("k2", "2x1x2x2", TRAIN, True, marks=pytest.mark.slow),
         pytest.param("kimi-linear", "1x2x2x2", SERVE, False, marks=pytest.mark.slow),
     ],
 )

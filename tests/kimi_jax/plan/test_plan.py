@@ -259,6 +259,7 @@ def test_what_is_refused(arguments, reason, capsys):
 # --- compiled for a TPU that is not here ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # quick beside it: test_plan_messages.py
 @LIBTPU
 def test_a_step_compiled_through_the_command(capsys, tmp_path):
     # Given a small K2 with a long cache, so that the largest batch is small too, and a mesh that shards every dimension

@@ -91,7 +91,7 @@ def test_against_float64(shape, int4, dtype, tolerance):
     [
         pytest.param(V5E, jnp.bfloat16, 4e-3, True, id="v5e-int4"),
         pytest.param(V5P, jnp.bfloat16, 4e-3, True, id="v5p-int4", marks=pytest.mark.slow),
-        pytest.param(V5P, jnp.float32, 1e-6, True, id="v5p-float32-int4"),
+        pytest.param(V5P, jnp.float32, 1e-6, True, id="v5p-float32-int4", marks=pytest.mark.slow),
         pytest.param(V5P, jnp.bfloat16, 4e-3, False, id="v5p-dense"),
     ],
 )
@@ -152,7 +152,7 @@ def test_any_choices(data):
 @pytest.mark.parametrize(
     ("chip", "int4"),
     [
-        pytest.param(V5P, True, id="v5p-int4"),
+        pytest.param(V5P, True, id="v5p-int4", marks=pytest.mark.slow),
         pytest.param(None, False, id="v6e-dense"),
         pytest.param(V5P, False, id="v5p-dense", marks=pytest.mark.slow),
         pytest.param(None, True, id="v6e-int4", marks=pytest.mark.slow),
