@@ -13,6 +13,7 @@ from kimi_jax import json_reader
 from kimi_jax.agents.box import ENVIRONMENT, HOME, SOURCE, Kind, box_command, user_of_box
 from kimi_jax.agents.model import Content, Parts
 from kimi_jax.agents.tools import ToolError
+from kimi_jax.printable import printable
 
 OUTPUT = 2**20  # bytes read from each end of what a call prints
 ANSWER = 2**26  # bytes of a call's figures
@@ -31,11 +32,13 @@ class Interpreter:
         self._restarted = False
 
     async def run(self, code: str) -> Content:
-        """Returns what the code prints, with its figures. Raises ToolError where it ends the interpreter."""
+        """Returns what the code prints, with its figures. Raises ToolError where it ends the interpreter, and where
+        none can be started."""
         async with self._turn:
             note = RESTARTED if self._restarted and self._process is None else ""
+            process = self._process
             try:
-                process = self._process or await self._start()
+                process = process or await self._start()
                 os.lseek(self._output, 0, os.SEEK_SET)
                 os.ftruncate(self._output, 0)
                 data = code.encode("utf-8", errors="replace")
@@ -43,9 +46,11 @@ class Interpreter:
                 await self._writer.drain()
                 answer = await self._reader.readuntil(b"\n")
                 figures = json_reader.parse_object(answer, "the answer")["figures"]
-            except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError, ValueError, KeyError):
-                printed = self._printed()[-1000:]
+            except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError, ValueError, KeyError) as error:
+                printed = "" if process is None else self._printed()[-1000:]
                 await self.close()
+                if process is None:
+                    raise ToolError(f"no interpreter can be started: {printable(error)}") from error
                 raise ToolError(f"the interpreter ended, exit code {process.returncode}. {printed}") from None
             except BaseException:
                 await self.close()

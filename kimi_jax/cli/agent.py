@@ -83,6 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
     swarms = [f"--{name.replace('_', '-')}" for name in OF_SWARM if getattr(arguments, name) is not None]
     if swarms and not arguments.swarm:
         raise ValueError(f"{', '.join(swarms)}: for a swarm, with --swarm")
+    if arguments.heavy is not None and arguments.seed is not None:
+        raise ValueError("--seed: the runs of --heavy N have the seeds 0 to N - 1")
     tools = tools_of(arguments)
     from kimi_jax.agents import OpenAIModel, Trace
     from kimi_jax.cli.console import console

@@ -56,7 +56,8 @@ def kda(
       return_transition: also returns the linear map of the state over the whole span, S_out = transition @ S_in +
         (S_out for S_in = 0).
       return_state: False returns None for the final state. Packed rows without an `initial_state` then cost the "xla"
-        implementation no more than rows of one segment, however many segments there are.
+        implementation no more than rows of one segment, however many segments there are; a NaN in one segment may
+        then reach others of its row.
       implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
 
     Returns:

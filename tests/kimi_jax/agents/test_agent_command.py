@@ -91,6 +91,8 @@ def test_a_swarm_has_its_own_limits(answering, tmp_path, capsys):
     assert (limits[0]["concurrency"], limits[0]["time"], limits[0]["sub_steps"]) == (3, 600.0, 2)
     assert agent("--concurrency", 3, "--sub-steps", 2) == 1
     assert "--sub-steps, --concurrency: for a swarm, with --swarm" in capsys.readouterr().err
+    assert agent("--heavy", 2, "--seed", 5) == 1
+    assert "--seed: the runs of --heavy N have the seeds 0 to N - 1" in capsys.readouterr().err
 
 
 def test_heavy_merges_runs_and_a_failure_of_all_is_an_error(answering, capsys):

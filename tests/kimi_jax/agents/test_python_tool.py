@@ -204,6 +204,22 @@ def test_cancelling_ends_the_process_even_where_it_ignores_the_first_signal(kind
     assert running >= 1 and left == 0
 
 
+def test_an_interpreter_that_cannot_be_started_is_one_line_and_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(python_process.tempfile, "tempdir", str(tmp_path))
+
+    async def main():
+        interpreter = Interpreter("none")
+        with monkeypatch.context() as patch:
+            patch.setattr(python_process, "box_command", lambda *_: [str(tmp_path / "gone")])
+            with pytest.raises(agents.ToolError, match=r"^no interpreter can be started: .*No such file"):
+                await interpreter.run("1")
+        assert not list(tmp_path.iterdir())
+        assert await interpreter.run("6 * 7") == "42\n"  # the next call tries again
+        await interpreter.close()
+
+    asyncio.run(main())
+
+
 def test_without_a_box_the_tool_is_refused_unless_unsafe(monkeypatch):
     monkeypatch.setattr(python_tool, "find_box", lambda: ("none", "bwrap is not installed; unshare fails: no"))
     with pytest.raises(
