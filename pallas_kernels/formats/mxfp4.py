@@ -70,7 +70,8 @@ class Mxfp4(Weight):
 
     def dequantize(self, dtype: DTypeLike | None = None) -> Float[Array, "*batch out in"]:
         """Returns code * scale."""
-        return dequantize(*self.to_stored(), dtype or self.dtype)
+        codes, scales = self.to_stored()
+        return dequantize(codes, scales, dtype or self.dtype)
 
     def check(self, op: str, name: str) -> None:
         """Raises ValueError where bytes are none, `in` is no multiple of 32, or scales are not theirs."""
