@@ -137,8 +137,9 @@ def test_an_answer_is_read_as_it_was_written(tok):
     }
     options = {"model": "k3", "add_generation_prompt": False}
     ids = chat.encode(tok, [message], **options)
-    start = max(i for i, token in enumerate(ids) if ids[i : i + 3] == tok.encode(opened("think")))
-    parsed = chat.parse(tok, ids[start + 3 :], model="k3")
+    begin = tok.encode(opened("think"))
+    start = next(i for i in range(len(ids)) if ids[i : i + len(begin)] == begin) + len(begin)
+    parsed = chat.parse(tok, ids[start:], model="k3")
     assert parts(parsed) == ("R\n", " C ", [('f"&', json.dumps(arguments, ensure_ascii=False))])
 
 
