@@ -45,13 +45,15 @@ class GroupRows(NamedTuple):
 
 
 class Code(NamedTuple):
-    """The code of a format: how many inputs a row of its codes has, and what is done with a part of a matrix.
+    """The code of a format: how many inputs a row of its codes has, whether large parts are taken for few rows instead
+    of for one window, and what is done with a part of a matrix.
 
     `expand_rows` and `multiply_codes` multiply few rows in block-diagonal form; `dequantise(codes, scales, scratch,
     dtype, bf16)` returns the weights [inputs, N].
     """
 
     inputs_per_row: int
+    large_few: bool
     expand_rows: Callable[[Array], Any]
     multiply_codes: Callable[[Any, Array, Array], Array]
     dequantise: Callable[..., Array]
@@ -138,14 +140,15 @@ def add_products(
 
     count = rows.high - rows.low
     is_few = rows.few & few
+    few_part, one_part = (tile.K_part, tile.K_shared) if code.large_few else (tile.K_shared, tile.K_part)
     if few:
-        for_parts(is_few, tile.K_shared, few_rows)
+        for_parts(is_few, few_part, few_rows)
     if more and scaled_ref is None:
-        each = partial(for_parts, count > 0, tile.K_part)
+        each = partial(for_parts, count > 0, one_part)
         high = jnp.where(is_few, rows.low, rows.high)
         lax.fori_loop(rows.low, high, lambda j, _: each(partial(one_window, window=j)), None)
     elif more:
-        for_parts(~is_few & (count == 1), tile.K_part, one_window)
+        for_parts(~is_few & (count == 1), one_part, one_window)
         for_parts(~is_few & (count > 1), tile.K_shared, windows)
 
 
@@ -178,5 +181,5 @@ def _dequantise_mxfp4(codes: Array, scales: Array, _: Any, dtype: Any, bf16: boo
     return mxfp4_product.dequantise(codes, scales, dtype)
 
 
-INT4 = Code(1, block_diagonal.expand_rows, block_diagonal.multiply_codes, _dequantise)
-MXFP4 = Code(2, mxfp4_product.expand_rows, mxfp4_product.multiply_codes, _dequantise_mxfp4)
+INT4 = Code(1, False, block_diagonal.expand_rows, block_diagonal.multiply_codes, _dequantise)
+MXFP4 = Code(2, True, mxfp4_product.expand_rows, mxfp4_product.multiply_codes, _dequantise_mxfp4)

@@ -139,8 +139,7 @@ def _call(
     (tokens, K), (num_local, N, _) = x.shape, weights[0].shape
     is_mxfp4 = isinstance(weights[0], Mxfp4)
     code = MXFP4 if is_mxfp4 else INT4
-    # MXFP4's weights, decoded in float32, are four bytes each before they are bf16.
-    tile = tiles(tokens, K, N, num_local, x.dtype, part_weights=SHARED_PART_WEIGHTS if is_mxfp4 else None)
+    tile = tiles(tokens, K, N, num_local, x.dtype)
     blocks = -(-tokens // tile.block)
     few, dtype = uses_block_diagonal(tile, x.dtype, is_mxfp4), x.dtype
     x = mxfp4_product.order_inputs(x) if is_mxfp4 else x

@@ -2,7 +2,7 @@
 
 Few rows: a code with its exponent and mantissa moved to those of float8_e5m2 is that number times 2^-14, zero and 0.5
 too (which is subnormal there), and the matrix units of all TPUs from v5e on take float8_e5m2 weights beside bf16 rows.
-So a byte is decoded in nine operations on words of four, two numbers at a time, and no weight is scaled: the rows
+So a byte is decoded in eight operations on words of four, two numbers at a time, and no weight is scaled: the rows
 stand four times below each other for each 128 inputs, as in `int4_block_diagonal`, and the partial sums are scaled.
 
 More rows: a weight is decoded in float32, scaled, and is a bf16 number then.
@@ -22,8 +22,10 @@ from pallas_kernels.formats.mxfp4 import CODES_PER_BYTE, GROUP_SIZE
 from pallas_kernels.grouped_matmul.int4_block_diagonal import COPIES, INPUTS
 
 CHUNK = 64  # inputs whose bytes fill a register
+COLUMNS = 256  # outputs that few rows are multiplied by at once, as wide as a matrix unit: more spill
 _HALF = GROUP_SIZE // CODES_PER_BYTE
-_SIGNS, _MAGNITUDES = -0x7F7F7F80, 0x0E0E0E0E  # of float8_e5m2: 0x80 in each byte, and exponent and mantissa of a code
+# In each byte of a word: a code, shifted by one; a number that carries from bit 4 to 7; float8_e5m2's bits of a code.
+_CODES, _CARRY, _SIGNS_AND_MAGNITUDES = 0x1E1E1E1E, 0x70707070, 0x8E8E8E8E - 2**32
 _RAISE = 2.0**14  # takes back float8_e5m2's 2^-14
 
 
@@ -54,15 +56,19 @@ def multiply_codes(
     left: list[Float[Array, "copies*rows 128"]], codes: UInt8[Array, "K2 N"], scales: Float[Array, "K32 N"]
 ) -> Float[Array, "rows N"]:
     """Multiplies the x that `left` was made from by code * scale."""
-    rows = left[0].shape[0] // COPIES
-    total = jnp.zeros((rows, codes.shape[1]), jnp.float32)
-    for i, diagonal in enumerate(left):
-        matrix = _to_e5m2(codes[i * INPUTS // CODES_PER_BYTE : (i + 1) * INPUTS // CODES_PER_BYTE])
-        partial = lax.dot_general(diagonal, matrix, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        for copy in range(COPIES):
-            scale = scales[i * COPIES + copy : i * COPIES + copy + 1]
-            total += partial[copy * rows : (copy + 1) * rows] * scale
-    return total
+    rows, N = left[0].shape[0] // COPIES, codes.shape[1]
+    totals = []
+    for column in range(0, N, COLUMNS):
+        columns = slice(column, min(column + COLUMNS, N))
+        total = jnp.zeros((rows, columns.stop - column), jnp.float32)
+        for i, diagonal in enumerate(left):
+            matrix = _to_e5m2(codes[i * INPUTS // CODES_PER_BYTE : (i + 1) * INPUTS // CODES_PER_BYTE, columns])
+            partial = lax.dot_general(diagonal, matrix, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            for copy in range(COPIES):
+                scale = scales[i * COPIES + copy : i * COPIES + copy + 1, columns]
+                total += partial[copy * rows : (copy + 1) * rows] * scale
+        totals.append(total)
+    return jnp.concatenate(totals, axis=1)
 
 
 def dequantise(codes: UInt8[Array, "K2 N"], scales: Float[Array, "K32 N"], dtype: Any) -> Float[Array, "K N"]:
@@ -81,8 +87,8 @@ def dequantise(codes: UInt8[Array, "K2 N"], scales: Float[Array, "K32 N"], dtype
 def _to_e5m2(codes: UInt8[Array, "K2 N"]) -> Float[Array, "K N"]:
     """Returns code * 2^-14, inputs in the order of `order_inputs`."""
     words = pltpu.bitcast(codes, jnp.int32)
-    even = (words << 4) & _SIGNS | (words << 1) & _MAGNITUDES
-    odd = words & _SIGNS | (words >> 3) & _MAGNITUDES
+    # A carry takes a code's sign from bit 4 to bit 7: in four operations, one fewer than to mask it by itself.
+    even, odd = (((half & _CODES) + _CARRY) & _SIGNS_AND_MAGNITUDES for half in (words << 1, words >> 3))
     rows = CHUNK // 8  # words that hold a chunk
     return jnp.concatenate(
         [

@@ -37,13 +37,13 @@ def _trips(K: int, N: int, rows: int, groups: int, matrices: int, is_mxfp4: bool
     for a group within one window; parts for a group in several windows, and those windows; windows of a block to write.
     A group's rows begin at a multiple of their number here, so that all visits are of one kind.
     """
-    part_weights = mosaic_int4.SHARED_PART_WEIGHTS if is_mxfp4 else None
-    tile = mosaic_int4.tiles(rows * groups, K, N, groups, jnp.bfloat16, part_weights=part_weights)
+    tile = mosaic_int4.tiles(rows * groups, K, N, groups, jnp.bfloat16)
     columns, blocks = N // tile.N, -(-rows * groups // tile.block)
     steps, block_windows = columns * max(groups, blocks), columns * blocks * tile.block // tile.rows
     parts, shared_parts = steps * K // tile.K_part, steps * K // tile.K_shared
+    few_parts, parts = (parts, shared_parts) if is_mxfp4 else (shared_parts, parts)
     windows = min(rows, tile.block) // tile.rows
-    few = [shared_parts * (rows <= FEW_ROWS)] if mosaic_int4.uses_block_diagonal(tile, jnp.bfloat16, is_mxfp4) else []
+    few = [few_parts * (rows <= FEW_ROWS)] if mosaic_int4.uses_block_diagonal(tile, jnp.bfloat16, is_mxfp4) else []
     if few and rows * groups <= FEW_ROWS:
         return (steps, block_windows, *few, block_windows)
     one, shared = (0, 0) if any(few) else (parts, 0) if windows <= 1 else (0, shared_parts)
