@@ -48,14 +48,14 @@ class Code(NamedTuple):
     """The code of a format: how many inputs a row of its codes has, whether large parts are taken for few rows instead
     of for one window, and what is done with a part of a matrix.
 
-    `expand_rows` and `multiply_codes` multiply few rows in block-diagonal form; `dequantise(codes, scales, scratch,
-    dtype, bf16)` returns the weights [inputs, N].
+    `expand_rows` and `multiply_codes` multiply few rows in block-diagonal form; `dequantise(codes, scales, groups,
+    scratch, dtype, bf16)` returns the weights [inputs, N].
     """
 
     inputs_per_row: int
     large_few: bool
     expand_rows: Callable[[Array], Any]
-    multiply_codes: Callable[[Any, Array, Array], Array]
+    multiply_codes: Callable[[Any, Array, Any, Any], Array]
     dequantise: Callable[..., Array]
 
 
@@ -124,16 +124,16 @@ def add_products(
         left = code.expand_rows(rows.take(rows.first_few, FEW_ROWS, inputs))
         here = pl.ds(rows.first_few, FEW_ROWS)
         for codes, scales, total, _ in operands:
-            total[here, :] += code.multiply_codes(left, read_codes(codes, inputs), scales[of_groups, :])
+            total[here, :] += code.multiply_codes(left, read_codes(codes, inputs), scales, of_groups)
 
     def one_window(inputs: Any, of_groups: Any, window: Any = rows.low) -> None:
         for codes, scales, total, scratch in operands:
-            matrix = code.dequantise(read_codes(codes, inputs), scales[of_groups, :], scratch, dtype, bf16)
+            matrix = code.dequantise(read_codes(codes, inputs), scales, of_groups, scratch, dtype, bf16)
             multiply(window, inputs, matrix, total)
 
     def windows(inputs: Any, of_groups: Any) -> None:
         for codes, scales, total, scratch in operands:
-            scaled_ref[...] = code.dequantise(read_codes(codes, inputs), scales[of_groups, :], scratch, dtype, bf16)
+            scaled_ref[...] = code.dequantise(read_codes(codes, inputs), scales, of_groups, scratch, dtype, bf16)
             lax.fori_loop(
                 rows.low, rows.high, lambda j, _, total=total: multiply(j, inputs, scaled_ref[...], total), None
             )
@@ -177,9 +177,17 @@ def _dequantise(codes: Array, scales: Array, rows_ref: Any, dtype: Any, bf16: bo
     return product.reshape(K, N).astype(jnp.bfloat16).astype(dtype)
 
 
-def _dequantise_mxfp4(codes: Array, scales: Array, _: Any, dtype: Any, bf16: bool) -> Array:
-    return mxfp4_product.dequantise(codes, scales, dtype)
+def _multiply_int4(left: Any, codes: Array, scales: Any, groups: Any) -> Array:
+    return block_diagonal.multiply_codes(left, codes, scales[groups, :])
 
 
-INT4 = Code(1, False, block_diagonal.expand_rows, block_diagonal.multiply_codes, _dequantise)
+def _dequantise_int4(codes: Array, scales: Any, groups: Any, rows_ref: Any, dtype: Any, bf16: bool) -> Array:
+    return _dequantise(codes, scales[groups, :], rows_ref, dtype, bf16)
+
+
+def _dequantise_mxfp4(codes: Array, scales: Any, groups: Any, rows_ref: Any, dtype: Any, bf16: bool) -> Array:
+    return mxfp4_product.dequantise(codes, scales, groups, dtype)
+
+
+INT4 = Code(1, False, block_diagonal.expand_rows, _multiply_int4, _dequantise_int4)
 MXFP4 = Code(2, True, mxfp4_product.expand_rows, mxfp4_product.multiply_codes, _dequantise_mxfp4)

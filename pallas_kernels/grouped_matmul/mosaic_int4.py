@@ -182,8 +182,7 @@ def _call(
             scratch_shapes=[
                 pltpu.VMEM((tile.K_shared, tile.N), dtype),
                 *[accumulator] * len(weights),
-                *[pltpu.VMEM((K // GROUP_SIZE, tile.N), jnp.float32) if is_mxfp4 else scale_rows(tile, bf16)]
-                * len(weights),
+                *[mxfp4_product.scale_numbers(tile.N, K) if is_mxfp4 else scale_rows(tile, bf16)] * len(weights),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((blocks * tile.block, N), dtype),
@@ -219,7 +218,7 @@ def _kernel(
     scales = weights[1::2]
     if code is MXFP4:
         for stored, numbers in zip(scales, scale_scratch, strict=True):
-            numbers[...] = mxfp4_product.read_scales(stored[...])
+            mxfp4_product.read_scales(stored[...], numbers)
         scales = scale_scratch
     operands = tuple(map(MatrixOperand, weights[::2], scales, totals, scale_scratch))
     v = pl.program_id(1)
