@@ -48,6 +48,11 @@ class ClosingTokens:
         return {Place.OUTSIDE: [*first, *ids.values()], Place.STRING: inside, Place.ESCAPE: inside}
 
     @functools.cached_property
+    def beginnings(self) -> list[int]:
+        """The tokens with which an object, a list, and a name or a string begin."""
+        return [self._tok.encode(one, allow_special=False)[0] for one in '{["']
+
+    @functools.cached_property
     def openers(self) -> np.ndarray:
         """A mask of the tokens that begin an object, a list, a section or a call; uint32 [words / 32, rounded up]."""
         opens = np.zeros(-(-self._words // 32) * 32, bool)
@@ -107,7 +112,7 @@ class Closing:
         self._place = Place.OUTSIDE
         self._last_try = -1  # the token of a way out that was last taken where there was a choice
         self._next_measurement = 0
-        self._begun = self.shortened = False
+        self._near = self._begun = self.shortened = False
 
     def feed(self, tokens: Sequence[int]) -> None:
         """Takes tokens of the answer that came after its reasoning."""
@@ -120,7 +125,11 @@ class Closing:
         """
         left = self._max_tokens - position
         if not self._begun:
-            self._begun = left <= self._margin or self._measure(position, self._margin) is not None
+            self._begun = (
+                left <= self._margin
+                or self._measure(position, self._margin) is not None
+                or (self._near and self._leads_too_far(left))
+            )
             if not self._begun:
                 return mask
         if forced := self._matcher.compute_ff_tokens():  # (not taken in yet where logprobs are wanted)
@@ -148,20 +157,29 @@ class Closing:
         spare = 8 * _EVERY if way is None else left - len(way) - margin
         if spare <= 0:
             return way
+        self._near = spare < 2 * _EVERY
         # A token may open what takes several to close: a spare one is trusted to stand for an eighth of them.
         self._next_measurement = position + min(_EVERY, 1 + spare // 8)
         return None
 
-    def _way_out(self, most: int) -> list[int] | None:
+    def _leads_too_far(self, left: int) -> bool:
+        """Returns whether a token that the model may choose begins more than can be closed in `left` tokens."""
+        if self._place is not Place.OUTSIDE:
+            return False
+        begun = [token for token in self._tokens.beginnings if self._matcher.validate_tokens([token])]
+        return any((way := self._way_out(left, token)) is not None and len(way) > left for token in begun)
+
+    def _way_out(self, most: int, first: int | None = None) -> list[int] | None:
         """Returns tokens that end the form, or their beginning where `most` are not enough; None where none are found.
 
-        Where there is a choice it takes the lowest token above the last one so chosen: each has its turn, so that the
+        first: the token to begin with, if one is given. Where there is a choice it takes the lowest token above the last one so chosen: each has its turn, so that the
         letter that ends a pattern, or the kind of object that has no further one, is found.
         """
         matcher, place, way = self._matcher.deep_copy(), self._place, list[int]()
+        new = [] if first is None else [first]
         tries, last = 0, self._last_try
-        while not matcher.is_accepting() and len(way) - tries < most:
-            new = matcher.compute_ff_tokens()
+        while not matcher.is_accepting() and len(way) - tries <= most:
+            new = new or matcher.compute_ff_tokens()
             if not new:
                 token = self._tokens.closer(matcher, place)
                 if token is None:
@@ -175,6 +193,7 @@ class Closing:
                 return None
             place = self._tokens.place(place, new)
             way += new
+            new = []
         return way
 
 

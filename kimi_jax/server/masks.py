@@ -15,6 +15,7 @@ from kimi_jax.text.answer_states import Marker
 # Compiled grammars that are kept: clients send the same few tools and schemas again and again.
 _KEPT = 64
 
+
 class Masks:
     """Makes the mask providers of requests.
 
