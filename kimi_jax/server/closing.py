@@ -172,8 +172,9 @@ class Closing:
     def _way_out(self, most: int, first: int | None = None) -> list[int] | None:
         """Returns tokens that end the form, or their beginning where `most` are not enough; None where none are found.
 
-        first: the token to begin with, if one is given. Where there is a choice it takes the lowest token above the last one so chosen: each has its turn, so that the
-        letter that ends a pattern, or the kind of object that has no further one, is found.
+        first: the token to begin with, if one is given. Where there is a choice it takes the lowest token above the
+        last one so chosen: each has its turn, so that the letter that ends a pattern, or the kind of object that has
+        no further one, is found.
         """
         matcher, place, way = self._matcher.deep_copy(), self._place, list[int]()
         new = [] if first is None else [first]
