@@ -127,6 +127,10 @@ def _leaf(config: KimiConfig, path: tuple[str, ...], variable: nnx.Variable) -> 
     part, stored = _INT4.get(ending, (None, None))
     name = ".".join([*parents, ending if stored is None else stored.name])
     shape, dtype, axes = tuple(variable.shape), np.dtype(variable.dtype), variable.get_metadata()["axes"]
+    if ending == "A_log" and config.text.linear_attn is not None:
+        padded = config.text.linear_attn.stored_decays
+        if padded != shape[0]:
+            shape, axes = (padded,), (None,)
     if ".mlp.experts." not in name:
         return Leaf(name, shape, dtype, published_name(config, name), axes)
     pattern = published_name(config, name.replace(".experts.", ".experts.{}."))
