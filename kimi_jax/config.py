@@ -130,6 +130,12 @@ class TextConfig:
         return self.hidden_size if self.routed_expert_hidden_size is None else self.routed_expert_hidden_size
 
     @property
+    def snapshots(self) -> int:
+        """Returns the number of snapshots of the residual stream that the last layer reads."""
+        every = self.attn_res_block_size
+        return 0 if every is None else -(-self.num_hidden_layers // every)
+
+    @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Returns the token mixer of every layer, counted from 0."""
         kda = () if self.linear_attn is None else self.linear_attn.kda_layers
