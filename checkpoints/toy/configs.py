@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoints.published.quantization_config import int4
 from kimi_jax.config_json import preset_names
-from kimi_jax.families import text_fields
+from kimi_jax.families import family_of, text_fields
 
 TINY_VOCAB = 768
 SPECIAL_SLOTS = 256  # the last ids of a vocabulary
@@ -95,12 +95,22 @@ _K3 = {
         "projector_ln_eps": 1e-5, "text_hidden_size": 96,
     },
 }
-PREPROCESSOR = {"media_proc_cfg": {
+_K25_MEDIA = {
     "in_patch_limit": 16384, "patch_size": 14, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
     "merge_kernel_size": 2, "fixed_output_tokens": None, "patch_limit_on_one_side": 512,
     "in_patch_limit_each_frame": 4096, "in_patch_limit_video": None, "sample_fps": 2.0,
     "max_num_frames_each_video": None, "temporal_merge_kernel_size": 4, "timestamp_mode": "hh:mm:ss.fff",
-}}
+}
+_K3_MEDIA = {
+    "in_patch_limit": 65536, "patch_size": 14, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    "merge_kernel_size": 2, "fixed_output_tokens": None, "patch_limit_on_one_side": 512,
+    "in_patch_limit_each_frame": 16384, "sample_fps": 8.0, "temporal_merge_kernel_size": 4,
+    "transparent_bg_config": {
+        "pattern": "chessboard", "chessboard_square_size": 8, "chessboard_square_on_top_left": True,
+        "chessboard_white_value": 255, "chessboard_gray_value": 180,
+    },
+    "transparent_bg_fill_stage": "after_resize",
+}
 # fmt: on
 
 
@@ -143,6 +153,12 @@ def toy_config(like: str, **overrides: Any) -> dict[str, Any]:
         vision = config["vision_config"]
         vision.update(text_hidden_size=text["hidden_size"], mm_hidden_size=vision["vt_hidden_size"])
     return config
+
+
+def preprocessor(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the preprocessor_config.json of a model with vision, as its family publishes it."""
+    family = family_of(config)
+    return {"media_proc_cfg": deepcopy(_K3_MEDIA if family is not None and family.name == "k3" else _K25_MEDIA)}
 
 
 def cut_config(
