@@ -11,7 +11,7 @@ K3 = Family(
     title="Kimi K3",
     architectures=("KimiK3ForConditionalGeneration",),
     model_types=("kimi_k3",),
-    template="k3",
+    template="k2.5",
     config=ConfigSpelling(text_config="text_config", vision_config="vision_config"),
     tensors=TensorNames(prefix="language_model."),
 )

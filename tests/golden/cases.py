@@ -121,7 +121,8 @@ def checkpoint(name: str, folder: Path) -> Path:
 def two_layers(name: str, folder: Path) -> Path:
     """Writes a case's checkpoint without its later layers to `folder / name`: one layer is dense and one has experts.
 
-    Kimi Linear and Kimi K3 keep a KDA layer and an MLA layer, and Kimi K3 a snapshot before each. For tests that hold one way of running a model to another.
+    Kimi Linear and Kimi K3 keep a KDA layer and an MLA layer, Kimi K3 with a snapshot before each. For tests that hold
+    one way of running a model to another.
     """
     overrides = TOYS[name].overrides | {"num_hidden_layers": 2}
     if name == "kimi-linear":

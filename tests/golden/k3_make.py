@@ -1,4 +1,4 @@
-"""Makes k3.npz: what the float64 reference of k3_reference.py computes on the toy "k3" of cases.py. It needs NumPy alone.
+"""Makes k3.npz: what the float64 reference of k3_reference.py computes on the toy "k3" of cases.py. Needs no torch.
 
     PYTHONPATH=. python tests/golden/k3_make.py
 

@@ -45,8 +45,9 @@ def decode_mxfp4(packed: Array, scale: Array) -> Array:
 
 @dataclass
 class Trace:
-    """Holds what a run of a prompt showed: `prefix` after each layer and `snapshots` [t, d]; each layer's `experts` [t, j]
-    and the least difference `margin` between a chosen expert's score and one that was not; KDA states [h, k, v]."""
+    """Holds what a run of a prompt showed: `prefix` after each layer and `snapshots` [t, d]; each layer's `experts`
+    [t, j], and the least difference `margin` between a chosen expert's score and one that was not; KDA states
+    [h, k, v]."""
 
     prefix: list[Array] = field(default_factory=list)
     snapshots: list[Array] = field(default_factory=list)

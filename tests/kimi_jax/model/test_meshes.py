@@ -73,7 +73,8 @@ def check_messages(rows, most):
     hidden = BATCH * text.hidden_size * 4
     queries = part * heads // mesh.shape["sequence"] * (text.kv_lora_rank + text.qk_rope_head_dim) * 4
     sums = hidden if text.routed_expert_hidden_size is None else hidden + BATCH * text.expert_width * 4
-    largest = {"all-reduce": sums, "all-to-all": part * heads * (text.kv_lora_rank + 2) * 4, "all-gather": max(hidden, queries)}
+    partials = part * heads * (text.kv_lora_rank + 2) * 4
+    largest = {"all-reduce": sums, "all-to-all": partials, "all-gather": max(hidden, queries)}
     for kind, size in sent:
         assert size <= largest.get(kind, hidden), sent
     attending = text.layer_kinds.count("mla") if most == 5 else 0
