@@ -27,8 +27,10 @@ class YarnConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationConfig:
-    """INT4 weights in groups along the input dimension (compressed-tensors "pack-quantized", symmetric)."""
+    """Weights of four bits in groups along the input dimension: compressed-tensors' "pack-quantized" (symmetric INT4)
+    or "mxfp4-pack-quantized"."""
 
+    format: Literal["int4", "mxfp4"] = "int4"
     group_size: int = 32
     num_bits: int = 4
 

@@ -13,7 +13,7 @@ from zlib import crc32
 
 import numpy as np
 
-from checkpoints.published.numerics import BF16, F32, quantize_fp8, quantize_int4
+from checkpoints.published.numerics import BF16, F32, quantize_fp8, quantize_int4, quantize_mxfp4
 from checkpoints.published.quantization_config import FORMATS, Form, form_of
 from checkpoints.published.shards import TensorHeader
 from kimi_jax.families import FAMILIES, family_of, text_fields
@@ -70,6 +70,7 @@ class ToyWeight:
         arrays = {
             "bf16": lambda: (value.astype(self.dtype),),
             "fp8": lambda: quantize_fp8(value),
+            "mxfp4": lambda: quantize_mxfp4(value),
             "int4": lambda: (*quantize_int4(value), np.array(self.shape, np.int32)),
         }[self.form]()
         yield from zip((header.name for header in self.headers), arrays, strict=True)
@@ -229,6 +230,7 @@ def _vision(c: dict[str, Any]) -> Iterator[ToyWeight]:
 # The weights of each form: routed experts; every Linear of the text model but the router and the head.
 _STORED = {
     "int4": re.compile(r"\.experts\.\d+\."),
+    "mxfp4": re.compile(r"\.experts\.\d+\."),
     "fp8": re.compile(r"\.(self_attn|mlp|block_sparse_moe)\..*(proj|proj_with_mqa|w[123])\.weight$"),
 }
 
@@ -250,8 +252,8 @@ def weights(config: Mapping[str, Any]) -> Iterator[ToyWeight]:
 def published_tensors(config: Mapping[str, Any], seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
     """Yields each (name, array) of the checkpoint of `config` and `seed`, in file order and one weight at a time.
 
-    Arrays are bf16, float32 (K2's router bias, `A_log`, `dt_bias`), int32 (`weight_packed`, `weight_shape`), or e4m3
-    with float32 scales.
+    Arrays are bf16, float32 (K2's router bias, `A_log`, `dt_bias`), int32 or uint8 (`weight_packed`, `weight_scale`,
+    `weight_shape`), or e4m3 with float32 scales.
     """
     for weight in weights(config):
         yield from weight.published(seed)

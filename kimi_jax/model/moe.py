@@ -15,7 +15,7 @@ from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, Linear, Matrix
 from pallas_kernels import grouped_glu, grouped_matmul, mixture
 from pallas_kernels.activations import Activation, SituGated, find_activation
-from pallas_kernels.formats import Dense, Int4, Weight
+from pallas_kernels.formats import Dense, Int4, Mxfp4, Weight
 
 
 class MLP(nnx.Module):
@@ -75,7 +75,9 @@ class Router(nnx.Module):
 
 def expert_format(config: TextConfig) -> type[Weight]:
     """Returns the format of the routed experts."""
-    return Dense if config.quantization is None else Int4
+    if config.quantization is None:
+        return Dense
+    return Mxfp4 if config.quantization.format == "mxfp4" else Int4
 
 
 class Experts(nnx.Module):
