@@ -6,7 +6,7 @@ from copy import deepcopy
 from importlib import resources
 from typing import Any
 
-from checkpoints.published.quantization_config import int4
+from checkpoints.published.quantization_config import int4, mxfp4
 from kimi_jax.config_json import preset_names
 from kimi_jax.families import family_of, text_fields
 
@@ -14,6 +14,8 @@ TINY_VOCAB = 768
 SPECIAL_SLOTS = 256  # the last ids of a vocabulary
 # Kimi-K2.5's own list.
 _IGNORE = ("lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*")
+# Kimi K3's.
+_K3_IGNORE = (*_IGNORE[1:], "re:.*lm_head.*", "re:.*vision_tower.*", "re:.*mm_projector.*")
 
 # fmt: off
 _YARN = {
@@ -84,6 +86,7 @@ _K3 = {
         "hidden_act": "situ", "activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0,
         "attn_res_block_size": 2, "rms_norm_eps": 1e-5, "initializer_range": 0.02, "max_position_embeddings": 1048576,
         "num_nextn_predict_layers": 0, "use_cache": True, "tie_word_embeddings": False,
+        "quantization_config": mxfp4(_K3_IGNORE),
     },
     "vision_config": {
         "patch_size": 14, "init_pos_emb_height": 8, "init_pos_emb_width": 8, "init_pos_emb_time": 4,
