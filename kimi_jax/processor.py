@@ -95,7 +95,7 @@ class Processor:
             )
         folder = None if files is None else Path(files)
         sources = [(part.kind, part.source if own else media.from_message(part.source, folder)) for part in parts]
-        patches, grids, chunks = read_all(sources, self.media_config)
+        patches, grids, chunks, _ = read_all(sources, self.media_config)
         ids = chat.encode(
             self.tokenizer,
             messages,
