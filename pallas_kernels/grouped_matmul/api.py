@@ -137,7 +137,9 @@ def _two_products(
 
 
 def _dense_product(op: str, implementation: str | None, *arguments: Any) -> Array:
-    run, gradients = (choose(op, implementation, ways, *arguments) for ways in (_MATMUL[Dense], _GRADIENTS))
+    run = choose(op, implementation, _MATMUL[Dense], *arguments)
+    # There is no gradient's kernel for GPUs
+    gradients = choose(op, "xla" if implementation == "triton" else implementation, _GRADIENTS, *arguments)
 
     def backward(arrays: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
         return *gradients(*arrays, dy), *xla.no_gradient(*arrays[2:])

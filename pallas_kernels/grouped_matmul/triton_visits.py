@@ -29,9 +29,7 @@ def most_visits(tokens: int, groups: int, rows: int) -> int:
     return full + (tokens - full) // rows
 
 
-def group_visits(
-    starts: Int32[Array, "groups"], ends: Int32[Array, "groups"], tokens: int, rows: int
-) -> GroupVisits:
+def group_visits(starts: Int32[Array, "groups"], ends: Int32[Array, "groups"], tokens: int, rows: int) -> GroupVisits:
     """Lists the visits of groups with rows [start, end) of `tokens` in all, group by group."""
     groups = starts.shape[0]
     wanted = (ends - starts + (rows - 1)) // rows

@@ -5,7 +5,6 @@ and write its result at its place, so that no rows are sorted. A token's results
 some token chose are read once for up to 128 of their rows, and others not at all.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,10 +25,9 @@ def unsupported(
     x: Array, chosen: Array, weights: Array, gate: Weight, up: Weight, down: Weight, first: Array
 ) -> str | None:
     """Says why the kernels cannot take these shapes, dtypes and formats; None where they can."""
-    rows = jax.ShapeDtypeStruct((x.shape[0], math.prod(x.shape[1:])), x.dtype)
     if not chosen.size:
         return "no token has experts"
-    return grouped.unsupported(rows, gate) or grouped.unsupported(rows, down)
+    return grouped.unsupported(x, gate) or grouped.unsupported(x, down)
 
 
 def mixture(
