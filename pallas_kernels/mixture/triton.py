@@ -7,7 +7,6 @@ some token chose are read once for up to 128 of their rows, and others not at al
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
