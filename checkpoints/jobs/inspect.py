@@ -52,8 +52,9 @@ def _summary(kind: Kind, config: KimiConfig, leaves: Iterable[Leaf]) -> Summary:
     dtypes: Counter[str] = Counter()
     for leaf in leaves:
         parts[next(part for mark, part in _PARTS if mark in leaf.path)].append(leaf)
-        is_codes = leaf.weight is not None and leaf.weight.is_first and leaf.weight.format in PACKED
-        dtypes[leaf.weight.format.__name__.lower() if is_codes else leaf.dtype.name] += leaf.nbytes
+        part = leaf.weight
+        packed = part is not None and part.is_first and part.format in PACKED
+        dtypes[part.format.__name__.lower() if part and packed else leaf.dtype.name] += leaf.nbytes
     text = config.text
     layers = Counter(f"{mixer} + {'moe' if text.is_moe(i) else 'dense'}" for i, mixer in enumerate(text.layer_kinds))
     return Summary(
