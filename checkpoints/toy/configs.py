@@ -9,6 +9,8 @@ from typing import Any
 from checkpoints.published.quantization_config import int4, mxfp4
 from kimi_jax.config_json import preset_names
 from kimi_jax.families import family_of, text_fields
+from kimi_jax.families.k3 import K3
+from kimi_jax.text.tiny import K3_SLOTS, K25_SLOTS, Slots
 
 TINY_VOCAB = 768
 SPECIAL_SLOTS = 256  # the last ids of a vocabulary
@@ -160,8 +162,17 @@ def toy_config(like: str, **overrides: Any) -> dict[str, Any]:
 
 def preprocessor(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the preprocessor_config.json of a model with vision, as its family publishes it."""
+    return {"media_proc_cfg": deepcopy(_K3_MEDIA if _is_k3(config) else _K25_MEDIA)}
+
+
+def slots(config: Mapping[str, Any]) -> Slots:
+    """Returns the names of the special ids, as the family of `config` has them."""
+    return K3_SLOTS if _is_k3(config) else K25_SLOTS
+
+
+def _is_k3(config: Mapping[str, Any]) -> bool:
     family = family_of(config)
-    return {"media_proc_cfg": deepcopy(_K3_MEDIA if family is not None and family.name == "k3" else _K25_MEDIA)}
+    return family is not None and family.name == K3.name
 
 
 def cut_config(

@@ -15,7 +15,7 @@ from checkpoints.files.place import identity
 from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
 from checkpoints.published.spellings import open_published
 from checkpoints.stored.companions import copy_companions
-from checkpoints.toy.configs import SPECIAL_SLOTS, preprocessor
+from checkpoints.toy.configs import SPECIAL_SLOTS, preprocessor, slots
 from checkpoints.toy.draw import copy_blocks, draw_blocks
 from checkpoints.toy.weights import ToyWeight, weights
 from kimi_jax.families import text_fields
@@ -116,7 +116,7 @@ def _write_rest(folder: Path, config: Mapping[str, Any]) -> None:
     if "vision_config" in config:
         _write_json(folder / "preprocessor_config.json", preprocessor(config))
     if text["vocab_size"] >= 2 * SPECIAL_SLOTS:  # else there are not ids for all bytes
-        write_tiny_tokenizer(folder, base_ranks=text["vocab_size"] - SPECIAL_SLOTS)
+        write_tiny_tokenizer(folder, base_ranks=text["vocab_size"] - SPECIAL_SLOTS, slots=slots(config))
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

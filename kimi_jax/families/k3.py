@@ -11,7 +11,8 @@ K3 = Family(
     title="Kimi K3",
     architectures=("KimiK3ForConditionalGeneration",),
     model_types=("kimi_k3",),
-    template="k2.5",
+    template="k3",
+    stop_ids=(163585,),  # [EOS], beside <|end_of_msg|>, which the files name
     config=ConfigSpelling(text_config="text_config", vision_config="vision_config"),
     tensors=TensorNames(prefix="language_model."),
 )
