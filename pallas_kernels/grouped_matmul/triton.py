@@ -102,13 +102,8 @@ def multiply_visits(
     """
     N = weights[0].shape[1]
     tile = TILES[type(weights[0])].choose(weights[0], rows)
-
-    def kernel(*refs: Any) -> None:
-        _multiply(*refs, tile=tile, rows=rows, combine=combine)
-
-    kernel.__name__ = name  # which Triton takes for its own
     return pl.pallas_call(
-        kernel,
+        partial(_multiply, tile=tile, rows=rows, combine=combine),
         grid=(N // OUTPUTS, visits.group.shape[0]),
         in_specs=[pl.no_block_spec] * 7 + [spec for weight in weights for spec in tile.specs(weight)],
         out_shape=jax.ShapeDtypeStruct((target.shape[0], N), dtype),

@@ -144,7 +144,8 @@ def kda_step(
     Args:
       q, k: [B, H, Dk]; v: [B, H, Dv]; g: float32 [B, H, Dk]; beta: [B, H]; normalize_qk, scale: as in `kda`.
       state: float32 [B, H, Dk, Dv]. Donate it to the jitted step that calls this, and it stays in place.
-      implementation: "mosaic_tpu", "triton" (Dk a power of two, Dv a multiple of 32), "xla", or None for the best that the platform has.
+      implementation: "mosaic_tpu", "triton" (Dk a power of two, Dv a multiple of 32), "xla", or None for the best that
+        the platform has.
 
     Returns:
       o [B, H, Dv] in v's dtype and the new state. Differentiable with respect to q, k, v, g, beta and state.

@@ -16,14 +16,12 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 # Heads of a program (a matrix product has 16 rows at least), and tokens of a turn.
-FEWEST_HEADS, MOST_HEADS, MOST_TOKENS = 16, 32, 64
+FEWEST_HEADS, MOST_HEADS, MOST_TOKENS = 16, 32, 32
 # Programs that keep every multiprocessor of a large GPU busy, and the fewest tokens worth a program of their own.
 PROGRAMS, SHARE = 256, 256
 
 
-def unsupported(
-    q_latent: Array, q_rope: Array, cache: Array, page_table: Array, lengths: Array
-) -> str | None:
+def unsupported(q_latent: Array, q_rope: Array, cache: Array, page_table: Array, lengths: Array) -> str | None:
     """Says why the kernels cannot take these shapes and dtypes; None where they can."""
     latent, rope, page = q_latent.shape[-1], q_rope.shape[-1], cache.shape[2]
     if any(not _is_power_of_two(n) or n < 16 for n in (latent, rope, page)):
