@@ -107,7 +107,7 @@ def test_any_requests_in_any_order(seed, shape):
 
 
 def test_a_picture_in_one_shard_keeps_every_shard_to_one_piece():
-    """Of four prompts over two shards the second has a picture: its step has a piece of each shard, and no other."""
+    """The second of four prompts over two shards has a picture: its step has a piece of each shard, and no other."""
     run = Run(make_scheduler(pages=20, slots=2, shards=2, packed=2))
     prompts = [sequence(number, 40 + number, 2) for number in range(4)]
     prompts[1].media = (Placeholders(4, 8, b"a"),)
