@@ -17,6 +17,9 @@ from kimi_jax.text.answer_states import Marker
 # Tokens that closing may need beyond the measured ones, an eighth of an answer's at most: a model spells what it may
 # choose, a number or a name say, in its own way.
 MARGIN = 256
+# Lists and objects within one another with which a form is closed whatever is left: clients' parsers and validators
+# call themselves for each, and give up at some hundreds.
+DEEPEST = 64
 _EVERY = 64  # tokens between two measurements, fewer where the end is near
 # Tokens of a measurement that are no steps to the end, those of a string that needs a length or a pattern say: more are
 # not tried, which would take more than some 20 ms.
@@ -83,6 +86,11 @@ class ClosingTokens:
                     place = Place.ESCAPE
         return place
 
+    def count_ends(self, tokens: Sequence[int]) -> int:
+        """Counts the ends of lists and objects in tokens that have no strings but empty ones."""
+        data = b"".join(self._tok.encoding.decode_single_token_bytes(one) for one in tokens if one not in self._special)
+        return data.count(b"]") + data.count(b"}")
+
     def closer(self, matcher: Any, place: Place) -> int | None:
         """Returns the token that brings the form nearest to its end, None where the matcher takes no such token."""
         return next((token for token in self._closers[place] if matcher.validate_tokens([token])), None)
@@ -148,14 +156,14 @@ class Closing:
         return narrow
 
     def _measure(self, position: int, margin: int) -> list[int] | None:
-        """Returns the way out where no more than `margin` tokens would be left after it, None else and between
-        measurements."""
+        """Returns the way out where no more than `margin` tokens would be left after it, or the form is too deep; None
+        else and between measurements."""
         if position < self._next_measurement:
             return None
         left = self._max_tokens - position
         way = self._way_out(left)
         spare = 8 * _EVERY if way is None else left - len(way) - margin
-        if spare <= 0:
+        if spare <= 0 or (way is not None and self._tokens.count_ends(way) >= DEEPEST):
             return way
         self._near = spare < 2 * _EVERY
         # A token may open what takes several to close: a spare one is trusted to stand for an eighth of them.

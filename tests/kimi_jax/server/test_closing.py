@@ -6,7 +6,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from kimi_jax.server.closing import Place
+from kimi_jax.server.closing import DEEPEST, Place
 from kimi_jax.server.masks import Masks
 from kimi_jax.text import Tokenizer, chat
 from kimi_jax.text.grammar import write_grammar
@@ -67,7 +67,8 @@ def test_a_model_that_always_goes_deeper_is_led_out(masks, schema, max_tokens):
         max_tokens += 250  # the model's choice of a name costs what a level does, more than half of a small margin
     whole = members(["value"], value=schema) | {"$defs": schema["$defs"]}
     found, ids = answer(masks, whole, max_tokens, ["{", "[", '"', "c", "b", "n"])
-    assert len(ids) > 0.6 * max_tokens and len(json.dumps(found)) > 0.6 * max_tokens
+    text = json.dumps(found)
+    assert text.count("[") + text.count("{") >= DEEPEST or min(len(ids), len(text)) > 0.6 * max_tokens
 
 
 def test_a_form_is_closed_alike_where_each_token_is_a_step(masks):
@@ -107,3 +108,11 @@ def test_the_place_in_json_is_known(masks, text, place):
     for token in ids:
         found = masks.closing.place(found, [token])
     assert found == place
+
+
+@pytest.mark.parametrize("schema", [DEEP["with optional members"], DEEP["as lists"]], ids=["objects", "lists"])
+def test_a_form_is_no_deeper_than_validators_can_follow(masks, schema):
+    whole = members(["value"], value=schema) | {"$defs": schema["$defs"]}
+    found, ids = answer(masks, whole, 4096, ["{", "[", '"', "c"])
+    text = json.dumps(found)
+    assert DEEPEST <= text.count("[") + text.count("{") < 2 * DEEPEST + 8 and len(ids) < 2048
