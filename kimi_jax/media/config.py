@@ -78,7 +78,8 @@ def _chessboard(values: Any, name: str) -> Chessboard | None:
         raise ValueError(f"{where}.{printable(unknown[0], 60)} is not known, and could change patches")
     for field, kind in expected.items():
         value, least, most = values.get(field), int(field.endswith("_size")), 255
-        if type(value) is not kind or not least <= value <= most:
+        whole = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        if not (isinstance(value, bool) if kind is bool else whole):
             meant = "true or false" if kind is bool else f"a whole number from {least} to {most}"
             raise ValueError(f"{where}.{field} is {_shown(value)}, expected {meant}")
     return Chessboard(**{field: values[field] for field in expected})

@@ -131,7 +131,7 @@ def test_errors_name_the_file(tmp_path):
 
 
 def test_an_unknown_preset_lists_the_known():
-    with pytest.raises(ConfigError, match=r"kimi-k2, kimi-k2-thinking, kimi-k2\.5, kimi-linear-48b"):
+    with pytest.raises(ConfigError, match=r"kimi-k2, kimi-k2-thinking, kimi-k2\.5, kimi-k3, kimi-linear-48b"):
         preset("kimi-k9")
 
 

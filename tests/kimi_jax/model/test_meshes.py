@@ -94,7 +94,7 @@ def test_prefill_and_decoding_on_a_mesh(two_layer_checkpoint, single_device, pro
     down = model.model.layers[1].mlp.experts.down_proj
     of_heads = mesh.shape["tensor"] * mesh.shape["sequence"]
     for variable, axis, parts in (
-        (down.codes if name == "k2.5" else down.weight, 0, 8),
+        (down.weight if name == "kimi-linear" else down.codes, 0, 8),
         (attention.o_proj.weight, 1, of_heads),
         (attention.kv_b_proj.weight, 0, of_heads),
         (attention.kv_a_proj_with_mqa.weight, 0, of_heads),
