@@ -201,7 +201,8 @@ def _all_gather(out: Sharding) -> Callable[[jax.Array], jax.Array]:
 
 
 def _dense(array: jax.Array, to: jax.ShapeDtypeStruct, out: Sharding) -> jax.Array:
-    """Returns a stored floating-point leaf as the model has it: `A_log` [h], and the dtype asked for."""
+    """Returns a stored floating-point leaf as the model has it: `A_log` [h], which releases have as [1, 1, h, 1] or
+    padded at its end, and the dtype asked for."""
     if array.shape == to.shape and array.dtype == to.dtype:
         return array
     return _reshaped(out)(array, to.shape, to.dtype)
@@ -225,8 +226,15 @@ def _from_stored(make: Callable[..., Weight], keeps: bool, out: tuple[Sharding, 
 @functools.cache
 def _reshaped(out: Sharding) -> Any:
     return jax.jit(
-        lambda array, shape, dtype: array.reshape(shape).astype(dtype), static_argnums=(1, 2), out_shardings=out
+        lambda array, shape, dtype: _unpadded(array, math.prod(shape)).reshape(shape).astype(dtype),
+        static_argnums=(1, 2),
+        out_shardings=out,
     )
+
+
+def _unpadded(array: jax.Array, size: int) -> jax.Array:
+    """Returns the first `size` numbers of an array that has more, else the array itself."""
+    return array if array.size == size else array.reshape(-1)[:size]
 
 
 def _sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | None, rules: Rules) -> Sharding:

@@ -132,6 +132,10 @@ def _leaf(config: KimiConfig, path: tuple[str, ...], variable: nnx.Variable) -> 
     part, stored = _packed_part(ending, np.dtype(variable.dtype))
     name = ".".join([*parents, ending if stored is None else stored.name])
     shape, dtype, axes = tuple(variable.shape), np.dtype(variable.dtype), variable.get_metadata()["axes"]
+    if ending == "A_log" and config.text.linear_attn is not None:
+        padded = config.text.linear_attn.stored_decays
+        if padded != shape[0]:
+            shape, axes = (padded,), (None,)
     if ".mlp.experts." not in name:
         return Leaf(name, shape, dtype, published_name(config, name), axes)
     pattern = published_name(config, name.replace(".experts.", ".experts.{}."))

@@ -101,7 +101,8 @@ def quantize(weight: AnyArray) -> tuple[AnyArray, AnyArray]:
     # Halfway between two codes, the even one is taken.
     for i in range(len(_MAGNITUDES) - 1):
         halfway = float(_MAGNITUDES[i] + _MAGNITUDES[i + 1]) / 2
-        codes += quotients >= halfway if i % 2 else quotients > halfway
+        above = quotients >= halfway if i % 2 else quotients > halfway
+        codes += above.astype(xp.uint8)
     codes = codes.reshape(weight.shape)
     return codes[..., ::2] | codes[..., 1::2] << xp.uint8(4), scales.astype(xp.uint8)
 
