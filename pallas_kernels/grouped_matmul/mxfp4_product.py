@@ -53,7 +53,7 @@ def read_scales(scales: UInt8[Array, "K32 N"], numbers_ref: Any) -> None:
         numbers_ref[i] = numbers[:, i * LANES : (i + 1) * LANES]
 
 
-def expand_rows(x: Float[Array, "rows K"]) -> list[Float[Array, "copies*rows 128"]]:
+def expand_rows(x: Float[Array, "rows K"]) -> list[Float[Array, "expanded 128"]]:
     """Makes the left operands, one for each 128 inputs, from rows of bf16 values in the order of `order_inputs`."""
     native = chip().fp4
     place = lax.broadcasted_iota(jnp.int32, (x.shape[0], INPUTS), 1)
@@ -67,7 +67,7 @@ def expand_rows(x: Float[Array, "rows K"]) -> list[Float[Array, "copies*rows 128
 
 
 def multiply_codes(
-    left: list[Float[Array, "copies*rows 128"]], codes: UInt8[Array, "K2 N"], numbers_ref: Any, groups: Any
+    left: list[Float[Array, "expanded 128"]], codes: UInt8[Array, "K2 N"], numbers_ref: Any, groups: Any
 ) -> Float[Array, "rows N"]:
     """Multiplies the x that `left` was made from by code * scale; the scales are those of `groups` in scratch."""
     rows, N = left[0].shape[0] // COPIES, codes.shape[1]

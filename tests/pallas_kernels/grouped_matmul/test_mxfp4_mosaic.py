@@ -57,7 +57,9 @@ def decoding(request, monkeypatch):
         ([8, 5], 512, np.float32),
     ],
 )
-@pytest.mark.parametrize(("low", "high"), [(-100, -95), (95, 100)], ids=["tiny", "huge"])
+@pytest.mark.parametrize(
+    ("low", "high"), [pytest.param(-100, -95, marks=pytest.mark.slow), (95, 100)], ids=["tiny", "huge"]
+)
 def test_products_are_those_of_float64(sizes, K, dtype, low, high):
     form, numbers = weight(0, len(sizes), 128, K, low, high)
     x = rows(1, sum(sizes) + 2, K, dtype)
