@@ -107,8 +107,8 @@ def render(
     named in one warning.
     """
     options = {"thinking": thinking, "preserve_thinking": preserve_thinking}
-    asked = {"thinking_effort": thinking_effort, "tool_choice": tool_choice, "response_format": response_format}
-    asked |= {"image_sizes": image_sizes}
+    asked: dict[str, Any] = {"thinking_effort": thinking_effort, "tool_choice": tool_choice}
+    asked |= {"response_format": response_format, "image_sizes": image_sizes}
     segments = _segments(messages, tools, model, None, asked, add_generation_prompt=add_generation_prompt, **options)
     return "".join(segment.text for segment in segments)
 
@@ -155,8 +155,8 @@ def encode(
     from people's text.
     """
     options = {"thinking": thinking, "preserve_thinking": preserve_thinking}
-    asked = {"thinking_effort": thinking_effort, "tool_choice": tool_choice, "response_format": response_format}
-    asked |= {"image_sizes": image_sizes}
+    asked: dict[str, Any] = {"thinking_effort": thinking_effort, "tool_choice": tool_choice}
+    asked |= {"response_format": response_format, "image_sizes": image_sizes}
     segments = _segments(messages, tools, model, tok, asked, add_generation_prompt=add_generation_prompt, **options)
     is_xtml = model in templates.BUILT_IN and templates.BUILT_IN[str(model)].is_xtml
     ids: list[int] = []

@@ -219,7 +219,7 @@ def _kernel(
     if code is MXFP4:
         for stored, numbers in zip(scales, scale_scratch, strict=True):
             mxfp4_product.read_scales(stored[...], numbers)
-        scales = scale_scratch
+        scales = tuple(scale_scratch)
     operands = tuple(map(MatrixOperand, weights[::2], scales, totals, scale_scratch))
     v = pl.program_id(1)
     last_visit = v == count_ref[0] - 1

@@ -25,6 +25,7 @@ from pallas_kernels.grouped_matmul.int4_block_diagonal import COPIES, INPUTS
 from pallas_kernels.hardware import LANES, chip
 
 CHUNK = 64  # inputs whose bytes fill a register
+COLUMNS = 512  # outputs that few rows are multiplied by at a time: the partial sums of more spill
 _HALF = GROUP_SIZE // CODES_PER_BYTE
 # In each byte of a word: a code, shifted by one; a number that carries from bit 4 to 7; float8_e5m2's bits of a code.
 _CODES, _CARRY, _SIGNS_AND_MAGNITUDES = 0x1E1E1E1E, 0x70707070, 0x8E8E8E8E - 2**32
@@ -69,15 +70,20 @@ def multiply_codes(
     left: list[Float[Array, "copies*rows 128"]], codes: UInt8[Array, "K2 N"], numbers_ref: Any, groups: Any
 ) -> Float[Array, "rows N"]:
     """Multiplies the x that `left` was made from by code * scale; the scales are those of `groups` in scratch."""
-    rows = left[0].shape[0] // COPIES
-    total = jnp.zeros((rows, codes.shape[1]), jnp.float32)
-    for i, diagonal in enumerate(left):
-        matrix = _to_float8(codes[i * INPUTS // CODES_PER_BYTE : (i + 1) * INPUTS // CODES_PER_BYTE])
-        partial = lax.dot_general(diagonal, matrix, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        for copy in range(COPIES):
-            scale = _spread(numbers_ref, groups.start + i * COPIES + copy, rows)
-            total += partial[copy * rows : (copy + 1) * rows] * scale
-    return total
+    rows, N = left[0].shape[0] // COPIES, codes.shape[1]
+    totals = []
+    for first in range(0, N, COLUMNS):
+        columns = slice(first, min(first + COLUMNS, N))
+        total = jnp.zeros((rows, columns.stop - first), jnp.float32)
+        for i, diagonal in enumerate(left):
+            inputs = slice(i * INPUTS // CODES_PER_BYTE, (i + 1) * INPUTS // CODES_PER_BYTE)
+            matrix = _to_float8(codes[inputs, columns])
+            partial = lax.dot_general(diagonal, matrix, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            for copy in range(COPIES):
+                scale = _spread(numbers_ref, groups.start + i * COPIES + copy, rows, columns)
+                total += partial[copy * rows : (copy + 1) * rows] * scale
+        totals.append(total)
+    return jnp.concatenate(totals, axis=1)
 
 
 def dequantise(codes: UInt8[Array, "K2 N"], numbers_ref: Any, groups: Any, dtype: Any) -> Float[Array, "K N"]:
@@ -96,11 +102,12 @@ def dequantise(codes: UInt8[Array, "K2 N"], numbers_ref: Any, groups: Any, dtype
     return jnp.concatenate(parts).astype(jnp.bfloat16).astype(dtype)
 
 
-def _spread(numbers_ref: Any, group: Any, rows: int) -> Float[Array, "rows N"]:
-    """Returns a group's scales in each of `rows` rows."""
-    columns = range(numbers_ref.shape[0])
+def _spread(numbers_ref: Any, group: Any, rows: int, columns: slice | None = None) -> Float[Array, "rows N"]:
+    """Returns a group's scales, of all outputs or some, in each of `rows` rows."""
+    start, stop = (0, numbers_ref.shape[0] * LANES) if columns is None else (columns.start, columns.stop)
+    registers = range(start // LANES, stop // LANES)
     row = pl.ds(group, 1)
-    return jnp.concatenate([jnp.broadcast_to(numbers_ref[i, row], (rows, LANES)) for i in columns], axis=1)
+    return jnp.concatenate([jnp.broadcast_to(numbers_ref[i, row], (rows, LANES)) for i in registers], axis=1)
 
 
 def _to_float8(codes: UInt8[Array, "K2 N"]) -> Float[Array, "K N"]:

@@ -15,9 +15,11 @@ _DEQUANTIZED = Backend("xla", xla.dequantized_matmul)
 # By format; those that have no entry are dequantised.
 _BACKENDS: dict[type[Weight], tuple[Backend, ...]] = {
     Dense: (Backend("xla", xla.dense_matmul),),
-    formats.Int4: (Backend("mosaic_tpu", mosaic_int4.matmul, ("tpu",), mosaic_int4.unsupported), _DEQUANTIZED),
+    **dict.fromkeys(
+        (formats.Int4, formats.Mxfp4),
+        (Backend("mosaic_tpu", mosaic_int4.matmul, ("tpu",), mosaic_int4.unsupported), _DEQUANTIZED),
+    ),
 }
-_BACKENDS[formats.Mxfp4] = _BACKENDS[formats.Int4]
 
 
 @checks_arguments

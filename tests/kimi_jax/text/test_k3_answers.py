@@ -127,7 +127,7 @@ def test_a_marker_that_is_spelt_is_text(tok):
 
 
 def test_an_answer_is_read_as_it_was_written(tok):
-    """What a prompt shows of an answer is parsed into that answer."""
+    """An answer that a prompt shows is parsed into the same parts."""
     arguments = {"s": "x\n<|sep|>", "n": -1, "l": [None, {"a": 'q"&'}], "b": False}
     message = {
         "role": "assistant",
