@@ -112,8 +112,13 @@ def look(place: int) -> str:
     return f"Nothing at {place}."
 
 
-# Random weights write numbers of any length
-PLACES = {"type": "object", "properties": {"place": {"enum": list(range(10))}}, "required": ["place"]}
+# Random weights write numbers of any length, and fields of any name
+PLACES = {
+    "type": "object",
+    "properties": {"place": {"enum": list(range(10))}},
+    "required": ["place"],
+    "additionalProperties": False,
+}
 LOOK = agents.Tool("look", look.description, PLACES, look.run)
 
 
