@@ -4,7 +4,7 @@ Peaks and links are as cloud.google.com/tpu/docs publishes them (v5e, v5p, v6e, 
 lets a program use; `facts` agree with JAX's `pltpu.get_tpu_info`. Clocks are not published for all: v5e's follows from
 its 197 TFLOP/s, the others are assumed (+-30 % between chips; ratios on one chip are free of them).
 
-GPUs are listed for plans alone, since no kernel is written for one, with the numbers of NVIDIA's data sheets.
+GPUs have the numbers of NVIDIA's data sheets and architecture white papers.
 """
 
 from dataclasses import dataclass
@@ -93,6 +93,17 @@ CHIPS = {
 }
 
 
+class GpuFacts(NamedTuple):
+    """The facts that XLA compiles for: the name that the driver gives the GPU, its compute capability, number of
+    multiprocessors and boost clock (Hz), and the bytes of its second-level cache."""
+
+    description: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    clock: float
+    l2: int
+
+
 @dataclass(frozen=True)
 class Gpu:
     """A kind of GPU, which is one JAX device.
@@ -100,6 +111,7 @@ class Gpu:
     `memory` is the data sheet's (1 GB is 10^9 bytes: what a GPU has beyond that the driver and CUDA take), `hbm` in
     bytes/s, `bf16` in FLOP/s of dense products that are summed in float32, half the data sheet's where that counts
     sparse ones. It sends `links` bytes/s, half of the data sheet's NVLink, which counts both directions.
+    Programs are compiled for those with `facts` where they are not here.
     """
 
     name: str
@@ -107,19 +119,33 @@ class Gpu:
     hbm: float
     bf16: float
     links: float
+    facts: GpuFacts | None = None
     devices: ClassVar[int] = 1
     cores: ClassVar[int] = 1
 
 
-MIB = 2**20
 # Memory is what `nvidia-smi` shows as a device's total; the round numbers of data sheets are up to 8 % less.
 GPUS = {
     gpu.name: gpu
     for gpu in (
         # NVIDIA H100 Tensor Core GPU data sheet, SXM: 80 GB, 3.35 TB/s, 1,979 TFLOPS with sparsity, NVLink 900 GB/s
-        Gpu("h100", memory=81559 * MIB, hbm=3350e9, bf16=989.5e12, links=450e9),
+        Gpu(
+            "h100",
+            memory=81559 * MIB,
+            hbm=3350e9,
+            bf16=989.5e12,
+            links=450e9,
+            facts=GpuFacts("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98e9, 50 * MIB),
+        ),
         # NVIDIA H200 Tensor Core GPU data sheet, SXM: 141 GB, 4.8 TB/s, 1,979 TFLOPS with sparsity, NVLink 900 GB/s
-        Gpu("h200", memory=143771 * MIB, hbm=4800e9, bf16=989.5e12, links=450e9),
+        Gpu(
+            "h200",
+            memory=143771 * MIB,
+            hbm=4800e9,
+            bf16=989.5e12,
+            links=450e9,
+            facts=GpuFacts("NVIDIA H200", (9, 0), 132, 1.98e9, 50 * MIB),
+        ),
         # NVIDIA DGX B200 data sheet, eight GPUs: 1,440 GB, 64 TB/s, FP8 72 PFLOPS with sparsity (bf16 is half of FP8),
         # NVLink 14.4 TB/s
         Gpu("b200", memory=183359 * MIB, hbm=8000e9, bf16=2250e12, links=900e9),
@@ -127,7 +153,14 @@ GPUS = {
         Gpu("gb200", memory=189471 * MIB, hbm=8000e9, bf16=2500e12, links=900e9),
         # NVIDIA Ada GPU Architecture white paper, appendix A: 24 GB, 1,008 GB/s, 165.2 dense TFLOPS with sums in
         # float32; no NVLink, but PCI Express 4.0 with sixteen lanes, 32 GB/s each way
-        Gpu("rtx-4090", memory=24564 * MIB, hbm=1008e9, bf16=165.2e12, links=32e9),
+        Gpu(
+            "rtx-4090",
+            memory=24564 * MIB,
+            hbm=1008e9,
+            bf16=165.2e12,
+            links=32e9,
+            facts=GpuFacts("NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52e9, 72 * MIB),
+        ),
     )
 }
 # The shape of a vector register of any TPU, and of a float32 array's tiles in memory.

@@ -14,10 +14,11 @@ _PARTIAL = frozenset({"gather", "dynamic-slice", "slice"})
 def hbm_bytes(program: HloProgram) -> int:
     """Counts the bytes of one run of the entry computation; loops and branches in it count operands and results."""
     entry = program.computations[program.entry]
-    return sum(_moved(instruction, entry, program) for instruction in entry.values())
+    return sum(moved_bytes(instruction, entry, program) for instruction in entry.values())
 
 
-def _moved(instruction: Instruction, entry: dict[str, Instruction], program: HloProgram) -> int:
+def moved_bytes(instruction: Instruction, entry: dict[str, Instruction], program: HloProgram) -> int:
+    """Counts the bytes that one instruction of a computation reads and writes."""
     if instruction.op in FREE or instruction.op.endswith(("-done", "-update")):
         return 0
     made = nbytes(result(instruction), hbm_only=True)
@@ -32,10 +33,10 @@ def _moved(instruction: Instruction, entry: dict[str, Instruction], program: Hlo
         return (nbytes(slice_) if made else 0) + nbytes(slice_, hbm_only=True)
     if instruction.op in _PARTIAL:
         return made + min(made, nbytes(sources[0].shape, hbm_only=True))
-    return made + sum(_read(source, i, instruction, program) for i, source in enumerate(sources))
+    return made + sum(read_bytes(source, i, instruction, program) for i, source in enumerate(sources))
 
 
-def _read(source: Instruction, number: int, reader: Instruction, program: HloProgram) -> int:
+def read_bytes(source: Instruction, number: int, reader: Instruction, program: HloProgram) -> int:
     """Counts the bytes of its operand that an instruction reads: all, except where a fusion only picks some."""
     whole = nbytes(source.shape, hbm_only=True)
     if reader.op != "fusion" or not whole:

@@ -39,7 +39,7 @@ class Program:
         self.arrays, tree = jax.tree.flatten(params)
         self.placement: Sharding = model.model.embed_tokens.weight.get_value().sharding
         self.mesh = self.placement.mesh if isinstance(self.placement, NamedSharding) else None
-        self.jitted = _jitted(graph, tree, self.mesh)
+        self.jitted = _jitted(graph, tree, self.mesh, _compiler_options(self.placement))
         shape = {"data": 1, "sequence": 1} if self.mesh is None else self.mesh.shape
         self.data, self.sequence = shape["data"], shape["sequence"]
 
@@ -167,14 +167,21 @@ class Program:
 class _Jitted:
     """Holds the jitted functions of all models of one structure, one object for each: `jit` compares identities."""
 
-    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: Mesh | AbstractMesh | None):
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        tree: jax.tree_util.PyTreeDef,
+        mesh: Mesh | AbstractMesh | None,
+        compiler_options: tuple[tuple[str, int], ...],
+    ):
         self.graph, self.tree, self.partition = graph, tree, Partition(mesh)
         everywhere = counts = None
         if mesh is not None:
             everywhere = NamedSharding(mesh, PartitionSpec())
             counts = NamedSharding(mesh, _counts_spec(self.partition))
-        self.step: Any = jax.jit(self.run_and_choose, donate_argnames="cache", out_shardings=(None, everywhere))
-        self.logits: Any = jax.jit(self.run, donate_argnames="cache")
+        options: Any = {"donate_argnames": "cache", "compiler_options": dict(compiler_options)}
+        self.step: Any = jax.jit(self.run_and_choose, out_shardings=(None, everywhere), **options)
+        self.logits: Any = jax.jit(self.run, **options)
         self.copy_slots: Any = jax.jit(self.copy, donate_argnames="cache")
         self.count_tokens: Any = jax.jit(count_tokens, donate_argnames="counts", out_shardings=counts)
         self.set_counts: Any = jax.jit(_set_row, donate_argnames="array", out_shardings=counts)
@@ -219,6 +226,18 @@ def _set_row(array: jax.Array, number: jax.Array, row: jax.Array) -> jax.Array:
 
 
 _jitted = functools.lru_cache(maxsize=16)(_Jitted)
+
+
+def _compiler_options(placement: Sharding) -> tuple[tuple[str, int], ...]:
+    """Returns what a step for the placement's devices is compiled with.
+
+    For GPUs XLA makes one product of several with the same operand, for which it copies their weights side by side at
+    each step: a limit of no megabytes stops it.
+    """
+    # Shapes may be on an abstract mesh, which has no devices
+    devices = () if isinstance(getattr(placement, "mesh", None), AbstractMesh) else placement.device_set
+    on_gpus = any(device.platform in ("gpu", "cuda") for device in devices)
+    return (("xla_gpu_dot_merger_threshold_mb", 0),) if on_gpus else ()
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,19 +18,22 @@ from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, kn
 from pallas_kernels.dispatch import Backend, choose, differentiated_as, with_backward, with_gradient
 from pallas_kernels.formats import Dense, Weight, as_weight
 from pallas_kernels.formats.int4 import GROUP_SIZE, check_codes
-from pallas_kernels.grouped_matmul import dequantized, mosaic_gradients, mosaic_int4, mosaic_tpu, xla
+from pallas_kernels.grouped_matmul import dequantized, mosaic_gradients, mosaic_int4, mosaic_tpu, triton, xla
 
 Backends = tuple[Backend, ...]
 
+_TRITON = Backend("triton", triton.grouped_matmul, ("cuda",), triton.unsupported)
 # By format; those that have no entry are dequantised. (The last one also computes the gradient, save of dense weights.)
 _DEQUANTIZED = Backend("xla", dequantized.grouped_matmul)
 _MATMUL: dict[type[Weight], Backends] = {
     Dense: (
         Backend("mosaic_tpu", mosaic_tpu.grouped_matmul, ("tpu",), mosaic_tpu.unsupported),
+        _TRITON,
         Backend("xla", xla.grouped_matmul),
     ),
     formats.Int4: (
         Backend("mosaic_tpu", mosaic_int4.grouped_matmul, ("tpu",), mosaic_int4.unsupported),
+        _TRITON,
         _DEQUANTIZED,
     ),
 }
@@ -46,14 +49,16 @@ def _glu_backends(weight: type[Weight], activation: Callable[[Array, Array], Arr
     def backend(name: str, run: Callable[..., Any], *rest: Any) -> Backend:
         return Backend(name, partial(run, activation=activation), *rest)
 
+    on_gpus = backend("triton", triton.grouped_glu, ("cuda",), triton.unsupported)
     if weight is Dense:
         return (
             backend("mosaic_tpu", mosaic_tpu.grouped_glu, ("tpu",), mosaic_tpu.unsupported),
+            on_gpus,
             backend("xla", xla.grouped_glu),
         )
     plain = backend("xla", dequantized.grouped_glu)
     if weight is formats.Int4:
-        return backend("mosaic_tpu", mosaic_int4.grouped_glu, ("tpu",), mosaic_int4.unsupported), plain
+        return backend("mosaic_tpu", mosaic_int4.grouped_glu, ("tpu",), mosaic_int4.unsupported), on_gpus, plain
     return (plain,)
 
 
@@ -76,7 +81,8 @@ def grouped_matmul(
       group_sizes: int32 [groups], rows of every group, also of those on other devices; their sum is at most T.
       group_offset: `weights` are those of groups [group_offset, group_offset + E); None says that they are all groups'.
       implementation: "mosaic_tpu" (x bf16 or float32; dense N and K multiples of 128; `Int4` N a multiple of 128, K of
-        512 or at most 2048 and a multiple of 64), "xla", or None for the best that the platform has.
+        512 or at most 2048 and a multiple of 64), "triton" (x bf16 or float32; N a multiple of 64, dense K too), "xla",
+        or None for the best that the platform has.
 
     Returns:
       [T, N] in x's dtype, accumulated in float32. Rows of groups on other devices, and rows past the last group,
@@ -131,7 +137,9 @@ def _two_products(
 
 
 def _dense_product(op: str, implementation: str | None, *arguments: Any) -> Array:
-    run, gradients = (choose(op, implementation, ways, *arguments) for ways in (_MATMUL[Dense], _GRADIENTS))
+    run = choose(op, implementation, _MATMUL[Dense], *arguments)
+    # There is no gradient's kernel for GPUs
+    gradients = choose(op, "xla" if implementation == "triton" else implementation, _GRADIENTS, *arguments)
 
     def backward(arrays: tuple[Any, ...], dy: Array) -> tuple[Any, ...]:
         return *gradients(*arrays, dy), *xla.no_gradient(*arrays[2:])

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
 from pallas_kernels.dispatch import Backend, choose, with_gradient
-from pallas_kernels.kda import backward, mosaic_backward, mosaic_step, mosaic_tpu, xla
+from pallas_kernels.kda import backward, mosaic_backward, mosaic_step, mosaic_tpu, triton_step, xla
 
 # Below this many tokens the recurrence costs less than a chunk.
 _SHORT = 16
@@ -144,7 +144,8 @@ def kda_step(
     Args:
       q, k: [B, H, Dk]; v: [B, H, Dv]; g: float32 [B, H, Dk]; beta: [B, H]; normalize_qk, scale: as in `kda`.
       state: float32 [B, H, Dk, Dv]. Donate it to the jitted step that calls this, and it stays in place.
-      implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
+      implementation: "mosaic_tpu", "triton" (Dk a power of two, Dv a multiple of 32), "xla", or None for the best that
+        the platform has.
 
     Returns:
       o [B, H, Dv] in v's dtype and the new state. Differentiable with respect to q, k, v, g, beta and state.
@@ -163,6 +164,7 @@ def kda_step(
     plain = partial(xla.kda_step, **options)
     backends = (
         Backend("mosaic_tpu", partial(mosaic_step.kda_step, **options), ("tpu",), mosaic_step.unsupported),
+        Backend("triton", partial(triton_step.kda_step, **options), ("cuda",), triton_step.unsupported),
         Backend("xla", plain),
     )
     return with_gradient(choose(op, implementation, backends, *arrays), plain)(*arrays)

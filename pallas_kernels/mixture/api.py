@@ -17,7 +17,7 @@ from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, kn
 from pallas_kernels.dispatch import Backend, choose, with_gradient
 from pallas_kernels.formats import Weight
 from pallas_kernels.grouped_matmul.api import check_one_format, check_weight
-from pallas_kernels.mixture import mosaic_tpu, xla
+from pallas_kernels.mixture import mosaic_tpu, triton, xla
 
 
 @checks_arguments
@@ -50,8 +50,8 @@ def mixture(
         is made for E's share of the pairs of a token and an expert, and work is repeated where there are more.
       activation: a name of `activations.ACTIVATIONS`, or a hashable function of (gate x, up x).
       implementation: "mosaic_tpu" (x bf16 or float32, T at most 512, K 8192, and in float32 an eighth of the chip's
-        vector memory; dense K and N multiples of 128, `Int4` as in `grouped_matmul`), "xla", or None for the best that
-        the platform has.
+        vector memory; dense K and N multiples of 128, `Int4` as in `grouped_matmul`), "triton" (as in
+        `grouped_matmul`), "xla", or None for the best that the platform has.
 
     Returns:
       float32 of x's shape: products accumulated in float32, silu(gate x) * up x rounded to x's dtype between the two.
@@ -80,6 +80,12 @@ def mixture(
     grouped = "xla" if implementation == "xla" else None
     backends = (
         Backend("mosaic_tpu", partial(mosaic_tpu.mixture, activation=combine), ("tpu",), mosaic_tpu.unsupported),
+        Backend(
+            "triton",
+            partial(triton.mixture, activation=combine, num_experts=num_experts),
+            ("cuda",),
+            triton.unsupported,
+        ),
         Backend("xla", partial(xla.mixture, activation=combine, num_experts=num_experts, implementation=grouped)),
     )
     arguments = (x, jnp.asarray(chosen), jnp.asarray(weights), gate, up, down, jnp.asarray(first, jnp.int32))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
 from pallas_kernels.dispatch import Backend, choose
-from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu, mosaic_write, xla
+from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu, mosaic_write, triton, xla
 
 _WRITE = (
     Backend("mosaic_tpu", mosaic_write.mla_write, ("tpu",), mosaic_write.unsupported),
@@ -111,7 +111,7 @@ def mla_decode(
       page_table: int32 [B, max_pages]; entry i of a row is the page of that sequence's tokens [i * page, (i + 1) *
         page).
       lengths: int32 [B], tokens of each sequence, the newest included.
-      scale, return_lse, implementation: as in `mla_prefill`.
+      scale, return_lse, implementation: as in `mla_prefill`; there is also "triton" (L, R and page powers of two).
 
     Returns:
       [B, H, L] in q_latent's dtype (softmax and accumulation in float32), and with `return_lse` float32 [B, H]. A
@@ -138,6 +138,7 @@ def mla_decode(
     operands = tuple(map(jnp.asarray, (q_latent, q_rope, cache, page_table, lengths)))
     backends = (
         Backend("mosaic_tpu", partial(mosaic_tpu.mla_decode, scale=scale), ("tpu",), mosaic_tpu.unsupported),
+        Backend("triton", partial(triton.mla_decode, scale=scale), ("cuda",), triton.unsupported),
         Backend("xla", partial(xla.mla_decode, scale=scale)),
     )
     out, lse = choose(op, implementation, backends, *operands)(*operands)

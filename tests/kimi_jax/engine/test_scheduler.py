@@ -87,6 +87,8 @@ def test_any_requests_in_any_order(seed, shape):
         prefix = random.choice([0, 0, length // 2, length])
         asked.append(sequence(number, length, min(new, room - length), prefix, random.randrange(3)))
         asked[-1].boundaries = random.choice([None, (), (length // 2,)])
+        if length > 8 and random.random() < 0.2:
+            asked[-1].media = (Placeholders(4, 8, random.choice([b"a", b"b"])),)
         scheduler.add(asked[-1])
         for _ in range(random.choice([0, 1, 3, 30])):
             run.step()
@@ -102,6 +104,19 @@ def test_any_requests_in_any_order(seed, shape):
     assert len(run.ended) + len(cancelled) == 14
     for one in run.ended:
         assert one.tokens == whole_answer(one.tokens[: one.prompt], one.ends)
+
+
+def test_a_picture_in_one_shard_keeps_every_shard_to_one_piece():
+    """The second of four prompts over two shards has a picture: its step has a piece of each shard, and no other."""
+    run = Run(make_scheduler(pages=20, slots=2, shards=2, packed=2))
+    prompts = [sequence(number, 40 + number, 2) for number in range(4)]
+    prompts[1].media = (Placeholders(4, 8, b"a"),)
+    for prompt in prompts:
+        run.scheduler.add(prompt)
+    pieces = run.step().pieces
+    assert [piece.sequence for piece in pieces] == prompts[:2] and prompts[0].shard != prompts[1].shard
+    run.until_idle()
+    assert len(run.ended) == 4
 
 
 @pytest.mark.parametrize("places", [None, 24])

@@ -16,7 +16,7 @@ from pallas_kernels.kda.shapes import STEP, KdaStepShape
 
 RUN = {
     implementation: jax.jit(partial(kda_step, implementation=implementation))
-    for implementation in ("mosaic_tpu", "xla")
+    for implementation in ("mosaic_tpu", "triton", "xla")
 }
 
 

@@ -19,6 +19,7 @@ TOLERANCES = [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-3)]
 LATENT, ROPE, PAGE, HEADS, SCALE = 128, 16, 128, 3, 0.1
 DECODE = partial(mla_decode, scale=SCALE, return_lse=True, implementation="mosaic_tpu")
 DECODE_JIT = jax.jit(DECODE)
+DECODES = {"mosaic_tpu": DECODE_JIT, "triton": jax.jit(partial(DECODE, implementation="triton"))}
 WRITE_JIT = jax.jit(partial(mosaic_write.mla_write, interpret=True))
 
 
@@ -49,26 +50,29 @@ def expected_decode(arguments):
     return reference.mla_decode(*wide, *map(np.asarray, arguments[3:]), SCALE)
 
 
+@pytest.mark.parametrize("implementation", DECODES)
 @pytest.mark.parametrize("dtype,tolerance", TOLERANCES)
 @pytest.mark.parametrize("lengths,max_pages", [((1,), 1), ((0, 1300, 0, 128, 1024, 1, 200), 12), ((0, 0), 1)])
-def test_decode(lengths, max_pages, dtype, tolerance):
+def test_decode(lengths, max_pages, dtype, tolerance, implementation):
     arguments = paged(lengths, dtype, max_pages)
-    out, lse = DECODE_JIT(*arguments)
+    out, lse = DECODES[implementation](*arguments)
     expected, expected_lse = expected_decode(arguments)
     assert out.dtype == dtype and lse.dtype == jnp.float32
     assert relative_rmse(out, expected) <= tolerance
     np.testing.assert_allclose(lse, expected_lse, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", DECODES)
 @pytest.mark.parametrize("dtype,tolerance", TOLERANCES)
-def test_decode_of_two_halves_merged(dtype, tolerance):
+def test_decode_of_two_halves_merged(dtype, tolerance, implementation):
     # Given a sequence with half of its pages in one table, half in another
     arguments = paged((700,), dtype, max_pages=6)
     q_latent, q_rope, cache, table, _ = arguments
     halves = [(table[:, :3], 3 * PAGE), (table[:, 3:], 700 - 3 * PAGE)]
 
     # When attention runs over each half and the two are merged
-    parts = [DECODE_JIT(q_latent, q_rope, cache, rows, jnp.array([length], jnp.int32)) for rows, length in halves]
+    decode = DECODES[implementation]
+    parts = [decode(q_latent, q_rope, cache, rows, jnp.array([length], jnp.int32)) for rows, length in halves]
     out, lse = merge_partials(*parts)
 
     # Then it is the attention over the whole
