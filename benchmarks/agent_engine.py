@@ -109,7 +109,7 @@ def no_prefix_cache() -> Iterator[None]:
 @agents.tool
 def look(place: int) -> str:
     """Looks at one of ten places, 0 to 9."""
-    return f"Nothing at {place}."
+    return "no"
 
 
 # Random weights write numbers of any length, and fields of any name
