@@ -109,11 +109,16 @@ def no_prefix_cache() -> Iterator[None]:
 @agents.tool
 def look(place: int) -> str:
     """Looks at one of ten places, 0 to 9."""
-    return f"Nothing at {place}."
+    return "no"
 
 
-# Random weights write numbers of any length
-PLACES = {"type": "object", "properties": {"place": {"enum": list(range(10))}}, "required": ["place"]}
+# Random weights write numbers of any length, and fields of any name
+PLACES = {
+    "type": "object",
+    "properties": {"place": {"enum": list(range(10))}},
+    "required": ["place"],
+    "additionalProperties": False,
+}
 LOOK = agents.Tool("look", look.description, PLACES, look.run)
 
 

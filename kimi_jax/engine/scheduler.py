@@ -73,13 +73,13 @@ class Scheduler:
             sequence.pages.append(page)
         sequence.prefill, sequence.cuts, sequence.status = len(sequence.tokens), {}, Status.PREFILL
 
-    def finish(self, sequence: Sequence, *, sound: bool = True) -> None:
+    def finish(self, sequence: Sequence, *, sound: bool = True, ended: bool = False) -> None:
         """Ends a sequence, and frees what it has. `sound` is false where its numbers were not finite: nobody is to find
-        its pages."""
+        its pages. `ended` is true where the device ended it, so that steps on their way compute nothing of it."""
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         elif sequence.status in (Status.PREFILL, Status.DECODE):
-            self.shards[sequence.shard].release(sequence, sound=sound)
+            self.shards[sequence.shard].release(sequence, sound=sound, ended=ended)
         sequence.status = Status.DONE
 
     def has_prefix(self, sequence: Sequence) -> bool:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
 from pallas_kernels.dispatch import Backend, choose, with_gradient
-from pallas_kernels.kda import backward, mosaic_backward, mosaic_step, mosaic_tpu, triton_step, xla
+from pallas_kernels.kda import backward, mosaic_backward, mosaic_step, mosaic_tpu, triton, triton_step, xla
 
 # Below this many tokens the recurrence costs less than a chunk.
 _SHORT = 16
@@ -39,8 +39,7 @@ def kda(
 ) -> tuple[Any, ...]:
     """Returns outputs for T tokens and the state after them, exact for any gate, however strong.
 
-    States and arithmetic are float32, except that the TPU kernel rounds products' operands to bf16 if q, k and v are
-    bf16.
+    States and arithmetic are float32, except that the kernels round products' operands to bf16 if q, k and v are bf16.
 
     Args:
       q, k: [B, T, H, Dk]; v: [B, T, H, Dv]. q and k are used as given unless `normalize_qk` or `scale` ask otherwise.
@@ -58,7 +57,8 @@ def kda(
       return_state: False returns None for the final state. Packed rows without an `initial_state` then cost the "xla"
         implementation no more than rows of one segment, however many segments there are; a NaN in one segment may
         then reach others of its row.
-      implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
+      implementation: "mosaic_tpu", "triton" (Dk and Dv powers of two from 16 and 32), "xla", or None for the best that
+        the platform has.
 
     Returns:
       o [B, T, H, Dv] in v's dtype, the final state float32 [B, H, Dk, Dv] (packed: [B, num_segments, H, Dk, Dv]; a
@@ -107,10 +107,14 @@ def kda(
     chunked = partial(xla.chunked, outputs_only=outputs_only, **options)
     plain = partial(xla.recurrent, **options) if sizes["T"] <= _SHORT else chunked
     gradients = partial(backward.gradients, outputs_only=outputs_only, **options)
-    run, run_saving, run_backward = (
-        choose(op, implementation, _backends(*ways), *arguments)
+    on_gpus = Backend("triton", partial(triton.kda, **options), ("cuda",), triton.unsupported)
+    on_tpus, anywhere = _backends(kernel, plain)
+    run = choose(op, implementation, (on_tpus, on_gpus, anywhere), *arguments)
+    # There is no gradient's kernel for GPUs
+    of_gradient = "xla" if implementation == "triton" else implementation
+    run_saving, run_backward = (
+        choose(op, of_gradient, _backends(*ways), *arguments)
         for ways in (
-            (kernel, plain),
             (partial(kernel, visit_states=True), partial(chunked, chunk_states=True)),
             (partial(mosaic_backward.kda_backward, **options), gradients),
         )

@@ -6,6 +6,7 @@ from PIL import Image
 
 from kimi_jax import Processor
 from kimi_jax.config_json import preset
+from kimi_jax.model.splice import tokens_per_item
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +29,10 @@ def test_answers_end_at_either_stop_id(processor: Processor) -> None:
     # [EOS] too, which no file of the release names, in its vocabulary
     assert preset("kimi-k3").stop_ids == (163585, 163586)
     assert processor.config.stop_ids == (514,) and processor.template == "k3"
+
+
+def test_a_grid_beyond_the_limits_is_refused_in_one_line(processor: Processor) -> None:
+    assert tokens_per_item(np.array([[1, 512, 2], [4, 2, 512]]), processor.config).tolist() == [256, 256]
+    for grid in ([1, 514, 2], [1, 2, 514], [5, 2, 2], [1, 3, 2], [1, 0, 2]):
+        with pytest.raises(ValueError, match=r"^media grid \(t, h, w\) = .*patches, at most 512$"):
+            tokens_per_item(np.array([grid]), processor.config)

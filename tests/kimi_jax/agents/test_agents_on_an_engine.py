@@ -19,8 +19,8 @@ def model(request, two_layer_checkpoint, two_layer_model):
 def test_sub_agents_say_the_same_with_the_prefix_cache_and_without(model):
     found = compare(model, 3, 385)
     assert found["messages"] == 3 * 3
-    # The three pages that the first prompts share, and what each agent's own earlier messages fill
-    assert found["cached_share_first"] > 0.6 and found["cached_share_later"] > 0.6, found
+    # Three pages of first prompts, of 479 tokens, are shared; of later ones all but a result was computed
+    assert found["cached_share_first"] > 0.8 and found["cached_share_later"] > 0.85, found
 
 
 def test_runs_of_one_task_compute_its_pages_once(model):
