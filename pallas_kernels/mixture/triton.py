@@ -7,6 +7,7 @@ some token chose are read once for up to 128 of their rows, and others not at al
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,11 @@ def mixture(
     tokens, choices = chosen.shape
     rows = x.reshape(tokens, -1)
     size = max(1, BLOCK // choices)
-    options = {"activation": activation, "experts": num_experts or gate.shape[0], "interpret": interpret}
+    options: dict[str, Any] = {
+        "activation": activation,
+        "experts": num_experts or gate.shape[0],
+        "interpret": interpret,
+    }
     block = partial(_block, matrices=(gate, up, down), first=first, **options)
     if tokens <= size:
         return block(rows, chosen, weights).reshape(x.shape)
@@ -54,7 +59,7 @@ def mixture(
     # An expert that no device has
     padded = jnp.pad(rows, padding), jnp.pad(chosen, padding, constant_values=-1), jnp.pad(weights, padding)
     blocks = (array.reshape(-1, size, array.shape[1]) for array in padded)
-    y = jax.lax.map(lambda arrays: block(*arrays), tuple(blocks))
+    y = jax.lax.map(lambda arrays: block(arrays[0], arrays[1], arrays[2]), tuple(blocks))
     return y.reshape(-1, rows.shape[1])[:tokens].reshape(x.shape)
 
 
