@@ -7,7 +7,6 @@ some token chose are read once for up to 128 of their rows, and others not at al
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +46,14 @@ def mixture(
     tokens, choices = chosen.shape
     rows = x.reshape(tokens, -1)
     size = max(1, BLOCK // choices)
-    options: dict[str, Any] = {
-        "activation": activation,
-        "experts": num_experts or gate.shape[0],
-        "interpret": interpret,
-    }
-    block = partial(_block, matrices=(gate, up, down), first=first, **options)
+    block = partial(
+        _block,
+        matrices=(gate, up, down),
+        first=first,
+        activation=activation,
+        experts=num_experts or gate.shape[0],
+        interpret=interpret,
+    )
     if tokens <= size:
         return block(rows, chosen, weights).reshape(x.shape)
     padding = [(0, -tokens % size), (0, 0)]
@@ -67,9 +68,9 @@ def _block(
     x: Float[Array, "T K"],
     chosen: Int32[Array, "T J"],
     weights: Float32[Array, "T J"],
+    *,
     matrices: tuple[Weight, Weight, Weight],
     first: Int[Array, ""],
-    *,
     activation: Callable[[Array, Array], Array],
     experts: int,
     interpret: bool,
