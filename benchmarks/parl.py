@@ -17,7 +17,7 @@ import asyncio
 import dataclasses
 import functools
 import json
-import time
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,10 @@ class Orchestrator:
     def engine(self) -> Engine:
         """Returns an engine on the weights of this moment, as they would be published and loaded."""
         weights = self.trainer.model(self.state)
-        out = checkpoints.publish(weights, small.path("k25-digits"), self.folder / f"{time.monotonic_ns()}")
-        return Engine(checkpoints.load(out), slots=TASKS * GROUP, prefill_chunk=64, max_length=LENGTH)
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            out = checkpoints.publish(weights, small.path("k25-digits"), Path(scratch) / "published")
+            model = checkpoints.load(out)
+        return Engine(model, slots=TASKS * GROUP, prefill_chunk=64, max_length=LENGTH)
 
     def imitate(self, steps: int, seed: int) -> None:
         """Trains on conversations that call one at a time in four of five cases."""

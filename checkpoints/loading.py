@@ -3,7 +3,7 @@
 A source is opened (`open_source`). For each leaf, the byte ranges that this process's devices need are planned
 (`plan_reads`) and read, a bounded batch of leaves at a time. Of a shard that several processes replicate, each reads a
 part and the rest is all-gathered over the interconnect. On the device, stored weights become the model's: INT4 words
-the kernels' codes, FP8 blocks bf16.
+the kernels' codes, MXFP4 bytes theirs, FP8 blocks bf16.
 """
 
 import dataclasses
@@ -23,7 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from checkpoints.files.pipeline import Progress
 from checkpoints.files.place import Remote, locate
-from checkpoints.published.endings import is_scales
+from checkpoints.published.endings import bad_scales, is_scales
+from checkpoints.published.numerics import UINT8
+from checkpoints.published.safetensors import CheckpointError
 from checkpoints.stored.checks import run_share
 from checkpoints.stored.chunk_grid import Box
 from checkpoints.stored.folder import Converted
@@ -153,10 +155,16 @@ def _place(leaf: Leaf, sharding: Sharding) -> _Placement:
 
 
 def _read(source: Source, leaf: Leaf, placement: _Placement, pool: ThreadPoolExecutor) -> Mapping[Box, np.ndarray]:
-    """Reads the boxes of a leaf that this process's devices need."""
+    """Reads the boxes of a leaf that this process's devices need. Raises CheckpointError for a scale of MXFP4 that is
+    255."""
     reads = plan_reads(source, leaf, set(placement.boxes.values()))
     for _ in pool.map(reads.fill, reads.ranges):
         pass
+    if leaf.dtype == UINT8:  # (one pass over bytes; INT4's scales are not looked at)
+        for box, scales in reads.arrays.items():
+            if (bad := bad_scales(leaf.path, scales)) is not None:
+                name = leaf.pattern.format(box[0][0] + bad[0])
+                raise CheckpointError(f"{source.folder}: tensor {name} has a scale {bad[1]}")
     return reads.arrays
 
 
@@ -193,7 +201,8 @@ def _all_gather(out: Sharding) -> Callable[[jax.Array], jax.Array]:
 
 
 def _dense(array: jax.Array, to: jax.ShapeDtypeStruct, out: Sharding) -> jax.Array:
-    """Returns a stored floating-point leaf as the model has it: `A_log` [h], and the dtype asked for."""
+    """Returns a stored floating-point leaf as the model has it: `A_log` [h], which releases have as [1, 1, h, 1] or
+    padded at its end, and the dtype asked for."""
     if array.shape == to.shape and array.dtype == to.dtype:
         return array
     return _reshaped(out)(array, to.shape, to.dtype)
@@ -217,8 +226,15 @@ def _from_stored(make: Callable[..., Weight], keeps: bool, out: tuple[Sharding, 
 @functools.cache
 def _reshaped(out: Sharding) -> Any:
     return jax.jit(
-        lambda array, shape, dtype: array.reshape(shape).astype(dtype), static_argnums=(1, 2), out_shardings=out
+        lambda array, shape, dtype: _unpadded(array, math.prod(shape)).reshape(shape).astype(dtype),
+        static_argnums=(1, 2),
+        out_shardings=out,
     )
+
+
+def _unpadded(array: jax.Array, size: int) -> jax.Array:
+    """Returns the first `size` numbers of an array that has more, else the array itself."""
+    return array if array.size == size else array.reshape(-1)[:size]
 
 
 def _sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | None, rules: Rules) -> Sharding:

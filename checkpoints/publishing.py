@@ -12,14 +12,14 @@ import numpy as np
 from flax import nnx
 
 from checkpoints.files.new_folder import new_folder
-from checkpoints.published.endings import shape_name
+from checkpoints.published.endings import PACKED, shape_name
 from checkpoints.published.quantization_config import FORMATS, Form, describe_form, form_of
 from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
 from checkpoints.stored.companions import copy_companions
 from checkpoints.stored.names import Contents, Leaf, abstract_of_form, stored_leaves, variable_path, with_prefix
 from checkpoints.stored.source import open_source
 from kimi_jax.families import prefix_of
-from pallas_kernels.formats import Dense, Int4, Weight
+from pallas_kernels.formats import Dense, Weight
 
 # One shape in INT4 is published for every expert; compressed-tensors writes int32.
 _SHAPE_DTYPE = np.dtype(np.int32)
@@ -30,20 +30,20 @@ def publish(
 ) -> Path:
     """Writes a model's weights to a new `folder` as they would be published, and returns the folder.
 
-    Routed experts become INT4 by the rule of the releases (or stay bf16 with `form="bf16"`), all others bf16; the
-    router's correction bias, `A_log` and `dt_bias` stay float32. Names, config.json, tokenizer and other files are
-    those of the checkpoint in `like`. The folder appears whole or not at all.
+    Routed experts become INT4 by the rule of the releases, MXFP4 with `form="mxfp4"`, or stay bf16 with `form="bf16"`.
+    All others become bf16; the router's correction bias, `A_log` and `dt_bias` stay float32. Names, config.json,
+    tokenizer and other files are those of the checkpoint in `like`. The folder appears whole or not at all.
 
     Args:
-      params: the `nnx.State` of a `Kimi`, or a `Kimi`, with dense or INT4 experts, of which this process has every
+      params: the `nnx.State` of a `Kimi`, or a `Kimi`, with dense or packed experts, of which this process has every
         shard.
       like: the folder of the checkpoint that the model was made from, converted or published.
 
     Raises ValueError where the weights are not of the model in `like` or `form` is "fp8", FileExistsError for a folder
     that holds anything, and OSError naming the file where the disk is full.
     """
-    if form not in ("int4", "bf16"):
-        raise ValueError(f"publish: form is {form!r}, expected int4 or bf16")
+    if form not in ("int4", "mxfp4", "bf16"):
+        raise ValueError(f"publish: form is {form!r}, expected int4, mxfp4 or bf16")
     source = open_source(like)
     leaves = _leaves(source.contents, form)
     state = nnx.state(params) if isinstance(params, nnx.Module) else params
@@ -66,23 +66,23 @@ def _leaves(contents: Contents, form: Form) -> Sequence[Leaf]:
     formats = {leaf.weight.format for leaf in contents.leaves if leaf.weight is not None}
     if formats <= {Dense, FORMATS[form]} and FORMATS[form] in formats:
         return contents.leaves
-    words = [f"experts.{Int4.stored[0].name}"] if form == "int4" else []
+    packed = FORMATS[form] if FORMATS[form] in PACKED else None
     prefix = prefix_of(name for leaf in contents.leaves for name in leaf.names)
-    return [with_prefix(leaf, prefix) for leaf in stored_leaves(abstract_of_form(contents.config, words))]
+    return [with_prefix(leaf, prefix) for leaf in stored_leaves(abstract_of_form(contents.config, packed))]
 
 
 def _headers(leaf: Leaf) -> Iterator[TensorHeader]:
     shape = leaf.shape[1:] if leaf.stacked else leaf.shape
     for name in leaf.names:
         yield TensorHeader(name, leaf.dtype, shape)
-        if (beside := shape_name(name)) is not None:
+        if (beside := shape_name(name, leaf.dtype)) is not None:
             yield TensorHeader(beside, _SHAPE_DTYPE, (2,))
 
 
 def _tensors(leaf: Leaf, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     for name, one in zip(leaf.names, array if leaf.stacked else array[None], strict=True):
         yield name, one
-        if (beside := shape_name(name)) is not None:
+        if (beside := shape_name(name, leaf.dtype)) is not None:
             yield beside, np.array(leaf.weight_shape, _SHAPE_DTYPE)
 
 
@@ -98,17 +98,21 @@ def _stored(leaf: Leaf, arrays: Mapping[Any, jax.Array]) -> np.ndarray:
         if part.format is Dense:
             array = weight.dequantize(leaf.dtype)
         else:
-            quantized = weight if isinstance(weight, Int4) else Int4.from_dense(weight.dequantize())
+            quantized = weight if isinstance(weight, part.format) else part.format.from_dense(weight.dequantize())
             array = quantized.to_stored()[part.names.index(leaf.path)]
-    if array.size != math.prod(leaf.shape):  # (`A_log` is published as [H] or [1, 1, H, 1])
+    size = math.prod(leaf.shape)
+    if leaf.path.endswith(".A_log") and array.size < size:  # padded in releases with a bounded decay
+        array = jnp.pad(array, (0, size - array.size))
+    if array.size != size:  # (`A_log` is published as [H] or [1, 1, H, 1])
         raise ValueError(f"publish: {leaf.path} has shape {list(array.shape)}, expected {list(leaf.shape)}")
     return np.asarray(jnp.asarray(array, leaf.dtype)).reshape(leaf.shape)
 
 
 def _weight(stem: str, arrays: Mapping[Any, jax.Array]) -> Weight:
-    """Returns the weight that the parts of this stem hold, plain or in INT4."""
-    if variable_path(f"{stem}.{Int4.stored[0].name}") in arrays:
-        return Int4(*(_find(arrays, f"{stem}.{part.name}") for part in Int4.stored))
+    """Returns the weight that the parts of this stem hold, plain or packed."""
+    if variable_path(f"{stem}.{PACKED[0].stored[0].name}") in arrays:
+        packed = [_find(arrays, f"{stem}.{part.name}") for part in PACKED[0].stored]
+        return next(form(*packed) for form in PACKED if form.parts[0].dtype == packed[0].dtype)
     return Dense(_find(arrays, f"{stem}.{Dense.stored[0].name}"))
 
 

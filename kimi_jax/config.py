@@ -27,27 +27,53 @@ class YarnConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationConfig:
-    """INT4 weights in groups along the input dimension (compressed-tensors "pack-quantized", symmetric)."""
+    """Weights of four bits in groups along the input dimension: compressed-tensors' "pack-quantized" (symmetric INT4)
+    or "mxfp4-pack-quantized"."""
 
+    format: Literal["int4", "mxfp4"] = "int4"
     group_size: int = 32
     num_bits: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearAttnConfig:
-    """`linear_attn_config`: the layers of Kimi Delta Attention, counted from 1, and its heads."""
+    """`linear_attn_config`: the layers of Kimi Delta Attention, counted from 1, and its heads.
+
+    `gate_lower_bound` bounds the log-decay of a step from below, None leaves it unbounded. `use_full_rank_gate` makes
+    the output gate one matrix instead of two of low rank.
+    """
 
     kda_layers: tuple[int, ...]
     full_attn_layers: tuple[int, ...]
     num_heads: int
     head_dim: int
     short_conv_kernel_size: int
+    gate_lower_bound: float | None = None
+    use_full_rank_gate: bool = False
+
+    @property
+    def float32_weights(self) -> bool:
+        """Says whether the convolutions and the output norm are float32: in releases with a bounded decay they are."""
+        return self.gate_lower_bound is not None
+
+    @property
+    def stored_decays(self) -> int:
+        """Returns the length of a layer's `A_log` in a release: `num_heads`, in releases with a bounded decay padded to
+        the next power of two (128 for the 96 heads of Kimi K3)."""
+        return self.num_heads if self.gate_lower_bound is None else 1 << self.num_heads.bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The language model. `mla_inner_norm_eps` is the epsilon of MLA's two inner norms: 1e-6 in the reference code,
-    whatever `rms_norm_eps` is, unless config.json has another."""
+    """The language model.
+
+    mla_inner_norm_eps: the epsilon of MLA's two inner norms: 1e-6 in the reference code, whatever `rms_norm_eps` is,
+        unless config.json has another.
+    mla_use_output_gate: MLA's heads are multiplied by the sigmoid of a projection of the layer's input.
+    activation_situ_beta, activation_situ_linear_beta: the bounds of SiTU-GLU; without the first, layers have SwiGLU.
+    routed_expert_hidden_size: the width at which routed experts compute, None for `hidden_size`.
+    attn_res_block_size: the number of layers between two snapshots of the residual stream, None for plain residuals.
+    """
 
     model_type: str
     family: str
@@ -68,18 +94,23 @@ class TextConfig:
     q_lora_rank: int | None = None
     mla_inner_norm_eps: float = 1e-6
     mla_use_nope: bool = False
+    mla_use_output_gate: bool = False
     rope_theta: float = 10000.0
     rope_scaling: YarnConfig | None = None
     n_routed_experts: int = 0
     num_experts_per_tok: int = 0
     n_shared_experts: int = 0
     moe_intermediate_size: int = 0
+    routed_expert_hidden_size: int | None = None
     first_k_dense_replace: int = 0
     moe_layer_freq: int = 1
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    activation_situ_beta: float | None = None
+    activation_situ_linear_beta: float | None = None
+    attn_res_block_size: int | None = None
     num_nextn_predict_layers: int = 0
     initializer_range: float = 0.02
     dtype: str = "bfloat16"
@@ -96,6 +127,17 @@ class TextConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
+    def expert_width(self) -> int:
+        """Returns the width of the vectors that routed experts take and give."""
+        return self.hidden_size if self.routed_expert_hidden_size is None else self.routed_expert_hidden_size
+
+    @property
+    def snapshots(self) -> int:
+        """Returns the number of snapshots of the residual stream that the last layer reads."""
+        every = self.attn_res_block_size
+        return 0 if every is None else -(-self.num_hidden_layers // every)
+
+    @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Returns the token mixer of every layer, counted from 0."""
         kda = () if self.linear_attn is None else self.linear_attn.kda_layers
@@ -108,7 +150,13 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """MoonViT-3D and its projector, under the published names."""
+    """MoonViT-3D or MoonViT-V2 and its projector, under the published names.
+
+    qkv_hidden_size: the width of all heads' queries, None for `vt_hidden_size`.
+    norm_type, norm_eps: the tower's norms. `bias`: Linears and the patch embedding have biases.
+    mm_projector_type: "patchmerger" normalises each patch before its two Linears, "patchmergerv2" each token after
+        them, and has no biases. `projector_ln_eps` is the epsilon of that norm.
+    """
 
     patch_size: int
     vt_hidden_size: int
@@ -121,7 +169,18 @@ class VisionConfig:
     merge_kernel_size: tuple[int, int]
     mm_hidden_size: int
     text_hidden_size: int
+    qkv_hidden_size: int | None = None
+    pos_emb_interpolation_mode: Literal["bicubic", "bilinear"] = "bicubic"
+    norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    bias: bool = True
+    mm_projector_type: Literal["patchmerger", "patchmergerv2"] = "patchmerger"
     projector_ln_eps: float = 1e-5
+
+    @property
+    def attention_width(self) -> int:
+        """Returns the width of the queries of all heads."""
+        return self.vt_hidden_size if self.qkv_hidden_size is None else self.qkv_hidden_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from kimi_jax.axes import Float, Float32, Hidden, Int32, MediaTokens, Stream
+from kimi_jax.axes import Float, Float32, Hidden, Int32, MediaTokens
 from kimi_jax.model import rope
 from kimi_jax.model.block import Block, route_and_mix
 from kimi_jax.model.context import Context, KDAState
@@ -23,6 +23,7 @@ from kimi_jax.model.kda import KDA
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.mla import MLA
 from kimi_jax.model.moe import MoE
+from kimi_jax.model.residual import ResidualStream
 from kimi_jax.model.splice import Media, media_index
 from kimi_jax.model.token_ids import token_ids
 from kimi_jax.model.vision import VisionBlock
@@ -63,8 +64,8 @@ class Seen(NamedTuple):
 class Look:
     """Holds what a run showed, by the number of the layer; a layer that has no such part is not in its dictionary.
 
-    hidden: the residual stream after the layer, [b, t, d]. (`model.model.norm` of it through the head is the layer's
-        guess of the next token.)
+    hidden: the residual stream after the layer, [b, t, d], of one with snapshots its running sum. (`model.model.norm`
+        of it through the head is the layer's guess of the next token.)
     last: the vectors that the head makes logits of, after the final norm, [b, t, d].
     router: the choices of layers with routed experts.
     attention: the weights of MLA layers, float32 [b, h, t, t], rows are the tokens that attend; each row sums to 1.
@@ -132,22 +133,21 @@ def _run(
     router: dict[int, Routing] = {}
     attention: dict[int, jax.Array] = {}
     kda: dict[int, Memory] = {}
-    x = model.embed(tokens, index, embeds, layout)
+    x = ResidualStream(model.embed(tokens, index, embeds, layout))
     for number, block in enumerate(model.model.layers):
         wanted = what if number in layers else ()
-        h = block.input_layernorm(x)
+        h = block.mixer_input(x)
         if "attention" in wanted and isinstance(block.self_attn, MLA):
             attention[number] = _attention(block.self_attn, h, context)
         if "kda" in wanted and isinstance(block.self_attn, KDA):
             kda[number] = _memory(block.self_attn, h, context)
-        x = x + block.mix_tokens(x, context, None, layout)[0]
-        y, routing = _feed_forward(block, x, layout)
+        x, _ = block.mix_tokens(x, context, None, layout)
+        x, routing = _feed_forward(block, x, layout)
         if "router" in wanted and routing is not None:
             router[number] = routing
-        x = x + y
         if "hidden" in wanted:
-            hidden[number] = x
-    return hidden, model.model.norm(x), router, attention, kda
+            hidden[number] = x.prefix
+    return hidden, model.model.last_norm(x), router, attention, kda
 
 
 def _attention(mla: MLA, h: Hidden, context: Context) -> Float32[jax.Array, "b h t t"]:
@@ -177,15 +177,15 @@ def _memory(kda: KDA, h: Hidden, context: Context) -> Memory:
     return Memory(jnp.exp(g), beta, state.S)
 
 
-def _feed_forward(block: Block, x: Stream, layout: StreamLayout) -> tuple[Stream, Routing | None]:
-    """Computes the feed-forward part of the stream, and the choices by which it was computed."""
+def _feed_forward(block: Block, x: ResidualStream, layout: StreamLayout) -> tuple[ResidualStream, Routing | None]:
+    """Adds the feed-forward part to the stream, and returns the choices by which it was computed."""
     if not isinstance(block.mlp, MoE):
         return block.feed_forward(x, layout), None
-    h = block.post_attention_layernorm(x)
+    h = block.forward_input(x)
     y, chosen = route_and_mix(block.mlp, h, layout)
     _, weights = block.mlp.gate(layout.gather_all(h))  # (the compiler computes the gate once)
-    shape = (*x.shape[:2], -1)
-    return y, Routing(chosen.reshape(shape), weights.reshape(shape))
+    shape = (*h.shape[:2], -1)
+    return x.add(y), Routing(chosen.reshape(shape), weights.reshape(shape))
 
 
 def _look_at_media(model: Kimi, media: Media, layers: Sequence[int]) -> dict[int, Seen]:

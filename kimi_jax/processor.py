@@ -95,7 +95,7 @@ class Processor:
             )
         folder = None if files is None else Path(files)
         sources = [(part.kind, part.source if own else media.from_message(part.source, folder)) for part in parts]
-        patches, grids, chunks = read_all(sources, self.media_config)
+        patches, grids, chunks, sizes = read_all(sources, self.media_config)
         ids = chat.encode(
             self.tokenizer,
             messages,
@@ -104,6 +104,7 @@ class Processor:
             self.template,
             preserve_thinking=preserve_thinking,
             videos=chunks,
+            image_sizes=sizes,
         )
         ids = media.expand(ids, grids, placeholder_id=placeholder, merge_kernel_size=vision.merge_kernel_size[0])
         return Prompt(np.array([ids], np.int32), Media(patches, np.array(grids, np.int32)))

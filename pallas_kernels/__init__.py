@@ -9,6 +9,7 @@ that tests and benchmarks share).
 from pallas_kernels.formats import Dense as Dense
 from pallas_kernels.formats import Fp8 as Fp8
 from pallas_kernels.formats import Int4 as Int4
+from pallas_kernels.formats import Mxfp4 as Mxfp4
 from pallas_kernels.formats import Weight as Weight
 from pallas_kernels.formats.int4 import dequantize_int4 as dequantize_int4
 from pallas_kernels.formats.int4 import pack_int4 as pack_int4

@@ -5,10 +5,12 @@ kept by it. A function with parameters is best a frozen dataclass with `__call__
 program. Kernels call it with float32.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Activation = str | Callable[[Array, Array], Array]
@@ -22,6 +24,25 @@ def silu_gated(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Arra
 def gelu_gated(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
     """Computes gelu(gate) * up (arXiv 2002.05202), GELU by its approximation with tanh."""
     return jax.nn.gelu(gate, approximate=True) * up
+
+
+@dataclasses.dataclass(frozen=True)
+class SituGated:
+    """Computes beta * tanh(gate / beta) * sigmoid(gate) * squashed(up), Kimi K3's SiTU-GLU.
+
+    squashed(up) is linear_beta * tanh(up / linear_beta), or `up` itself where `linear_beta` is None. The values are
+    computed in float32 and cast once, to the dtype of `gate`. For small gates this is SwiGLU.
+    """
+
+    beta: float
+    linear_beta: float | None = None
+
+    def __call__(self, gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+        wide = jnp.promote_types(gate.dtype, jnp.float32)
+        g, u = gate.astype(wide), up.astype(wide)
+        if self.linear_beta is not None:
+            u = self.linear_beta * jnp.tanh(u / self.linear_beta)
+        return (self.beta * jnp.tanh(g / self.beta) * jax.nn.sigmoid(g) * u).astype(gate.dtype)
 
 
 # By the names that config.json files have for them (`hidden_act`).

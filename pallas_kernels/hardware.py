@@ -17,12 +17,14 @@ class ChipFacts(NamedTuple):
     """The facts that a kernel needs while it is traced for a chip.
 
     `bf16_vpu` tells whether the vector unit computes in bf16 (from v6e on), `vmem` is the bytes of a TensorCore's
-    vector memory, and `cores` the number of TensorCores that make a device and share its kernels.
+    vector memory, and `cores` the number of TensorCores that make a device and share its kernels. `fp4` tells whether
+    it converts float4_e2m1fn.
     """
 
     bf16_vpu: bool
     vmem: int
     cores: int
+    fp4: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ CHIPS = {
         ),
         Chip(
             "tpu7x",
-            ChipFacts(bf16_vpu=True, vmem=64 * MIB, cores=1),
+            ChipFacts(bf16_vpu=True, vmem=64 * MIB, cores=1, fp4=True),
             clock=2.2e9,
             hbm=3690e9,
             bf16=1153.5e12,
@@ -178,4 +180,4 @@ def chip() -> ChipFacts:
         info = pltpu.get_tpu_info()
     except ValueError:
         return CHIPS["v6e"].facts
-    return ChipFacts(info.generation >= 6, info.vmem_capacity_bytes, info.num_cores)
+    return ChipFacts(info.generation >= 6, info.vmem_capacity_bytes, info.num_cores, info.generation >= 7)

@@ -69,11 +69,11 @@ class StreamLayout:
         x = all_gather(all_gather(x, self.row_axes, axis=0), self.token_axes, axis=1)
         return x.reshape(-1, x.shape[-1])
 
-    def reduce_all(self, y: Float32[Array, "all d"], like: Array) -> Array:
-        """Sums all devices' partial results for `gather_all`'s tokens, into a stream shaped like `like`."""
+    def reduce_all(self, y: Float32[Array, "all width"], like: Array) -> Array:
+        """Sums all devices' partial results for `gather_all`'s tokens, into a stream like `like`, but as wide as y."""
         y = y.reshape(like.shape[0] * num_devices(self.row_axes), -1, y.shape[-1])
         y = reduce_scatter(reduce_scatter(y, self.row_axes, axis=0), self.token_axes, axis=1)
-        return all_reduce(y, self.copy_axes).reshape(like.shape).astype(like.dtype)
+        return all_reduce(y, self.copy_axes).reshape(*like.shape[:-1], -1).astype(like.dtype)
 
     def scatter_unique(self, x: Array) -> Array:
         """Gives every token of the stream to one device: this one's are [n, d], with zeros where tokens run out."""
@@ -123,8 +123,8 @@ class ReplicatedStream(StreamLayout):
     def gather_all(self, x: Array) -> Array:
         return x.reshape(-1, x.shape[-1])
 
-    def reduce_all(self, y: Float32[Array, "all d"], like: Array) -> Array:
-        return all_reduce(y, self.partition.mesh_axes).reshape(like.shape).astype(like.dtype)
+    def reduce_all(self, y: Float32[Array, "all width"], like: Array) -> Array:
+        return all_reduce(y, self.partition.mesh_axes).reshape(*like.shape[:-1], -1).astype(like.dtype)
 
 
 def choose_layout(partition: Partition, rows: int, tokens: int, width: int = 0, chosen: int = 0) -> StreamLayout:

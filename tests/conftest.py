@@ -88,6 +88,7 @@ LONGEST = (
 # Run in one process, one after another, since they compile the same programs
 TOGETHER = {
     "test_engine_sampling.py": "test_engine.py",
+    "test_agents_on_an_engine.py": "test_engine.py",
     "test_serve_command.py": "test_small_models.py",
 }
 

@@ -17,14 +17,14 @@ import numpy as np
 
 from checkpoints.forms.transform import SCRATCH_BYTES, transform
 from checkpoints.published import quantization_config
-from checkpoints.published.endings import is_scales
+from checkpoints.published.endings import PACKED, bad_scales, is_scales
 from checkpoints.published.numerics import BF16, BLOCK, F32, FP8, GROUP_SIZE
 from checkpoints.published.quantization_config import FORMATS, Form
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.stored.chunk_grid import chunk_grid
 from checkpoints.stored.names import Contents, Leaf, in_format, stored_leaves
 from kimi_jax.families import text_fields
-from pallas_kernels.formats import Dense, Fp8, Int4
+from pallas_kernels.formats import Dense
 
 Rest = Literal["bfloat16", "float32"]
 
@@ -83,7 +83,7 @@ def make_recipe(
     Without `experts`, these stay as published, except that FP8 becomes bf16. Without `dtype`, the others stay as
     published, except that FP8 becomes bf16 unless `experts="fp8"`. Parameters that a model of any dtype has in float32
     (the router's bias, `A_log`, `dt_bias`) are never narrowed. Raises CheckpointError where the experts' inputs do not
-    divide into groups of INT4.
+    divide into the groups of INT4 and MXFP4.
     """
     order = {name: i for i, name in enumerate(published.tensors)}
     kept = {leaf.path for leaf in stored_leaves(contents.model) if leaf.dtype == F32 and dtype != "float32"}
@@ -129,17 +129,17 @@ def _in_form(source: Sequence[Leaf], form: Form) -> tuple[Leaf, ...]:
     """Returns the leaves of the experts' weight `source` in another form."""
     first = source[0]
     assert first.weight is not None
-    if first.weight.format is Int4 and form == "int4":
+    if first.weight.format in PACKED and first.weight.format is FORMATS[form]:
         return tuple(source)
     *outer, out, in_ = first.weight.part.weight_shape(first.shape)
-    if form == "int4" and in_ % GROUP_SIZE:
-        raise CheckpointError(f"{first.pattern} has {in_} inputs, which are no groups of {GROUP_SIZE} for INT4")
+    if FORMATS[form] in PACKED and in_ % GROUP_SIZE:
+        raise CheckpointError(f"{first.pattern} has {in_} inputs, which are no groups of {GROUP_SIZE}")
     return in_format(replace(first, shape=(*outer, out, in_), dtype=BF16), FORMATS[form])
 
 
 def _described(config: Mapping[str, Any], leaves: Sequence[Leaf], dtype: Rest | None) -> dict[str, Any]:
     found = {leaf.weight.format for leaf in leaves if leaf.weight is not None}
-    form: Form = "int4" if Int4 in found else "fp8" if Fp8 in found else "bf16"
+    form = next(form for form, weight_format in FORMATS.items() if weight_format in found)
     plain = [leaf for leaf in leaves if leaf.weight and leaf.weight.format is Dense and len(leaf.shape) > 1]
     not_converted = [name.removesuffix(".weight") for leaf in plain for name in leaf.names]
     described = quantization_config.describe_form(config, form, not_converted)
@@ -217,8 +217,6 @@ def _finite(
 
 def _check(published: Published, reads: Sequence[RowRange], arrays: Sequence[np.ndarray]) -> None:
     for read, scales in zip(reads, arrays, strict=True):
-        if is_scales(read.name) and not (finite := np.isfinite(scales.astype(np.float32))).all():
-            row = read.start + int(np.argwhere(~finite)[0][0])
-            raise CheckpointError(
-                f"{published.tensors[read.name].file}: tensor {read.name} has a scale in row {row} that is not finite"
-            )
+        if (bad := bad_scales(read.name, scales)) is not None:
+            file = published.tensors[read.name].file
+            raise CheckpointError(f"{file}: tensor {read.name} has a scale in row {read.start + bad[0]} {bad[1]}")

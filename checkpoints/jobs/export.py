@@ -87,7 +87,7 @@ def export(
 
 def _tensors(chunk: ChunkFile) -> tuple[str, ...]:
     """Returns the tensors that are written of a chunk: its own and, after INT4 words, their shape."""
-    shape = shape_name(chunk.name)
+    shape = shape_name(chunk.name, chunk.grid.dtype)
     return (chunk.name,) if shape is None else (chunk.name, shape)
 
 

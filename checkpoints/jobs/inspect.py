@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from checkpoints.jobs.sizes import Kind, PartSizes, Summary
-from checkpoints.published.endings import is_scales, is_words
+from checkpoints.published.endings import PACKED, is_scales
 from checkpoints.stored.folder import Converted
 from checkpoints.stored.names import Leaf, stored_leaves
 from checkpoints.stored.source import open_source
@@ -21,7 +21,10 @@ _PARTS = (
     (".mlp.experts.", "routed experts"),
     (".mlp.shared_experts.", "shared experts"),
     (".mlp.gate.", "router"),
+    (".mlp.routed_expert_", "latent projections"),
     (".mlp.", "dense mlp"),
+    ("_res_norm.", "attention residuals"),
+    ("_res_proj.", "attention residuals"),
     ("norm.", "norms"),
     ("embed_tokens.", "embeddings"),
     ("lm_head.", "embeddings"),
@@ -49,7 +52,9 @@ def _summary(kind: Kind, config: KimiConfig, leaves: Iterable[Leaf]) -> Summary:
     dtypes: Counter[str] = Counter()
     for leaf in leaves:
         parts[next(part for mark, part in _PARTS if mark in leaf.path)].append(leaf)
-        dtypes["int4" if is_words(leaf.path) else leaf.dtype.name] += leaf.nbytes
+        part = leaf.weight
+        packed = part is not None and part.is_first and part.format in PACKED
+        dtypes[part.format.__name__.lower() if part and packed else leaf.dtype.name] += leaf.nbytes
     text = config.text
     layers = Counter(f"{mixer} + {'moe' if text.is_moe(i) else 'dense'}" for i, mixer in enumerate(text.layer_kinds))
     return Summary(

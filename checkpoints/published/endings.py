@@ -1,17 +1,22 @@
 """The tensors that hold a weight, by the endings of their names, which only the formats know.
 
-INT4 has words, scales and a shape; FP8 has e4m3 and scales; a plain weight is one tensor. The same endings are those of
-stored leaves.
+INT4 has words, scales and a shape; MXFP4 has bytes and scales; FP8 has e4m3 and scales; a plain weight is one tensor.
+The same endings are those of stored leaves.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from pallas_kernels.formats import Dense, Fp8, Int4, Part, Weight
+import numpy as np
+
+from pallas_kernels.formats import Dense, Fp8, Int4, Mxfp4, Part, Weight
+from pallas_kernels.formats.mxfp4 import NAN_SCALE
 
 # Those of one ending are told apart by dtype; a plain weight has any.
-_FORMATS: tuple[type[Weight], ...] = (Int4, Fp8, Dense)
+_FORMATS: tuple[type[Weight], ...] = (Int4, Mxfp4, Fp8, Dense)
 _SCALES = tuple(f".{part.name}" for weight_format in _FORMATS for part in weight_format.stored[1:])
-_WORDS = f".{Int4.stored[0].name}"
+# Formats of routed experts alone, which a model computes in.
+PACKED: tuple[type[Weight], ...] = (Int4, Mxfp4)
 
 
 class WeightPart(NamedTuple):
@@ -48,9 +53,10 @@ def weight_part(name: str, dtype: Any) -> WeightPart | None:
     return None
 
 
-def is_words(name: str) -> bool:
-    """Tells whether a tensor has INT4 words."""
-    return name.endswith(_WORDS)
+def packed_format(tensors: Iterable[tuple[str, Any]]) -> type[Weight] | None:
+    """Returns the packed format of the first of `tensors`, names with their dtypes, that has one; None for none."""
+    parts = (weight_part(name, dtype) for name, dtype in tensors)
+    return next((part.format for part in parts if part is not None and part.format in PACKED), None)
 
 
 def is_scales(name: str) -> bool:
@@ -58,9 +64,19 @@ def is_scales(name: str) -> bool:
     return name.endswith(_SCALES)
 
 
-def shape_name(name: str) -> str | None:
+def shape_name(name: str, dtype: Any) -> str | None:
     """Returns the name of the tensor beside INT4 words that says the weight's shape; None for other tensors."""
-    return f"{name.removesuffix(_WORDS)}.{Int4.stored_shape}" if is_words(name) else None
+    part = weight_part(name, dtype)
+    return f"{part.stem}.{part.format.stored_shape}" if part and part.is_first and part.format.stored_shape else None
+
+
+def bad_scales(name: str, scales: np.ndarray) -> tuple[int, str] | None:
+    """Returns the first row of scales with one that is no number, and words for it; None where all are finite."""
+    if scales.dtype == Mxfp4.stored[1].dtype:
+        bad, words = scales == NAN_SCALE, f"that is {NAN_SCALE}, which stands for NaN"
+    else:
+        bad, words = ~np.isfinite(scales.astype(np.float32)), "that is not finite"
+    return (int(np.argwhere(bad)[0][0]), words) if is_scales(name) and bad.any() else None
 
 
 def is_shape(name: str) -> bool:

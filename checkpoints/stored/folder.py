@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints.files.place import Place, Remote, locate
-from checkpoints.published.endings import shape_name
+from checkpoints.published.endings import packed_format, shape_name
 from checkpoints.published.safetensors import CheckpointError, Tensor
 from checkpoints.published.sizes import check_sizes
 from checkpoints.stored import manifest
@@ -60,7 +60,7 @@ class Converted:
         records = self.manifest.leaves
         config = config_json.from_folder(self.folder)
         check_sizes(config, {path: record.grid.shape for path, record in records.items()}, str(self.folder))
-        model = abstract_of_form(config, records)
+        model = abstract_of_form(config, packed_format((path, record.grid.dtype) for path, record in records.items()))
         leaves = with_fp8(stored_leaves(model), lambda leaf: leaf.path, records)
         expected = {leaf.path: leaf for leaf in leaves}
         if wrong := sorted(expected.keys() ^ records.keys()):
@@ -147,6 +147,6 @@ def _weight_shapes(record: LeafRecord) -> dict[str, np.ndarray]:
     """Returns what is published beside INT4 words, and stored in the manifest alone."""
     if record.weight_shape is None:
         return {}
-    pattern = shape_name(record.published)
+    pattern = shape_name(record.published, record.grid.dtype)
     assert pattern is not None
     return {pattern.format(expert): record.weight_shape for expert in range(record.grid.shape[0])}

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from checkpoints.files.place import Place, size
-from checkpoints.published.endings import is_words, shape_name
+from checkpoints.published.endings import shape_name
 from checkpoints.published.safetensors import DTYPES, CheckpointError, Published
 from checkpoints.stored.chunk_grid import ChunkGrid
 from checkpoints.stored.names import Leaf
@@ -76,7 +76,7 @@ def describe(
 
     def record(leaf: Leaf) -> dict[str, Any]:
         values = {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "published": leaf.pattern}
-        if name := shape_name(leaf.names[0]):
+        if name := shape_name(leaf.names[0], leaf.dtype):
             first = published.tensors.get(name)
             values |= {_SHAPE: list(leaf.weight_shape), f"{_SHAPE}_dtype": first.dtype.name if first else "int32"}
         grid = grids[leaf.path]
@@ -167,7 +167,7 @@ def _record(path: str, value: Any) -> LeafRecord:
 
 
 def _weight_shape(path: str, value: Mapping[str, Any], grid: ChunkGrid) -> np.ndarray | None:
-    if not is_words(path):
+    if shape_name(path, grid.dtype) is None:
         return None
     found, dtype = _numbers(path, _SHAPE, value[_SHAPE]), value[f"{_SHAPE}_dtype"]
     if len(grid.shape) != 3 or found != Int4.stored[0].weight_shape(grid.shape)[1:]:

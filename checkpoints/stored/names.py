@@ -1,7 +1,7 @@
 """Maps published tensor names to paths of the model's tree and back; `kimi_jax.families` has each family's rules.
 
 A *stored leaf* is what an Orbax checkpoint of ours holds: published words, shapes and orientation, with a layer's
-experts stacked on a leading axis. Its path is the tree's own, except that INT4 experts keep their published endings
+experts stacked on a leading axis. Its path is the tree's own, except that packed experts keep their published endings
 (`weight_packed`, `weight_scale`), since the tree's `codes` and `scales` are in the kernels' layout, and that an FP8
 `weight` has its `weight_scale_inv` beside it. What leaves a model has is read off the abstract model, so that there is
 one truth.
@@ -16,17 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from checkpoints.published.endings import WeightPart, is_words, shape_name, weight_part
+from checkpoints.published.endings import PACKED, WeightPart, packed_format, shape_name, weight_part
 from checkpoints.published.numerics import FP8
 from checkpoints.published.safetensors import CheckpointError, Published, Tensor
 from checkpoints.published.sizes import check_sizes
 from kimi_jax.config import KimiConfig, QuantizationConfig
 from kimi_jax.families import prefix_of, published_name
 from kimi_jax.model.kimi import Kimi, abstract
-from pallas_kernels.formats import Fp8, Int4, Weight
+from pallas_kernels.formats import Fp8, Int4, Mxfp4, Part, Weight
 
-# The parts of the model's INT4 weights, and the stored ones.
-_INT4 = {part.name: (part, stored) for part, stored in zip(Int4.parts, Int4.stored, strict=True)}
+# The parts of the model's packed weights, by name and dtype (of which INT4's scales may have any), and the stored ones.
+_PACKED = {
+    (part.name, part.dtype and np.dtype(part.dtype)): (part, stored)
+    for weight_format in PACKED
+    for part, stored in zip(weight_format.parts, weight_format.stored, strict=True)
+}
+_ENDINGS = {stored.name: part.name for part, stored in _PACKED.values()}
 _TEXT = ("model.", "lm_head.")
 _MTP = "eh_proj.weight"  # joins the last hidden state and the next token's embedding
 _FLOATS = ("bfloat16", "float32", "float16")
@@ -71,8 +76,8 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """The contents of a checkpoint: the abstract model that it fills (its experts are INT4 if the tensors are, whatever
-    config.json says), its leaves, and the published tensors that are `skipped`."""
+    """The contents of a checkpoint: the abstract model that it fills (its experts are packed as the tensors are,
+    whatever config.json says), its leaves, and the published tensors that are `skipped`."""
 
     model: Kimi
     leaves: tuple[Leaf, ...]
@@ -118,15 +123,19 @@ def in_format(leaf: Leaf, weight_format: type[Weight]) -> tuple[Leaf, ...]:
 def variable_path(path: str) -> tuple[str | int, ...]:
     """Returns the path, in the model's state, of the variable that the stored leaf at `path` fills."""
     stem, ending = path.rsplit(".", 1)
-    ending = {stored.name: part.name for part, stored in _INT4.values()}.get(ending, ending)
+    ending = _ENDINGS.get(ending, ending)
     return tuple(int(part) if part.isdecimal() else part for part in (*stem.split("."), ending))
 
 
 def _leaf(config: KimiConfig, path: tuple[str, ...], variable: nnx.Variable) -> Leaf:
     *parents, ending = path
-    part, stored = _INT4.get(ending, (None, None))
+    part, stored = _packed_part(ending, np.dtype(variable.dtype))
     name = ".".join([*parents, ending if stored is None else stored.name])
     shape, dtype, axes = tuple(variable.shape), np.dtype(variable.dtype), variable.get_metadata()["axes"]
+    if ending == "A_log" and config.text.linear_attn is not None:
+        padded = config.text.linear_attn.stored_decays
+        if padded != shape[0]:
+            shape, axes = (padded,), (None,)
     if ".mlp.experts." not in name:
         return Leaf(name, shape, dtype, published_name(config, name), axes)
     pattern = published_name(config, name.replace(".experts.", ".experts.{}."))
@@ -134,6 +143,10 @@ def _leaf(config: KimiConfig, path: tuple[str, ...], variable: nnx.Variable) -> 
         return Leaf(name, shape, dtype, pattern, axes)
     whole, whole_axes = part.weight_shape(shape), part.weight_axes(axes)
     return Leaf(name, stored.shape(whole), np.dtype(stored.dtype), pattern, stored.axes(whole_axes))
+
+
+def _packed_part(name: str, dtype: np.dtype) -> tuple[Part, Part] | tuple[None, None]:
+    return _PACKED.get((name, dtype)) or _PACKED.get((name, None)) or (None, None)
 
 
 def contents(config: KimiConfig, published: Published) -> Contents:
@@ -151,7 +164,7 @@ def contents(config: KimiConfig, published: Published) -> Contents:
     if skipped:
         warnings.warn(f"{published.folder}: {len(skipped)} tensors of MTP layers are left out", stacklevel=2)
     check_sizes(config, {name: tensor.shape for name, tensor in tensors.items()}, str(published.folder))
-    model = abstract_of_form(config, tensors)
+    model = abstract_of_form(config, packed_format((name, tensor.dtype) for name, tensor in tensors.items()))
     prefix = prefix_of(tensors)
     leaves = [with_prefix(leaf, prefix) for leaf in stored_leaves(model)]
     leaves = with_fp8(leaves, lambda leaf: leaf.names[0], tensors)
@@ -162,11 +175,11 @@ def contents(config: KimiConfig, published: Published) -> Contents:
     return Contents(model, tuple(leaves), skipped)
 
 
-def abstract_of_form(config: KimiConfig, names: Iterable[str]) -> Kimi:
-    """Returns the abstract bf16 model of `config`, its experts INT4 if `names` has packed tensors, dense if not."""
-    if not any(map(is_words, names)):
+def abstract_of_form(config: KimiConfig, packed: type[Weight] | None) -> Kimi:
+    """Returns the abstract bf16 model of `config`, its experts in the `packed` format, dense where it is None."""
+    if packed is None:
         return abstract(config.dense(), jnp.bfloat16)
-    quantization = config.text.quantization or QuantizationConfig()
+    quantization = QuantizationConfig(format="mxfp4" if packed is Mxfp4 else "int4")
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, quantization=quantization))
     return abstract(config, jnp.bfloat16)
 
@@ -216,7 +229,7 @@ def _mtp(config: KimiConfig, tensors: Mapping[str, Tensor], published: Published
 
 def _check_names(published: Published, leaves: list[Leaf], tensors: Mapping[str, Tensor]) -> None:
     expected = {name for leaf in leaves for name in leaf.names}
-    expected |= {shape for leaf in leaves if is_words(leaf.path) for shape in map(shape_name, leaf.names) if shape}
+    expected |= {shape for leaf in leaves for name in leaf.names if (shape := shape_name(name, leaf.dtype))}
     for kind, names in (
         ("are missing", expected - tensors.keys()),
         ("belong to no part of this model", tensors.keys() - expected),
@@ -240,7 +253,7 @@ def _check_tensors(leaf: Leaf, tensors: Mapping[str, Tensor]) -> Leaf:
 
 
 def _check_weight_shapes(leaf: Leaf, published: Published) -> None:
-    names = [shape for shape in map(shape_name, leaf.names) if shape]
+    names = [shape for name in leaf.names if (shape := shape_name(name, leaf.dtype))]
     for name in names:
         first = published.tensors[names[0]]
         tensor = published.tensors[name]

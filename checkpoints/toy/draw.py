@@ -13,7 +13,7 @@ from zlib import crc32
 
 import numpy as np
 
-from checkpoints.published.numerics import BF16, BLOCK, GROUP_SIZE, quantize_fp8
+from checkpoints.published.numerics import BF16, BLOCK, GROUP_SIZE, quantize_fp8, quantize_mxfp4
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.toy.weights import ToyWeight
 
@@ -43,7 +43,7 @@ def draw_blocks(weight: ToyWeight, seed: int) -> Iterator[Block]:
     """Yields the tensors of a random `weight`, in blocks of rows, from a generator seeded by (seed, crc32(name))."""
     bits = np.random.SFC64([seed, crc32(weight.name.encode())])
     first, *rest = weight.headers
-    if weight.name.endswith((".A_log", ".dt_bias")):
+    if weight.draw != "normal":
         yield first.name, 0, weight.float64(seed).astype(weight.dtype)
         return
     for start, stop in _blocks(weight.shape):
@@ -57,6 +57,9 @@ def draw_blocks(weight: ToyWeight, seed: int) -> Iterator[Block]:
         values += weight.mean
         if weight.form == "bf16":
             yield first.name, start, values.astype(weight.dtype)
+        elif weight.form == "mxfp4":
+            for header, rows in zip(weight.headers, quantize_mxfp4(values), strict=True):
+                yield header.name, start, rows
         else:
             e4m3, scale = quantize_fp8(values)
             yield first.name, start, e4m3

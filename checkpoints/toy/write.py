@@ -15,7 +15,7 @@ from checkpoints.files.place import identity
 from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader, split_into_shards
 from checkpoints.published.spellings import open_published
 from checkpoints.stored.companions import copy_companions
-from checkpoints.toy.configs import PREPROCESSOR, SPECIAL_SLOTS
+from checkpoints.toy.configs import SPECIAL_SLOTS, preprocessor, slots
 from checkpoints.toy.draw import copy_blocks, draw_blocks
 from checkpoints.toy.weights import ToyWeight, weights
 from kimi_jax.families import text_fields
@@ -114,9 +114,9 @@ def _write_rest(folder: Path, config: Mapping[str, Any]) -> None:
     longest = text["model_max_length" if "model_max_length" in text else "max_position_embeddings"]
     _write_json(folder / "generation_config.json", {"eos_token_id": im_end, "max_length": longest})
     if "vision_config" in config:
-        _write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+        _write_json(folder / "preprocessor_config.json", preprocessor(config))
     if text["vocab_size"] >= 2 * SPECIAL_SLOTS:  # else there are not ids for all bytes
-        write_tiny_tokenizer(folder, base_ranks=text["vocab_size"] - SPECIAL_SLOTS)
+        write_tiny_tokenizer(folder, base_ranks=text["vocab_size"] - SPECIAL_SLOTS, slots=slots(config))
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from kimi_jax.agents.model import Call, ContextLengthError, Message, Mode, Reply
 
 if TYPE_CHECKING:
     from kimi_jax.engine import Engine
+    from kimi_jax.engine.mask_provider import MaskProvider
     from kimi_jax.processor import Processor, Prompt
     from kimi_jax.runtime.sampling import Sampling
 
@@ -64,12 +65,14 @@ class EngineModel:
         sampling = Sampling.recommended(thinking) if self.sampling is None else self.sampling[mode]
         if seed is None:
             seed, self.seed = self.seed, self.seed + 1
+        max_tokens = min(max_tokens, longest - len(ids))
         request = Request(
             ids,
-            max_new_tokens=min(max_tokens, longest - len(ids)),
+            max_new_tokens=max_tokens,
             sampling=sampling,
             seed=seed,
             media=prompt.media,
+            mask_provider=self.mask_provider(messages, tools, thinking=thinking, max_tokens=max_tokens),
         )
         await self._wait_for_siblings(ids)
         stream = self.engine.submit(request)
@@ -91,6 +94,13 @@ class EngineModel:
         calls = tuple(Call(one["id"], **one["function"]) for one in parsed.tool_calls)
         usage = Usage(event.usage.prompt_tokens, event.usage.cached_tokens, event.usage.completion_tokens)
         return Reply(parsed.content, parsed.reasoning, calls, usage, parsed.finish_reason)
+
+    def mask_provider(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, thinking: bool, max_tokens: int
+    ) -> "MaskProvider | None":
+        """Returns a new provider of masks for the answer to a prompt, for a subclass that holds answers to a form; None
+        allows all tokens."""
+        return None
 
     def measure(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, mode: Mode, last: Usage

@@ -34,13 +34,13 @@ def draw(found: Timeline, path: Path, title: str) -> None:
         color = PATH if marked else STEP
         axes.broken_barh([_bar(step) for step in agent.steps], (row - 0.34, 0.68), color=color, ec="white", lw=0.4)
     axes.set_yticks(range(len(shown)), [agent.name for agent in shown], fontsize=8)
-    for label, agent in zip(axes.get_yticklabels(), shown, strict=True):
-        label.set_color(PATH if agent.name in critical else INK)
-        label.set_parse_math(False)  # a name is no formula
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, max(agent.end for agent in agents) * 1.01 or 1)
     axes.set_xlabel("seconds", color=MUTED)
     axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, length=0)
+    for label, agent in zip(axes.get_yticklabels(), shown, strict=True):
+        label.set_color(PATH if agent.name in critical else INK)
+        label.set_parse_math(False)  # a name is no formula
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", color="#e6e8eb", lw=0.6)
     axes.set_axisbelow(True)

@@ -12,13 +12,14 @@ from kimi_jax.agents.model import TEMPERATURE, TOP_P, BusyError, Call, ContextLe
 class OpenAIModel:
     """Asks `model` of the server behind `client`, by streaming.
 
-    context_length: the tokens of a prompt and its answer; None is unknown, and then the server alone says what is too
-        long.
+    context_length: the tokens of a prompt and its answer. None reads it from the server's list of models before the
+        first answer (`max_model_len` or `context_length`); where that has none, the server alone says what is too long.
     """
 
     def __init__(self, client: openai.AsyncOpenAI, model: str, *, context_length: int | None = None):
         self.client, self.model, self.context_length = client, model, context_length
         host = client.base_url.host
+        self._knows_length = context_length is not None
         self._moonshot = host.endswith((".moonshot.ai", ".moonshot.cn"))
 
     @classmethod
@@ -43,8 +44,13 @@ class OpenAIModel:
         Raises ContextLengthError, BusyError (status 408, 409, 429, 5xx, or no connection), and otherwise what the
         client raises.
         """
+        if not self._knows_length:
+            self._knows_length = True
+            self.context_length = await self._served_length()
         sent = [self._with_reasoning(message) for message in messages] if self._moonshot else list(messages)
         request: dict[str, Any] = {"model": self.model, "messages": sent, "max_tokens": max_tokens}
+        if self.context_length is not None and max_tokens > self.context_length // 2:
+            del request["max_tokens"]  # servers refuse more than what the prompt leaves, and give that much without it
         request |= {"temperature": TEMPERATURE[mode], "top_p": TOP_P, "extra_body": self._switch(mode)}
         if tools:
             request["tools"] = list(tools)
@@ -77,6 +83,19 @@ class OpenAIModel:
         if self.context_length is None or not last.prompt:
             return None
         return last.prompt + last.completion, self.context_length
+
+    async def _served_length(self) -> int | None:
+        """Returns the context length that the server's list of models has for this one; None where it has none, or
+        there is no such list."""
+        try:
+            async for one in self.client.with_options(max_retries=0).models.list():
+                if getattr(one, "id", None) == self.model:
+                    found = one.model_extra or {}
+                    length = found.get("max_model_len", found.get("context_length"))
+                    return length if isinstance(length, int) and length > 0 else None
+        except (openai.OpenAIError, httpx.TransportError):  # what is wrong with the server, the first answer says
+            return None
+        return None
 
     def _switch(self, mode: Mode) -> dict[str, Any]:
         """Returns the field by which the server turns thinking on and off."""

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 from kimi_jax import json_reader
 from kimi_jax.printable import printable
 
-FORMS = ("int4", "fp8", "bf16")
+FORMS = ("int4", "mxfp4", "fp8", "bf16")
 INT32_MAX = 2**31 - 1
 SEED_MAX = 2**32 - 1  # the largest seed of `jax.random.key`
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--like",
         type=preset,
         metavar="NAME",
-        help="model to resemble, with random weights: k2, k2-thinking, k2.5 or kimi-linear",
+        help="model to resemble, with random weights: k2, k2-thinking, k2.5, k3 or kimi-linear",
     )
     weights.add_argument(
         "--from", dest="source", type=place, metavar="FOLDER", help="published folder or URL to copy weights from"

@@ -83,7 +83,7 @@ NEUTRAL_SAMPLING: Mapping[str, tuple[Any, ...]] = {
 
 # Keys that ask for a model that is not built here, with the values that do not; () means that every value does.
 ONLY_TEXT: Mapping[str, tuple[Any, ...]] = {
-    "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "hidden_act": ("silu",), "mlp_bias": (False,),
+    "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "mlp_bias": (False,),
     "attention_bias": (False,), "tie_word_embeddings": (False,), "rope_interleave": (True,), "lm_head_bias": (False,),
     "partial_rotary_factor": (1.0,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
     "pruned_heads": ({},), "sliding_window": (), "use_sliding_window": (False,), "attention_chunk_size": (),
@@ -91,18 +91,12 @@ ONLY_TEXT: Mapping[str, tuple[Any, ...]] = {
     "query_pre_attn_scalar": (), "use_qk_norm": (False,), "qk_norm": (False,), "qk_layernorm": (False,),
     "embedding_multiplier": (1.0,), "residual_multiplier": (1.0,), "logits_scaling": (1.0,), "logit_scale": (1.0,),
     "attention_multiplier": (1.0,), "scale_emb": (1.0,), "alibi": (False,),
-    # Kimi-K3's gated attention, latent experts, activation and attention residuals; DeepSeek-V3.2's sparse attention.
-    "mla_use_output_gate": (False,), "routed_expert_hidden_size": (), "latent_moe_use_norm": (False,),
-    "activation_situ_beta": (), "activation_situ_linear_beta": (), "attn_res_block_size": (), "index_topk": (),
-    "index_n_heads": (), "index_head_dim": (),
+    # DeepSeek-V3.2's sparse attention.
+    "index_topk": (), "index_n_heads": (), "index_head_dim": (),
 }
-ONLY_LINEAR: Mapping[str, tuple[Any, ...]] = {"gate_lower_bound": (), "use_full_rank_gate": (False,)}
 ONLY_VISION: Mapping[str, tuple[Any, ...]] = {
     "pos_emb_type": ("divided_fixed",), "merge_type": ("sd2_tpool",), "video_attn_type": ("spatial_temporal",),
-    "mm_projector_type": ("patchmerger",), "projector_hidden_act": ("gelu",), "hidden_act": ("gelu_pytorch_tanh",),
-    # Kimi-K3's tower.
-    "activation_func": ("gelu_pytorch_tanh",), "pos_emb_interpolation_mode": ("bicubic",), "norm_type": ("layernorm",),
-    "mlp_type": ("mlp2",), "attn_bias": (True,), "linear_bias": (True,), "patch_embed_proj_bias": (True,),
-    "qkv_hidden_size": (),
+    "projector_hidden_act": ("gelu",), "hidden_act": ("gelu_pytorch_tanh",), "activation_func": ("gelu_pytorch_tanh",),
+    "mlp_type": ("mlp2",),
 }
 # fmt: on

@@ -103,6 +103,7 @@ def from_dict(
         language = text(fields, family, quantization(fields, None, unread))
         seen, placeholder, stops = None, None, language.eos_token_ids
         unread += fields.unread(HARMLESS_TEXT)
+    stops += tuple(token for token in family.stop_ids if token < language.vocab_size)
     if generation is not None:
         stops += _generation_stops(Fields(generation, printable(generation_where)), language.vocab_size, unread)
     if unread:

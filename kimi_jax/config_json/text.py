@@ -12,7 +12,6 @@ from kimi_jax.config_json.keys import (
     MAX_VOCAB,
     MAX_WIDTH,
     NEUTRAL_SAMPLING,
-    ONLY_LINEAR,
     ONLY_TEXT,
 )
 from kimi_jax.config_json.rope import rope
@@ -20,6 +19,9 @@ from kimi_jax.families import Family
 
 DTYPES = ("bfloat16", "float32", "float16")
 _KDA, _MLA = "linear_attention", "full_attention"
+_SITU, _SITU_BOUNDS = "situ", ("activation_situ_beta", "activation_situ_linear_beta")
+# The bounds of a log-decay that the reference implementations take. A step keeps e^-5 of a state at the least.
+_LOWEST_BOUND, _HIGHEST_BOUND = -5.0, -1e-3
 
 
 def text(fields: Fields, family: Family, quantization: QuantizationConfig | None) -> TextConfig:
@@ -32,6 +34,7 @@ def text(fields: Fields, family: Family, quantization: QuantizationConfig | None
     vocab_size = fields.integer("vocab_size", least=1, most=MAX_VOCAB)
     pad = fields.token_id("pad_token_id", vocab_size)
     theta, yarn = rope(fields)
+    bounds = _activation_bounds(fields)
     config = TextConfig(
         model_type=fields.raw("model_type"),
         family=family.name,
@@ -52,18 +55,23 @@ def text(fields: Fields, family: Family, quantization: QuantizationConfig | None
         q_lora_rank=_width(fields, "q_lora_rank") if fields.has("q_lora_rank") else None,
         mla_inner_norm_eps=fields.number("mla_inner_norm_eps", 1e-6, most=1.0),
         mla_use_nope=fields.flag("mla_use_nope", family.config.no_rotation),
+        mla_use_output_gate=fields.flag("mla_use_output_gate", False),
         rope_theta=theta,
         rope_scaling=yarn,
         n_routed_experts=fields.integer("n_routed_experts", 0, most=MAX_EXPERTS),
         num_experts_per_tok=fields.integer("num_experts_per_tok", 0, most=MAX_EXPERTS),
         n_shared_experts=fields.integer("n_shared_experts", 0, most=MAX_EXPERTS),
         moe_intermediate_size=fields.integer("moe_intermediate_size", 0, most=MAX_WIDTH),
+        routed_expert_hidden_size=_expert_width(fields),
         first_k_dense_replace=fields.integer("first_k_dense_replace", _dense_layers(fields, layers), most=MAX_LAYERS),
         moe_layer_freq=fields.integer("moe_layer_freq", 1, least=1, most=MAX_LAYERS),
         n_group=fields.integer("n_group", 1, most=MAX_EXPERTS),
         topk_group=fields.integer("topk_group", 1, most=MAX_EXPERTS),
         norm_topk_prob=fields.flag("norm_topk_prob", True),
         routed_scaling_factor=fields.number("routed_scaling_factor", 1.0),
+        activation_situ_beta=bounds[0],
+        activation_situ_linear_beta=bounds[1],
+        attn_res_block_size=_snapshots(fields),
         num_nextn_predict_layers=fields.integer("num_nextn_predict_layers", 0, most=MAX_LAYERS),
         initializer_range=fields.number("initializer_range", 0.02),
         dtype=fields.word("dtype", DTYPES, "bfloat16"),
@@ -77,6 +85,31 @@ def text(fields: Fields, family: Family, quantization: QuantizationConfig | None
 
 def _width(fields: Fields, name: str) -> int:
     return fields.integer(name, least=1, most=MAX_WIDTH)
+
+
+def _activation_bounds(fields: Fields) -> tuple[float | None, float | None]:
+    """Returns the two bounds of SiTU-GLU, None for SwiGLU, which has none."""
+    if fields.word("hidden_act", ("silu", _SITU), "silu") != _SITU:
+        for name in _SITU_BOUNDS:
+            fields.only(name)
+        return None, None
+    linear = fields.number(_SITU_BOUNDS[1]) if fields.has(_SITU_BOUNDS[1]) else None
+    return fields.number(_SITU_BOUNDS[0]), linear
+
+
+def _expert_width(fields: Fields) -> int | None:
+    """Returns the width of latent experts, None where experts have the stream's."""
+    if not fields.has("routed_expert_hidden_size"):
+        fields.only("latent_moe_use_norm", False)
+        return None
+    fields.only("latent_moe_use_norm", True)
+    return _width(fields, "routed_expert_hidden_size")
+
+
+def _snapshots(fields: Fields) -> int | None:
+    if not fields.has("attn_res_block_size"):
+        return None
+    return fields.integer("attn_res_block_size", least=1, most=MAX_LAYERS)
 
 
 def _check_attention(fields: Fields, text: TextConfig) -> None:
@@ -119,7 +152,8 @@ def _check_experts(fields: Fields, text: TextConfig) -> None:
         f"num_experts_per_tok {text.num_experts_per_tok} is not between 1 and {eligible}, all that topk_group leaves",
     )
     if text.quantization is not None:
-        for name in ("hidden_size", "moe_intermediate_size"):
+        inputs = "hidden_size" if text.routed_expert_hidden_size is None else "routed_expert_hidden_size"
+        for name in (inputs, "moe_intermediate_size"):
             width = getattr(text, name)
             fields.check(
                 width % text.quantization.group_size == 0,
@@ -146,8 +180,6 @@ def _linear_attention(fields: Fields, family: Family, layers: int) -> LinearAttn
             return None
         inner = Fields({}, fields.where)
     inner.adopt(fields, LINEAR_ALIASES)
-    for name, values in ONLY_LINEAR.items():
-        inner.only(name, *values)
     if inner.has("kda_layers") or inner.has("full_attn_layers") or kinds is None:
         limits = {"least": 1, "most": layers, "longest": layers}
         kda, full = inner.integers("kda_layers", **limits), inner.integers("full_attn_layers", **limits)
@@ -168,6 +200,14 @@ def _linear_attention(fields: Fields, family: Family, layers: int) -> LinearAttn
         num_heads=inner.integer("num_heads", least=1, most=MAX_HEADS),
         head_dim=_width(inner, "head_dim"),
         short_conv_kernel_size=inner.integer("short_conv_kernel_size", least=1, most=MAX_KERNEL),
+        gate_lower_bound=_lower_bound(inner),
+        use_full_rank_gate=inner.flag("use_full_rank_gate", False),
     )
     inner.nothing_else()
     return config
+
+
+def _lower_bound(fields: Fields) -> float | None:
+    if not fields.has("gate_lower_bound"):
+        return None
+    return fields.number("gate_lower_bound", least=_LOWEST_BOUND, above=False, most=_HIGHEST_BOUND)

@@ -109,7 +109,7 @@ class Engine:
         shards = [
             Shard(
                 PagePool(sizes.pages // (data * sequence), sequence),
-                list(reversed(range(slots // data))),
+                list(range(slots // data)),
                 SnapshotPool(sizes.places // data) if sizes.recurrent else None,
             )
             for _ in range(data)
@@ -337,7 +337,7 @@ class Engine:
             if tokens:
                 self._deliver(job, job.event(tokens))
             return True
-        self.scheduler.finish(job.sequence)
+        self.scheduler.finish(job.sequence, ended=finish != Finish.NOT_YET)
         self._end(job, "stop" if stopped or finish == Finish.STOP else "length", tokens=tokens)
         return False
 

@@ -4,13 +4,14 @@ come again.
 A pool belongs to one data shard. On a mesh with a `sequence` axis a sequence's page i is on part i mod S of the pool
 (`model.context`), so that each part has its own numbers. Pages are shared by content: the key of a full page is a hash
 of the key before it, its token ids, and the digests of the pictures whose placeholders stand in it, since all
-placeholders have one token id.
+placeholders have one token id. A page that a sequence left full in part, its tail, is found by the key before it, and
+taken over: the next turn of a conversation goes on in the page where the last one ended.
 """
 
 import bisect
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +24,13 @@ Key = bytes
 @dataclass(eq=False)
 class Page:
     """A page of `part` of the pool. `users` counts the sequences whose tables name it; `key` says what it holds, once
-    it is full."""
+    it is full or nobody fills it further. `before` is the key of the page before a tail, None in other pages."""
 
     part: int
     number: int
     users: int = 0
     key: Key | None = None
+    before: Key | None = None
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,23 @@ class Placeholders:
 def extend_keys(keys: list[Key], tokens: Sequence[int], media: Sequence[Placeholders] = ()) -> None:
     """Appends the keys of those full pages of `tokens` that `keys` does not have yet."""
     for first in range(len(keys) * PAGE, len(tokens) // PAGE * PAGE, PAGE):
-        content = hashlib.blake2b(keys[-1] if keys else b"", digest_size=16)
-        content.update(np.asarray(tokens[first : first + PAGE], np.int32).tobytes())
-        for item in media:
-            if item.start < first + PAGE and item.stop > first:
-                content.update(item.digest)
-        keys.append(content.digest())
+        keys.append(_hash(keys[-1] if keys else b"", tokens, first, first + PAGE, media))
+
+
+def tail_key(keys: Sequence[Key], tokens: Sequence[int], stop: int, media: Sequence[Placeholders] = ()) -> Key:
+    """Returns the key of a page that holds the tokens from `len(keys)` full pages on to `stop`."""
+    return _hash(keys[-1] if keys else b"", tokens, len(keys) * PAGE, stop, media, kind=b"tail")
+
+
+def _hash(
+    before: Key, tokens: Sequence[int], first: int, stop: int, media: Sequence[Placeholders], kind: bytes = b""
+) -> Key:
+    content = hashlib.blake2b(before, digest_size=16, person=kind)
+    content.update(np.asarray(tokens[first:stop], np.int32).tobytes())
+    for item in media:
+        if item.start < stop and item.stop > first:
+            content.update(item.digest)
+    return content.digest()
 
 
 def count_shared(keys: Sequence[Key], others: Sequence[Key]) -> int:
@@ -67,6 +80,8 @@ class PagePool:
         # Full pages that no sequence uses, those used longest ago first
         self._unused: list[OrderedDict[Key, Page]] = [OrderedDict() for _ in range(parts)]
         self._by_key: dict[Key, Page] = {}
+        # The keys of tails by that of the page before, b"" where they are the first, and how many tokens each holds
+        self._tails: dict[Key, dict[Key, int]] = {}
 
     @property
     def free(self) -> int:
@@ -100,11 +115,11 @@ class PagePool:
         if self._free[part]:
             page = self._free[part].pop()
         elif self._unused[part]:
-            key, page = self._unused[part].popitem(last=False)
-            del self._by_key[key]
+            _, page = self._unused[part].popitem(last=False)
+            self._remove_key(page)
         else:
             return None
-        page.users, page.key = 1, None
+        page.users = 1
         return page
 
     def share(self, pages: Sequence[Page]) -> None:
@@ -119,6 +134,43 @@ class PagePool:
         if page.key is None and key not in self._by_key:
             page.key = key
             self._by_key[key] = page
+
+    def publish_tail(self, page: Page, keys: Sequence[Key], key: Key, count: int) -> None:
+        """Lets `find_tail` return the page under `key`, of its first `count` tokens after full pages of these keys,
+        unless another page holds them already."""
+        if page.key is None and key not in self._by_key:
+            page.key, page.before = key, keys[-1] if keys else b""
+            self._by_key[key] = page
+            self._tails.setdefault(page.before, {})[key] = count
+
+    def find_tail(
+        self, keys: Sequence[Key], tokens: Sequence[int], media: Sequence[Placeholders] = ()
+    ) -> Iterator[tuple[Page, int]]:
+        """Yields the tails after full pages of these keys that begin as the tokens go on, each with how many tokens it
+        holds, one less than there are at most: the fullest first."""
+        first = len(keys) * PAGE
+        tails = self._tails.get(keys[-1] if keys else b"", {})
+        for key, count in sorted(tails.items(), key=lambda tail: -tail[1]):
+            if first + count < len(tokens) and tail_key(keys, tokens, first + count, media) == key:
+                yield self._by_key[key], count
+
+    def take_over(self, tail: Page) -> None:
+        """Gives a tail to a sequence that fills it further; nobody else finds it any more."""
+        assert tail.users == 0 and tail.key is not None
+        del self._unused[tail.part][tail.key]
+        self._remove_key(tail)
+        tail.users = 1
+
+    def _remove_key(self, page: Page) -> None:
+        """Lets nobody find a page that has a key."""
+        assert page.key is not None
+        del self._by_key[page.key]
+        if page.before is not None:
+            tails = self._tails[page.before]
+            del tails[page.key]
+            if not tails:
+                del self._tails[page.before]
+        page.key = page.before = None
 
     def release(self, pages: Sequence[Page]) -> None:
         """Counts one user less of each page, the last one of a sequence first: it is then evicted before those that it
@@ -137,8 +189,7 @@ class PagePool:
         for page in pages:
             if page.key is None:
                 continue
-            del self._by_key[page.key]
             if page.users == 0:
                 del self._unused[page.part][page.key]
                 self._free[page.part].append(page)
-            page.key = None
+            self._remove_key(page)

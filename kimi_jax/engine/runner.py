@@ -292,7 +292,9 @@ class Runner:
         return chosen_for, places, chosen
 
     def _prefill_packed(self, pieces: tuple[Piece, ...], tokens: int | None = None) -> Any:
-        """Dispatches several pieces of a data shard, one after another in a row; row i is data shard i's."""
+        """Dispatches several pieces of a data shard, one after another in a row; row i is data shard i's. None
+        has media."""
+        assert not any(piece.sequence.media for piece in pieces)
         rows: list[list[Piece]] = [[] for _ in range(self.data)]
         for piece in pieces:
             rows[piece.sequence.shard].append(piece)

@@ -73,13 +73,13 @@ class Scheduler:
             sequence.pages.append(page)
         sequence.prefill, sequence.cuts, sequence.status = len(sequence.tokens), {}, Status.PREFILL
 
-    def finish(self, sequence: Sequence, *, sound: bool = True) -> None:
+    def finish(self, sequence: Sequence, *, sound: bool = True, ended: bool = False) -> None:
         """Ends a sequence, and frees what it has. `sound` is false where its numbers were not finite: nobody is to find
-        its pages."""
+        its pages. `ended` is true where the device ended it, so that steps on their way compute nothing of it."""
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         elif sequence.status in (Status.PREFILL, Status.DECODE):
-            self.shards[sequence.shard].release(sequence, sound=sound)
+            self.shards[sequence.shard].release(sequence, sound=sound, ended=ended)
         sequence.status = Status.DONE
 
     def has_prefix(self, sequence: Sequence) -> bool:
@@ -169,16 +169,17 @@ class Scheduler:
     def _cut_pieces(self) -> list[Piece]:
         """Returns the next pieces of prefill of each shard.
 
-        A sequence with media has a step's prefill to itself: its pictures' embeddings go with the step.
+        Pictures' embeddings go with a step that has one piece of each shard: where one of the next sequences has media,
+        in whatever shard, no shard has more.
         """
         pieces: list[Piece] = []
-        for shard in self.shards:
-            prefilling = [sequence for sequence in shard.running if sequence.status is Status.PREFILL]
-            prefilling = sorted(prefilling, key=self.urgency)[: self.packed]
-            if any(sequence.media for sequence in prefilling):
-                prefilling = prefilling[:1]
+        queues = [[item for item in shard.running if item.status is Status.PREFILL] for shard in self.shards]
+        queues = [sorted(queue, key=self.urgency)[: self.packed] for queue in queues]
+        if any(sequence.media for queue in queues for sequence in queue):
+            queues = [queue[:1] for queue in queues]
+        for queue in queues:
             room = self.chunk
-            for sequence in prefilling:
+            for sequence in queue:
                 if not room:
                     break
                 pieces.append(self._cut_piece(sequence, room))

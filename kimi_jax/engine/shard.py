@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kimi_jax.engine.pages import Key, Page, PagePool, count_shared
+from kimi_jax.engine.pages import Key, Page, PagePool, count_shared, tail_key
 from kimi_jax.engine.sequence import Sequence as Running
 from kimi_jax.engine.sequence import Snapshot, Status
 from kimi_jax.engine.snapshots import SnapshotPool
@@ -13,12 +13,17 @@ from kimi_jax.model.context import PAGE
 
 @dataclass
 class Shard:
-    """The pools of one data shard, its free slots, and the sequences that run in it."""
+    """The pools of one data shard, its free slots, the one freed longest ago first, and the sequences that run in it.
+
+    left: of free slots with the state of a sequence's end, the key of the sequence's tail: who takes the tail over goes
+        on in the slot.
+    """
 
     pages: PagePool
     slots: list[int]
     snapshots: SnapshotPool | None = None  # None in a model without recurrent states
     running: list[Running] = field(default_factory=list)
+    left: dict[int, Key] = field(default_factory=dict)
 
     def hit(self, sequence: Running) -> tuple[list[Page], int]:
         """Returns the pages found for a sequence's tokens, of which one is left to compute at least, and how many of
@@ -50,17 +55,27 @@ class Shard:
             other.cuts[self.shared_pages(sequence, other) * PAGE] = True
 
     def start(self, sequence: Running) -> Snapshot | None:
-        """Gives a sequence a slot, and pages for all its tokens, the first of them shared. Returns the copy that fills
-        the slot, None where the sequence begins empty or has no state."""
+        """Gives a sequence a slot, and pages for all its tokens, the first of them shared, and one taken over where it
+        goes on from another's end. Returns the copy that fills the slot, None where the sequence begins empty or in the
+        middle of a page, or has no state."""
         found, usable = self.hit(sequence)
+        tail = self._tail(sequence, len(found))
+        usable = usable if tail is None else len(found)
         self.pages.share(found[:usable])
         sequence.pages = list(found[:usable])
-        for index in range(usable, sequence.needed_pages):
-            page = self.pages.allocate(index)
-            assert page is not None
+        sequence.slot, sequence.begin = self.slots[0], usable * PAGE
+        if tail is not None:
+            page, count, sequence.slot = tail
+            self.pages.take_over(page)
             sequence.pages.append(page)
-        sequence.slot = self.slots.pop()
-        sequence.begin = sequence.dispatched = usable * PAGE
+            sequence.begin += count
+        for index in range(len(sequence.pages), sequence.needed_pages):
+            allocated = self.pages.allocate(index)
+            assert allocated is not None
+            sequence.pages.append(allocated)
+        self.slots.remove(sequence.slot)
+        self.left.pop(sequence.slot, None)
+        sequence.dispatched = sequence.begin
         sequence.prefill = len(sequence.tokens)
         if sequence.cached is None:
             sequence.cached = sequence.begin
@@ -69,7 +84,9 @@ class Shard:
         if self.snapshots is None:
             return None
         sequence.cuts = self._cuts(sequence, len(found))
-        return Snapshot(sequence, self.snapshots.use(sequence.keys[usable - 1])) if usable else None
+        if tail is not None or not usable:
+            return None
+        return Snapshot(sequence, self.snapshots.use(sequence.keys[usable - 1]))
 
     def publish(self, sequence: Running) -> None:
         """Lets others find the pages that are full of computed tokens, and the copies at their ends."""
@@ -101,12 +118,14 @@ class Shard:
             snapshots.publish(key, place, guess=not meant)
         return Snapshot(sequence, place)
 
-    def release(self, sequence: Running, *, sound: bool = True) -> None:
-        """Takes a sequence's slot and pages back. The last copy of its states is kept: the sequence may come back, or
-        the next turn of its conversation. `sound` is false where its numbers were not finite: nobody is to find its
-        pages."""
+    def release(self, sequence: Running, *, sound: bool = True, ended: bool = False) -> None:
+        """Takes a sequence's slot and pages back. Its tail and the last copy of its states are kept: the sequence may
+        come back, or the next turn of its conversation. `sound` is false where its numbers were not finite: nobody is
+        to find its pages. `ended` is true where the device ended it, so that steps on their way compute nothing of
+        it."""
         if sound:
             self.publish(sequence)
+            self._leave(sequence, ended)
         else:
             self.pages.forget(sequence.pages)
         if self.snapshots is not None:
@@ -121,6 +140,26 @@ class Shard:
         self.slots.append(sequence.slot)
         self.running.remove(sequence)
         sequence.pages, sequence.slot = [], -1
+
+    def _leave(self, sequence: Running, ended: bool) -> None:
+        """Lets others find the last page of a sequence, if it is full in part, and the state in its slot."""
+        full, stop = sequence.full_pages(), sequence.computed
+        if stop == full * PAGE:
+            return
+        keys = sequence.keys[:full]
+        key = tail_key(keys, sequence.tokens, stop, sequence.media)
+        self.pages.publish_tail(sequence.pages[full], keys, key, stop - full * PAGE)
+        if self.snapshots is not None and (ended or sequence.dispatched == stop):
+            self.left[sequence.slot] = key
+
+    def _tail(self, sequence: Running, full: int) -> tuple[Page, int, int] | None:
+        """Returns a tail that a sequence can go on in after so many full pages, how many tokens it holds, and the slot
+        to take: the one with the state after them where the model has states."""
+        for page, count in self.pages.find_tail(sequence.keys[:full], sequence.tokens, sequence.media):
+            for slot in self.slots:
+                if self.snapshots is None or self.left.get(slot) == page.key:
+                    return page, count, slot
+        return None
 
     def _begin(self, keys: Sequence[Key]) -> int:
         """Returns after how many of these pages a sequence can begin."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from kimi_jax.config import KimiConfig
 from kimi_jax.families.family import ConfigSpelling, Family, SavedSpelling, TensorNames
 from kimi_jax.families.k2 import K2
+from kimi_jax.families.k3 import K3
 from kimi_jax.families.k25 import K25
 from kimi_jax.families.kimi_linear import KIMI_LINEAR
 
@@ -31,7 +32,7 @@ __all__ = [
 _Object = TypeVar("_Object", bound=Mapping[str, Any])
 
 # The first that recognises a file is its family.
-FAMILIES: tuple[Family, ...] = (K2, KIMI_LINEAR, K25)
+FAMILIES: tuple[Family, ...] = (K2, KIMI_LINEAR, K25, K3)
 
 
 def text_families() -> tuple[Family, ...]:

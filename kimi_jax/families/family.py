@@ -73,6 +73,7 @@ class Family:
     title: the name in messages.
     architectures, model_types: the values of config.json's `architectures` and `model_type`.
     template: the built-in chat template (a key of `text.templates.BUILT_IN`), for a folder that has none.
+    stop_ids: ids that end a text although no file names them, where the vocabulary has them.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Family:
     template: str
     config: ConfigSpelling = ConfigSpelling()
     tensors: TensorNames = TensorNames()
+    stop_ids: tuple[int, ...] = ()
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         """Says whether `config`, a parsed config.json, names a class of this family in `architectures` and has its

@@ -18,7 +18,7 @@ _TEXT_KEYS = {
     "model_max_length": "max_position_embeddings",
 }
 # Dense layers stay `mlp`, layers with experts are `block_sparse_moe`.
-_MIXTURE = (re.compile(r"\.mlp\.(?=gate\.|experts\.|shared_experts\.)"), ".block_sparse_moe.")
+_MIXTURE = (re.compile(r"\.mlp\.(?=gate\.|experts\.|shared_experts\.|routed_expert_)"), ".block_sparse_moe.")
 _RENAMES = (
     _MIXTURE,
     (re.compile(r"(\.experts\.\{\}\.)gate_proj\."), r"\1w1."),

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import ExifTags, Image
 
+from kimi_jax.media.config import Chessboard
 from kimi_jax.media.limits import MAX_PIXELS, MAX_SIDE
 from kimi_jax.printable import printable
 
@@ -39,8 +40,10 @@ def pillow_errors(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: a damaged image: {' '.join(reason.split())}") from error
 
 
-def as_seen(image: Image.Image, name: str = "the picture") -> Image.Image:
+def as_seen(image: Image.Image, name: str = "the picture", *, keep_mode: bool = False) -> Image.Image:
     """Decodes `image` and returns the RGB picture that a viewer shows, without EXIF, so that it is not turned again.
+
+    With `keep_mode` it stays in its own mode of 8 bits, transparency too, for `on_chessboard`.
 
     Raises ValueError where `image` is too large, damaged, or has samples whose range is not known.
     """
@@ -57,8 +60,11 @@ def as_seen(image: Image.Image, name: str = "the picture") -> Image.Image:
     if image.mode in _WIDE:
         image = _high_bytes(image, name)
     with pillow_errors(name):
-        picture = _on_white(image) if image.has_transparency_data else image.convert("RGB")
-        picture.info = {}
+        if keep_mode:
+            picture = image.copy()
+        else:
+            picture = _on_white(image) if image.has_transparency_data else image.convert("RGB")
+        picture.info = {name: value for name, value in image.info.items() if keep_mode and name == "transparency"}
         return picture if turn is None else picture.transpose(turn)
 
 
@@ -81,6 +87,22 @@ def _high_bytes(image: Image.Image, name: str) -> Image.Image:
     if transparent is None:
         return grey
     return Image.merge("LA", (grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))))
+
+
+def on_chessboard(image: Image.Image, board: Chessboard) -> np.ndarray:
+    """Returns a picture of any mode of 8 bits as levels, uint8 [height, width, 3], transparent ones on a chessboard.
+
+    alpha * picture + (1 - alpha) * background is computed in float32, and its fraction is dropped.
+    """
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB"))
+    levels = np.asarray(image.convert("RGBA")).astype(np.float32)
+    rows, columns = (np.arange(size) // board.chessboard_square_size for size in levels.shape[:2])
+    is_first = (rows[:, None] + columns) % 2 == 0
+    white, gray = np.float32(board.chessboard_white_value), np.float32(board.chessboard_gray_value)
+    background = np.where(is_first == board.chessboard_square_on_top_left, white, gray)[:, :, None]
+    alpha = levels[:, :, 3:] / np.float32(255)
+    return (alpha * levels[:, :, :3] + (1 - alpha) * background).astype(np.uint8)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -15,11 +15,13 @@ _FIXED = {
     "in_patch_limit_video": None,
     "max_num_frames_each_video": None,
     "timestamp_mode": "hh:mm:ss.fff",
+    "transparent_bg_fill_stage": "after_resize",
 }
 # keys beside media_proc_cfg that name Python classes
 _HARMLESS = {"_comment", "auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 _LARGEST = {"patch_size": 256, "merge_kernel_size": 16, "temporal_merge_kernel_size": 1024, "sample_fps": 1000}
 _NO_LIMIT = 10**30  # a patch limit that large limits nothing, and still fits a float
+_BOARD = "transparent_bg_config"
 _STD = (1e-3, 1e3)  # divided by less or more, a step of one level (1/255) leaves the range that a network is trained on
 
 
@@ -50,8 +52,45 @@ def _channels(found: Mapping[str, Any], field: str, least: float, most: float, n
 
 
 @dataclass(frozen=True)
+class Chessboard:
+    """The fields of `transparent_bg_config`: the background of transparent pictures, in squares of pixels and levels.
+
+    The first square is white where it is `chessboard_square_on_top_left`, and else gray.
+    """
+
+    chessboard_square_size: int
+    chessboard_square_on_top_left: bool
+    chessboard_white_value: int
+    chessboard_gray_value: int
+
+
+def _chessboard(values: Any, name: str) -> Chessboard | None:
+    """Reads `transparent_bg_config`. Raises ValueError naming a field that is missing, unknown or makes no sense."""
+    if values is None:
+        return None
+    where = f"{name}: media_proc_cfg.{_BOARD}"
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is {_shown(values)}, expected an object")
+    if values.get("pattern") != "chessboard":
+        raise ValueError(f"{where}.pattern is {_shown(values.get('pattern'))}; only 'chessboard' is supported")
+    expected = {entry.name: entry.type for entry in fields(Chessboard)}
+    if unknown := sorted(set(values) - set(expected) - {"pattern"}):
+        raise ValueError(f"{where}.{printable(unknown[0], 60)} is not known, and could change patches")
+    for field, kind in expected.items():
+        value, least, most = values.get(field), int(field.endswith("_size")), 255
+        whole = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        if not (isinstance(value, bool) if kind is bool else whole):
+            meant = "true or false" if kind is bool else f"a whole number from {least} to {most}"
+            raise ValueError(f"{where}.{field} is {_shown(value)}, expected {meant}")
+    return Chessboard(**{field: values[field] for field in expected})
+
+
+@dataclass(frozen=True)
 class MediaConfig:
-    """The fields of `media_proc_cfg`. Limits are in patches; mean and std are per RGB channel on the scale 0..1."""
+    """The fields of `media_proc_cfg`. Limits are in patches; mean and std are per RGB channel on the scale 0..1.
+
+    Transparent pictures are put on `transparent_bg_config` once they are scaled; on white before that where it is None.
+    """
 
     patch_size: int
     merge_kernel_size: int
@@ -62,6 +101,7 @@ class MediaConfig:
     image_std: tuple[float, float, float]
     sample_fps: float
     temporal_merge_kernel_size: int
+    transparent_bg_config: Chessboard | None = None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], *, name: str = "preprocessor_config") -> "MediaConfig":
@@ -88,7 +128,8 @@ class MediaConfig:
         whole = {entry.name: _positive(found, entry.name, int, name) for entry in fields(cls) if entry.type is int}
         mean, std = _channels(found, "image_mean", 0.0, 1.0, name), _channels(found, "image_std", *_STD, name)
         sample_fps = float(_positive(found, "sample_fps", (int, float), name))
-        return cls(**whole, image_mean=mean, image_std=std, sample_fps=sample_fps)
+        board = _chessboard(found.get(_BOARD), name)
+        return cls(**whole, image_mean=mean, image_std=std, sample_fps=sample_fps, transparent_bg_config=board)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "MediaConfig":

@@ -15,11 +15,13 @@ from kimi_jax.media.video import SampledVideo, VideoChunk, open_video, sample_vi
 
 class Patches(NamedTuple):
     """The patches of a conversation, float32 [n, 3, 14, 14]; the grid (t, h, w) of each image and of each chunk of a
-    video, in the order of the conversation; and the chunks of each video."""
+    video, in the order of the conversation; the chunks of each video; and (width, height) in pixels of each image as it
+    was opened."""
 
     patches: np.ndarray
     grids: list[Grid]
     videos: list[list[VideoChunk]]
+    sizes: list[tuple[int, int]]
 
 
 def read_all(sources: Sequence[tuple[str, object]], settings: MediaConfig) -> Patches:
@@ -32,10 +34,13 @@ def read_all(sources: Sequence[tuple[str, object]], settings: MediaConfig) -> Pa
     pixels: list[np.ndarray] = []
     grids: list[Grid] = []
     videos: list[tuple[int, SampledVideo]] = []  # with the number of patches before each
+    sizes: list[tuple[int, int]] = []
     count = 0
     for kind, source in sources:
         if kind == "image":
-            frames = [scale_image(open_image(source), settings)]
+            image = open_image(source, keep_mode=settings.transparent_bg_config is not None)
+            sizes.append(image.size)
+            frames = [scale_image(image, settings)]
             new = [grid(frames, settings)]
         else:
             video = sample_video(*open_video(source), settings, max_patches=MAX_PATCHES - count)
@@ -48,4 +53,4 @@ def read_all(sources: Sequence[tuple[str, object]], settings: MediaConfig) -> Pa
         grids += new
     patches = normalize(pixels, settings)
     chunks = [video.chunks(patches[start:][: sum(map(math.prod, video.grids))]) for start, video in videos]
-    return Patches(patches, grids, chunks)
+    return Patches(patches, grids, chunks, sizes)

@@ -30,17 +30,18 @@ _OTHER_FORMATS = (
 )
 
 
-def open_image(source: object) -> Image.Image:
-    """Returns the picture in `source` as a viewer shows it, in RGB; the first frame of an animation.
+def open_image(source: object, *, keep_mode: bool = False) -> Image.Image:
+    """Returns the picture in `source` as a viewer shows it, in RGB, or with `keep_mode` in its own mode; the first
+    frame of an animation.
 
     source: a path, a base64 `data:` URL, the bytes of a file, a uint8 array [height, width], [height, width, 3] (RGB)
     or [height, width, 4] (RGBA), or a PIL image. Any string but a `data:` URL is opened as a path, so pass strings of
     strangers through `from_message` first. Raises OSError or ValueError naming the source.
     """
     if isinstance(source, Image.Image | np.ndarray):
-        return as_seen(as_image(source))
+        return as_seen(as_image(source), keep_mode=keep_mode)
     data, name = sources.read(source)
-    return as_seen(open_header(data, name), name)
+    return as_seen(open_header(data, name), name, keep_mode=keep_mode)
 
 
 def as_image(picture: Image.Image | np.ndarray) -> Image.Image:

@@ -1,7 +1,8 @@
-"""Scales, pads and normalises pictures and cuts them into patches, by the rules of Kimi K2.5's own processor.
+"""Scales, pads and normalises pictures and cuts them into patches, by the rules of the releases' own processors.
 
 The sizes follow `navit_resize` and the values of `media_proc_cfg` in `preprocessor_config.json`: scale down (never
-up) to the patch limits with PIL's bicubic filter on 8-bit RGB, pad right and bottom with black to whole 2 x 2 blocks
+up) to the patch limits with PIL's bicubic filter on 8-bit RGB (Kimi K3: on the picture's own mode, before transparent
+ones are put on a chessboard), pad right and bottom with black to whole 2 x 2 blocks
 of patches, normalise, cut into patches in the order (frame, row, column). Padding comes before normalising, so it is
 -1 and not 0.
 """
@@ -15,11 +16,12 @@ import numpy as np
 from einops import rearrange
 from PIL import Image
 
-from kimi_jax.media.appearance import as_seen
+from kimi_jax.media.appearance import as_seen, on_chessboard
 from kimi_jax.media.config import Config, MediaConfig, as_config
 from kimi_jax.media.opening import as_image
 
 Grid = tuple[int, int, int]
+_WEIGHTED = {"RGBA": "RGBa", "LA": "La"}  # modes with alpha -> those whose colours are multiplied by it
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,34 @@ def scale(picture: Image.Image, size: Resize) -> np.ndarray:
     # Pillow rounds to 8 bits between its two passes, width first until version 13, which may begin with the height;
     # one pass at a time gives the same bytes in all versions
     wide = picture.resize((size.width, picture.height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(wide.resize((size.width, size.height), Image.Resampling.BICUBIC))
+    return _padded(np.asarray(wide.resize((size.width, size.height), Image.Resampling.BICUBIC)), size)
+
+
+def _padded(pixels: np.ndarray, size: Resize) -> np.ndarray:
     return np.pad(pixels, ((0, size.pad_height), (0, size.pad_width), (0, 0)))
+
+
+def _scale_in_mode(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Scales a picture as Pillow does in its mode: nearest pixels of a palette, colours weighted by their alpha."""
+    if picture.size == (width, height):
+        return picture
+    weighted, mode = _WEIGHTED.get(picture.mode), picture.mode
+    colours = picture if weighted is None else picture.convert(weighted)
+    # One pass at a time, as in `scale`
+    for size in ((width, picture.height), (width, height)):
+        colours = colours.resize(size, Image.Resampling.BICUBIC)
+    return colours if weighted is None else colours.convert(mode)
 
 
 def scale_image(image: Image.Image | np.ndarray, config: Config) -> np.ndarray:
     """Scales and pads a still picture as a viewer shows it; returns uint8 [height, width, 3] of whole blocks."""
     config = as_config(config)
-    picture = as_seen(as_image(image))
-    return scale(picture, navit_resize(*picture.size, config.in_patch_limit, config))
+    board = config.transparent_bg_config
+    picture = as_seen(as_image(image), keep_mode=board is not None)
+    size = navit_resize(*picture.size, config.in_patch_limit, config)
+    if board is None:
+        return scale(picture, size)
+    return _padded(on_chessboard(_scale_in_mode(picture, size.width, size.height), board), size)
 
 
 def count_patches(pixels: np.ndarray, config: MediaConfig) -> int:

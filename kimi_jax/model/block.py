@@ -1,19 +1,26 @@
 """A residual block, x += mixer(norm x) and x += feed_forward(norm x), and all that devices exchange around the two.
 
+With attention residuals (`residual`) the norms take an average of x and its snapshots, and some blocks begin a new sum.
+
 Mixers and feed-forward layers compute on one device's arrays. Here their inputs are gathered from the residual stream,
 and the sums of which each device has a part are reduced into it (`sharding.layouts`).
 """
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from kimi_jax.axes import Array, Stream
+from kimi_jax.axes import Array, Float32, Hidden, Stream
 from kimi_jax.config import TextConfig
 from kimi_jax.model.context import Context, KDAState, LayerCache, MLACache, read_slots, write_slots
 from kimi_jax.model.kda import KDA
 from kimi_jax.model.mla import MLA
-from kimi_jax.model.moe import MLP, MoE, multiply_rows
+from kimi_jax.model.moe import MLP, MoE, choose_activation, multiply_rows
 from kimi_jax.model.norm import RMSNorm
-from kimi_jax.model.param import Init, reshard
+from kimi_jax.model.param import Init, Linear, reshard
+from kimi_jax.model.residual import ResidualStream, read_stream
 from kimi_jax.model.statistics import LayerStatistics, count_choices, largest_logits
 from sharding import StreamLayout, dispatch_and_combine, dispatch_pairs, first_local_expert
 
@@ -27,40 +34,57 @@ class Block(nnx.Module):
         self.input_layernorm = RMSNorm(init, config.hidden_size, config.rms_norm_eps)
         self.self_attn = MLA(init, config) if config.layer_kinds[index] == "mla" else KDA(init, config)
         self.post_attention_layernorm = RMSNorm(init, config.hidden_size, config.rms_norm_eps)
+        activation = choose_activation(config)
         moe = config.is_moe(index)
-        self.mlp = MoE(init, config) if moe else MLP(init, config.hidden_size, config.intermediate_size)
+        self.mlp = MoE(init, config) if moe else MLP(init, config.hidden_size, config.intermediate_size, activation)
+        every = config.attn_res_block_size
+        self.takes_snapshot = every is not None and index % every == 0
+        self.self_attention_res_norm, self.self_attention_res_proj = depth_attention(init, config)
+        self.mlp_res_norm, self.mlp_res_proj = depth_attention(init, config)
 
     def __call__(
-        self, x: Stream, context: Context, cache: LayerCache | None = None, layout: StreamLayout = ONE_DEVICE
-    ) -> tuple[Stream, LayerCache | None]:
+        self, x: ResidualStream, context: Context, cache: LayerCache | None = None, layout: StreamLayout = ONE_DEVICE
+    ) -> tuple[ResidualStream, LayerCache | None]:
         """Maps the stream to one of the same shape and dtype, and returns the cache with the call's tokens in it."""
-        mixed, cache = self.mix_tokens(x, context, cache, layout)
-        x = x + mixed
-        return x + self.feed_forward(x, layout), cache
+        x, cache = self.mix_tokens(x, context, cache, layout)
+        return self.feed_forward(x, layout), cache
 
     def with_statistics(
-        self, x: Stream, context: Context, layout: StreamLayout = ONE_DEVICE
-    ) -> tuple[Stream, LayerStatistics]:
+        self, x: ResidualStream, context: Context, layout: StreamLayout = ONE_DEVICE
+    ) -> tuple[ResidualStream, LayerStatistics]:
         """Maps the stream without a cache, and returns the layer's statistics."""
         if isinstance(self.self_attn, MLA):
-            h = layout.gather_rows(self.input_layernorm(layout.take_local(x)))
+            h = layout.gather_rows(self.mixer_input(x, layout))
             y, top = self.self_attn.with_max(h, context, layout.partition)
-            mixed, max_logits = layout.reduce_rows(y, "heads", x.dtype), largest_logits(top, layout)
+            mixed, max_logits = layout.reduce_rows(y, "heads", x.prefix.dtype), largest_logits(top, layout)
+            x = self.add_mixed(x, mixed)
         else:
-            (mixed, _), max_logits = self.mix_tokens(x, context, None, layout), None
-        x = x + mixed
+            (x, _), max_logits = self.mix_tokens(x, context, None, layout), None
         if not isinstance(self.mlp, MoE):
-            return x + self.feed_forward(x, layout), LayerStatistics(None, max_logits)
-        y, chosen = route_and_mix(self.mlp, self.post_attention_layernorm(x), layout, training=True)
+            return self.feed_forward(x, layout), LayerStatistics(None, max_logits)
+        y, chosen = route_and_mix(self.mlp, self.forward_input(x), layout, training=True)
         valid = layout.slice_rows(context.valid)
         counts = count_choices(chosen, valid, self.mlp.gate.config.n_routed_experts, layout)
-        return x + y, LayerStatistics(counts, max_logits)
+        return x.add(y), LayerStatistics(counts, max_logits)
+
+    def mixer_input(self, x: ResidualStream, layout: StreamLayout = ONE_DEVICE) -> Hidden:
+        """Returns the normed vectors of this device's tokens, which the token mixer takes."""
+        local = jax.tree.map(layout.take_local, x)
+        return self.input_layernorm(read_stream(local, self.self_attention_res_norm, self.self_attention_res_proj))
+
+    def forward_input(self, x: ResidualStream) -> Stream:
+        """Returns the normed vectors that the feed-forward layer takes."""
+        return self.post_attention_layernorm(read_stream(x, self.mlp_res_norm, self.mlp_res_proj))
+
+    def add_mixed(self, x: ResidualStream, mixed: Stream) -> ResidualStream:
+        """Adds the token mixer's part to the stream, whose sum begins again where a block of layers does."""
+        return x.restart(mixed) if self.takes_snapshot else x.add(mixed)
 
     def mix_tokens(
-        self, x: Stream, context: Context, cache: LayerCache | None, layout: StreamLayout
-    ) -> tuple[Stream, LayerCache | None]:
-        """Computes the token mixer's part of the stream. KDA takes a device's tokens, MLA its rows' tokens."""
-        h = self.input_layernorm(layout.take_local(x))
+        self, x: ResidualStream, context: Context, cache: LayerCache | None, layout: StreamLayout
+    ) -> tuple[ResidualStream, LayerCache | None]:
+        """Adds the token mixer's part to the stream. KDA takes a device's tokens, MLA its rows' tokens."""
+        h, dtype = self.mixer_input(x, layout), x.prefix.dtype
         if isinstance(self.self_attn, KDA):
             assert not isinstance(cache, MLACache)
             state = None if cache is None else read_slots(cache, context)
@@ -68,17 +92,26 @@ class Block(nnx.Module):
             segments = None if context.segments is None else layout.slice_rows(context.segments)
             y, state = self.self_attn(h, valid, state, context.phase, layout.token_axes, segments, context.num_segments)
             cache = None if cache is None or state is None else write_slots(cache, state, context)
-            return layout.reduce_local(y, "kda_heads", x.dtype), cache
+            return self.add_mixed(x, layout.reduce_local(y, "kda_heads", dtype)), cache
         assert not isinstance(cache, KDAState)
         y, cache = self.self_attn(layout.gather_rows(h), context, cache, layout.partition)
-        return layout.reduce_rows(y, "heads", x.dtype), cache
+        return self.add_mixed(x, layout.reduce_rows(y, "heads", dtype)), cache
 
-    def feed_forward(self, x: Stream, layout: StreamLayout) -> Stream:
-        """Computes the feed-forward layer's part of the stream."""
+    def feed_forward(self, x: ResidualStream, layout: StreamLayout) -> ResidualStream:
+        """Adds the feed-forward layer's part to the stream."""
         if isinstance(self.mlp, MoE):
-            return mix_experts(self.mlp, self.post_attention_layernorm(x), layout)
-        h = self.post_attention_layernorm(layout.take_local(x))
-        return layout.reduce_rows(self.mlp(layout.gather_rows(h)), "mlp", x.dtype)
+            return x.add(mix_experts(self.mlp, self.forward_input(x), layout))
+        h = self.forward_input(jax.tree.map(layout.take_local, x))
+        return x.add(layout.reduce_rows(self.mlp(layout.gather_rows(h)), "mlp", x.prefix.dtype))
+
+
+def depth_attention(init: Init, config: TextConfig) -> tuple[RMSNorm | None, Linear | None]:
+    """Makes the norm and the projection with which `read_stream` scores sources; none without attention residuals."""
+    if config.attn_res_block_size is None:
+        return None, None
+    # Not sharded in training either: a few numbers, which are used outside of layers too
+    proj = Linear(init, 1, config.hidden_size, (None, None))
+    return RMSNorm(init, config.hidden_size, config.rms_norm_eps), proj
 
 
 def mix_experts(moe: MoE, h: Stream, layout: StreamLayout) -> Stream:
@@ -100,20 +133,39 @@ def route_and_mix(moe: MoE, h: Stream, layout: StreamLayout, training: bool = Fa
     if not layout.dispatches:
         tokens = layout.gather_all(h)
         chosen, weights = moe.gate(tokens)
-        y = sum_experts(tokens, chosen, weights)
-        if moe.shared_experts is not None:
-            y = y + moe.shared_experts(tokens)
-        return layout.reduce_all(y, like=h), chosen
+        routed = sum_experts(moe.project_down(tokens), chosen, weights)
+        of_shared = None if moe.shared_experts is None else moe.shared_experts(tokens)
+        return reduce_sums(moe, routed, of_shared, h, layout), chosen
     unique = layout.scatter_unique(h)
     chosen, weights = moe.gate(unique)
+    x = moe.project_down(unique)
     if training:
-        matrices = moe.experts.operands(unique.dtype)
-        y = dispatch_pairs(unique, chosen, weights, matrices, multiply_rows, num_local, num_experts, partition)
+        matrices, compute = moe.experts.operands(x.dtype), partial(multiply_rows, activation=moe.activation)
+        y = dispatch_pairs(x, chosen, weights, matrices, compute, num_local, num_experts, partition)
     else:
-        y = dispatch_and_combine(unique, chosen, weights, sum_experts, num_local, num_experts, partition)
-    y = layout.gather_unique(y, like=h)
+        y = dispatch_and_combine(x, chosen, weights, sum_experts, num_local, num_experts, partition)
+    y = layout.gather_unique(moe.project_up(y, h.dtype), like=h)
     if moe.shared_experts is None:
         return y, chosen
     # No device has all tokens: the shared experts of each take the tokens of its rows.
     shared = reshard(moe.shared_experts, "shared_mlp", "mlp", partition)
     return y + layout.reduce_rows(shared(layout.gather_rows(h)), "mlp", h.dtype), chosen
+
+
+def reduce_sums(
+    moe: MoE,
+    routed: Float32[Array, "all width"],
+    shared: Float32[Array, "all d"] | None,
+    h: Stream,
+    layout: StreamLayout,
+) -> Stream:
+    """Adds all devices' parts of the routed and the shared experts' sums, into a stream shaped like `h`.
+
+    Latent experts' sums are whole before their norm. They travel beside the shared experts', in one message.
+    """
+    if not moe.is_latent:
+        return layout.reduce_all(routed if shared is None else routed + shared, like=h)
+    sums = routed if shared is None else jnp.concatenate([routed, shared], axis=-1)
+    whole = layout.reduce_all(sums, like=h)
+    y = moe.project_up(whole[..., : routed.shape[-1]], h.dtype)
+    return y if shared is None else y + whole[..., routed.shape[-1] :]

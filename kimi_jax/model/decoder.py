@@ -6,10 +6,11 @@ from flax import nnx
 
 from kimi_jax.axes import Hidden, Stream, Tokens
 from kimi_jax.config import TextConfig
-from kimi_jax.model.block import ONE_DEVICE, Block
+from kimi_jax.model.block import ONE_DEVICE, Block, depth_attention
 from kimi_jax.model.context import Context, LayerCache
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, gather_weights
+from kimi_jax.model.residual import ResidualStream, read_stream
 from kimi_jax.model.statistics import LayerStatistics
 from sharding import SINGLE_DEVICE, Partition, StreamLayout
 
@@ -34,6 +35,11 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embedding(init, config)
         self.layers = nnx.List([Block(init, config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(init, config.hidden_size, config.rms_norm_eps)
+        self.output_attn_res_norm, self.output_attn_res_proj = depth_attention(init, config)
+
+    def last_norm(self, stream: ResidualStream) -> Stream:
+        """Returns the vectors that the head takes, of the stream after the last layer."""
+        return self.norm(read_stream(stream, self.output_attn_res_norm, self.output_attn_res_proj))
 
     def __call__(
         self,
@@ -44,12 +50,13 @@ class Decoder(nnx.Module):
     ) -> tuple[Stream, tuple[LayerCache, ...] | None]:
         """Maps the stream x [b, t, d] of the tokens that `context` describes to the same shape, and returns each
         layer's cache with them in it."""
+        stream = ResidualStream(x)
         before = [None] * len(self.layers) if caches is None else caches
         after: list[LayerCache | None] = []
         for block, cache in zip(self.layers, before, strict=True):
-            x, with_tokens = gather_weights(block, layout.partition)(x, context, cache, layout)
+            stream, with_tokens = gather_weights(block, layout.partition)(stream, context, cache, layout)
             after.append(with_tokens)
-        return self.norm(x), None if caches is None else tuple(cache for cache in after if cache is not None)
+        return self.last_norm(stream), None if caches is None else tuple(cache for cache in after if cache is not None)
 
     def with_statistics(
         self, x: Stream, context: Context, layout: StreamLayout = ONE_DEVICE, recompute: bool = True
@@ -59,19 +66,19 @@ class Decoder(nnx.Module):
         A gradient keeps the stream before each layer, and computes the layer again, its gathered weights too; where it
         is not to `recompute`, it keeps all that it needs.
         """
-        found = []
+        stream, found = ResidualStream(x), []
         for block in self.layers:
-            x, statistics = _run(block, x, context, layout, recompute)
+            stream, statistics = _run(block, stream, context, layout, recompute)
             found.append(statistics)
-        return self.norm(x), tuple(found)
+        return self.last_norm(stream), tuple(found)
 
 
 def _run(
-    block: Block, x: Stream, context: Context, layout: StreamLayout, recompute: bool
-) -> tuple[Stream, LayerStatistics]:
+    block: Block, x: ResidualStream, context: Context, layout: StreamLayout, recompute: bool
+) -> tuple[ResidualStream, LayerStatistics]:
     graph, weights = nnx.split(block)
 
-    def run(weights: nnx.State, x: Stream, context: Context) -> tuple[Stream, LayerStatistics]:
+    def run(weights: nnx.State, x: ResidualStream, context: Context) -> tuple[ResidualStream, LayerStatistics]:
         return gather_weights(nnx.merge(graph, weights), layout.partition).with_statistics(x, context, layout)
 
     return (jax.checkpoint(run) if recompute else run)(weights, x, context)

@@ -33,22 +33,27 @@ class KDA(nnx.Module):
     def __init__(self, init: Init, config: TextConfig):
         linear = config.linear_attn
         assert linear is not None
-        self.heads, self.head_dim = linear.num_heads, linear.head_dim
+        self.heads, self.head_dim, self.lower_bound = linear.num_heads, linear.head_dim, linear.gate_lower_bound
         width, hidden, taps = linear.num_heads * linear.head_dim, config.hidden_size, linear.short_conv_kernel_size
         self.q_proj = Linear(init, width, hidden, ("kda_heads", "embed"))
         self.k_proj = Linear(init, width, hidden, ("kda_heads", "embed"))
         self.v_proj = Linear(init, width, hidden, ("kda_heads", "embed"))
-        self.q_conv1d = ShortConv(init, width, taps)
-        self.k_conv1d = ShortConv(init, width, taps)
-        self.v_conv1d = ShortConv(init, width, taps)
+        wide = init.in_float32() if linear.float32_weights else init
+        self.q_conv1d = ShortConv(wide, width, taps)
+        self.k_conv1d = ShortConv(wide, width, taps)
+        self.v_conv1d = ShortConv(wide, width, taps)
         self.A_log = init.param(self.initial_decay(init), ("kda_heads",))
         self.dt_bias = init.param(self.initial_dt_bias(init), ("kda_heads",))
         self.f_a_proj = Linear(init, linear.head_dim, hidden, (None, "embed"))
         self.f_b_proj = Linear(init, width, linear.head_dim, ("kda_heads", "rank"))
         self.b_proj = Linear(init, linear.num_heads, hidden, ("kda_heads", "embed"))
-        self.g_a_proj = Linear(init, linear.head_dim, hidden, (None, "embed"))
-        self.g_b_proj = Linear(init, width, linear.head_dim, ("kda_heads", "rank"))
-        self.o_norm = RMSNorm(init, linear.head_dim, config.rms_norm_eps)
+        self.full_rank_gate = linear.use_full_rank_gate
+        if self.full_rank_gate:
+            self.g_proj = Linear(init, width, hidden, ("kda_heads", "embed"))
+        else:
+            self.g_a_proj = Linear(init, linear.head_dim, hidden, (None, "embed"))
+            self.g_b_proj = Linear(init, width, linear.head_dim, ("kda_heads", "rank"))
+        self.o_norm = RMSNorm(wide, linear.head_dim, config.rms_norm_eps)
         self.o_proj = Linear(init, hidden, width, ("embed", "kda_heads"))
 
     def initial_decay(self, init: Init) -> jax.Array:
@@ -180,15 +185,23 @@ class KDA(nnx.Module):
         return y, rearrange(after, "b n reach c -> (b n) reach c").astype(state.tail.dtype)
 
     def gates(self, x: Hidden, valid: Valid) -> tuple[Float32[jax.Array, "b t h k"], Float32[jax.Array, "b t h"]]:
-        """Computes log-decay g <= 0 per key channel and step size beta in (0, 1) per head, both zero for padding."""
+        """Computes log-decay g <= 0 per key channel and step size beta in (0, 1) per head, both zero for padding.
+
+        With a lower bound g = bound * sigmoid(exp(A_log) * f), and else g = -exp(A_log) * softplus(f).
+        """
         f = self.f_b_proj(self.f_a_proj(x), dtype=jnp.float32) + self.dt_bias[...].astype(jnp.float32)
         f = rearrange(f, "b t (h k) -> b t h k", k=self.head_dim)
-        g = -jnp.exp(self.A_log[...].astype(jnp.float32))[:, None] * jax.nn.softplus(f)
+        rate = jnp.exp(self.A_log[...].astype(jnp.float32))[:, None]
+        bound = self.lower_bound
+        g = -rate * jax.nn.softplus(f) if bound is None else bound * jax.nn.sigmoid(rate * f)
         beta = jax.nn.sigmoid(self.b_proj(x, dtype=jnp.float32))
         return jnp.where(valid[:, :, None, None], g, 0.0), jnp.where(valid[:, :, None], beta, 0.0)
 
     def gated_output(self, o: jax.Array, x: Hidden) -> Float32[jax.Array, "b t d"]:
         """Computes o_proj(RMSNorm(o) * sigmoid(z)): the gate comes after the norm."""
-        z = rearrange(self.g_b_proj(self.g_a_proj(x)), "b t (h v) -> b t h v", v=self.head_dim)
-        y = self.o_norm(o.astype(x.dtype)).astype(jnp.float32) * jax.nn.sigmoid(z.astype(jnp.float32))
+        z = self.g_proj(x) if self.full_rank_gate else self.g_b_proj(self.g_a_proj(x))
+        z = rearrange(z, "b t (h v) -> b t h v", v=self.head_dim)
+        # a float32 norm is computed in float32
+        normed = self.o_norm(o.astype(jnp.promote_types(x.dtype, self.o_norm.weight.dtype)))
+        y = normed.astype(jnp.float32) * jax.nn.sigmoid(z.astype(jnp.float32))
         return self.o_proj(rearrange(y.astype(x.dtype), "b t h v -> b t (h v)"), dtype=jnp.float32)

@@ -133,7 +133,7 @@ class Kimi(nnx.Module):
         """Chooses the layout of the residual stream of a call of `rows` rows with `tokens` tokens each."""
         text = self.config.text
         chosen = text.num_experts_per_tok if text.n_routed_experts else 0
-        return choose_layout(partition, rows, tokens, text.hidden_size, chosen)
+        return choose_layout(partition, rows, tokens, text.expert_width, chosen)
 
     def extend(
         self,

@@ -60,6 +60,8 @@ class MLA(nnx.Module):
         self.kv_a_layernorm = RMSNorm(init, config.kv_lora_rank, config.mla_inner_norm_eps)
         kv_width = config.qk_nope_head_dim + config.v_head_dim
         self.kv_b_proj = Linear(init, heads * kv_width, config.kv_lora_rank, ("heads", "rank"))
+        gated, width = config.mla_use_output_gate, heads * config.v_head_dim
+        self.g_proj = Linear(init, width, hidden, ("heads", "embed")) if gated else None
         self.o_proj = Linear(init, hidden, heads * config.v_head_dim, ("embed", "heads"))
 
     def __call__(
@@ -73,13 +75,13 @@ class MLA(nnx.Module):
         table = context.page_table
         if cache is None or table is None:
             q, latents = self.project(x, context.positions, partition)
-            return self.output(self.within(q, latents, context)[0]), None
+            return self.output(self.within(q, latents, context)[0], x), None
         if context.phase == "decode":
             out, cache = self.absorbed(x[:, 0], context.positions[:, 0], cache, table, partition)
             return out[:, None], cache
         q, latents = self.project(x, context.positions, partition)
         cache = MLACache(mla_write(cache.pages, latents, *self.places(context, table, partition)))
-        return self.output(self.with_history(q, latents, context, cache, table, partition)), cache
+        return self.output(self.with_history(q, latents, context, cache, table, partition), x), cache
 
     def with_max(
         self, x: Hidden, context: Context, partition: Partition = SINGLE_DEVICE
@@ -88,7 +90,7 @@ class MLA(nnx.Module):
         q, latents = self.project(x, context.positions, partition)
         out, _, top = self.attend(q, latents, context, context.positions, self.segments(context))
         assert top is not None
-        return self.output(out), top
+        return self.output(out, x), top
 
     def places(
         self, context: Context, table: PageTable, partition: Partition
@@ -128,8 +130,13 @@ class MLA(nnx.Module):
             jnp.concatenate([self.kv_a_layernorm(c), k_pe], axis=-1),
         )
 
-    def output(self, heads: Values) -> Float32[jax.Array, "b t d"]:
-        return self.o_proj(rearrange(heads, "b t h v -> b t (h v)"), dtype=jnp.float32)
+    def output(self, heads: Values, x: Hidden) -> Float32[jax.Array, "b t d"]:
+        """Computes this device's heads' part of the sum for the stream, o_proj(heads * sigmoid(g_proj x))."""
+        values = rearrange(heads, "b t h v -> b t (h v)")
+        if self.g_proj is not None:
+            gate = jax.nn.sigmoid(self.g_proj(x).astype(jnp.float32))
+            values = (values.astype(jnp.float32) * gate).astype(values.dtype)
+        return self.o_proj(values, dtype=jnp.float32)
 
     def within(self, q: Queries, latents: Latents, context: Context) -> tuple[Values, LogSumExp]:
         """Attends from the tokens of a call to one another."""
@@ -242,4 +249,5 @@ class MLA(nnx.Module):
         )
         scale, lengths = rope.softmax_scale(config), local_lengths(positions + 1, PAGE, partition)
         o, lse = mla_decode(q_latent, q_rope, cache.pages, page_table, lengths, scale=scale, return_lse=True)
-        return mla_output(merge_shards(o, lse, partition), kv_b, self.o_proj.weight[...]), cache
+        gate = None if self.g_proj is None else self.g_proj(x)
+        return mla_output(merge_shards(o, lse, partition), kv_b, self.o_proj.weight[...], gate), cache

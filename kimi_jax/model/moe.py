@@ -1,4 +1,6 @@
-"""Feed-forward layers: SwiGLU, and the mixture of experts of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
+"""Feed-forward layers: gated linear units, and the mixture of experts of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
+
+Kimi K3's experts are latent: they compute at a width of their own, between two projections (arXiv 2607.24653).
 
 `pallas_kernels.mixture` computes the experts, whatever their format and the number of tokens.
 """
@@ -9,21 +11,32 @@ from flax import nnx
 
 from kimi_jax.axes import FlatHidden, Float, Float32, Int32
 from kimi_jax.config import TextConfig
+from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, Linear, Matrix
 from pallas_kernels import grouped_glu, grouped_matmul, mixture
-from pallas_kernels.formats import Dense, Int4, Weight
+from pallas_kernels.activations import Activation, SituGated, find_activation
+from pallas_kernels.formats import Dense, Int4, Mxfp4, Weight
 
 
 class MLP(nnx.Module):
-    """Computes down(silu(gate x) * up x); where the width is sharded, this device's part of the sum."""
+    """Computes down(silu(gate x) * up x), or with another `activation` of (gate x, up x); where the width is sharded,
+    this device's part of the sum."""
 
-    def __init__(self, init: Init, hidden: int, width: int, axis: str = "mlp"):
+    def __init__(self, init: Init, hidden: int, width: int, activation: Activation = "silu", axis: str = "mlp"):
+        self.activation = find_activation("MLP", activation)
         self.gate_proj = Linear(init, width, hidden, (axis, "embed"))
         self.up_proj = Linear(init, width, hidden, (axis, "embed"))
         self.down_proj = Linear(init, hidden, width, ("embed", axis))
 
     def __call__(self, x: jax.Array) -> Float32[jax.Array, "..."]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), dtype=jnp.float32)
+        return self.down_proj(self.activation(self.gate_proj(x), self.up_proj(x)), dtype=jnp.float32)
+
+
+def choose_activation(config: TextConfig) -> Activation:
+    """Returns the activation of all feed-forward layers."""
+    if config.activation_situ_beta is None:
+        return "silu"
+    return SituGated(config.activation_situ_beta, config.activation_situ_linear_beta)
 
 
 class Router(nnx.Module):
@@ -62,14 +75,16 @@ class Router(nnx.Module):
 
 def expert_format(config: TextConfig) -> type[Weight]:
     """Returns the format of the routed experts."""
-    return Dense if config.quantization is None else Int4
+    if config.quantization is None:
+        return Dense
+    return Mxfp4 if config.quantization.format == "mxfp4" else Int4
 
 
 class Experts(nnx.Module):
     """The routed experts of a layer, a stack of matrices [e, out, in] for each projection."""
 
     def __init__(self, init: Init, config: TextConfig, weight_format: type[Weight]):
-        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        experts, hidden, width = config.n_routed_experts, config.expert_width, config.moe_intermediate_size
         into, out_of = ("expert", "expert_mlp", "embed"), ("expert", "embed", "expert_mlp")
         self.gate_proj = Matrix(init, (experts, width, hidden), into, weight_format)
         self.up_proj = Matrix(init, (experts, width, hidden), into, weight_format)
@@ -87,13 +102,32 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """Routed experts, weighted, plus the shared experts, unweighted; `block.mix_experts` adds them up over devices."""
+    """Routed experts, weighted, plus the shared experts, unweighted; `block.mix_experts` adds them up over devices.
+
+    Of latent experts this is up(norm(sum over the chosen of weight * expert(down x))): every device has the two
+    projections whole, since they meet all of a vector, and each token's sum is complete before its norm.
+    """
 
     def __init__(self, init: Init, config: TextConfig):
         self.gate = Router(init, config)
         self.experts = Experts(init, config, expert_format(config))
+        self.activation, hidden = choose_activation(config), config.hidden_size
         width = config.moe_intermediate_size * config.n_shared_experts
-        self.shared_experts = MLP(init, config.hidden_size, width, "shared_mlp") if width else None
+        self.shared_experts = MLP(init, hidden, width, self.activation, "shared_mlp") if width else None
+        self.is_latent, latent = config.routed_expert_hidden_size is not None, config.expert_width
+        if self.is_latent:
+            self.routed_expert_down_proj = Linear(init, latent, hidden, (None, "embed"))
+            self.routed_expert_norm = RMSNorm(init, latent, config.rms_norm_eps)
+            self.routed_expert_up_proj = Linear(init, hidden, latent, ("embed", None))
+
+    def project_down(self, x: FlatHidden) -> Float[jax.Array, "t width"]:
+        """Returns the vectors that the routed experts take."""
+        return self.routed_expert_down_proj(x) if self.is_latent else x
+
+    def project_up(self, sums: Float[jax.Array, "... width"], dtype: jnp.dtype) -> Float[jax.Array, "... d"]:
+        """Maps whole sums over experts to the stream's width and `dtype`."""
+        sums = sums.astype(dtype)
+        return self.routed_expert_up_proj(self.routed_expert_norm(sums)) if self.is_latent else sums
 
     def sum_experts(
         self,
@@ -110,20 +144,25 @@ class MoE(nnx.Module):
         experts = self.experts
         gate, up, down = (matrix.read() for matrix in (experts.gate_proj, experts.up_proj, experts.down_proj))
         num_experts = self.gate.config.n_routed_experts
-        return mixture(x, chosen, weights, gate, up, down, first=first, num_experts=num_experts)
+        return mixture(
+            x, chosen, weights, gate, up, down, first=first, num_experts=num_experts, activation=self.activation
+        )
 
 
 def multiply_rows(
-    matrices: tuple[Weight, Weight, Weight], rows: Float[jax.Array, "m d"], expert: Int32[jax.Array, "m"]
+    matrices: tuple[Weight, Weight, Weight],
+    rows: Float[jax.Array, "m d"],
+    expert: Int32[jax.Array, "m"],
+    activation: Activation = "silu",
 ) -> Float[jax.Array, "m d"]:
-    """Computes down(silu(gate x) * up x) of each row x with the matrices of its expert; -1 is no expert, and gives
+    """Computes down(activation(gate x, up x)) of each row x with the matrices of its expert; -1 is no expert, and gives
     zeros."""
     gate, up, down = matrices
     number = jnp.where(expert >= 0, expert, gate.shape[0])
     order = jnp.argsort(number, stable=True)
     inverse = jnp.argsort(order)
     sizes = jnp.sum(number[:, None] == jnp.arange(gate.shape[0]), axis=0, dtype=jnp.int32)
-    hidden = grouped_glu(_permute(rows, order, inverse), gate, up, sizes)
+    hidden = grouped_glu(_permute(rows, order, inverse), gate, up, sizes, activation=activation)
     return _permute(grouped_matmul(hidden, down, sizes), inverse, order)
 
 

@@ -32,6 +32,10 @@ class Init:
         tracing.)"""
         return jax.random.fold_in(self.key, next(self.drawn))
 
+    def in_float32(self) -> "Init":
+        """Returns an `Init` for the parameters that a model of any dtype has in float32, of the same stream of keys."""
+        return dataclasses.replace(self, dtype=jnp.dtype(jnp.float32))
+
     def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         return self.param(_normal(self.next_key(), shape, self.dtype, self.std), axes)
 

@@ -7,6 +7,8 @@ import numpy as np
 
 from kimi_jax.config import KimiConfig
 
+MOST_PATCHES_A_SIDE = 512  # of the rotations that the reference implementations of the towers have
+
 
 @dataclasses.dataclass(frozen=True)
 class Media:
@@ -35,16 +37,18 @@ class Media:
 def tokens_per_item(grids: np.ndarray, config: KimiConfig) -> np.ndarray:
     """Counts the media tokens of each item, whatever its number of frames: h * w over the merge kernel's cells.
 
-    Raises ValueError for a grid that the kernel does not divide, or with more frames than `init_pos_emb_time`.
+    Raises ValueError for a grid that the kernel does not divide, with more frames than `init_pos_emb_time`, or with
+    more than `MOST_PATCHES_A_SIDE` rows or columns.
     """
     if config.vision is None:
         raise ValueError(f"a {config.model_type} model takes no images or video")
     kh, kw = config.vision.merge_kernel_size
     for t, h, w in grids:
-        if not 0 < t <= config.vision.init_pos_emb_time or h <= 0 or w <= 0 or h % kh or w % kw:
+        fits = 0 < h <= MOST_PATCHES_A_SIDE and 0 < w <= MOST_PATCHES_A_SIDE and not (h % kh or w % kw)
+        if not (0 < t <= config.vision.init_pos_emb_time and fits):
             raise ValueError(
                 f"media grid (t, h, w) = {(int(t), int(h), int(w))}: expected 1 to {config.vision.init_pos_emb_time} "
-                f"frames, and height and width in multiples of {kh} and {kw} patches"
+                f"frames, and height and width in multiples of {kh} and {kw} patches, at most {MOST_PATCHES_A_SIDE}"
             )
     return grids[:, 1] // kh * (grids[:, 2] // kw)
 

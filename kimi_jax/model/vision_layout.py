@@ -1,4 +1,4 @@
-"""Places of the patches of a batch of images and video chunks: the grid arithmetic of MoonViT-3D, in numpy.
+"""Places of the patches of a batch of images and video chunks: the grid arithmetic of MoonViT, in numpy.
 
 All items are packed into one row of patches, padded to a few sizes, and everything that depends on their grids becomes
 an array here. The tower itself then depends on the padded size alone, and is compiled once per size, not per grid.
@@ -17,7 +17,8 @@ CUBIC_A = -0.75
 class PatchLayout(NamedTuple):
     """Per patch p (of the padded row) and per media token m; padding belongs to segment -1.
 
-    taps_index, taps_weight [p, 16]: the cells of the position table that a patch blends (bicubic, a = -0.75).
+    taps_index, taps_weight [p, taps]: the cells of the position table that a patch blends, 16 where they are blended
+        bicubically (a = -0.75), 4 bilinearly.
     time [p, width]: the temporal embedding; zero for single images.
     angles [p, head_dim / 2]: 2-D RoPE, column and row interleaved.
     segment [p]: the item a patch belongs to.
@@ -64,7 +65,7 @@ def lay_out_patches(grids: np.ndarray, config: VisionConfig, size: int | None = 
 
 
 def _item(t: int, h: int, w: int, config: VisionConfig) -> dict[str, np.ndarray]:
-    index, weight = _bicubic(h, w, config)
+    index, weight = _blend(h, w, config)
     rows, columns = np.divmod(np.arange(h * w), w)
     merge_index = _merge(t, h, w, config)
     merge_weight = np.zeros(merge_index.shape, np.float32)
@@ -79,13 +80,14 @@ def _item(t: int, h: int, w: int, config: VisionConfig) -> dict[str, np.ndarray]
     }
 
 
-def _bicubic(h: int, w: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Cells of the flattened [height, width] table and their weights, for each patch of the grid: [h * w, 16]."""
-    rows, row_weights = _cubic_taps(config.init_pos_emb_height, h)
-    columns, column_weights = _cubic_taps(config.init_pos_emb_width, w)
+def _blend(h: int, w: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Cells of the flattened [height, width] table and their weights, for each patch of the grid: [h * w, taps]."""
+    taps = _cubic_taps if config.pos_emb_interpolation_mode == "bicubic" else _linear_taps
+    rows, row_weights = taps(config.init_pos_emb_height, h)
+    columns, column_weights = taps(config.init_pos_emb_width, w)
     index = rows[:, None, :, None] * config.init_pos_emb_width + columns[None, :, None, :]
     weight = row_weights[:, None, :, None] * column_weights[None, :, None, :]
-    return index.reshape(h * w, 16).astype(np.int32), weight.reshape(h * w, 16).astype(np.float32)
+    return index.reshape(h * w, -1).astype(np.int32), weight.reshape(h * w, -1).astype(np.float32)
 
 
 def _cubic_taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,6 +102,15 @@ def _cubic_taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
     return cells, np.where(distance <= 1, near, far)
 
 
+def _linear_taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the two source cells of each of `out` positions and their linear weights [out, 2], corners not aligned,
+    not antialiased, clamped at the border. Where `out` equals `size` the weights are 1, 0."""
+    src = np.maximum((np.arange(out) + 0.5) * size / out - 0.5, 0)
+    first = np.minimum(np.floor(src).astype(np.int32), size - 1)
+    second = src - first
+    return np.stack([first, np.minimum(first + 1, size - 1)], axis=1), np.stack([1 - second, second], axis=1)
+
+
 def _time(t: int, config: VisionConfig) -> np.ndarray:
     """Returns [sin | cos] of the frame's number, but zeros for a single image, which gets not even frame 0's."""
     width = config.vt_hidden_size
@@ -112,7 +123,7 @@ def _time(t: int, config: VisionConfig) -> np.ndarray:
 
 def _angles(rows: np.ndarray, columns: np.ndarray, config: VisionConfig) -> np.ndarray:
     """Returns the angles of RoPE: pair 2i turns by column * θ^(-4i/head_dim), pair 2i+1 by row * θ^(-4i/head_dim)."""
-    head_dim = config.vt_hidden_size // config.vt_num_attention_heads
+    head_dim = config.attention_width // config.vt_num_attention_heads
     freq = ROPE_THETA ** -(np.arange(0, head_dim, 4) / head_dim)
     angles = np.stack([columns[:, None] * freq, rows[:, None] * freq], axis=-1)
     return angles.reshape(len(rows), -1).astype(np.float32)

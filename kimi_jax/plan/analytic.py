@@ -145,13 +145,13 @@ def engine_pools(job: Job) -> EnginePools | None:
 
 
 def _temporaries(job: Job) -> int:
-    """Estimates temporaries: the stream in float32 twice, one mixture's rows sorted by expert, the logits, the
-    program."""
+    """Estimates temporaries: the stream in float32 twice and its snapshots, one mixture's rows sorted by expert, the
+    logits, the program."""
     text, partition = job.config.text, job.partition
-    stream = job.tokens * text.hidden_size * 8
+    stream = job.tokens * text.hidden_size * (8 + job.dtype.itemsize * text.snapshots)
     share = min(1.0, 2 / partition.devices) if job.phase == "prefill" else 1.0
     rows = job.tokens * text.num_experts_per_tok * share
-    sorted_rows = rows * (text.hidden_size * 6 + text.moe_intermediate_size * 4)
+    sorted_rows = rows * (text.expert_width * 6 + text.moe_intermediate_size * 4)
     words = text.vocab_size // partition.num_shards("vocab")
     return int(stream + sorted_rows + job.batch / partition.num_shards("batch") * words * 8) + PROGRAM_BYTES
 
@@ -212,7 +212,7 @@ def flops(job: Job) -> float:
             total += products * job.tokens * text.num_experts_per_tok / text.n_routed_experts
         elif "lm_head" in weight.path:
             total += products * job.batch / partition.num_devices(layout.row_axes)
-        elif ".mlp.gate." in weight.path:
+        elif ".mlp.gate." in weight.path or ".mlp.routed_expert_" in weight.path:
             total += products * routed
         elif ".shared_experts." in weight.path:
             # where tokens travel to experts, as sharded as a dense layer's, for a device's rows

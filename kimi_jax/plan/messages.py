@@ -75,11 +75,10 @@ class _Halves(nnx.Module):
 
     def __call__(self, x: Any, context: Any, cache: Any, layout: StreamLayout) -> tuple[Any, Any]:
         with jax.named_scope(f"half {self.number}"):
-            mixed, cache = self.mixer.mix_tokens(x, context, cache, layout)
-            x = x + mixed
+            x, cache = self.mixer.mix_tokens(x, context, cache, layout)
         for number, block in zip(self.numbers, self.forwards, strict=True):
             with jax.named_scope(f"half {number}"):
-                x = x + block.feed_forward(x, layout)
+                x = block.feed_forward(x, layout)
         return x, cache
 
 

@@ -1,5 +1,4 @@
-"""Masks of tokens for answers of a form: grammars compiled by llguidance, reasoning that must end, and forms that are
-closed before the tokens run out."""
+"""Masks of tokens for answers of a form: grammars compiled by llguidance, and reasoning that must end."""
 
 import functools
 import threading
@@ -8,16 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from kimi_jax.server.closing import Closing, ClosingTokens
 from kimi_jax.server.errors import invalid
 from kimi_jax.text import Tokenizer
 from kimi_jax.text.answer_states import Marker
 
 # Compiled grammars that are kept: clients send the same few tools and schemas again and again.
 _KEPT = 64
-# The last tokens of an answer, an eighth of it at most, are for closing its form: a few values that a schema requires,
-# with their names.
-CLOSING = 256
-_CLOSERS = '"]},:'  # a string first, in which all others are text; what goes on with an object or a list last
 
 
 class Masks:
@@ -32,12 +28,12 @@ class Masks:
         self._lock = threading.Lock()
         self._compile = functools.lru_cache(_KEPT)(self._compiled)
         self.end_think = tok.special_tokens.get(Marker.END_THINK.value)
-        self.end_section = tok.special_tokens.get(Marker.END_SECTION.value)
+        self.closing = ClosingTokens(tok, words)
 
     def warm(self) -> None:
-        """Reads the tokenizer into llguidance."""
+        """Reads the tokenizer into llguidance, and for closing forms."""
         with self._lock:
-            _ = self._guidance
+            _ = self._guidance, self.closing.openers
 
     def providers(
         self, written: str | None, reasoning: bool, budget: int | None, max_tokens: int, count: int
@@ -62,11 +58,6 @@ class Masks:
         ]
 
     @functools.cached_property
-    def closers(self) -> list[int]:
-        """The tokens that bring JSON nearer to its end, the first the one that brings it nearest."""
-        return [self.tok.encode(one, allow_special=False)[0] for one in _CLOSERS]
-
-    @functools.cached_property
     def reasoning_mask(self) -> np.ndarray:
         """A mask of all tokens but special ones, with the end of reasoning; uint32 [words / 32, rounded up]."""
         ids = np.arange(-(-self.words // 32) * 32)
@@ -78,13 +69,7 @@ class Masks:
     def end_mask(self) -> np.ndarray:
         """A mask of the end of reasoning alone; uint32 [words / 32, rounded up]."""
         assert self.end_think is not None
-        return self.one_token(self.end_think)
-
-    def one_token(self, token: int) -> np.ndarray:
-        """Returns the mask of one token alone; uint32 [words / 32, rounded up]."""
-        mask = np.zeros(-(-self.words // 32), np.uint32)
-        mask[token // 32] = 1 << token % 32
-        return mask
+        return self.closing.only(self.end_think)
 
     @functools.cached_property
     def _guidance(self) -> Any:
@@ -105,17 +90,19 @@ class AnswerMask:
     """Says which tokens one answer may go on with, as the engine's mask providers do.
 
     In reasoning all plain tokens are allowed until `budget` of them are there, then its end alone; after it what the
-    matcher allows, all without one. In the last tokens of `max_tokens`, where the answer may not end yet, a token that
-    ends a call, a string, a list or an object is the only one allowed, if it is: JSON that is cut off is of no use to
-    anybody. `shortened` says that this left the model less than the matcher.
+    matcher allows, all without one. A form is closed before `max_tokens` run out.
     """
 
     def __init__(self, matcher: Any, masks: Masks, reasoning: bool, budget: int | None, max_tokens: int):
         self._matcher, self._masks, self._reasoning, self._budget = matcher, masks, reasoning, budget
-        self._closes_from = max_tokens - min(CLOSING, max_tokens // 8)
-        self.shortened = False
+        self._closing = None if matcher is None else Closing(matcher, masks.closing, max_tokens)
         self._position = 0  # tokens that were looked at
         self._mask = np.zeros(-(-masks.words // 32), np.int32)
+
+    @property
+    def shortened(self) -> bool:
+        """Returns whether the form was closed where the model might have gone on."""
+        return self._closing is not None and self._closing.shortened
 
     def next_mask(self, tokens: list[int]) -> np.ndarray | None:
         """Returns the mask of the next token, None for all; see the engine's `MaskProvider`."""
@@ -124,14 +111,14 @@ class AnswerMask:
             if self._must_end():
                 return self._masks.end_mask
             return None if self._matcher is None else self._masks.reasoning_mask
-        if self._matcher is None:
+        if self._matcher is None or self._closing is None:
             return None
         from llguidance.numpy import fill_next_token_bitmask
 
         fill_next_token_bitmask(self._matcher, self._mask[None])
-        if self._position < self._closes_from or self._matcher.is_accepting():
+        if self._matcher.is_accepting():
             return self._mask
-        return self._closing(self._mask.view(np.uint32))
+        return self._closing.narrow(self._mask.view(np.uint32), self._position)
 
     def forced(self, tokens: list[int]) -> list[int]:
         """Returns the tokens that must come next."""
@@ -145,17 +132,6 @@ class AnswerMask:
         self._advance(tokens)
         return not self._reasoning and self._matcher is not None and self._matcher.is_stopped()
 
-    def _closing(self, mask: np.ndarray) -> np.ndarray:
-        """Returns the mask of the one token of `mask` that closes most; `mask` itself where none does."""
-        end = self._masks.end_section
-        for token in self._masks.closers if end is None else [end, *self._masks.closers]:
-            if mask[token // 32] >> token % 32 & 1:
-                only = self._masks.one_token(token)
-                # (A further call that is not made is no loss: the model can make it in its next turn.)
-                self.shortened |= token != end and bool((mask != only).any())
-                return only
-        return mask
-
     def _must_end(self) -> bool:
         return self._budget is not None and self._position >= self._budget
 
@@ -163,9 +139,10 @@ class AnswerMask:
         while self._reasoning and self._position < len(tokens):
             self._reasoning = tokens[self._position] != self._masks.end_think
             self._position += 1
-        if self._reasoning or self._matcher is None:
+        if self._reasoning or self._matcher is None or self._closing is None:
             return
         new = tokens[self._position :]
         self._position = len(tokens)
         if new and not self._matcher.consume_tokens(new):
             raise ValueError(f"the grammar does not take the tokens {new}: {self._matcher.get_error()}")
+        self._closing.feed(new)

@@ -64,6 +64,9 @@ class AnswerStates:
     starts: REASONING or CONTENT. names: those of the declared tools.
     """
 
+    spellings = SPELLINGS
+    end_marker = Marker.END
+
     def __init__(self, starts: State, names: Collection[str]) -> None:
         self.state = starts
         self.ended = False  # at `Marker.END`: nothing follows
@@ -78,6 +81,11 @@ class AnswerStates:
         """Returns the deltas since the last call of it."""
         deltas, self._deltas = self._deltas, []
         return deltas
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Says whether the next text is reasoning."""
+        return self.state is State.REASONING and not self.ended
 
     def add_text(self, text: str) -> None:
         """Adds text in which nothing is a marker."""

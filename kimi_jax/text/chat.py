@@ -3,7 +3,7 @@
 `render` shows a prompt as text, `encode` gives its token ids; `parse` takes an answer's ids apart, and
 `Parser` does so as they come.
 
-`model` names the template: "k2.5" and "k2" are built in, anything else is a folder whose own chat template is used.
+`model` names the template: "k3", "k2.5" and "k2" are built in, anything else is a folder, whose own template is used.
 Markers (`<|im_user|>`, `<think>`, ...) become special tokens only where the template wrote them: contents, names,
 reasoning, tool results, tool ids, arguments and tool declarations are encoded as ordinary text whatever they spell,
 so nobody forges a turn. On text that spells no special token the ids are those of the published tokenizer on the
@@ -11,8 +11,9 @@ rendered prompt.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kimi_jax.media import VideoChunk
 from kimi_jax.printable import printable
@@ -21,7 +22,8 @@ from kimi_jax.text.answers import Delta, Parsed, join
 from kimi_jax.text.folder_template import FolderTemplate
 from kimi_jax.text.messages import MediaPart, Messages, media_parts, read_messages, unread_keys
 from kimi_jax.text.parsers import Parser, TextParser, answer_starts_in, parse, parse_text
-from kimi_jax.text.templates import VIDEO_PLACEHOLDER, Segment
+from kimi_jax.text.segments import Segment, media_segments
+from kimi_jax.text.templates import VIDEO_PLACEHOLDER
 from kimi_jax.text.tokenizer import Tokenizer
 from kimi_jax.text.tools import Tools, declare_tools, read_tools
 
@@ -43,20 +45,40 @@ __all__ = [
 
 
 def _segments(
-    messages: Messages, tools: Tools, model: str | Path, tok: Tokenizer | None, **options: bool
+    messages: Messages,
+    tools: Tools,
+    model: str | Path,
+    tok: Tokenizer | None,
+    asked: Mapping[str, Any],
+    **common: bool,
 ) -> list[Segment]:
-    """Returns the conversation in `model`'s template; without a tokenizer a folder's prompt is one piece."""
+    """Returns the conversation in `model`'s template; without a tokenizer a folder's prompt is one piece.
+
+    asked: values of options that not every template has, None or empty where they are not given.
+    """
     messages, tools = read_messages(messages), read_tools(tools)
-    folder = None if model in templates.BUILT_IN else FolderTemplate(model, with_tools=bool(tools))
-    unread = [key for key in unread_keys(messages) if folder is None or key.split(".")[-1] not in folder.source]
+    built_in = templates.BUILT_IN.get(str(model))
+    given = {name: value for name, value in asked.items() if value is not None and value != ()}
+    for name in given.keys() - (built_in.options if built_in else ()) - {"image_sizes"}:
+        value = printable(repr(given[name]), 60)
+        raise ValueError(f"{name} is {value}, but the chat template of {printable(model)} has no such option")
+    folder = None if built_in else FolderTemplate(model, with_tools=bool(tools))
+    reads = built_in.reads if built_in else ()
+    unread = [
+        key
+        for key in unread_keys(messages)
+        if key not in reads and (folder is None or key.split(".")[-1] not in folder.source)
+    ]
     if unread:
         text = f"{printable(', '.join(unread))} in messages: not read by the chat template of {printable(model)}"
         warnings.warn(text, stacklevel=3)
-    if folder is None:
-        return templates.BUILT_IN[str(model)].write(messages, tools, **options)
+    if built_in is not None:
+        more = {name: value for name, value in given.items() if name in built_in.options}
+        return built_in.write(messages, tools, **common, **more)
+    assert folder is not None
     if tok is None:
-        return [Segment(folder.render(messages, tools, **options))]
-    return folder.segments(messages, tools, tok.special_tokens, **options)
+        return [Segment(folder.render(messages, tools, **common))]
+    return folder.segments(messages, tools, tok.special_tokens, **common)
 
 
 def render(
@@ -67,16 +89,27 @@ def render(
     *,
     preserve_thinking: bool = False,
     add_generation_prompt: bool = True,
+    thinking_effort: str | None = None,
+    tool_choice: str | None = None,
+    response_format: Mapping[str, Any] | None = None,
+    image_sizes: Sequence[tuple[int, int]] = (),
 ) -> str:
     """Returns the prompt as text, to look at or to send elsewhere; where people's text must be safe, use `encode`.
 
     thinking: the answer begins inside `<think>` (K2.5) or after an empty pair. preserve_thinking: keep the reasoning of
     all earlier answers (K2.6). An image is `<|media_begin|>image<|media_content|><|media_pad|><|media_end|>` and a
-    newline, a video `<|kimi_k25_video_placeholder|>`. Raises ValueError naming the message and field that is wrong;
-    fields that the template does not read are named in one warning.
+    newline, a video `<|kimi_k25_video_placeholder|>`.
+
+    Only K3 has these: thinking_effort: "low", "high" or "max", its default. tool_choice: "required" or "none".
+    response_format: OpenAI's object. image_sizes: the width and height of each image in pixels, which its prompts say.
+
+    Raises ValueError naming the message, field or option that is wrong; fields that the template does not read are
+    named in one warning.
     """
     options = {"thinking": thinking, "preserve_thinking": preserve_thinking}
-    segments = _segments(messages, tools, model, None, add_generation_prompt=add_generation_prompt, **options)
+    asked: dict[str, Any] = {"thinking_effort": thinking_effort, "tool_choice": tool_choice}
+    asked |= {"response_format": response_format, "image_sizes": image_sizes}
+    segments = _segments(messages, tools, model, None, asked, add_generation_prompt=add_generation_prompt, **options)
     return "".join(segment.text for segment in segments)
 
 
@@ -94,7 +127,7 @@ def _with_videos(segments: Iterable[Segment], videos: Sequence[Sequence[VideoChu
         if segment == Segment(VIDEO_PLACEHOLDER, True):
             for chunk in next(remaining):
                 yield Segment(chunk.timestamp)
-                yield from templates.media_segments("video")
+                yield from media_segments("video")
         else:
             yield segment
 
@@ -109,6 +142,10 @@ def encode(
     preserve_thinking: bool = False,
     add_generation_prompt: bool = True,
     videos: Sequence[Sequence[VideoChunk]] = (),
+    thinking_effort: str | None = None,
+    tool_choice: str | None = None,
+    response_format: Mapping[str, Any] | None = None,
+    image_sizes: Sequence[tuple[int, int]] = (),
 ) -> list[int]:
     """Returns the prompt's token ids, one `<|media_pad|>` for each media item (`kimi_jax.media.expand` repeats it).
 
@@ -118,12 +155,18 @@ def encode(
     from people's text.
     """
     options = {"thinking": thinking, "preserve_thinking": preserve_thinking}
-    segments = _segments(messages, tools, model, tok, add_generation_prompt=add_generation_prompt, **options)
+    asked: dict[str, Any] = {"thinking_effort": thinking_effort, "tool_choice": tool_choice}
+    asked |= {"response_format": response_format, "image_sizes": image_sizes}
+    segments = _segments(messages, tools, model, tok, asked, add_generation_prompt=add_generation_prompt, **options)
+    is_xtml = model in templates.BUILT_IN and templates.BUILT_IN[str(model)].is_xtml
     ids: list[int] = []
-    text = ""  # of neighbouring plain segments, which the tokenizer takes as one text
+    text = ""  # of neighbouring plain segments, which the tokenizer takes as one text, K3's by themselves
     for segment in _with_videos(segments, videos):
         if not segment.is_marker:
             text += segment.text
+            if is_xtml:
+                ids += tok.encode(text, allow_special=False)
+                text = ""
             continue
         if segment.text not in tok.special_tokens:
             raise ValueError(

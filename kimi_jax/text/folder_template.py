@@ -20,8 +20,9 @@ from typing import Any
 from kimi_jax.printable import printable
 from kimi_jax.text import template_process
 from kimi_jax.text.messages import Message
+from kimi_jax.text.segments import Segment
 from kimi_jax.text.template_files import TemplateFiles
-from kimi_jax.text.templates import BUILT_IN, VIDEO_PLACEHOLDER, Segment
+from kimi_jax.text.templates import BUILT_IN, VIDEO_PLACEHOLDER
 from kimi_jax.text.tools import declare_tools, deep_sorted
 
 _PRIVATE_USE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE), range(0xE000, 0xF900))

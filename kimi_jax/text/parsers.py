@@ -1,8 +1,9 @@
-"""Parses what Kimi K2 and K2.5 answer into reasoning, content and calls of tools, whole or as it comes.
+"""Parses what Kimi K2, K2.5 and K3 answer into reasoning, content and calls of tools, whole or as it comes.
 
 `Parser` takes token ids: only special tokens are markers, so that text which spells one stays text. `TextParser` takes
 text from elsewhere, in which a marker is what is spelt like one. Both keep the rules of `answer_states.AnswerStates`,
-hold no more back than may turn out to be a marker, half a character or blanks, and take linear time.
+K3's those of `xtml_states.XtmlStates`, hold no more back than may turn out to be a marker or a tag, half a character or
+blanks, and take linear time.
 """
 
 import codecs
@@ -14,16 +15,18 @@ from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 
-from kimi_jax.text.answer_states import SPELLINGS, AnswerStates, Marker, State
+from kimi_jax.text.answer_states import AnswerStates, Marker, State
 from kimi_jax.text.answers import Delta, EngineFinish, Parsed, join
 from kimi_jax.text.folder_template import FolderTemplate
-from kimi_jax.text.templates import BUILT_IN, Segment
+from kimi_jax.text.segments import Segment
+from kimi_jax.text.templates import BUILT_IN
 from kimi_jax.text.tokenizer import Tokenizer
 from kimi_jax.text.tools import Tools, read_tools
+from kimi_jax.text.xtml import OPEN
+from kimi_jax.text.xtml_states import XtmlMarker, XtmlStates
 
 StartsIn = Literal["reasoning", "content"]
 
-_TEXT_MARKER = re.compile("|".join(map(re.escape, SPELLINGS)))
 _ENDS = ("<|im_end|>", "[EOS]", "[EOT]")
 
 
@@ -54,9 +57,10 @@ class Parser:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         special = tok.special_tokens
         self._special = frozenset(special.values())
-        self._markers = {special[name]: marker for name, marker in SPELLINGS.items() if name in special}
+        spellings = self._states.spellings
+        self._markers: dict[int, Any] = {special[name]: spellings[name] for name in spellings if name in special}
         ends = (tok.eos_id, tok.pad_id, *(special.get(name) for name in _ENDS))
-        self._markers |= {token: Marker.END for token in ends if token is not None}
+        self._markers |= {token: self._states.end_marker for token in ends if token is not None}
         self._finished = False
 
     def feed(self, ids: Iterable[SupportsIndex]) -> list[Delta]:
@@ -90,7 +94,7 @@ class Parser:
 
     def _add(self, run: list[int], final: bool = False) -> None:
         """Adds ids without special tokens; a character cut by a marker or by the end is `final`, and U+FFFD."""
-        if self._states.state is State.REASONING and not self._states.ended:
+        if self._states.in_reasoning:
             self.reasoning_tokens += len(run)
         self._states.add_text(self._utf8.decode(self._tok.decode_bytes(run), final))
 
@@ -110,6 +114,7 @@ class TextParser:
         starts_in: StartsIn | None = None,
     ) -> None:
         self._states = _states(thinking, tools, model, starts_in)
+        self._marker = re.compile("|".join(map(re.escape, self._states.spellings)))
         self._rest = ""  # what may be the beginning of a marker
         self._finished = False
 
@@ -121,12 +126,13 @@ class TextParser:
         _refuse(self._finished)
         text = self._rest + text
         place = 0
-        for found in _TEXT_MARKER.finditer(text):
+        spellings: Mapping[str, Any] = self._states.spellings
+        for found in self._marker.finditer(text):
             self._states.add_text(text[place : found.start()])
-            self._states.add_marker(SPELLINGS[found[0]])
+            self._states.add_marker(spellings[found[0]])
             place = found.end()
         cut = text.rfind("<", place)  # no marker has another `<` than its first character
-        if cut < 0 or not any(spelling.startswith(text[cut:]) for spelling in SPELLINGS):
+        if cut < 0 or not any(spelling.startswith(text[cut:]) for spelling in spellings):
             cut = len(text)
         self._states.add_text(text[place:cut])
         self._rest = text[cut:]
@@ -175,22 +181,40 @@ def parse_text(
 
 def answer_starts_in(tok: Tokenizer, prompt: Sequence[SupportsIndex] | np.ndarray) -> StartsIn:
     """Returns where the answer to the prompt's ids begins: "reasoning" where a `<think>` of its last turn is open."""
+    if OPEN.text in tok.special_tokens:
+        return _starts_in_element(tok, prompt)
     ids = [tok.special_tokens.get(name) for name in ("<think>", "</think>", "<|im_middle|>")]
     last = next((token for token in map(operator.index, reversed(prompt)) if token in ids), None)
     return "reasoning" if last is not None and last == ids[0] else "content"
 
 
-def _states(thinking: bool, tools: Tools, model: str | Path, starts_in: StartsIn | None) -> AnswerStates:
+def _starts_in_element(tok: Tokenizer, prompt: Sequence[SupportsIndex] | np.ndarray) -> StartsIn:
+    """Returns "reasoning" where the last tag of K3's prompt opens `think`."""
+    tags = {tok.special_tokens[marker.value]: marker for marker in (XtmlMarker.OPEN, XtmlMarker.CLOSE)}
+    ids = [*map(operator.index, prompt)]
+    last = next((place for place in reversed(range(len(ids))) if ids[place] in tags), None)
+    if last is None or tags[ids[last]] is XtmlMarker.CLOSE:
+        return "content"
+    think = [*tok.encode("think", allow_special=False), tok.special_tokens[XtmlMarker.SEP.value]]
+    return "reasoning" if ids[last + 1 : last + 1 + len(think)] == think else "content"
+
+
+def _states(thinking: bool, tools: Tools, model: str | Path, starts_in: StartsIn | None) -> AnswerStates | XtmlStates:
     tools = read_tools(tools)
     if starts_in is None:
         starts_in = "reasoning" if _ends_in_think(thinking, tools, model) else "content"
+    starts = State.REASONING if starts_in == "reasoning" else State.CONTENT
+    if model in BUILT_IN and BUILT_IN[str(model)].is_xtml:
+        return XtmlStates(starts)
     functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), Mapping)]
     names = [name for function in functions if isinstance(name := function.get("name"), str)]
-    return AnswerStates(State.REASONING if starts_in == "reasoning" else State.CONTENT, names)
+    return AnswerStates(starts, names)
 
 
 def _ends_in_think(thinking: bool, tools: Sequence[Mapping[str, Any]], model: str | Path) -> bool:
     """Says whether the prompts of `model`'s template end in `<think>`, by writing one."""
+    if model in BUILT_IN and BUILT_IN[str(model)].is_xtml:
+        return thinking
     messages = [{"role": "user", "content": ""}]
     options = {"thinking": thinking, "preserve_thinking": False, "add_generation_prompt": True}
     if model in BUILT_IN:

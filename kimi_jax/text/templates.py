@@ -1,4 +1,5 @@
-"""Writes the prompts of Kimi K2 and K2.5 as segments, each of which is one special token or plain text.
+"""Writes the prompts of Kimi K2 and K2.5 as segments, each of which is one special token or plain text, and lists all
+built-in templates.
 
 Both write the text of the published `chat_template.jinja`. Only text that the template itself writes is ever a marker,
 so people and tools cannot forge a marker in a prompt that is encoded from segments (`kimi_jax.chat.encode`).
@@ -10,32 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kimi_jax.text.messages import IMAGE_TYPES, VIDEO_TYPES, Message
+from kimi_jax.text.segments import Segment, media_segments
 from kimi_jax.text.tools import compact_json, declare_tools
+from kimi_jax.text.xtml import k3
 
 VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
 DEFAULT_SYSTEM_PROMPT = "You are Kimi, an AI assistant created by Moonshot AI."
 
 _ROLE_MARKERS = {"user": "<|im_user|>", "assistant": "<|im_assistant|>"}
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of a prompt: a marker, which is one special token (or the video placeholder, which stands for several),
-    or text in which special tokens have no meaning."""
-
-    text: str
-    is_marker: bool = False
-
-
-def media_segments(kind: str) -> list[Segment]:
-    """Returns `<|media_begin|>{kind}<|media_content|><|media_pad|><|media_end|>`, the placeholder of one media item."""
-    return [
-        Segment("<|media_begin|>", True),
-        Segment(kind),
-        Segment("<|media_content|>", True),
-        Segment("<|media_pad|>", True),
-        Segment("<|media_end|>", True),
-    ]
 
 
 def _turn(role: str, header: str, body: Sequence[Segment]) -> list[Segment]:
@@ -151,15 +134,30 @@ def k2(
 
 @dataclass(frozen=True)
 class Template:
-    """A built-in chat template. `title` names it in messages; `write` takes messages and tools as `read_messages` and
-    `read_tools` return them, with the options of `k25`; `reads_media` says whether it takes images and videos."""
+    """A built-in chat template.
+
+    title: its name in messages. write: takes messages and tools as `read_messages` and `read_tools` return them, with
+    the options of `k25` and those of `options`. reads_media: it takes images and videos. reads: keys of messages that
+    it reads besides everybody's. is_xtml: prompts and answers are K3's elements; each segment is encoded for itself.
+    """
 
     title: str
     write: Callable[..., list[Segment]]
     reads_media: bool
+    options: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+    is_xtml: bool = False
 
 
 BUILT_IN: Mapping[str, Template] = {
     "k2.5": Template("K2.5", k25, reads_media=True),
     "k2": Template("K2", k2, reads_media=False),
+    "k3": Template(
+        "K3",
+        k3,
+        reads_media=True,
+        options=frozenset({"thinking_effort", "tool_choice", "response_format", "image_sizes"}),
+        reads=frozenset({"tools"}),
+        is_xtml=True,
+    ),
 }

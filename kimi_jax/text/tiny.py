@@ -12,13 +12,15 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 BASE_RANKS = 512
 
-# offset from the base -> (content, special); think and tool tokens are added tokens with special=false, as published
-_ADDED_TOKENS = {
+Slots = Mapping[int, tuple[str, bool]]  # offset from the base -> (content, special)
+
+# Those of K2 and K2.5; think and tool tokens are added tokens with special=false, as published
+K25_SLOTS: Slots = {
     0: ("[BOS]", True),
     1: ("[EOS]", True),
     2: ("<|im_end|>", True),
@@ -40,6 +42,24 @@ _ADDED_TOKENS = {
     21: ("<|media_pad|>", True),
     22: ("<think>", False),
     23: ("</think>", False),
+    254: ("[UNK]", True),
+    255: ("[PAD]", True),
+}
+K3_SLOTS: Slots = {
+    0: ("[BOS]", True),
+    1: ("[EOS]", True),
+    2: ("<|end_of_msg|>", True),
+    3: ("<|open|>", False),
+    4: ("<|close|>", False),
+    5: ("<|sep|>", False),
+    6: ("[start_header_id]", True),
+    7: ("[end_header_id]", True),
+    9: ("[EOT]", True),
+    18: ("<|media_begin|>", True),
+    19: ("<|media_content|>", True),
+    20: ("<|media_end|>", True),
+    21: ("<|media_pad|>", True),
+    65: ("<osagent_mode>", True),
     254: ("[UNK]", True),
     255: ("[PAD]", True),
 }
@@ -102,11 +122,14 @@ def _words(text: str, count: int) -> Iterator[bytes]:
     return itertools.islice(itertools.chain(learned, (word for word in more if word not in learned)), count)
 
 
-def write_tiny_tokenizer(folder: str | Path, text: str = "", *, base_ranks: int = BASE_RANKS) -> None:
+def write_tiny_tokenizer(
+    folder: str | Path, text: str = "", *, base_ranks: int = BASE_RANKS, slots: Slots = K25_SLOTS
+) -> None:
     """Writes `tiktoken.model` and `tokenizer_config.json` into `folder`, which is created if missing.
 
     Merges are learned from the text below and from `text`. Every call writes the same bytes. The tokenizer has
-    `base_ranks` ids and 256 special slots after them. Raises ValueError for fewer ranks than there are bytes.
+    `base_ranks` ids and 256 special slots after them, of which `slots` names some. Raises ValueError for fewer ranks
+    than there are bytes.
     """
     if base_ranks < 256:
         raise ValueError(f"a tokenizer of {base_ranks} base ranks, expected 256 or more: each byte has one")
@@ -119,7 +142,7 @@ def write_tiny_tokenizer(folder: str | Path, text: str = "", *, base_ranks: int 
     config = {
         "added_tokens_decoder": {
             str(base_ranks + offset): {"content": content, **flags, "special": special}
-            for offset, (content, special) in _ADDED_TOKENS.items()
+            for offset, (content, special) in slots.items()
         },
         "bos_token": "[BOS]",
         "eos_token": "[EOS]",

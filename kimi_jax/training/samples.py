@@ -92,7 +92,7 @@ def documents(
     pictures = read_all(parts, processor.media_config) if parts and processor.config.vision else None
     if parts and pictures is None:
         raise ValueError(f"messages hold {len(parts)} images or videos; this model takes none")
-    videos = () if pictures is None else pictures.videos
+    videos, sizes = ((), ()) if pictures is None else (pictures.videos, pictures.sizes)
 
     def encode(messages: Sequence[Mapping[str, Any]], *, prompts: bool = True, keep: bool = True) -> list[int]:
         kinds = [part.kind for part in chat.media_parts(messages)]
@@ -105,6 +105,7 @@ def documents(
             preserve_thinking=keep,
             add_generation_prompt=prompts,
             videos=videos[: kinds.count("video")],
+            image_sizes=sizes[: kinds.count("image")],
         )
 
     found: list[tuple[list[int], list[bool]]] = []

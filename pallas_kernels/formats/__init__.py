@@ -9,4 +9,5 @@ from pallas_kernels.formats.format import Weight as Weight
 from pallas_kernels.formats.format import array_bytes as array_bytes
 from pallas_kernels.formats.fp8 import Fp8 as Fp8
 from pallas_kernels.formats.int4 import Int4 as Int4
+from pallas_kernels.formats.mxfp4 import Mxfp4 as Mxfp4
 from pallas_kernels.formats.straight_through import straight_through as straight_through

@@ -36,8 +36,11 @@ _MATMUL: dict[type[Weight], Backends] = {
         _TRITON,
         _DEQUANTIZED,
     ),
+    formats.Mxfp4: (
+        Backend("mosaic_tpu", mosaic_int4.grouped_matmul, ("tpu",), mosaic_int4.unsupported),
+        _DEQUANTIZED,
+    ),
 }
-
 
 _GRADIENTS: Backends = (
     Backend("mosaic_tpu", mosaic_gradients.gradients, ("tpu",), mosaic_tpu.unsupported),
@@ -59,6 +62,8 @@ def _glu_backends(weight: type[Weight], activation: Callable[[Array, Array], Arr
     plain = backend("xla", dequantized.grouped_glu)
     if weight is formats.Int4:
         return backend("mosaic_tpu", mosaic_int4.grouped_glu, ("tpu",), mosaic_int4.unsupported), on_gpus, plain
+    if weight is formats.Mxfp4:
+        return backend("mosaic_tpu", mosaic_int4.grouped_glu, ("tpu",), mosaic_int4.unsupported), plain
     return (plain,)
 
 
@@ -80,9 +85,9 @@ def grouped_matmul(
       weights: [E, N, K], an array in x's dtype or a weight of any format.
       group_sizes: int32 [groups], rows of every group, also of those on other devices; their sum is at most T.
       group_offset: `weights` are those of groups [group_offset, group_offset + E); None says that they are all groups'.
-      implementation: "mosaic_tpu" (x bf16 or float32; dense N and K multiples of 128; `Int4` N a multiple of 128, K of
-        512 or at most 2048 and a multiple of 64), "triton" (x bf16 or float32; N a multiple of 64, dense K too), "xla",
-        or None for the best that the platform has.
+      implementation: "mosaic_tpu" (x bf16 or float32; dense N and K multiples of 128; `Int4` and `Mxfp4` N a
+        multiple of 128, K of 512 or at most 2048 and a multiple of 64), "triton" (x bf16 or float32; N a multiple of
+        64, dense K too; not `Mxfp4`), "xla", or None for the best that the platform has.
 
     Returns:
       [T, N] in x's dtype, accumulated in float32. Rows of groups on other devices, and rows past the last group,

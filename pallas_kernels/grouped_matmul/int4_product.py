@@ -1,4 +1,4 @@
-"""The product, inside a Pallas kernel, of a group's rows with a step's INT4 weights, unpacked a part at a time."""
+"""The product, inside a Pallas kernel, of a group's rows with a step's INT4 or MXFP4 weights, a part at a time."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from pallas_kernels.formats.int4_codec import GROUP_SIZE
 from pallas_kernels.grouped_matmul import int4_block_diagonal as block_diagonal
+from pallas_kernels.grouped_matmul import mxfp4_product
 from pallas_kernels.hardware import LANES
 
 FEW_ROWS = 8
@@ -43,8 +44,23 @@ class GroupRows(NamedTuple):
     few: Array
 
 
+class Code(NamedTuple):
+    """The code of a format: how many inputs a row of its codes has, whether large parts are taken for few rows instead
+    of for one window, and what is done with a part of a matrix.
+
+    `expand_rows` and `multiply_codes` multiply few rows in block-diagonal form; `dequantise(codes, scales, groups,
+    scratch, dtype, bf16)` returns the weights [inputs, N].
+    """
+
+    inputs_per_row: int
+    large_few: bool
+    expand_rows: Callable[[Array], Any]
+    multiply_codes: Callable[[Any, Array, Any, Any], Array]
+    dequantise: Callable[..., Array]
+
+
 class MatrixOperand(NamedTuple):
-    """A matrix of the group: codes [K, N] and scales [K//32, N].
+    """A matrix of the group: codes [K, N], or [K//2, N] where two share a byte, and scales [K//32, N].
 
     `total` is the float32 sum [rows, N] that products are added to, `scale_rows` is scratch of the shape that the
     function `scale_rows` returns.
@@ -67,6 +83,7 @@ def add_products(
     operands: Sequence[MatrixOperand],
     scaled_ref: Any,
     tile: Tiles,
+    code: Code,
     *,
     few: bool,
     more: bool,
@@ -95,36 +112,43 @@ def add_products(
         def part(k: Array, _: None) -> None:
             use(pl.ds(pl.multiple_of(k * size, size), size), pl.ds(pl.multiple_of(k * groups, groups), groups))
 
-        lax.fori_loop(0, jnp.where(wanted, operands[0].codes.shape[0] // size, 0), part, None)
+        inputs = operands[0].codes.shape[0] * code.inputs_per_row
+        lax.fori_loop(0, jnp.where(wanted, inputs // size, 0), part, None)
+
+    def read_codes(codes: Any, inputs: Any) -> Array:
+        each = code.inputs_per_row
+        size = inputs.size // each
+        return codes[inputs if each == 1 else pl.ds(pl.multiple_of(inputs.start // each, size), size), :]
 
     def few_rows(inputs: Any, of_groups: Any) -> None:
-        left = block_diagonal.expand_rows(rows.take(rows.first_few, FEW_ROWS, inputs))
+        left = code.expand_rows(rows.take(rows.first_few, FEW_ROWS, inputs))
         here = pl.ds(rows.first_few, FEW_ROWS)
         for codes, scales, total, _ in operands:
-            total[here, :] += block_diagonal.multiply_codes(left, codes[inputs, :], scales[of_groups, :])
+            total[here, :] += code.multiply_codes(left, read_codes(codes, inputs), scales, of_groups)
 
     def one_window(inputs: Any, of_groups: Any, window: Any = rows.low) -> None:
         for codes, scales, total, scratch in operands:
-            matrix = _dequantise(codes[inputs, :], scales[of_groups, :], scratch, dtype, bf16)
+            matrix = code.dequantise(read_codes(codes, inputs), scales, of_groups, scratch, dtype, bf16)
             multiply(window, inputs, matrix, total)
 
     def windows(inputs: Any, of_groups: Any) -> None:
         for codes, scales, total, scratch in operands:
-            scaled_ref[...] = _dequantise(codes[inputs, :], scales[of_groups, :], scratch, dtype, bf16)
+            scaled_ref[...] = code.dequantise(read_codes(codes, inputs), scales, of_groups, scratch, dtype, bf16)
             lax.fori_loop(
                 rows.low, rows.high, lambda j, _, total=total: multiply(j, inputs, scaled_ref[...], total), None
             )
 
     count = rows.high - rows.low
     is_few = rows.few & few
+    few_part, one_part = (tile.K_part, tile.K_shared) if code.large_few else (tile.K_shared, tile.K_part)
     if few:
-        for_parts(is_few, tile.K_shared, few_rows)
+        for_parts(is_few, few_part, few_rows)
     if more and scaled_ref is None:
-        each = partial(for_parts, count > 0, tile.K_part)
+        each = partial(for_parts, count > 0, one_part)
         high = jnp.where(is_few, rows.low, rows.high)
         lax.fori_loop(rows.low, high, lambda j, _: each(partial(one_window, window=j)), None)
     elif more:
-        for_parts(~is_few & (count == 1), tile.K_part, one_window)
+        for_parts(~is_few & (count == 1), one_part, one_window)
         for_parts(~is_few & (count > 1), tile.K_shared, windows)
 
 
@@ -151,3 +175,19 @@ def _dequantise(codes: Array, scales: Array, rows_ref: Any, dtype: Any, bf16: bo
     grouped = codes.astype(factors.dtype).reshape(groups, GROUP_SIZE // per_group, per_group, N)
     product = grouped * factors.reshape(groups, 1, per_group, N)
     return product.reshape(K, N).astype(jnp.bfloat16).astype(dtype)
+
+
+def _multiply_int4(left: Any, codes: Array, scales: Any, groups: Any) -> Array:
+    return block_diagonal.multiply_codes(left, codes, scales[groups, :])
+
+
+def _dequantise_int4(codes: Array, scales: Any, groups: Any, rows_ref: Any, dtype: Any, bf16: bool) -> Array:
+    return _dequantise(codes, scales[groups, :], rows_ref, dtype, bf16)
+
+
+def _dequantise_mxfp4(codes: Array, scales: Any, groups: Any, rows_ref: Any, dtype: Any, bf16: bool) -> Array:
+    return mxfp4_product.dequantise(codes, scales, groups, dtype)
+
+
+INT4 = Code(1, False, block_diagonal.expand_rows, _multiply_int4, _dequantise_int4)
+MXFP4 = Code(2, True, mxfp4_product.expand_rows, mxfp4_product.multiply_codes, _dequantise_mxfp4)

@@ -1,4 +1,4 @@
-"""Grouped matmul and gated linear units with INT4 weights as one Pallas kernel for TPUs.
+"""Grouped matmul and gated linear units with INT4 or MXFP4 weights as one Pallas kernel for TPUs.
 
 Rows are cut in blocks; a *visit* is a pair of a block and a group with rows in it, and the grid is (N tiles, visits),
 the number of visits dynamic. A step takes all K rows of an N tile of the visit's group, as half bytes: up to 4 MiB, so
@@ -10,7 +10,8 @@ visits; weights are streamed once per visit.
 
 A weight is bf16(code * scale). In bf16 arithmetic (v6e on) the product rounds to that by itself; v5 has none, and
 rounds the float32 product. Float32 x is multiplied at HIGHEST precision, bf16 x in one pass with float32 accumulation.
-Groups of at most 8 rows of bf16 are multiplied in block-diagonal form on v5 (`int4_block_diagonal`).
+Groups of at most 8 rows of bf16 are multiplied in block-diagonal form on v5 (`int4_block_diagonal`), and of MXFP4 on
+every chip (`mxfp4_product`), whose scales are read from their bytes once in a step.
 
 Windows of more than 64 rows spill: their product is larger than the register file, and the spills fit beside the matrix
 unit's work. (Fewer rows at a time leave it idle for longer.) So do large parts of few rows, up to 1,400 stores and
@@ -28,11 +29,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels.formats import Int4
+from pallas_kernels.formats import Int4, Mxfp4
 from pallas_kernels.formats.int4_codec import GROUP_SIZE
 from pallas_kernels.grouped_matmul import int4_block_diagonal as block_diagonal
+from pallas_kernels.grouped_matmul import mxfp4_product
 from pallas_kernels.grouped_matmul.int4_product import (
     FEW_ROWS,
+    INT4,
+    MXFP4,
+    Code,
     GroupRows,
     MatrixOperand,
     Tiles,
@@ -49,7 +54,10 @@ LARGEST_ODD_K = 2048
 BLOCK_BYTES, STEP_BYTES, PART_WEIGHTS, SHARED_PART_WEIGHTS = 2**23, 2**22, 2**22, 2**20
 
 
-def unsupported(x: Array, weight: Int4, *others: Any) -> str | None:
+Packed = Int4 | Mxfp4
+
+
+def unsupported(x: Array, weight: Packed, *others: Any) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     (tokens, K), N = x.shape, weight.shape[-2]
     if x.dtype not in (jnp.bfloat16, jnp.float32):
@@ -86,28 +94,28 @@ def tiles(
     return Tiles(block, rows, outputs, largest_part(part_weights) if rows == WINDOWS[0] else shared, shared)
 
 
-def uses_block_diagonal(tile: Tiles, dtype: Any) -> bool:
+def uses_block_diagonal(tile: Tiles, dtype: Any, is_mxfp4: bool = False) -> bool:
     """Tells whether groups of few rows are multiplied in block-diagonal form."""
     few = tile.rows <= 2 * FEW_ROWS and tile.K_part % block_diagonal.INPUTS == 0
-    return few and dtype == jnp.bfloat16 and not chip().bf16_vpu
+    return few and dtype == jnp.bfloat16 and (is_mxfp4 or not chip().bf16_vpu)
 
 
 def grouped_matmul(
     x: Float[Array, "T K"],
-    weight: Int4,
+    weight: Packed,
     group_sizes: Int32[Array, "all"],
     group_offset: Int[Array, ""],
     *,
     interpret: Any = False,
 ) -> Float[Array, "T N"]:
     """See `api.grouped_matmul`."""
-    return _call(x, [weight], group_sizes, group_offset, lambda y: y, name="int4_grouped_matmul", interpret=interpret)
+    return _call(x, [weight], group_sizes, group_offset, lambda y: y, name="grouped_matmul", interpret=interpret)
 
 
 def grouped_glu(
     x: Float[Array, "T K"],
-    gate: Int4,
-    up: Int4,
+    gate: Packed,
+    up: Packed,
     group_sizes: Int32[Array, "all"],
     group_offset: Int[Array, ""],
     *,
@@ -115,12 +123,12 @@ def grouped_glu(
     interpret: Any = False,
 ) -> Float[Array, "T N"]:
     """See `api.grouped_glu`."""
-    return _call(x, [gate, up], group_sizes, group_offset, activation, name="int4_grouped_glu", interpret=interpret)
+    return _call(x, [gate, up], group_sizes, group_offset, activation, name="grouped_glu", interpret=interpret)
 
 
 def _call(
     x: Float[Array, "T K"],
-    weights: list[Int4],
+    weights: list[Packed],
     group_sizes: Int32[Array, "all"],
     group_offset: Int[Array, ""],
     combine: Callable[..., Array],
@@ -129,9 +137,12 @@ def _call(
     interpret: Any,
 ) -> Float[Array, "T N"]:
     (tokens, K), (num_local, N, _) = x.shape, weights[0].shape
+    is_mxfp4 = isinstance(weights[0], Mxfp4)
+    code = MXFP4 if is_mxfp4 else INT4
     tile = tiles(tokens, K, N, num_local, x.dtype)
     blocks = -(-tokens // tile.block)
-    few, dtype = uses_block_diagonal(tile, x.dtype), x.dtype
+    few, dtype = uses_block_diagonal(tile, x.dtype, is_mxfp4), x.dtype
+    x = mxfp4_product.order_inputs(x) if is_mxfp4 else x
     # Windows of 8 rows of float32 may begin at any multiple of 8; those of bf16 could not.
     x = jnp.pad(x, [(0, blocks * tile.block - tokens), (0, 0)]).astype(jnp.float32 if few else dtype)
     visit = block_visits(group_sizes, group_offset, num_local, blocks, tile.block)
@@ -151,20 +162,27 @@ def _call(
     )
     out = pl.pallas_call(
         functools.partial(
-            _kernel, tile=tile, few=few, more=not few or tokens > FEW_ROWS, dtype=dtype, combine=combine, bf16=bf16
+            _kernel,
+            tile=tile,
+            code=code,
+            few=few,
+            more=not few or tokens > FEW_ROWS,
+            dtype=dtype,
+            combine=combine,
+            bf16=bf16,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(N // tile.N, visit.total[0]),
             in_specs=[
                 pl.BlockSpec((tile.block, K), lambda n, v, block, *_: (block[v], 0)),
-                *[weight(K), weight(K // GROUP_SIZE)] * len(weights),
+                *[weight(K // code.inputs_per_row), weight(K // GROUP_SIZE)] * len(weights),
             ],
             out_specs=pl.BlockSpec((tile.block, tile.N), lambda n, v, block, *_: (block[v], n)),
             scratch_shapes=[
                 pltpu.VMEM((tile.K_shared, tile.N), dtype),
                 *[accumulator] * len(weights),
-                *[scale_rows(tile, bf16)] * len(weights),
+                *[mxfp4_product.scale_numbers(tile.N, K) if is_mxfp4 else scale_rows(tile, bf16)] * len(weights),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((blocks * tile.block, N), dtype),
@@ -172,7 +190,7 @@ def _call(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=cost,
-        name=name,
+        name=f"{'mxfp4' if is_mxfp4 else 'int4'}_{name}",
         interpret=interpret,
     )(*visit, x, *jax.tree.leaves(weights))
     return out[:tokens]
@@ -187,6 +205,7 @@ def _kernel(
     x_ref: Any,
     *refs: Any,
     tile: Tiles,
+    code: Code,
     few: bool,
     more: bool,
     dtype: Any,
@@ -196,7 +215,12 @@ def _kernel(
     num_weights = (len(refs) - 2) // 4
     weights, (out_ref, scaled_ref, *scratch) = refs[: 2 * num_weights], refs[2 * num_weights :]
     totals, scale_scratch = scratch[:num_weights], scratch[num_weights:]
-    operands = tuple(map(MatrixOperand, weights[::2], weights[1::2], totals, scale_scratch))
+    scales = weights[1::2]
+    if code is MXFP4:
+        for stored, numbers in zip(scales, scale_scratch, strict=True):
+            mxfp4_product.read_scales(stored[...], numbers)
+        scales = tuple(scale_scratch)
+    operands = tuple(map(MatrixOperand, weights[::2], scales, totals, scale_scratch))
     v = pl.program_id(1)
     last_visit = v == count_ref[0] - 1
     begins = (v == 0) | (block_ref[v] != block_ref[jnp.maximum(v - 1, 0)])
@@ -227,7 +251,7 @@ def _kernel(
         return jnp.where((number >= start) & (number < end), x_ref[pl.ds(first, count), inputs], 0)
 
     rows = GroupRows(take_rows, low, high, first_few, (end > start) & (end - first_few <= FEW_ROWS))
-    add_products(rows, operands, scaled_ref, tile, few=few, more=more, dtype=dtype, bf16=bf16)
+    add_products(rows, operands, scaled_ref, tile, code, few=few, more=more, dtype=dtype, bf16=bf16)
 
     def write(window: Any) -> None:
         out_ref[window, :] = combine(*(total[window, :] for total in totals)).astype(out_ref.dtype)

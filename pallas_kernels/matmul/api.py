@@ -15,7 +15,10 @@ _DEQUANTIZED = Backend("xla", xla.dequantized_matmul)
 # By format; those that have no entry are dequantised.
 _BACKENDS: dict[type[Weight], tuple[Backend, ...]] = {
     Dense: (Backend("xla", xla.dense_matmul),),
-    formats.Int4: (Backend("mosaic_tpu", mosaic_int4.matmul, ("tpu",), mosaic_int4.unsupported), _DEQUANTIZED),
+    **dict.fromkeys(
+        (formats.Int4, formats.Mxfp4),
+        (Backend("mosaic_tpu", mosaic_int4.matmul, ("tpu",), mosaic_int4.unsupported), _DEQUANTIZED),
+    ),
 }
 
 
@@ -33,8 +36,8 @@ def matmul(
       x: [..., K], floating point.
       weight: an array, or a weight of any format.
       dtype: of the result, x's where it is None. A quantised weight's product is rounded to x's first.
-      implementation: "mosaic_tpu" (`Int4` only; x bf16 or float32, N a multiple of 128, K of 512 or at most 2048 and a
-        multiple of 64), "xla", or None for the best that the platform has.
+      implementation: "mosaic_tpu" (`Int4` and `Mxfp4`; x bf16 or float32, N a multiple of 128, K of 512 or at most
+        2048 and a multiple of 64), "xla", or None for the best that the platform has.
 
     Returns:
       [..., N], accumulated in float32. Differentiable with respect to x, and to a dense weight; the parts of a

@@ -1,4 +1,4 @@
-"""INT4 matmul on TPUs: the grouped kernel with a single group of all rows."""
+"""INT4 and MXFP4 matmul on TPUs: the grouped kernel with a single group of all rows."""
 
 from typing import Any
 
@@ -6,16 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.formats import Int4
 from pallas_kernels.grouped_matmul import mosaic_int4 as grouped
 
 
-def unsupported(x: Array, weight: Int4) -> str | None:
+def unsupported(x: Array, weight: grouped.Packed) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     return grouped.unsupported(x, weight)
 
 
-def matmul(x: Float[Array, "M K"], weight: Int4, *, interpret: Any = False) -> Float[Array, "M N"]:
+def matmul(x: Float[Array, "M K"], weight: grouped.Packed, *, interpret: Any = False) -> Float[Array, "M N"]:
     """See `api.matmul`."""
     every_row = jnp.full(1, x.shape[0], jnp.int32)
     only_group = jax.tree.map(lambda array: array[None], weight)

@@ -14,6 +14,7 @@ from pallas_kernels.formats.int4_codec import GROUP_SIZE
 from pallas_kernels.grouped_matmul import mosaic_int4 as int4
 from pallas_kernels.grouped_matmul.int4_product import (
     FEW_ROWS,
+    INT4,
     GroupRows,
     MatrixOperand,
     Tiles,
@@ -94,7 +95,7 @@ class Int4Stage:
             first_few=0,
             few=(count > 0) & (count <= FEW_ROWS),
         )
-        add_products(rows, operands, None, self.tiles, few=self.few, more=True, dtype=self.dtype, bf16=self.bf16)
+        add_products(rows, operands, None, self.tiles, INT4, few=self.few, more=True, dtype=self.dtype, bf16=self.bf16)
 
 
 @dataclass(frozen=True)

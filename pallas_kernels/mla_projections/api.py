@@ -87,21 +87,23 @@ def mla_output(
     o: Float[Array, "B H L"],
     kv_b: Float[Array, "heads_keyvalue L"],
     o_proj: Float[Array, "D heads_value"],
+    gate: Float[Array, "B heads_value"] | None = None,
     *,
     implementation: str | None = None,
 ) -> Float32[Array, "B D"]:
-    """Computes what attention over latents adds to the stream: each head's values from its sum of latents, then
-    `o_proj`.
+    """Computes what attention over latents adds to the stream: each head's values from its sum of latents, where
+    given times the sigmoid of `gate`, then `o_proj`.
 
     Args:
       o: [B, H, L], the output of `mla_decode`.
       kv_b: [H (N + V), L], as in `mla_query`.
       o_proj: [D, H V].
+      gate: [B, H V] in o's dtype, before the sigmoid; None for ungated attention.
       implementation: "mosaic_tpu" (bf16 or float32; L, V and D multiples of 128, N as V, B at most 128), "xla", or None
         for the best that the platform has.
 
     Returns:
-      float32 [B, D]; the values are rounded to o's dtype in between.
+      float32 [B, D]; the values, once they are gated, are rounded to o's dtype in between.
 
     Raises:
       ValueError: shapes or dtypes other than these.
@@ -116,5 +118,8 @@ def mla_output(
             f"{op}: kv_b has {sizes['both']} rows and o_proj {sizes['values']} columns, expected keys and values, and "
             f"values, of {sizes['H']} heads"
         )
-    run = choose(op, implementation, _OUTPUT, o, kv_b, o_proj)
-    return with_gradient(run, xla.mla_output)(o, kv_b, o_proj)
+    if gate is not None:
+        check_dtype(op, "gate", gate, jnp.result_type(o))
+        bind_shapes(op, o=(o, "B H L"), gate=(gate, f"B {sizes['values']}"))
+    arguments = (o, kv_b, o_proj, gate)
+    return with_gradient(choose(op, implementation, _OUTPUT, *arguments), xla.mla_output)(*arguments)

@@ -42,7 +42,7 @@ def query_unsupported(
     return _unsupported(q_a, sizes, heads, nope, kv_b)
 
 
-def output_unsupported(o: Array, kv_b: Array, o_proj: Array) -> str | None:
+def output_unsupported(o: Array, kv_b: Array, o_proj: Array, gate: Array | None = None) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
     value = o_proj.shape[1] // o.shape[1]
     return _unsupported(o, {"L": o.shape[2], "V": value, "D": o_proj.shape[0]}, o.shape[1], value, kv_b)
@@ -177,6 +177,7 @@ def mla_output(
     o: Float[Array, "B H L"],
     kv_b: Float[Array, "heads_keyvalue L"],
     o_proj: Float[Array, "D heads_value"],
+    gate: Float[Array, "B heads_value"] | None = None,
     *,
     interpret: Any = False,
 ) -> Float32[Array, "B D"]:
@@ -197,6 +198,7 @@ def mla_output(
             pl.BlockSpec(o.shape, lambda c, n: (0, 0, 0)),
             pl.BlockSpec((heads, None, values // heads, latent), lambda c, n: (0, 1, 0, 0)),
             pl.BlockSpec((tile, values), lambda c, n: (c * tiles + n, 0)),
+            *([] if gate is None else [pl.BlockSpec(gate.shape, lambda c, n: (0, 0))]),
         ],
         out_specs=pl.BlockSpec((batch, tile), lambda c, n: (0, c * tiles + n)),
         out_shape=jax.ShapeDtypeStruct((batch, outputs), jnp.float32),
@@ -206,21 +208,25 @@ def mla_output(
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * (kv_b.size // 2 + o_proj.size),
-            transcendentals=0,
+            transcendentals=0 if gate is None else gate.size,
             bytes_accessed=kv_b.nbytes // 2 + o_proj.nbytes + o.nbytes + 4 * batch * outputs,
         ),
         name="mla_output",
         interpret=interpret,
-    )(o, kv_b, o_proj)
+    )(o, kv_b, o_proj, *([] if gate is None else [gate]))
 
 
-def _output_kernel(o_ref: Any, w_uv_ref: Any, o_proj_ref: Any, out_ref: Any, values_ref: Any) -> None:
+def _output_kernel(o_ref: Any, w_uv_ref: Any, o_proj_ref: Any, *refs: Any) -> None:
+    *gate_ref, out_ref, values_ref = refs
+
     @pl.when(pl.program_id(1) == 0)
     def _once() -> None:
         heads, width, _ = w_uv_ref.shape
         for head in range(heads):
-            value = _dot(o_ref[:, head, :], w_uv_ref[head], 1)
-            values_ref[:, head * width : (head + 1) * width] = value.astype(values_ref.dtype)
+            value, columns = _dot(o_ref[:, head, :], w_uv_ref[head], 1), slice(head * width, (head + 1) * width)
+            if gate_ref:
+                value = value * jax.nn.sigmoid(gate_ref[0][:, columns].astype(jnp.float32))
+            values_ref[:, columns] = value.astype(values_ref.dtype)
 
     out_ref[...] = _dot(values_ref[...], o_proj_ref[...], 1)
 

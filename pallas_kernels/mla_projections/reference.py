@@ -31,13 +31,15 @@ def mla_query(
     return q_latent, pe, np.concatenate([_normed(kv_a[:, :latent], kv_norm, eps), k_pe], axis=1)
 
 
-def mla_output(o: ArrayLike, kv_b: ArrayLike, o_proj: ArrayLike) -> np.ndarray:
+def mla_output(o: ArrayLike, kv_b: ArrayLike, o_proj: ArrayLike, gate: ArrayLike | None = None) -> np.ndarray:
     """Computes `api.mla_output`."""
     o, o_proj = np.asarray(o, np.float64), np.asarray(o_proj, np.float64)
+    share = np.ones((len(o), o_proj.shape[1])) if gate is None else 1 / (1 + np.exp(-np.asarray(gate, np.float64)))
     heads, latent = o.shape[1:]
     width = o_proj.shape[1] // heads
     w_uv = np.asarray(kv_b, np.float64).reshape(heads, -1, latent)[:, -width:]
-    return sum(o[:, h] @ w_uv[h].T @ o_proj[:, h * width : (h + 1) * width].T for h in range(heads))
+    of_head = [slice(h * width, (h + 1) * width) for h in range(heads)]
+    return sum(o[:, h] @ w_uv[h].T * share[:, at] @ o_proj[:, at].T for h, at in enumerate(of_head))
 
 
 def _normed(x: np.ndarray, weight: ArrayLike, eps: float) -> np.ndarray:

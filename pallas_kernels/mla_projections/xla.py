@@ -54,12 +54,18 @@ def mla_query(
 
 
 def mla_output(
-    o: Float[Array, "B H L"], kv_b: Float[Array, "heads_keyvalue L"], o_proj: Float[Array, "D heads_value"]
+    o: Float[Array, "B H L"],
+    kv_b: Float[Array, "heads_keyvalue L"],
+    o_proj: Float[Array, "D heads_value"],
+    gate: Float[Array, "B heads_value"] | None = None,
 ) -> Float32[Array, "B D"]:
     """See `api.mla_output`."""
     batch, heads, latent = o.shape
     w_uv = kv_b.reshape(heads, -1, latent)[:, -(o_proj.shape[1] // heads) :]
-    values = _product("bhc,hvc->bhv", o, w_uv).reshape(batch, -1)
+    wide = jnp.einsum("bhc,hvc->bhv", o, w_uv, preferred_element_type=jnp.float32).reshape(batch, -1)
+    if gate is not None:
+        wide = wide * jax.nn.sigmoid(gate.astype(jnp.float32))
+    values = wide.astype(o.dtype)
     return jnp.einsum("bv,dv->bd", values, o_proj, preferred_element_type=jnp.float32)
 
 

@@ -16,11 +16,15 @@ from checkpoints.toy import toy_config
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SMALL = {"hidden_size": 128, "intermediate_size": 96, "moe_intermediate_size": 64}
 LINEAR = toy_config("kimi-linear")["linear_attn_config"] | {"kda_layers": [1, 2], "full_attn_layers": [3]}
-# INT4 experts and vision; dense experts without prefix; Kimi Linear with experts after both of its mixers.
+K3_LINEAR = toy_config("k3")["text_config"]["linear_attn_config"] | {"kda_layers": [1], "full_attn_layers": [2]}
+# INT4 experts and vision; dense experts without prefix; Kimi Linear with experts after both of its mixers; Kimi K3.
 CONFIGS = {
     "k2.5": toy_config("k2.5", num_hidden_layers=2, vt_num_hidden_layers=1, n_routed_experts=8, **SMALL),
     "k2": toy_config("k2", num_hidden_layers=2, n_routed_experts=8, quantization_config=None, **SMALL),
     "kimi-linear": toy_config("kimi-linear", num_hidden_layers=3, linear_attn_config=LINEAR, num_experts=8, **SMALL),
+    "k3": toy_config(
+        "k3", num_hidden_layers=2, vt_num_hidden_layers=1, linear_attn_config=K3_LINEAR, first_k_dense_replace=0
+    ),
 }
 
 # A format of weights each; widths that the blocks of FP8 do not divide, in the last block and in the only one.
@@ -34,7 +38,7 @@ FORMS = {
 
 # safetensors' own reader of arrays does not know e4m3.
 _DTYPES = {"BF16": BF16, "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F16": np.dtype(np.float16)}
-_DTYPES |= {"F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+_DTYPES |= {"U8": np.dtype(np.uint8), "F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:

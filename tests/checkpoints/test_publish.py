@@ -67,7 +67,7 @@ def test_weights_of_another_model_are_refused(published, tmp_path):
     with pytest.raises(ValueError, match=r"the weights have no vision_tower|has shape \[|the weights have no"):
         checkpoints.publish(model, published["k2.5"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="form is 'fp8', expected int4 or bf16"):
+    with pytest.raises(ValueError, match="form is 'fp8', expected int4, mxfp4 or bf16"):
         checkpoints.publish(model, published["k2"], tmp_path / "out", form="fp8")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "note").write_text("mine")

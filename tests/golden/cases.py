@@ -46,6 +46,15 @@ CASES = {
     ),
 }
 
+# Those whose golden k3_make.py makes, since transformers has no such model.
+OWN = {
+    # Every feature of Kimi K3: KDA with a bounded decay before gated MLA, latent experts, residuals with snapshots, and
+    # the second vision tower.
+    "k3": Toy("k3", seed=6),
+}
+TOYS = CASES | OWN
+K3_LAYERS = toy_config("k3")["text_config"]["linear_attn_config"] | {"kda_layers": [1], "full_attn_layers": [2]}
+
 # YaRN as transformers 5 spells it, for the checkpoint of "k2": the release's values, and keys that no release has.
 _YARN = toy_config("k2")["rope_scaling"] | {"rope_type": "yarn", "rope_theta": toy_config("k2")["rope_theta"]}
 ROPE_PARAMETERS = {
@@ -91,6 +100,8 @@ GRADIENTS = {
 
 # Grids of patches: of the position table's own size in "k2.5", 8 x 8, larger, smaller, and larger in one direction.
 IMAGE_GRIDS = np.array([[1, 8, 8], [1, 12, 10], [1, 4, 6], [1, 6, 12]], np.int32)
+# Of the position table's own size in "k3", smaller and larger in one direction each, and of three frames.
+K3_GRIDS = np.array([[1, 8, 8], [1, 6, 10], [3, 4, 6]], np.int32)
 VIDEO_GRIDS = np.array([[3, 8, 6], [4, 6, 10]], np.int32)
 # The rows of IMAGE_GRIDS that the image prompt shows, in this order.
 PROMPT_IMAGES = (1, 2)
@@ -98,24 +109,27 @@ PROMPT_IMAGES = (1, 2)
 
 def config(name: str) -> dict[str, Any]:
     """Returns the published-format config.json of a case."""
-    case = CASES[name]
+    case = TOYS[name]
     return toy_config(case.like, **case.overrides)
 
 
 def checkpoint(name: str, folder: Path) -> Path:
     """Writes the checkpoint of a case to `folder / name`, and returns that folder."""
-    return write_toy(folder / name, config(name), seed=CASES[name].seed)
+    return write_toy(folder / name, config(name), seed=TOYS[name].seed)
 
 
 def two_layers(name: str, folder: Path) -> Path:
     """Writes a case's checkpoint without its later layers to `folder / name`: one layer is dense and one has experts.
 
-    Kimi Linear keeps a KDA layer and an MLA layer. For tests that hold one way of running a model to another.
+    Kimi Linear and Kimi K3 keep a KDA layer and an MLA layer, Kimi K3 with a snapshot before each. For tests that hold
+    one way of running a model to another.
     """
-    overrides = CASES[name].overrides | {"num_hidden_layers": 2}
+    overrides = TOYS[name].overrides | {"num_hidden_layers": 2}
     if name == "kimi-linear":
         overrides["linear_attn_config"] = LINEAR_LAYERS | {"kda_layers": [1], "full_attn_layers": [2]}
-    return write_toy(folder / name, toy_config(CASES[name].like, **overrides), seed=CASES[name].seed)
+    if name == "k3":
+        overrides |= {"linear_attn_config": K3_LAYERS, "attn_res_block_size": 1}
+    return write_toy(folder / name, toy_config(TOYS[name].like, **overrides), seed=TOYS[name].seed)
 
 
 def gradient_documents(name: str) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -136,7 +150,7 @@ def gradient_documents(name: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
-    """Returns the arrays that make.py stored for a case; its docstring lists them."""
+    """Returns the arrays that make.py or k3_make.py stored for a case; their docstrings list them."""
     with np.load(HERE / f"{name}.npz") as file:
         return dict(file)
 
@@ -156,7 +170,7 @@ def media(grid: np.ndarray) -> np.ndarray:
 def fingerprint(name: str) -> str:
     """Returns the sha256 of the names, dtypes, shapes and bytes of all published tensors of a case."""
     digest = sha256()
-    for tensor, array in published_tensors(config(name), CASES[name].seed):
+    for tensor, array in published_tensors(config(name), TOYS[name].seed):
         digest.update(f"{tensor} {array.dtype.name} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()

@@ -84,7 +84,7 @@ def test_every_family_shows_its_own_run(shown, name, monkeypatch):
     width = kimi.config.text.v_head_dim
     latent = latents[..., : kimi.config.text.kv_lora_rank]
     kv = rearrange(block.self_attn.kv_b_proj(latent), "b s (h kv) -> b s h kv", h=kimi.config.text.num_attention_heads)
-    mixed = block.self_attn.output(jnp.einsum("bhts,bshv->bthv", found.attention[layer], kv[..., -width:]))
+    mixed = block.self_attn.output(jnp.einsum("bhts,bshv->bthv", found.attention[layer], kv[..., -width:]), h)
     np.testing.assert_allclose(mixed, block.self_attn(h, context)[0], atol=1e-5)
     np.testing.assert_allclose(found.attention[layer].sum(-1), 1, atol=1e-6)
     assert float(jnp.abs(jnp.triu(found.attention[layer], 1)).max()) == 0

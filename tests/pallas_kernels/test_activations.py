@@ -1,7 +1,5 @@
 """An activation is an argument: by name or as a function of its own, in plain JAX and in the interpreted kernels."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 from kernel_numerics import relative_rmse
 
 from pallas_kernels import Int4, grouped_glu, mixture
+from pallas_kernels.activations import SituGated
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.mixture import reference as mixtures
 
@@ -16,18 +15,6 @@ RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(24, 128)), jnp.float32)
 GATE, UP, DOWN = (jnp.asarray(RNG.normal(size=(3, 128, 128)) / 11, jnp.float32) for _ in range(3))
 SIZES = jnp.asarray([9, 0, 15], jnp.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Situ:
-    """beta tanh(gate / beta) sigmoid(gate) * linear_beta tanh(up / linear_beta): both are bounded."""
-
-    beta: float
-    linear_beta: float
-
-    def __call__(self, gate, up):
-        bounded = self.linear_beta * jnp.tanh(up / self.linear_beta)
-        return self.beta * jnp.tanh(gate / self.beta) * jax.nn.sigmoid(gate) * bounded
 
 
 def situ(gate, up):
@@ -39,7 +26,7 @@ def gelu(gate, up):
 
 
 CASES = pytest.mark.parametrize(
-    ("activation", "exact"), [("gelu_pytorch_tanh", gelu), (Situ(0.5, 0.7), situ)], ids=["gelu", "situ"]
+    ("activation", "exact"), [("gelu_pytorch_tanh", gelu), (SituGated(0.5, 0.7), situ)], ids=["gelu", "situ"]
 )
 
 
@@ -66,7 +53,7 @@ def test_the_gradient_is_that_of_the_activation():
     step = 1e-3
     along = jnp.asarray(RNG.normal(size=X.shape), jnp.float32)
     dy = jnp.asarray(RNG.normal(size=(24, 128)), jnp.float32)
-    (dx,) = jax.vjp(lambda x: grouped_glu(x, GATE, UP, SIZES, activation=Situ(0.5, 0.7)), X)[1](dy)
+    (dx,) = jax.vjp(lambda x: grouped_glu(x, GATE, UP, SIZES, activation=SituGated(0.5, 0.7)), X)[1](dy)
     moved = [
         np.sum(np.asarray(dy, np.float64) * reference.grouped_glu(X + sign * step * along, GATE, UP, SIZES, 0, situ))
         for sign in (1, -1)
@@ -84,7 +71,7 @@ def test_two_that_are_equal_share_a_program():
 
     glu = jax.jit(lambda x, activation: run(grouped_glu(x, GATE, UP, SIZES, activation=activation)), static_argnums=1)
     for _ in range(2):
-        glu(X, Situ(0.5, 0.7))
+        glu(X, SituGated(0.5, 0.7))
     assert len(traced) == 1
 
 

@@ -1,5 +1,5 @@
-"""Lists cases of the INT4 matmul and its grouped forms: K2's expert shapes, few and many rows. HBM bytes are those of
-codes and scales."""
+"""Lists cases of the INT4 matmul and its grouped forms, and of MXFP4's: K2's and K3's expert shapes, few and many rows.
+HBM bytes are those of codes and scales."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Int4, grouped_glu, grouped_matmul, matmul
+from pallas_kernels import Int4, Mxfp4, grouped_glu, grouped_matmul, matmul
 from pallas_kernels.grouped_matmul import mosaic_int4
 from pallas_kernels.grouped_matmul.int4_product import FEW_ROWS
 from tpu.case import Case
@@ -25,7 +25,12 @@ def _arguments(K: int, N: int, rows: int, groups: int | None) -> tuple[Any, Int4
     return jax.ShapeDtypeStruct((rows * (groups or 1), K), jnp.bfloat16), weight
 
 
-def _trips(K: int, N: int, rows: int, groups: int, matrices: int) -> tuple[int, ...]:
+def _mxfp4_arguments(K: int, N: int, rows: int, groups: int) -> tuple[Any, Mxfp4]:
+    codes, scales = (jax.ShapeDtypeStruct((groups, K // per_row, N), jnp.uint8) for per_row in (2, 32))
+    return jax.ShapeDtypeStruct((rows * groups, K), jnp.bfloat16), Mxfp4(codes, scales)
+
+
+def _trips(K: int, N: int, rows: int, groups: int, matrices: int, is_mxfp4: bool = False) -> tuple[int, ...]:
     """Returns the trips of the kernel's loops.
 
     The loops are: the grid; windows of a block to zero; parts of a step for a group of few rows, by their number; parts
@@ -36,8 +41,9 @@ def _trips(K: int, N: int, rows: int, groups: int, matrices: int) -> tuple[int, 
     columns, blocks = N // tile.N, -(-rows * groups // tile.block)
     steps, block_windows = columns * max(groups, blocks), columns * blocks * tile.block // tile.rows
     parts, shared_parts = steps * K // tile.K_part, steps * K // tile.K_shared
+    few_parts, parts = (parts, shared_parts) if is_mxfp4 else (shared_parts, parts)
     windows = min(rows, tile.block) // tile.rows
-    few = [shared_parts * (rows <= FEW_ROWS)] if mosaic_int4.uses_block_diagonal(tile, jnp.bfloat16) else []
+    few = [few_parts * (rows <= FEW_ROWS)] if mosaic_int4.uses_block_diagonal(tile, jnp.bfloat16, is_mxfp4) else []
     if few and rows * groups <= FEW_ROWS:
         return (steps, block_windows, *few, block_windows)
     one, shared = (0, 0) if any(few) else (parts, 0) if windows <= 1 else (0, shared_parts)
@@ -69,6 +75,25 @@ def _case(op: Callable[..., Any], name: str, K: int, N: int, rows: int, groups: 
     )
 
 
+def _mxfp4_case(K: int, N: int, rows: int) -> Case:
+    def build() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        x, weight = _mxfp4_arguments(K, N, rows, GROUPS)
+        run = functools.partial(grouped_matmul, implementation="mosaic_tpu")
+        return run, (x, weight, jax.ShapeDtypeStruct((GROUPS,), jnp.int32))
+
+    nbytes = GROUPS * K * N * 17 / 32
+    return Case(
+        name=f"mxfp4_grouped_matmul {K}x{N} M={rows} x {GROUPS}",
+        kernel="mxfp4_grouped_matmul",
+        build=build,
+        trips=lambda: _trips(K, N, rows, GROUPS, 1, is_mxfp4=True),
+        units=nbytes / 1024,
+        unit="KiB of weights",
+        hbm_bytes=nbytes,
+        flops=2.0 * GROUPS * rows * K * N,
+    )
+
+
 SHAPES = ((7168, 2048), (2048, 7168))
 CASES = [
     *[_case(matmul, f"int4_matmul {K}x{N} M={M}", K, N, M, None) for K, N in SHAPES for M in (8, 16, 512)],
@@ -77,5 +102,6 @@ CASES = [
         for K, N in SHAPES
         for M in (8, 16, 512)
     ],
+    *[_mxfp4_case(*shape, M) for shape in ((7168, 2048), (3584, 3072), (3072, 3584)) for M in (8, 16, 512)],
     *[_case(grouped_glu, f"int4_grouped_glu 7168x2048 M={M} x {GROUPS}", 7168, 2048, M, GROUPS) for M in (8, 16)],
 ]

@@ -13,7 +13,7 @@ import pytest
 from checkpoint_oracle import FORMS, read_all, same_bytes
 from safetensors import safe_open
 
-from checkpoints import convert, export
+from checkpoints import convert, export, load
 from checkpoints.published import shards
 from checkpoints.published.safetensors import CheckpointError
 from checkpoints.published.shards import ShardWriter, TensorHeader, split_into_shards
@@ -21,7 +21,7 @@ from checkpoints.stored import chunk_grid
 from checkpoints.toy import write_toy
 from kimi_jax import config_json
 
-FAMILIES = ["k2.5", "k2", "kimi-linear"]
+FAMILIES = ["k2.5", "k2", "kimi-linear", "k3"]
 
 
 def assert_same_tensors(found: Path, expected: Path) -> None:
@@ -59,6 +59,21 @@ def test_what_the_manifest_keeps(spoiled: Any, tmp_path: Path) -> None:
         source = spoiled(like, change)
         export(convert(source, tmp_path / like).destination, tmp_path / f"{like}-out")
         assert_same_tensors(tmp_path / f"{like}-out", source)
+
+
+def test_numbers_behind_the_last_head_come_back(spoiled: Any, tmp_path: Path) -> None:
+    """K3's A_log is longer than its heads are many; a model has nothing of the rest."""
+
+    def fill(tensors: dict[str, Any]) -> None:
+        name = "language_model.model.layers.0.self_attn.A_log"
+        tensors[name] = np.where(np.arange(8) < 4, tensors[name], 3.0).astype(np.float32)
+
+    source = spoiled("k3", fill)
+    orbax = convert(source, tmp_path / "orbax").destination
+    export(orbax, tmp_path / "out")
+    assert_same_tensors(tmp_path / "out", source)
+    decays = [load(folder, only=("model.layers.0",)).model.layers[0].self_attn.A_log[...] for folder in (source, orbax)]
+    assert decays[0].shape == (4,) and (decays[0] == decays[1]).all()
 
 
 def test_fp8_kept_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,14 @@ from rich.console import Console
 from checkpoints import Summary, summary, summary_of_config, summary_of_preset, table
 from kimi_jax import config_json
 
+QUICK = ("kimi-linear-48b", "kimi-k2.5", "kimi-k3")
 # Tensors, weights and bytes of the files on Hugging Face: moonshotai/Kimi-Linear-48B-A3B-Instruct and Kimi-K2.5.
 RELEASED = {"kimi-linear-48b": (20_493, 49.12e9, 98.2e9), "kimi-k2.5": (208_550, 1.027e12, 595e9)}
 
 
 @pytest.mark.parametrize(
     "preset",
-    [name if name in RELEASED else pytest.param(name, marks=pytest.mark.slow) for name in config_json.preset_names()],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in config_json.preset_names()],
 )
 def test_the_sizes_beside_a_preset_are_those_of_its_model(preset: str) -> None:
     found = summary_of_config(config_json.preset(preset))
@@ -34,6 +35,14 @@ def test_presets_are_the_released_models(preset: str) -> None:
     assert sum(part.tensors for part in found.parts) + packed == tensors
     assert found.parameters == pytest.approx(parameters, rel=1e-3)
     assert found.nbytes == pytest.approx(nbytes, rel=1e-2)
+
+
+def test_kimi_k3_is_the_released_model_to_the_byte() -> None:
+    found = summary_of_preset("kimi-k3")
+    assert sum(part.tensors for part in found.parts) == 497_220
+    assert (found.parameters, found.nbytes) == (2_779_931_837_184, 1_560_860_324_864)
+    experts = next(part for part in found.parts if part.name == "routed experts")
+    assert (experts.parameters, experts.nbytes) == (2_722_740_830_208, 1_446_456_066_048)
 
 
 def parts(found: Summary) -> dict[str, tuple[int, int, int]]:

@@ -335,8 +335,8 @@ def test_overrides_reach_every_home_of_a_field_and_what_must_agree_follows():
 
 
 def test_bad_requests_are_refused_with_what_was_found(tmp_path):
-    with pytest.raises(ValueError, match=r"like='k3'.*kimi-linear"):
-        toy_config("k3")
+    with pytest.raises(ValueError, match=r"like='k4'.*kimi-linear"):
+        toy_config("k4")
     with pytest.raises(ValueError, match="a k2 config has no field 'num_experts'"):
         toy_config("k2", num_experts=4)
     with pytest.raises(ValueError, match="model_type is 'llama'"):

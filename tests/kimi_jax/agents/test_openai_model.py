@@ -14,10 +14,13 @@ from kimi_jax.agents.limits import Concurrency
 class Server:
     """Answers each request with the next reply of a list, streamed in deltas of one character, or with a status."""
 
-    def __init__(self, *replies):
-        self.replies, self.requests = list(replies), []
+    def __init__(self, *replies, models=None):
+        self.replies, self.requests, self.models, self.listed = list(replies), [], models, 0
 
     def __call__(self, request):
+        if request.url.path == "/v1/models":
+            self.listed += 1
+            return httpx.Response(404) if self.models is None else httpx.Response(200, json={"data": self.models})
         self.requests.append(json.loads(request.content))
         reply = self.replies.pop(0)
         if isinstance(reply, httpx.Response):
@@ -115,6 +118,29 @@ def test_the_length_of_a_prompt_is_that_of_the_last_one_with_its_answer():
     found = [one for one in done.trace.events if one["event"] == "context"]
     assert [(one["before"], one["after"], one["cached_before"]) for one in found] == [(120, None, 64)] * 2
     assert [len(one["messages"]) for one in server.requests] == [1, 1, 1] and done.stop == "answer"
+
+
+@pytest.mark.parametrize(
+    ("models", "length"),
+    [
+        ([{"id": "other", "max_model_len": 5}, {"id": "kimi", "max_model_len": 120}], 120),
+        ([{"id": "kimi", "context_length": 120}], 120),
+        ([{"id": "kimi", "max_model_len": "120"}], None),
+        ([{"id": "kimi"}], None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_the_context_length_is_asked_for_once_and_is_that_of_the_list_of_models(models, length):
+    server = Server(call("a"), call("b"), agents.Reply("done"), models=models)
+    done = run(server, [look], context="discard-all", limits=agents.Limits(max_tokens=10))
+    found = [one["before"] for one in done.trace.events if one["event"] == "context"]
+    assert found == [120] * (2 if length else 0) and (server.listed, done.stop) == (1, "answer")
+    server = Server(agents.Reply("done"), models=models)
+    limits = agents.Limits(max_tokens=5)
+    assert run(server, context_length=9, limits=limits).stop == "answer" and server.listed == 0
+    # More than half of the context is left to the server, which knows how long the prompt is
+    assert "max_tokens" not in server.requests[0]
 
 
 def test_concurrency_is_halved_by_new_refusals_and_grows_again(monkeypatch):

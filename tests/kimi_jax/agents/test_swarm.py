@@ -65,6 +65,8 @@ def test_critical_steps_count_the_longest_sub_agent_of_each_stage():
         return looks(6 if messages[1]["content"] == "item 5" else 2)(messages, tools)
 
     assert run([CREATE, assign(*twelve), agents.Reply("all")], uneven).critical_steps == 10
+    alone = [*(calls(("look", {"key": str(n)})) for n in range(24)), agents.Reply("all")]
+    assert run(alone, looks(0)).critical_steps == 25
 
 
 def test_sub_agents_see_their_prompt_alone_and_no_tools_of_the_swarm():
@@ -83,9 +85,29 @@ def test_one_that_fails_or_meets_its_limit_does_so_alone():
             raise OSError("gone")
         return looks(9 if prompt == "long" else 1)(messages, tools)
 
-    done = run([CREATE, assign("bad", "long", "good"), agents.Reply("")], worker, sub_steps=2)
-    assert results(done)[1:] == ["Error: OSError: gone", "[stopped by its limit: steps]", "good: found"]
-    assert sorted(done.stages[1][1]) == [0, 2, 2]
+    good = [f"good {n}" for n in range(10)]
+    done = run([CREATE, assign("bad", "long", *good), agents.Reply("")], worker, sub_steps=2)
+    found = [f"{name}: found" for name in good]
+    assert results(done)[1:] == ["Error: OSError: gone", "[stopped by its limit: steps]", *found]
+    assert sorted(done.stages[1][1]) == [0, *[2] * 11]
+
+
+def test_one_that_takes_too_long_is_cancelled_alone():
+    async def work(key: str) -> str:
+        try:
+            await asyncio.sleep(100 if key == "slow" else 0)
+        except asyncio.CancelledError:
+            cancelled.append(key)
+            raise
+        return key
+
+    def worker(messages, tools):
+        return calls(("work", {"key": messages[1]["content"]})) if len(messages) == 2 else agents.Reply("done")
+
+    cancelled = []
+    done = run([CREATE, assign("slow", "quick"), agents.Reply("")], worker, [agents.tool(work)], sub_time=0.1)
+    assert results(done)[1:] == ["Error: assign_task took longer than 0.1 s", "done"] and cancelled == ["slow"]
+    assert done.stop == "answer" and sorted(done.stages[1][1]) == [1, 2]
 
 
 def test_names_are_unique_and_known_and_the_number_of_sub_agents_is_bounded():

@@ -126,7 +126,8 @@ def test_the_picture_is_written_whole_or_not_at_all(trace, tmp_path, capsys, mon
     with Image.open(tmp_path / "run.png") as picture:
         assert picture.size == (1200, 336)
     svg = (tmp_path / "run.svg").read_text()
-    assert svg.rstrip().endswith("</svg>") and "#d9480f" in svg
+    # (The names of the longest chain's agents, which are drawn as paths, are marked as well)
+    assert svg.rstrip().endswith("</svg>") and svg.count('<g style="fill: #d9480f"') == 3
     with pytest.raises(SystemExit):
         main(["trace", str(trace[0]), "--plot", "run.gif"])
     assert "ends in .png or .svg" in capsys.readouterr().err

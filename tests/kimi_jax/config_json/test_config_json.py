@@ -108,7 +108,7 @@ WEIGHTS = "text_config.quantization_config.config_groups.group_0.weights"
         ("k2.5", "vision_config", None, "vision_config is missing"),
         ("kimi-linear", "linear_attn_config", None, "linear_attn_config is missing"),
         ("kimi-linear", "linear_attn_config.kda_layers", [1, 2, 3, 4], "must name each of the layers 1 to 6 once"),
-        ("kimi-linear", "linear_attn_config.gate_lower_bound", -5.0, "gate_lower_bound -5.0"),
+        ("kimi-linear", "linear_attn_config.gate_lower_bound", -6.0, "gate_lower_bound is -6.0"),
         ("kimi-linear", "moe_router_activation_func", "softmax", "moe_router_activation_func 'softmax'"),
         ("kimi-linear", "num_experts_per_token", "x", "num_experts_per_token is 'x'"),
     ],
@@ -131,7 +131,7 @@ def test_errors_name_the_file(tmp_path):
 
 
 def test_an_unknown_preset_lists_the_known():
-    with pytest.raises(ConfigError, match=r"kimi-k2, kimi-k2-thinking, kimi-k2\.5, kimi-linear-48b"):
+    with pytest.raises(ConfigError, match=r"kimi-k2, kimi-k2-thinking, kimi-k2\.5, kimi-k3, kimi-linear-48b"):
         preset("kimi-k9")
 
 

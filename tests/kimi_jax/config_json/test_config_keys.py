@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from checkpoints.toy import toy_config
 from kimi_jax.config_json import ConfigError, from_dict, from_folder, preset, preset_names
-from kimi_jax.config_json.keys import ONLY_LINEAR, ONLY_TEXT, ONLY_VISION
+from kimi_jax.config_json.keys import ONLY_TEXT, ONLY_VISION
 
 WEIGHTS = "text_config.quantization_config.config_groups.group_0.weights"
 
@@ -129,6 +129,24 @@ def test_transformers_own_vision_names():
         ("kimi-linear", {"linear_head_dim": 64}, ("head_dim 32 and linear_head_dim 64 contradict",)),
         ("kimi-linear", {"layer_types": ["linear_attention"] * 6}, ("layer_types contradicts",)),
         ("kimi-linear", {"layer_types": ["sliding_attention"] * 6}, ("'sliding_attention'",)),
+        ("k2", {"hidden_act": "gelu"}, ("hidden_act 'gelu' is none of silu, situ",)),
+        ("k2", {"activation_situ_beta": 4.0}, ("activation_situ_beta 4.0 is not supported",)),
+        ("k2", {"latent_moe_use_norm": True}, ("latent_moe_use_norm True is not supported",)),
+        ("k3", {"text_config__activation_situ_beta": None}, ("text_config: activation_situ_beta is missing",)),
+        ("k3", {"text_config__activation_situ_linear_beta": 0}, ("activation_situ_linear_beta is 0",)),
+        ("k3", {"text_config__hidden_act": "silu"}, ("activation_situ_beta 4.0 is not supported",)),
+        ("k3", {"text_config__latent_moe_use_norm": False}, ("latent_moe_use_norm False is not supported",)),
+        ("k3", {"text_config__routed_expert_hidden_size": 0}, ("routed_expert_hidden_size is 0",)),
+        ("k3", {"text_config__attn_res_block_size": 0}, ("attn_res_block_size is 0, expected 1 to",)),
+        ("k3", {"text_config__mla_use_output_gate": 1}, ("mla_use_output_gate is 1",)),
+        ("k3", {"text_config__linear_attn_config__gate_lower_bound": -5.5}, ("gate_lower_bound is -5.5",)),
+        ("k3", {"text_config__linear_attn_config__gate_lower_bound": 0.0}, ("gate_lower_bound is 0.0",)),
+        ("k3", {"text_config__linear_attn_config__use_full_rank_gate": 0}, ("use_full_rank_gate is 0",)),
+        ("k3", {"vision_config__qkv_hidden_size": 40}, ("qkv_hidden_size 40 does not give",)),
+        ("k3", {"vision_config__attn_bias": True}, ("are true, false, false, expected all alike",)),
+        ("k3", {"vision_config__norm_type": "batchnorm"}, ("norm_type 'batchnorm' is none of",)),
+        ("k3", {"vision_config__pos_emb_interpolation_mode": "nearest"}, ("'nearest' is none of bicubic",)),
+        ("k3", {"vision_config__mm_projector_type": "mlp"}, ("mm_projector_type 'mlp' is none of",)),
     ],
 )
 def test_contradictions_and_other_models_are_refused(like, values, names):
@@ -137,8 +155,7 @@ def test_contradictions_and_other_models_are_refused(like, values, names):
     assert all(name in str(error.value) for name in names), error.value
 
 
-OTHER = [("k2", "", ONLY_TEXT), ("kimi-linear", "linear_attn_config__", ONLY_LINEAR)]
-OTHER += [("k2.5", "vision_config__", ONLY_VISION)]
+OTHER = [("k2", "", ONLY_TEXT), ("k2.5", "vision_config__", ONLY_VISION)]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +256,7 @@ def paths(values, stem=()):
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_value_anywhere_is_read_or_refused_by_our_own_error(data):
-    raw = toy_config(data.draw(st.sampled_from(["k2", "k2.5", "kimi-linear"])))
+    raw = toy_config(data.draw(st.sampled_from(["k2", "k2.5", "k3", "kimi-linear"])))
     for path in data.draw(st.lists(st.sampled_from(list(paths(raw))), min_size=1, max_size=2)):
         inner = raw
         for name in path[:-1]:

@@ -58,8 +58,10 @@ class FakeDevice:
                 self._compute(sequence, sequence.dispatched - 1, [token])
                 self.chosen[at] = self._choose(sequence, sequence.dispatched)
             found.append((sequence, *self.chosen[at]))
+        alone = len({piece.sequence.shard for piece in step.pieces}) == len(step.pieces)
         for piece in step.pieces:
             sequence = piece.sequence
+            assert alone or not sequence.media, "a step with several pieces of a shard carries no embeddings"
             self._compute(sequence, piece.first, sequence.tokens[piece.first : piece.stop])
             if piece.last:
                 self.chosen[sequence.shard, sequence.slot] = self._choose(sequence, piece.stop)

@@ -10,3 +10,4 @@ def forget_all(engine):
         shard.pages = PagePool(shard.pages.pages, shard.pages.parts)
         if shard.snapshots is not None:
             shard.snapshots = SnapshotPool(shard.snapshots.places)
+            shard.left.clear()

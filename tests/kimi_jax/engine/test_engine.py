@@ -174,15 +174,17 @@ def test_a_prefix_of_every_kind_gives_the_tokens_and_logits_of_a_cold_run(engine
         answer = one.answer(ask(first, max_new_tokens=200)).tokens
     answered = [*first, *answer, end]
     tools = [*answered, *text(50), end, *text(3)]
-    prompts = {  # and how many pages of each are there, after all before it were asked in this order
+    # In a model with states, others have taken the answer's slot since; its last token was never computed
+    computed = 5 * PAGE if name == "kimi-linear" else len(answered) - 2
+    prompts = {  # and how many tokens of each are there, after all before it were asked in this order
         "the first": (first, 0),
-        "the same again": (first, 3),
-        "another question": ([*system, *text(144)], 2),
-        "a question that parts in its text": ([*first[:390], *text(50)], 3),
-        "a system prompt that parts in its text": ([*first[:200], *text(240)], 1),
-        "an answer": ([*answered, *text(50)], 5),
-        "results of tools": (tools, 5),
-        "the turn after": ([*tools, *text(90)], 5),
+        "the same again": (first, 3 * PAGE),
+        "another question": ([*system, *text(144)], 2 * PAGE),
+        "a question that parts in its text": ([*first[:390], *text(50)], 3 * PAGE),
+        "a system prompt that parts in its text": ([*first[:200], *text(240)], PAGE),
+        "an answer": ([*answered, *text(50)], computed),
+        "results of tools": (tools, 5 * PAGE),
+        "the turn after": ([*tools, *text(90)], 5 * PAGE),
     }
     cold = {}
     for kind, (prompt, _) in prompts.items():
@@ -190,9 +192,9 @@ def test_a_prefix_of_every_kind_gives_the_tokens_and_logits_of_a_cold_run(engine
         cold[kind] = answer_with_logits(name, ask(prompt))
         assert cold[kind][0].usage.cached_tokens == 0
     forget_all(one)
-    for kind, (prompt, pages) in prompts.items():
+    for kind, (prompt, cached) in prompts.items():
         result, logits = answer_with_logits(name, ask(prompt, max_new_tokens=200 if kind == "the first" else NEW))
-        assert result.usage.cached_tokens == pages * PAGE, kind
+        assert result.usage.cached_tokens == cached, kind
         assert result.tokens[:NEW] == cold[kind][0].tokens, kind
         np.testing.assert_allclose(logits, cold[kind][1], atol=1e-5, rtol=0, err_msg=kind)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_jax.engine.job import message_ends
-from kimi_jax.engine.pages import PagePool, Placeholders, extend_keys
+from kimi_jax.engine.pages import PagePool, Placeholders, extend_keys, tail_key
 from kimi_jax.engine.scheduler import AGEING, Scheduler
 from kimi_jax.engine.sequence import Sequence, Status
 from kimi_jax.engine.shard import Shard
@@ -43,7 +43,7 @@ class Run:
             if sequence.status is not Status.DONE:
                 self.scheduler.read(sequence, token)
                 if finished:
-                    self.scheduler.finish(sequence)
+                    self.scheduler.finish(sequence, ended=True)
                     self.ended.append(sequence)
         self.before = now
         return step
@@ -87,6 +87,8 @@ def test_any_requests_in_any_order(seed, shape):
         prefix = random.choice([0, 0, length // 2, length])
         asked.append(sequence(number, length, min(new, room - length), prefix, random.randrange(3)))
         asked[-1].boundaries = random.choice([None, (), (length // 2,)])
+        if length > 8 and random.random() < 0.2:
+            asked[-1].media = (Placeholders(4, 8, random.choice([b"a", b"b"])),)
         scheduler.add(asked[-1])
         for _ in range(random.choice([0, 1, 3, 30])):
             run.step()
@@ -102,6 +104,19 @@ def test_any_requests_in_any_order(seed, shape):
     assert len(run.ended) + len(cancelled) == 14
     for one in run.ended:
         assert one.tokens == whole_answer(one.tokens[: one.prompt], one.ends)
+
+
+def test_a_picture_in_one_shard_keeps_every_shard_to_one_piece():
+    """The second of four prompts over two shards has a picture: its step has a piece of each shard, and no other."""
+    run = Run(make_scheduler(pages=20, slots=2, shards=2, packed=2))
+    prompts = [sequence(number, 40 + number, 2) for number in range(4)]
+    prompts[1].media = (Placeholders(4, 8, b"a"),)
+    for prompt in prompts:
+        run.scheduler.add(prompt)
+    pieces = run.step().pieces
+    assert [piece.sequence for piece in pieces] == prompts[:2] and prompts[0].shard != prompts[1].shard
+    run.until_idle()
+    assert len(run.ended) == 4
 
 
 @pytest.mark.parametrize("places", [None, 24])
@@ -220,18 +235,61 @@ def test_the_one_that_others_wait_for_may_be_cancelled():
     assert len(run.ended) == 3
 
 
-@pytest.mark.parametrize("places", [None, 4])
-def test_the_next_turn_begins_at_the_last_page_of_the_answer(places, monkeypatch):
+@pytest.mark.parametrize("places", [None, 12])
+def test_the_next_turn_begins_where_the_last_one_ended(places, monkeypatch):
+    """Its last token was chosen and never computed. In a model with states others take its slot but once."""
     monkeypatch.setattr(fake_device, "STOP", -1)
     run, turn = Run(make_scheduler(pages=60, slots=2, places=places)), sequence(0, 200, 400)
     run.scheduler.add(turn)
     run.until_idle()
-    for _ in range(3):
-        pages = (len(turn.tokens) - 1) // PAGE
-        tokens = [*turn.tokens, *range(1, 41)]
-        run.scheduler.add(turn := Sequence(list(tokens), len(tokens) + 300, 1 + turn.number))
+    for number in range(4):
+        end = len(turn.tokens) - 1
+        if number == 3:
+            for other in (50, 51):
+                run.scheduler.add(sequence(other, 40, 2))
+            run.until_idle()
+        turns = [Sequence([*turn.tokens, *range(one, 40)], end + 330, 10 * number + one) for one in (1, 2)]
+        for one in turns:
+            run.scheduler.add(one)
         run.until_idle()
-        assert turn.cached == pages * PAGE and turn.tokens == whole_answer(tokens, turn.ends)
+        # Only one of two next turns goes on in the page, the other one at its beginning
+        page = end // PAGE * PAGE
+        assert [one.cached for one in turns] == [end if places is None or number < 3 else page, page]
+        for one in turns:
+            assert one.tokens == whole_answer(one.tokens[: one.prompt], one.ends)
+        turn = turns[0]
+
+
+def test_the_state_of_an_answer_that_was_cut_off_while_a_step_was_on_its_way_is_not_gone_on_from(monkeypatch):
+    monkeypatch.setattr(fake_device, "STOP", -1)
+    for places, on_its_way in ((None, 0), (4, 1)):
+        run, turn = Run(make_scheduler(pages=60, slots=2, places=places)), sequence(0, 200, 400)
+        run.scheduler.add(turn)
+        while len(turn.tokens) < 300:
+            run.step()
+        assert turn.dispatched == len(turn.tokens)
+        run.scheduler.finish(turn)
+        run.scheduler.add(after := Sequence([*turn.tokens, *range(1, 41)], 400, 1))
+        run.until_idle()
+        assert after.cached == (2 * PAGE if on_its_way else 299)
+        assert after.tokens == whole_answer(after.tokens[: after.prompt], after.ends)
+
+
+def test_tails_are_told_apart_by_their_pictures_and_evicted_like_others():
+    pool = PagePool(2)
+    for content in (b"a", b"b"):
+        page, media = pool.allocate(0), [Placeholders(3, 9, content)]
+        pool.publish_tail(page, [], tail_key([], [7] * 20, 20, media), 20)
+        pool.release([page])
+    assert pool.free == 2
+    for content, found in ((b"a", 1), (b"b", 1), (b"c", 0)):
+        media = [Placeholders(3, 9, content)]
+        assert len(list(pool.find_tail([], [7] * 21, media))) == found
+        assert not list(pool.find_tail([], [7] * 20, media)) and not list(pool.find_tail([], [7] * 19 + [8, 8], media))
+    assert pool.allocate(0) is not None and not list(pool.find_tail([], [7] * 21, [Placeholders(3, 9, b"a")]))
+    ((page, count),) = pool.find_tail([], [7] * 21, [Placeholders(3, 9, b"b")])
+    pool.take_over(page)
+    assert (count, page.users, page.key, pool.free) == (20, 1, None, 0) and pool.allocate(0) is None
 
 
 def test_the_last_copy_of_an_answer_outlives_guesses(monkeypatch):
@@ -281,6 +339,7 @@ def test_the_state_of_an_answer_that_stopped_on_a_page_boundary_is_no_copy(monke
     assert len(whole_answer(prompt, 300)) == 2 * PAGE
     tokens = list(prompt)
     for number, cached in enumerate((0, PAGE, 2 * PAGE)):
+        run.scheduler.shards[0].left.clear()  # as where others took the slot
         run.scheduler.add(one := Sequence(list(tokens), len(tokens) + 20, number))
         run.until_idle()
         assert one.cached == cached and one.tokens == whole_answer(tokens, one.ends)

@@ -38,8 +38,8 @@ def test_families_of_the_releases(name: str, of_file: str, of_text: str) -> None
         (toy_config("kimi-linear") | {"architectures": "KimiLinearForCausalLM"}, "kimi-linear"),
         # the language model cut out of K2.5, under the class of the whole
         (toy_config("k2") | {"architectures": ["KimiK25ForConditionalGeneration"]}, "k2"),
-        # K3 is nobody's, though its language model has Kimi Linear's class, model_type and spelling
-        ({"architectures": ["KimiK3ForConditionalGeneration"], "model_type": "kimi_k3", "text_config": K3_TEXT}, None),
+        # K3's language model has Kimi Linear's class, model_type and spelling
+        ({"architectures": ["KimiK3ForConditionalGeneration"], "model_type": "kimi_k3", "text_config": K3_TEXT}, "k3"),
         (K3_TEXT, "kimi-linear"),
         ({"model_type": "llama"}, None),
         ({}, None),
@@ -58,7 +58,7 @@ def test_every_name_is_one_family_s() -> None:
     ):
         assert len(set(names)) == len(names)
     with pytest.raises(KeyError):
-        by_name("k3")
+        by_name("k4")
 
 
 def test_a_language_model_in_a_nested_file_has_its_own_family_s_names() -> None:

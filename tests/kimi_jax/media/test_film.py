@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from media_cases import PUBLISHED
 from PIL import Image
 
-from checkpoints.toy.configs import PREPROCESSOR
 from kimi_jax.media import film, open_video, sample_video
 from kimi_jax.media.config import as_config
 
 av = pytest.importorskip("av", reason="needs kimi-jax[video]")
 
-CONFIG = as_config(PREPROCESSOR)  # two frames a second
+CONFIG = as_config(PUBLISHED)  # two frames a second
 WIDTH, HEIGHT = 64, 32
 
 

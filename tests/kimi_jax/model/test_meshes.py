@@ -17,10 +17,10 @@ ATOL = 5e-5  # of logits of unit scale, five times the reference's own float32 e
 BATCH, TOKENS, CHUNK = 8, 144, 128
 # data x expert x tensor x sequence, and the messages that a layer of K2.5 may send in a decode step
 MESHES = [("1x8x1x1", 2), ("2x4x1x1", 2), ("1x2x4x1", 3), ("2x2x2x1", 3), ("1x1x1x8", 5), ("1x2x2x2", 5)]
-NAMES = ["k2.5", "kimi-linear"]
+NAMES = ["k2.5", "kimi-linear", "k3"]
 # Each two axes but data and sequence are together in a quick mesh of one model, and those, the sequence of Kimi Linear
 # and the data of K2.5 in those of odd numbers and of test_program.py.
-QUICK = {"k2.5": ("1x2x2x2",), "kimi-linear": ("2x2x2x1",)}
+QUICK = {"k2.5": ("1x2x2x2",), "kimi-linear": ("2x2x2x1",), "k3": ("1x2x4x1",)}
 CASES = [
     pytest.param(name, shape, most, marks=[] if shape in QUICK[name] else [pytest.mark.slow])
     for name in NAMES
@@ -56,7 +56,10 @@ def single_device(two_layer_model, prompts):
 
 
 def check_messages(rows, most):
-    """Checks that a step sends one message for the embeddings and at most `most` a layer, of activations only."""
+    """Checks that a step sends one message for the embeddings and at most `most` a layer, of activations only.
+
+    Latent experts' sums travel beside the shared experts', as one message.
+    """
     program = rows.program
     text, mesh = program.config.text, program.mesh
     step = program.jitted.logits.lower(program.arrays, rows.cache, rows.next_batch(np.zeros(BATCH)))
@@ -69,10 +72,13 @@ def check_messages(rows, most):
     part, heads = BATCH // mesh.shape["data"], text.num_attention_heads // mesh.shape["tensor"]
     hidden = BATCH * text.hidden_size * 4
     queries = part * heads // mesh.shape["sequence"] * (text.kv_lora_rank + text.qk_rope_head_dim) * 4
-    largest = {"all-to-all": part * heads * (text.kv_lora_rank + 2) * 4, "all-gather": max(hidden, queries)}
+    sums = hidden if text.routed_expert_hidden_size is None else hidden + BATCH * text.expert_width * 4
+    partials = part * heads * (text.kv_lora_rank + 2) * 4
+    largest = {"all-reduce": sums, "all-to-all": partials, "all-gather": max(hidden, queries)}
     for kind, size in sent:
         assert size <= largest.get(kind, hidden), sent
-    assert [kind for kind, _ in sent].count("all-to-all") == (text.num_hidden_layers if most == 5 else 0), sent
+    attending = text.layer_kinds.count("mla") if most == 5 else 0
+    assert [kind for kind, _ in sent].count("all-to-all") == attending, sent
 
 
 @pytest.mark.parametrize(("name", "shape", "most"), CASES)
@@ -81,14 +87,14 @@ def test_prefill_and_decoding_on_a_mesh(two_layer_checkpoint, single_device, pro
     model = kimi_jax.load(two_layer_checkpoint(name), mesh=mesh, dtype=jnp.float32)
     rows = WholeRows(model, BATCH, 300)
     np.testing.assert_allclose(prefill_and_step(rows, *prompts), single_device(name), rtol=0, atol=ATOL)
-    if name == "k2.5":
+    if name != "kimi-linear":
         check_messages(rows, most)
-    # And each device has its share: two of 16 experts, its heads' part of the attention, its words
+    # And each device has its share: an eighth of the experts, its heads' part of the attention, its words
     attention = next(layer.self_attn for layer in model.model.layers if isinstance(layer.self_attn, MLA))
     down = model.model.layers[1].mlp.experts.down_proj
     of_heads = mesh.shape["tensor"] * mesh.shape["sequence"]
     for variable, axis, parts in (
-        (down.codes if name == "k2.5" else down.weight, 0, 8),
+        (down.weight if name == "kimi-linear" else down.codes, 0, 8),
         (attention.o_proj.weight, 1, of_heads),
         (attention.kv_b_proj.weight, 0, of_heads),
         (attention.kv_a_proj_with_mqa.weight, 0, of_heads),

@@ -123,7 +123,60 @@ def kimi_linear_tensors():
     return tensors
 
 
+def k3_tensors():
+    """Returns the names and shapes of Kimi K3's released tensors, without prefix."""
+    tensors = ends(163840, 7168) | k3_residual("model.output_attn_res")
+    for i in range(93):
+        layer, attention = f"model.layers.{i}", f"model.layers.{i}.self_attn"
+        tensors |= linear(f"{layer}.input_layernorm", 7168) | linear(f"{layer}.post_attention_layernorm", 7168)
+        tensors |= k3_residual(f"{layer}.self_attention_res") | k3_residual(f"{layer}.mlp_res")
+        tensors |= linear(f"{attention}.g_proj", 12288, 7168)
+        if i % 4 == 3 or i == 92:
+            tensors |= mla(attention, 7168, 96) | linear(f"{attention}.q_a_proj", 1536, 7168)
+            tensors |= linear(f"{attention}.q_a_layernorm", 1536) | linear(f"{attention}.q_b_proj", 18432, 1536)
+        else:
+            for name in "qkv":
+                tensors |= linear(f"{attention}.{name}_proj", 12288, 7168)
+                tensors |= linear(f"{attention}.{name}_conv1d", 12288, 1, 4)
+            tensors |= linear(f"{attention}.f_a_proj", 128, 7168) | linear(f"{attention}.f_b_proj", 12288, 128)
+            tensors |= {f"{attention}.A_log": (128,), f"{attention}.dt_bias": (12288,)}
+            tensors |= linear(f"{attention}.b_proj", 96, 7168) | linear(f"{attention}.o_norm", 128)
+            tensors |= linear(f"{attention}.o_proj", 7168, 12288)
+        if i == 0:
+            tensors |= glu(f"{layer}.mlp", 7168, 33792)
+            continue
+        moe = f"{layer}.block_sparse_moe"
+        tensors |= linear(f"{moe}.gate", 896, 7168) | {f"{moe}.gate.e_score_correction_bias": (896,)}
+        tensors |= glu(f"{moe}.shared_experts", 7168, 6144) | linear(f"{moe}.routed_expert_norm", 3584)
+        tensors |= linear(f"{moe}.routed_expert_down_proj", 3584, 7168)
+        tensors |= linear(f"{moe}.routed_expert_up_proj", 7168, 3584)
+        for e in range(896):
+            for name, out, in_ in (("w1", 3072, 3584), ("w3", 3072, 3584), ("w2", 3584, 3072)):
+                tensors[f"{moe}.experts.{e}.{name}.weight_packed"] = (out, in_ // 2)
+                tensors[f"{moe}.experts.{e}.{name}.weight_scale"] = (out, in_ // 32)
+    return tensors | k3_vision_tensors()
+
+
+def k3_residual(prefix):
+    return linear(f"{prefix}_norm", 7168) | linear(f"{prefix}_proj", 1, 7168)
+
+
+def k3_vision_tensors():
+    """Returns the names and shapes of Kimi K3's released vision tower and projector: 165 + 3 tensors."""
+    tower = "vision_tower"
+    tensors = linear(f"{tower}.patch_embed.proj", 1024, 3, 14, 14)
+    tensors |= linear(f"{tower}.patch_embed.pos_emb", 64, 64, 1024)
+    for i in range(27):
+        block = f"{tower}.encoder.blocks.{i}"
+        tensors |= linear(f"{block}.norm0", 1024) | linear(f"{block}.norm1", 1024)
+        tensors |= linear(f"{block}.wqkv", 4608, 1024) | linear(f"{block}.wo", 1024, 1536)
+        tensors |= linear(f"{block}.mlp.fc0", 4096, 1024) | linear(f"{block}.mlp.fc1", 1024, 4096)
+    tensors |= linear(f"{tower}.encoder.final_layernorm", 1024) | linear("mm_projector.post_norm", 7168)
+    return tensors | linear("mm_projector.proj.0", 4096, 4096) | linear("mm_projector.proj.2", 7168, 4096)
+
+
 PUBLISHED = {
+    "kimi-k3": k3_tensors,
     "kimi-k2.5": lambda: k2_tensors(int4=True) | vision_tensors(),
     "kimi-k2-thinking": lambda: k2_tensors(int4=True),
     "kimi-k2": lambda: k2_tensors(int4=False),
@@ -156,6 +209,11 @@ def test_float32_where_the_published_files_have_it():
         flat = nnx.to_flat_state(nnx.state(abstract_preset(name)))
         assert {path[-1] for path, variable in flat if variable.dtype == jnp.float32} == endings
         assert {str(v.dtype) for _, v in flat} == {"bfloat16", "float32"} | ({"int4"} if name == "kimi-k2.5" else set())
+    leaves = stored_leaves(abstract_preset("kimi-k3"))
+    wide = {leaf.path.split(".", 3)[-1] for leaf in leaves if leaf.dtype == np.float32}
+    convolutions = {f"self_attn.{name}_conv1d.weight" for name in "qkv"}
+    others = {"self_attn.A_log", "self_attn.dt_bias", "self_attn.o_norm.weight", "mlp.gate.e_score_correction_bias"}
+    assert wide == convolutions | others
 
 
 # Weights and stored bytes of the releases. K2 is K2.5's text model in bf16, two bytes a weight; K2-Thinking is K2.5

@@ -5,12 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from greedy_batch import greedy_batch as batch
 
 import kimi_jax
 from kimi_jax.model.context import PAGE
-from kimi_jax.runtime.batch import Batch, Finish, padded_stop_ids
+from kimi_jax.runtime.batch import Finish
 from kimi_jax.runtime.program import Program
-from kimi_jax.runtime.sampling import Sampling, checked_seeds, sampling_rows
 from sharding import make_mesh
 
 ATOL = 1e-6  # of float32 logits of unit scale, in batches of one shape
@@ -22,22 +22,6 @@ NAMES = ["k2.5", "kimi-linear"]
 RANDOM = np.random.RandomState(0)
 SEQUENCES = [RANDOM.randint(0, 500, length + 1).astype(np.int32) for length in LENGTHS]
 PLAIN_TABLE = np.array([[0, 1], [2, 3], [4, 5]], np.int32)
-
-
-def batch(tokens, positions, table, slots, **more):
-    """Returns a batch that chooses greedily and never stops."""
-    count = len(table)
-    return Batch(
-        np.asarray(tokens, np.int32),
-        np.asarray(positions, np.int32),
-        np.asarray(table, np.int32),
-        sampling_rows([Sampling()] * count, checked_seeds(0, count)),
-        padded_stop_ids((), count, 768),
-        np.full(count, 1000, np.int32),
-        np.ones(count, bool),
-        slots=None if slots is None else np.asarray(slots, np.int32),
-        **more,
-    )
 
 
 def prefill(sequences, table, slots, begin=0, width=160):

@@ -1,5 +1,5 @@
-"""Agents of two frameworks, openai-agents and Pydantic AI, run chains of tools against the server, in the APIs that
-each speaks."""
+"""Agents of two frameworks, openai-agents and Pydantic AI, and our own run chains of tools against the server, in the
+APIs that each speaks."""
 
 import asyncio
 import json
@@ -7,6 +7,8 @@ import json
 import anthropic
 import openai
 import pytest
+
+from kimi_jax import agents as own_agents
 
 agents = pytest.importorskip("agents", reason="needs openai-agents")
 pydantic_ai = pytest.importorskip("pydantic_ai", reason="needs pydantic-ai-slim")
@@ -81,6 +83,23 @@ def test_a_chain_of_three_tools_completes_and_keeps_its_reasoning(served, proces
 
     result = asyncio.run(run())
     assert result.final_output == "It is -12."
+    check(processor, served.engine.requests)
+
+
+def test_a_chain_of_our_own_agent_completes_and_keeps_its_reasoning(served, processor):
+    served.engine.answer = script(processor)
+
+    async def run():
+        model = own_agents.OpenAIModel.at(f"{served.listener.url}/v1", "kimi-toy")
+        async with model.client:
+            tools = [own_agents.tool(double), own_agents.tool(negate)]
+            return await own_agents.Agent(model, tools).run("Double 3 twice, then negate it."), model.context_length
+
+    done, length = asyncio.run(run())
+    assert (done.answer, done.stop, done.steps) == ("It is -12.", "answer", 4)
+    thoughts = [one["reasoning_content"] for one in done.messages if one["role"] == "assistant"]
+    assert thoughts == [f"Thought {index}." for index in range(4)]
+    assert length == served.service.backend.max_length  # as the server's list of models has it
     check(processor, served.engine.requests)
 
 

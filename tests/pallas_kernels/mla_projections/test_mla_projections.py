@@ -40,6 +40,7 @@ def query_arguments(shape, dtype):
 def output_arguments(shape, dtype):
     rng = np.random.default_rng(1)
     sizes = (shape.B, shape.H, shape.L), (shape.H * 2 * shape.N, shape.L), (shape.D, shape.H * shape.N)
+    sizes += ((shape.B, shape.H * shape.N),) if shape.gates else ()
     return tuple(jnp.asarray(rng.normal(size=size), dtype) for size in sizes)
 
 
@@ -231,6 +232,8 @@ def test_bad_arguments_of_a_query_are_refused(change, message):
             {"o_proj": jnp.zeros((128, 256))},
             "mla_output: kv_b has 256 rows and o_proj 256 columns, expected keys and values, and values, of 1 heads",
         ),
+        ({"gate": jnp.zeros((2, 64))}, "mla_output: gate has shape (2, 64), expected [B=2, 128]"),
+        ({"gate": jnp.zeros((2, 128), jnp.bfloat16)}, "mla_output: gate is bfloat16, expected float32"),
     ],
 )
 def test_bad_arguments_of_an_output_are_refused(change, message):
