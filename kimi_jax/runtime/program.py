@@ -235,7 +235,7 @@ def _compiler_options(placement: Sharding) -> tuple[tuple[str, int], ...]:
     each step: a limit of no megabytes stops it.
     """
     # Shapes may be on an abstract mesh, which has no devices
-    devices = () if isinstance(getattr(placement, "mesh", None), AbstractMesh) else placement.device_set
+    devices: Any = () if isinstance(getattr(placement, "mesh", None), AbstractMesh) else placement.device_set
     on_gpus = any(device.platform in ("gpu", "cuda") for device in devices)
     return (("xla_gpu_dot_merger_threshold_mb", 0),) if on_gpus else ()
 

@@ -20,7 +20,7 @@ class GroupVisits(NamedTuple):
 
     group: Int32[Array, "visits"]
     first: Int32[Array, "visits"]
-    count: Int32[Array, "visits"]
+    size: Int32[Array, "visits"]
 
 
 def most_visits(tokens: int, groups: int, rows: int) -> int:

@@ -22,7 +22,7 @@ from pallas_kernels.kda.triton_step import normalized
 CHUNK, LEAST = 64, 8
 
 
-def make_dot(interpret: bool) -> Callable[[Array, Array, Any], Array]:
+def make_dot(interpret: bool) -> Callable[..., Array]:
     """Returns a function that multiplies matrices of numbers rounded to a dtype, and sums in float32.
 
     Products of float32 are three of 11 bits each on the matrix units of a GPU, which are exact to 2^-21 or so; a CPU

@@ -46,15 +46,21 @@ def mixture(
     tokens, choices = chosen.shape
     rows = x.reshape(tokens, -1)
     size = max(1, BLOCK // choices)
-    options = {"activation": activation, "experts": num_experts or gate.shape[0], "interpret": interpret}
-    block = partial(_block, matrices=(gate, up, down), first=first, **options)
+    block = partial(
+        _block,
+        matrices=(gate, up, down),
+        first=first,
+        activation=activation,
+        experts=num_experts or gate.shape[0],
+        interpret=interpret,
+    )
     if tokens <= size:
         return block(rows, chosen, weights).reshape(x.shape)
     padding = [(0, -tokens % size), (0, 0)]
     # An expert that no device has
     padded = jnp.pad(rows, padding), jnp.pad(chosen, padding, constant_values=-1), jnp.pad(weights, padding)
     blocks = (array.reshape(-1, size, array.shape[1]) for array in padded)
-    y = jax.lax.map(lambda arrays: block(*arrays), tuple(blocks))
+    y = jax.lax.map(lambda arrays: block(arrays[0], arrays[1], arrays[2]), tuple(blocks))
     return y.reshape(-1, rows.shape[1])[:tokens].reshape(x.shape)
 
 
@@ -62,9 +68,9 @@ def _block(
     x: Float[Array, "T K"],
     chosen: Int32[Array, "T J"],
     weights: Float32[Array, "T J"],
+    *,
     matrices: tuple[Weight, Weight, Weight],
     first: Int[Array, ""],
-    *,
     activation: Callable[[Array, Array], Array],
     experts: int,
     interpret: bool,

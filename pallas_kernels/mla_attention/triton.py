@@ -99,7 +99,7 @@ def _attend(
     tokens: int,
 ) -> None:
     share, b = pl.program_id(1), pl.program_id(2)
-    heads, latent, rope, page = *q_latent_ref.shape[1:], q_rope_ref.shape[2], cache_ref.shape[2]
+    (_, heads, latent), rope, page = q_latent_ref.shape, q_rope_ref.shape[2], cache_ref.shape[2]
     head = pl.program_id(0) * together + jnp.arange(together, dtype=jnp.int32)
     is_head = head < heads
 

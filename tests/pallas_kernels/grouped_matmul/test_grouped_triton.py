@@ -70,7 +70,7 @@ def test_visits_take_every_row_once(sizes, before, rows):
     visits = VISITS(*(jnp.asarray(edge, jnp.int32) for edge in (ends - sizes, ends)), 430, rows)
     found = [(g, f + i) for g, f, count in np.stack(visits).T.tolist() for i in range(count)]
     assert found == [(g, row) for g, end in enumerate(ends) for row in range(end - sizes[g], end)]
-    assert max(visits.count) <= rows and len(visits.count) == most_visits(430, len(sizes), rows)
+    assert max(visits.size) <= rows and len(visits.size) == most_visits(430, len(sizes), rows)
 
 
 def test_rows_of_a_visit():
