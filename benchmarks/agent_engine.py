@@ -139,7 +139,9 @@ async def run_swarm(model: ForcedCalls, role: str, tasks: Sequence[str], concurr
     """Returns the seconds, the messages of each sub-agent, and its usage by step."""
     limits = agents.Limits(concurrency=concurrency, max_tokens=64)
     begin = time.perf_counter()
-    run = await agents.swarm(Directed(model, role, tasks), [LOOK], limits=limits).run("Find all.", seed=0)
+    run = await agents.swarm(Directed(model, role, tasks), [LOOK], mode="instant", limits=limits).run(
+        "Find all.", seed=0
+    )
     seconds = time.perf_counter() - begin
     if run.stop != "answer":
         raise RuntimeError(f"the swarm ended by {run.stop}: {run.error}")
@@ -216,7 +218,7 @@ async def run_heavy(model: ForcedCalls, role: str, count: int) -> dict[str, Any]
     """Returns the tokens of the prompt, how many of those of all runs were computed as a multiple of it, and the
     seconds."""
     trace = agents.Trace()
-    agent = agents.Agent(model, [LOOK], role, limits=agents.Limits(max_tokens=64))
+    agent = agents.Agent(model, [LOOK], role, "instant", limits=agents.Limits(max_tokens=64))
     begin = time.perf_counter()
     await agents.heavy(agent, "Find item 7 of the report.", count, trace=trace)
     seconds = time.perf_counter() - begin
