@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from kimi_jax import json_reader
+from kimi_jax import config_json, json_reader
 from kimi_jax.cli.arguments import (
     FORMS,
     SEED_MAX,
@@ -85,6 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = cut_config(
         config, layers=arguments.layers, experts=arguments.experts, vision_layers=arguments.vision_layers
     )
+    if arguments.source is None:
+        config_json.from_dict(config, where="the config.json asked for")  # refused here, not by who reads the folder
     with progress(arguments, "writing") as show:
         folder = make_toy(
             arguments.dst,

@@ -26,7 +26,7 @@ EXPERT = "language_model.model.layers.1.mlp.experts.2.up_proj"
         ["export", "a", "b", "--shard-size", "huge"],
         ["verify"],
         ["make-toy", "folder"],
-        ["make-toy", "folder", "--like", "k3"],
+        ["make-toy", "folder", "--like", "k9"],
         ["make-toy", "folder", "--like", "k2", "--from", "other"],
         ["make-toy", "folder", "--like", "k2", "--set", "hidden_size"],
         ["inspect"],
@@ -233,3 +233,10 @@ def test_logits_that_are_not_finite_are_no_answer(published, tmp_path, temperatu
     out, err = capsys.readouterr()
     reason = "kimi-jax: the logits after 0 new tokens are not finite (NaN or infinity)"
     assert out == "" and err.splitlines()[-1] == reason
+
+
+def test_a_toy_that_nobody_could_read_is_not_written(tmp_path, capsys):
+    assert main(["make-toy", str(tmp_path / "toy"), "--like", "k2", "--set", "num_attention_heads=3"]) == 1
+    err = capsys.readouterr().err
+    assert "num_key_value_heads 64 differs from num_attention_heads 3" in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
