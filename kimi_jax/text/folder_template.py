@@ -52,7 +52,7 @@ class FolderTemplate:
         source = files.source(with_tools)
         if source is None:
             raise ValueError(
-                f"{printable(folder)}: neither {' nor '.join(map(repr, BUILT_IN))}, nor a folder with "
+                f"{printable(folder)}: none of {', '.join(map(repr, BUILT_IN))}, nor a folder with "
                 f"chat_template.jinja, chat_template.json, or a chat_template in tokenizer_config.json"
                 + (f"; it has templates of the names {printable(sorted(files.templates))}" if files.templates else "")
             )

@@ -54,7 +54,7 @@ def recorded_run(kimi, tokens, media, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("k2.5", "kimi-linear") else pytest.param(name, marks=pytest.mark.slow) for name in cases.CASES],
+    [name if name == "kimi-linear" else pytest.param(name, marks=pytest.mark.slow) for name in cases.CASES],
 )
 def test_every_family_shows_its_own_run(shown, name, monkeypatch):
     kimi, tokens, media = shown(name)

@@ -9,7 +9,7 @@ from kimi_jax.engine import Engine
 from kimi_jax.processor import Processor
 
 
-@pytest.fixture(scope="module", params=["k2.5", "kimi-linear"])
+@pytest.fixture(scope="module", params=[pytest.param("k2.5", marks=pytest.mark.slow), "kimi-linear"])
 def model(request, two_layer_checkpoint, two_layer_model):
     name = request.param
     with Engine(two_layer_model(name), slots=3, cache_memory="8MiB", prefill_chunk=64) as engine:
@@ -19,8 +19,10 @@ def model(request, two_layer_checkpoint, two_layer_model):
 def test_sub_agents_say_the_same_with_the_prefix_cache_and_without(model):
     found = compare(model, 3, 385)
     assert found["messages"] == 3 * 3
-    # Three pages of first prompts, of 479 tokens, are shared; of later ones all but a result was computed
-    assert found["cached_share_first"] > 0.8 and found["cached_share_later"] > 0.85, found
+    # Three pages of first prompts, of 479 tokens, are shared; of later ones all but a result was computed, where no
+    # other agent's turn took the slot with the state
+    later = 0.85 if model.processor.config.text.linear_attn is None else 0.7
+    assert found["cached_share_first"] > 0.8 and found["cached_share_later"] > later, found
 
 
 def test_runs_of_one_task_compute_its_pages_once(model):

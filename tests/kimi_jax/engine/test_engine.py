@@ -89,7 +89,7 @@ def test_many_at_once_answer_as_each_alone(engine, expected, name):
     assert stats.compiled_programs == programs
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param("k2.5", marks=pytest.mark.slow), "kimi-linear"])
 def test_in_few_pages_answers_are_those_of_each_alone(engine, expected, monkeypatch, name):
     """Preempted, resumed and cancelled in a pool of six pages, where the prompts need up to four."""
     one, preempted = engine(name), []

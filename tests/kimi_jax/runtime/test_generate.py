@@ -206,6 +206,7 @@ def test_batches_of_1_to_9_rows_on_eight_devices(checkpoint, model, name):
     np.testing.assert_array_equal(np.stack([column.tokens for column in columns], axis=1)[rest], expected[rest])
 
 
+@pytest.mark.slow
 def test_in_bf16_a_batch_repeats_and_a_row_does_not_see_its_neighbours_tokens(checkpoint, prompts):
     # (Single rows and chunks sum in another order before rounding to 8 bits, so tokens near a tie may differ.)
     kimi = kimi_jax.load(checkpoint("kimi-linear"), dtype=jnp.bfloat16)

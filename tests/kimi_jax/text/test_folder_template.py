@@ -118,7 +118,7 @@ def test_broken_and_unsafe_templates(tmp_path: Path, template: str, message: str
 
 @pytest.mark.parametrize("model", ["k2-5", "no/such/folder"])
 def test_no_template(model: str):
-    with pytest.raises(ValueError, match=f"{model}: neither 'k2.5' nor 'k2', nor a folder with chat_template.jinja"):
+    with pytest.raises(ValueError, match=f"{model}: none of 'k2.5', 'k2', 'k3', nor a folder with chat_template.jinja"):
         chat.render([user("Hi")], model=model)
 
 

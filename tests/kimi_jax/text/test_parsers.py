@@ -151,7 +151,7 @@ def test_what_no_model_answers_is_refused(tok, tmp_path):
         chat.Parser(tok).feed(np.array([-1], np.int32))
     with pytest.raises(ValueError, match=r"tools is a dict, expected a list"):
         chat.Parser(tok, tools={})
-    with pytest.raises(ValueError, match=r"neither 'k2\.5' nor 'k2', nor a folder with chat_template"):
+    with pytest.raises(ValueError, match=r"none of 'k2\.5', 'k2', 'k3', nor a folder with chat_template"):
         chat.parse_text("", model=tmp_path)
 
 

@@ -60,7 +60,7 @@ def test_which_file_wins(tmp_path: Path):
         (["a"], "chat_template is neither a string"),
         ({"default": None}, "chat_template is neither a string"),
         ([{"name": "a", "template": "a"}, {"name": "a", "template": "b"}], "chat_template gives a name twice"),
-        ({"rag": "a"}, r"neither 'k2.5' nor 'k2'.*it has templates of the names \['rag'\]"),
+        ({"rag": "a"}, r"none of 'k2.5', 'k2', 'k3'.*it has templates of the names \['rag'\]"),
         ("a" * (MAX_TEMPLATE_BYTES + 1), "has 1,048,577 characters, expected at most 1,048,576"),
     ],
 )

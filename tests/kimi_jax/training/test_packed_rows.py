@@ -74,7 +74,9 @@ def errors(found, expected):
     return {name: error for name, error in relative.items() if not error <= GRADIENT_ERROR}
 
 
-@pytest.mark.parametrize("name", ["kimi-linear", pytest.param("k2.5", marks=pytest.mark.slow)])
+# (Goldens, too, are of documents alone.)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kimi-linear", "k2.5"])
 def test_packed_documents_are_those_alone(name):
     # Given eight documents in one row, and each in a row of its own
     params, compute, _ = compiled(name)
