@@ -23,7 +23,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from kimi_jax.plan import gpu_target  # noqa: E402
 
-os.environ |= gpu_target.environment()
+try:
+    os.environ |= gpu_target.environment()
+except ValueError as error:
+    sys.exit(f"{Path(__file__).name}: {error}")
 
 import jax  # noqa: E402
 from cuda.traffic import kernels, largest, memory_bytes  # noqa: E402
@@ -37,6 +40,7 @@ from kimi_jax.plan.hlo import parse  # noqa: E402
 from kimi_jax.plan.job import bits  # noqa: E402
 from kimi_jax.plan.traffic import MovedWeight, moved_weights  # noqa: E402
 from kimi_jax.runtime.program import Program  # noqa: E402
+from pallas_kernels.hardware import GPUS  # noqa: E402
 from sharding import make_mesh  # noqa: E402
 from sharding.topologies import topology  # noqa: E402
 
@@ -142,7 +146,8 @@ def measure(chip: str, form: str, layers: int, phase: str, rows: int, tokens: in
 def main(arguments: list[str]) -> int:
     """Compiles and prints what the flags ask for; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chip", default="h100", help="a GPU of pallas_kernels.hardware")
+    described = [name for name, gpu in GPUS.items() if gpu.facts is not None]
+    parser.add_argument("--chip", default="h100", choices=described, help="a GPU of pallas_kernels.hardware")
     parser.add_argument("--format", action="append", choices=("bf16", "int4"), help="of experts; default both")
     parser.add_argument("--rows", type=int, action="append", help="of a decode step; default 1, 4 and 32")
     parser.add_argument("--context", type=int, default=8192, help="tokens that a decode step's cache holds of each row")

@@ -166,19 +166,19 @@ def _grammar(tok: Tokenizer, request: Chat) -> str | None:
 
     A model that may call tools, or not, writes calls by itself: a mask of its tokens would cost a round trip each.
     """
+    strict = any(tool["function"].get("strict") for tool in request.tools or ())
+    free = request.tool_choice in (None, "auto") and request.content is None and request.parallel and not strict
     try:
         written = grammar.write_grammar(
             tok,
             request.tools,
-            request.tool_choice,
+            "none" if free else request.tool_choice,
             content=request.content,
             parallel=request.parallel,
             number=grammar.next_number(request.messages),
         )
     except ValueError as error:
         raise invalid(str(error), _field(str(error))) from None
-    strict = any(tool["function"].get("strict") for tool in request.tools or ())
-    free = request.tool_choice in (None, "auto") and request.content is None and request.parallel and not strict
     return None if free else written
 
 

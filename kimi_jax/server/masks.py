@@ -42,12 +42,18 @@ class Masks:
 
         written: the grammar from the end of the reasoning on. reasoning: whether the answer begins in it. budget: the
         most tokens of reasoning. max_tokens: those of the answer. Raises `RequestError` for a grammar that llguidance
-        refuses.
+        refuses, and where reasoning should end that no single token ends, as Kimi K3's.
         """
         if not reasoning:
             budget = None
         if written is None and budget is None:
             return [None] * count
+        if reasoning and self.end_think is None:
+            raise invalid(
+                "no single token ends the reasoning of this model, so that with thinking an answer is held to no "
+                "budget, form or choice of tools; turn thinking off",
+                "thinking",
+            )
         matcher = None
         if written is not None:
             with self._lock:

@@ -72,6 +72,9 @@ class Recipe:
     microbatches: the number of parts of a step's rows, whose gradients are computed one after another and summed.
     recompute: whether a gradient computes each layer again; without it keeps what it needs, faster in more memory.
     dtype: the dtype that the model computes in, where that is not the masters'.
+
+    Raises ValueError for a model that is published with MXFP4 experts or float32 convolutions, as Kimi K3 is: its
+    numbers would be trained for another rounding than theirs.
     """
 
     config: KimiConfig
@@ -82,6 +85,14 @@ class Recipe:
     microbatches: int = 1
     recompute: bool = True
     dtype: DTypeLike | None = None
+
+    def __post_init__(self) -> None:
+        text = self.config.text
+        is_mxfp4 = text.quantization is not None and text.quantization.format == "mxfp4"
+        if is_mxfp4 or (text.linear_attn is not None and text.linear_attn.float32_weights):
+            raise ValueError(
+                f"a {self.config.model_type} model, with MXFP4 experts or float32 convolutions, cannot be trained yet"
+            )
 
 
 class Trainer:

@@ -32,7 +32,7 @@ def run(script, *arguments):
 @pytest.mark.parametrize(
     "case", ["Kimi Linear in INT4, 4 tokens", pytest.param("", marks=pytest.mark.slow)], ids=["one", "all"]
 )
-def test_no_kernel_spills_or_takes_more_than_its_budget(case):
+def test_no_kernel_takes_more_than_its_budget(case):
     done = run("gpu_kernels.py", "--budget", "--case", case)
     assert done.returncode == 0, done.stdout + done.stderr
 

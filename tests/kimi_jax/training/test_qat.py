@@ -11,7 +11,7 @@ from flax import nnx
 from checkpoints.published.quantization_config import int4
 from checkpoints.toy import toy_config
 from kimi_jax.config_json import from_dict
-from kimi_jax.training import as_published, fake_quantize_experts, optimizer, split_trained
+from kimi_jax.training import Recipe, as_published, fake_quantize_experts, optimizer, split_trained
 from kimi_jax.training.leaves import named_leaves
 from pallas_kernels.formats import Int4, fake_quantize_int4
 
@@ -133,3 +133,11 @@ def test_parts_are_trained_over_frozen_int4_experts(masters):
     assert losses[-1] < losses[0] - 0.05
     with pytest.raises(ValueError, match="no parameter is trained"):
         split_trained(model, lambda name: ".mlp.experts." in name)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_model_published_in_other_roundings_is_not_trained_for_them(quantized):
+    config = from_dict(toy_config("k3"))
+    assert config.text.quantization is not None and config.text.quantization.format == "mxfp4"
+    with pytest.raises(ValueError, match=r"a kimi_k3 model, with MXFP4 experts.* cannot be trained"):
+        Recipe(config if quantized else config.dense())
