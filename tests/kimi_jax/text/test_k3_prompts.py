@@ -1,7 +1,6 @@
 """K3's prompts: texts by the rules of its format, published counts of ids, and text that forges no marker."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -30,12 +29,10 @@ def tiny(tmp_path_factory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory) -> Tokenizer:
+def real(tmp_path_factory, real_tokenizer_dir) -> Tokenizer:
     """Returns the published ranks with K3's names of the special slots."""
-    if not (found := os.environ.get("KIMI_TOKENIZER_DIR")):
-        pytest.skip("KIMI_TOKENIZER_DIR is not set")
     folder = tmp_path_factory.mktemp("k3-real")
-    (folder / "tiktoken.model").symlink_to(Path(found) / "tiktoken.model")
+    (folder / "tiktoken.model").symlink_to(real_tokenizer_dir / "tiktoken.model")
     tokens = {str(163584 + slot): {"content": name, "special": special} for slot, (name, special) in K3_SLOTS.items()}
     config = {"added_tokens_decoder": tokens, "bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
