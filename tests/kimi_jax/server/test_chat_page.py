@@ -230,7 +230,8 @@ def test_a_drawing_becomes_digits_of_the_kind_that_the_small_model_reads(page, s
     draw(page, 0, FOUR)
     draw(page, 2, SEVEN)
     page.get_by_role("button", name="Add drawing").click()
-    page.keyboard.press("Enter")
+    page.locator("#pictures img").wait_for()  # the dialog closes a moment after the click
+    page.locator("#question").press("Enter")
     ended(page)
     grey = np.asarray(picture_of(page.sent[0]["messages"][0]).convert("L"))
     assert grey.shape == (28, 84)
