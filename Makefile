@@ -7,15 +7,22 @@ READY  := $(VENV)/ready
 
 NOTEBOOKS := $(patsubst notebooks/%.py,build/notebooks/%.html,$(wildcard notebooks/*.py))
 
-.PHONY: demo test slow lint browser notebooks notebooks-test docs clean
+# Bytecode is written at the first import, wherever the environment forbids it, too: without it each process would
+# rewrite every test anew. pip would write it for whole packages, of which a part is ever imported.
+export PYTHONDONTWRITEBYTECODE :=
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
+
+.PHONY: demo test tests slow lint browser notebooks notebooks-test docs clean
 
 # The package alone, 0.8 GB; the other targets add what tests need to the same environment.
 demo: $(PACKAGE)
 	$(BIN)/kimi-jax demo
 
-# Bytecode is written wherever the environment forbids it, too: without it each process rewrites every test anew.
-test: lint
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+test: $(READY)
+	$(MAKE) --no-print-directory --jobs=2 lint tests
+
+tests: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -42,7 +49,7 @@ docs: $(NOTEBOOKS) $(VENV)/docs
 	cp -r build/notebooks build/site/notebooks
 
 $(VENV)/notebooks $(VENV)/docs: $(PACKAGE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(@F)]'
+	$(INSTALL) '.[$(@F)]'
 	touch $@
 
 # The tests of the chat page run in a Chromium of the system, and are skipped where there is none.
@@ -52,14 +59,17 @@ browser:
 	echo "No Chromium is found. On Debian: apt-get install --no-install-recommends chromium"; \
 	echo "On Fedora: dnf install chromium. On macOS: brew install --cask chromium"; exit 1
 
-$(PACKAGE): pyproject.toml
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+
+$(PACKAGE): pyproject.toml | $(BIN)/python
+	$(INSTALL) .
 	touch $@
 
-$(READY): $(PACKAGE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
-	touch $@
+# One installation, not the package's and another: resolving takes pip a while.
+$(READY): pyproject.toml | $(BIN)/python
+	$(INSTALL) '.[test]'
+	touch $(PACKAGE) $@
 
 clean:
 	rm -rf .venv build *.egg-info
