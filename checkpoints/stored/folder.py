@@ -78,11 +78,12 @@ class Converted:
                 )
             found.append(as_stored(leaf, record.grid.shape, record.grid.dtype, f"{self.folder}: leaf {path}"))
         if isinstance(model, EagleHead) and model.config.vocab_map:
-            d2t, t2d = (
-                np.concatenate([chunk.read() for chunk in self.chunks[name]]) if name in records else None
+            d2t, *t2d = (
+                np.concatenate([chunk.read() for chunk in self.chunks[name]])
                 for name in ("d2t", "t2d")
+                if name in records
             )
-            check_map(model.config, d2t, t2d, str(self.folder))
+            check_map(model.config, d2t, t2d[0] if t2d else None, str(self.folder))
         return Contents(model, tuple(found), self.manifest.skipped)
 
     def _expected(self, config: KimiConfig | EagleConfig) -> tuple[Kimi | EagleHead, list[Leaf]]:

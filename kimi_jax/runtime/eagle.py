@@ -31,7 +31,8 @@ class EagleDrafter:
     def __init__(self, head: EagleHead, target: Kimi):
         """Shares the target's embeddings where the head has none.
 
-        Raises ConfigError for a head that was made for another target.
+        Raises ConfigError for a head that was made for another target, and ValueError where the mesh does not divide
+        its heads of keys and values.
         """
         self.config = fit_target(head.config, target.config)
         assert self.config.aux_layers is not None
@@ -44,6 +45,9 @@ class EagleDrafter:
         self.dtype, self.placement = head.dtype, head.fc.weight.get_value().sharding
         mesh = self.placement.mesh if isinstance(self.placement, NamedSharding) else None
         self.jitted = _jitted(graph, tree, mesh, self.config.form)
+        shards, heads = self.jitted.partition.num_shards("heads"), self.config.num_key_value_heads
+        if heads % shards:
+            raise ValueError(f"draft head: {heads} heads of keys and values do not divide over {shards} devices")
 
     def cache(self, pages: int) -> MLACache:
         """Allocates an empty cache of `pages` pages, as many as the target's cache has."""
@@ -161,8 +165,9 @@ class _Jitted:
             return (cache, token, vector, position), token
 
         cache, logits, vector = self.run(params, cache, aux, tokens, positions, page_table, "prefill", True)
-        first, position = choose(logits), jnp.max(positions, axis=-1)
-        (cache, *_), rest = jax.lax.scan(next_draft, (cache, first, vector, position), None, length=count - 1)
+        first = choose(logits)
+        start: Any = (cache, first, vector, jnp.max(positions, axis=-1))
+        (cache, *_), rest = jax.lax.scan(next_draft, start, None, length=count - 1)
         return cache, jnp.concatenate([first[None], rest]).T
 
 

@@ -9,7 +9,7 @@ from checkpoint_oracle import read_all
 from eagle_cases import K3_HEAD, K25_LLAMA_HEAD, K25_MLA_HEAD
 from safetensors.numpy import save_file
 
-from checkpoints import CheckpointError, convert, export, load, load_head, summary, verify
+from checkpoints import CheckpointError, convert, export, load, load_head, publish, summary, verify
 from checkpoints.stored.eagle import expect
 from checkpoints.toy import HEADS, head_config, toy_config, write_toy
 from kimi_jax.cli import arguments, main
@@ -112,6 +112,10 @@ def test_a_damaged_head_is_refused_in_one_line(published, tmp_path, kind, change
 def test_heads_and_models_are_not_mistaken_for_each_other(published, tmp_path):
     with pytest.raises(CheckpointError, match="is a draft head, not a model"):
         load(published["eagle3-mla"])
+    with pytest.raises(CheckpointError, match="is a draft head without experts; experts=int4 is for models"):
+        convert(published["eagle3-mla"], tmp_path / "orbax", experts="int4")
+    with pytest.raises(ValueError, match="is a draft head, expected a model"):
+        publish({}, published["eagle3-mla"], tmp_path / "new")
     model = write_toy(tmp_path / "model", MODEL)
     with pytest.raises(CheckpointError, match="is a model, not a draft head"):
         load_head(model, TARGET)
