@@ -164,7 +164,8 @@ class _Jitted:
             token = choose(logits)
             return (cache, token, vector, position), token
 
-        cache, logits, vector = self.run(params, cache, aux, tokens, positions, page_table, "prefill", True)
+        phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
+        cache, logits, vector = self.run(params, cache, aux, tokens, positions, page_table, phase, True)
         first = choose(logits)
         start: Any = (cache, first, vector, jnp.max(positions, axis=-1))
         (cache, *_), rest = jax.lax.scan(next_draft, start, None, length=count - 1)

@@ -112,15 +112,15 @@ def test_ragged_rows_draft_the_reference_s_tokens(drafter, golden, kind):
 
 @forms
 def test_steps_that_write_over_drafts_compute_what_one_pass_does(drafter, golden, kind):
-    """The rows come in three pieces, and after each but the last something is drafted that the next one replaces."""
+    """The rows come in pieces, the last of one token, and after each something is drafted that the next replaces."""
     made, (aux, tokens, positions) = drafter(kind), ragged(kind, golden)
     table = pages_in_order(4, 64)[::-1].copy()
     cache, drafts = made.cache(table.size), None
-    for start, stop in ((0, 16), (16, 32), (32, 48)):
-        part = [np.zeros((4, 16, *array.shape[2:]), array.dtype) for array in (aux, tokens)]
-        where = np.full((4, 16), -1, np.int32)
+    for start, stop, width in ((0, 16, 20), (16, 17, 20), (17, 37, 20), (37, 39, 20), (39, 40, 1)):
+        part = [np.zeros((4, width, *array.shape[2:]), array.dtype) for array in (aux, tokens)]
+        where = np.full((4, width), -1, np.int32)
         for array, whole in zip((*part, where), (aux, tokens, positions), strict=True):
-            array[:, : min(stop, 40) - start] = whole[:, start:stop]
+            array[:, : stop - start] = whole[:, start:stop]
         cache, found = made.propose(cache, *part, where, table, COUNT)
         here = where.max(axis=1) == positions.max(axis=1)
         drafts = found if drafts is None else np.where(here[:, None], found, drafts)
