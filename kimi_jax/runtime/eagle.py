@@ -66,6 +66,7 @@ class EagleDrafter:
         page_table: Int32[AnyArray, "b row_pages"],
     ) -> MLACache:
         """Takes in a chunk of prompts, and returns the cache with it. The arguments are those of `propose`."""
+        self._check(tokens, page_table)
         return self.jitted.extend(self.arrays, cache, aux, tokens, positions, page_table)
 
     def propose(
@@ -85,11 +86,18 @@ class EagleDrafter:
         page_table: [b, row_pages], with room for `count` - 1 tokens after each row's last position.
 
         Returns the cache, and the drafts as ids of the target's, int32 [b, count]. A program is compiled for each
-        combination of shapes and `count`. Raises ValueError for a `count` below 1.
+        combination of shapes and `count`. Raises ValueError for a `count` below 1, and for rows and pages that the mesh
+        does not divide.
         """
         if count < 1:
             raise ValueError(f"count is {count}, expected at least 1 token to draft")
+        self._check(tokens, page_table)
         return self.jitted.propose(self.arrays, cache, aux, tokens, positions, page_table, count)
+
+    def _check(self, tokens: AnyArray, page_table: AnyArray) -> None:
+        for what, size, axis in (("rows", len(tokens), "batch"), ("pages a row", page_table.shape[1], "row_pages")):
+            if size % (shards := self.jitted.partition.num_shards(axis)):
+                raise ValueError(f"draft head: {size} {what} do not divide over {shards} devices")
 
 
 class _Jitted:

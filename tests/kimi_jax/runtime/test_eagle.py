@@ -195,6 +195,8 @@ def test_a_mesh_drafts_what_one_device_does(drafter, head, golden, kind):
     made, table = EagleDrafter(sharded, whole), pages_in_order(4, 64, data=2, sequence=sequence)
     _, drafts = made.propose(made.cache(table.size), *ragged(kind, golden), table, COUNT)
     np.testing.assert_array_equal(drafts, golden[f"{kind}/drafts"])
+    with pytest.raises(ValueError, match="3 rows do not divide over 2 devices"):
+        made.extend(made.cache(table.size), *ragged(kind, golden, (40, 1, 17)), table[:3])
 
 
 def test_heads_that_a_mesh_does_not_divide_are_refused(head):
