@@ -80,7 +80,8 @@ class EagleHead(nnx.Module):
         return self.fc.weight.dtype
 
     def combine(self, aux: Float[jax.Array, "b t n"], partition: Partition) -> Hidden:
-        """Makes hidden vectors [b, t, d] of the target's, of `aux_layers` side by side."""
+        """Makes hidden vectors [b, t, d] of the target's, of `aux_layers` side by side, in the head's dtype."""
+        aux = aux.astype(self.dtype)
         if self.fc_norm is not None:
             parts = jnp.split(aux, self.config.num_aux, axis=-1)
             aux = jnp.concatenate([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], axis=-1)

@@ -19,6 +19,7 @@ from kimi_jax.model.context import PAGE, Context, MLACache, Phase
 from kimi_jax.model.eagle import EagleHead
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.param import weight_specs
+from kimi_jax.runtime.program import compiler_options
 from sharding import Partition, StreamLayout
 
 
@@ -44,7 +45,7 @@ class EagleDrafter:
         self.arrays, tree = jax.tree.flatten(params)
         self.dtype, self.placement = head.dtype, head.fc.weight.get_value().sharding
         mesh = self.placement.mesh if isinstance(self.placement, NamedSharding) else None
-        self.jitted = _jitted(graph, tree, mesh, self.config.form)
+        self.jitted = _jitted(graph, tree, mesh, self.config.form, compiler_options(self.placement))
         shards, heads = self.jitted.partition.num_shards("heads"), self.config.num_key_value_heads
         if heads % shards:
             raise ValueError(f"draft head: {heads} heads of keys and values do not divide over {shards} devices")
@@ -55,7 +56,7 @@ class EagleDrafter:
         placement = self.placement
         if isinstance(placement, NamedSharding):
             placement = NamedSharding(placement.mesh, self.jitted.cache_spec(shape))
-        return MLACache(jax.jit(lambda: jnp.zeros(shape, self.dtype), out_shardings=placement)())
+        return MLACache(jnp.zeros(shape, self.dtype, device=placement))
 
     def extend(
         self,
@@ -103,10 +104,18 @@ class EagleDrafter:
 class _Jitted:
     """Holds the jitted functions of all heads of one structure, one object for each: `jit` compares identities."""
 
-    def __init__(self, graph: nnx.GraphDef, tree: jax.tree_util.PyTreeDef, mesh: Mesh | AbstractMesh | None, form: str):
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        tree: jax.tree_util.PyTreeDef,
+        mesh: Mesh | AbstractMesh | None,
+        form: str,
+        compiler_options: tuple[tuple[str, int], ...],
+    ):
         self.graph, self.tree, self.partition, self.form = graph, tree, Partition(mesh), form
-        self.extend: Any = jax.jit(self.take_in, donate_argnames="cache")
-        self.propose: Any = jax.jit(self.draft, donate_argnames="cache", static_argnames="count")
+        options: Any = {"donate_argnames": "cache", "compiler_options": dict(compiler_options)}
+        self.extend: Any = jax.jit(self.take_in, **options)
+        self.propose: Any = jax.jit(self.draft, static_argnames="count", **options)
 
     def cache_spec(self, shape: tuple[int, ...]) -> Any:
         """Returns the PartitionSpec of the cache: keys and values are sharded by their heads, latents are not."""

@@ -10,13 +10,14 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from checkpoints import load_head
+from checkpoints import load, load_head
 from checkpoints.toy import write_toy
 from kimi_jax.config_json import ConfigError, from_dict
 from kimi_jax.looking import look
 from kimi_jax.model.context import Context
 from kimi_jax.model.kimi import abstract
-from kimi_jax.model.param import weight_shardings
+from kimi_jax.model.param import weight_shardings, weight_specs
+from kimi_jax.runtime import cache as caches
 from kimi_jax.runtime.batch import pages_in_order
 from kimi_jax.runtime.eagle import EagleDrafter
 from kimi_jax.runtime.program import Program
@@ -27,10 +28,12 @@ OTHER_WAY = 1e-4  # of vectors computed in another way than in one pass
 COUNT = 5
 TARGET = from_dict(cases.EAGLE_TARGET)
 kinds = pytest.mark.parametrize("kind", cases.EAGLE_SEEDS)
-# 3.1 differs from 3.0 in norms alone
-forms = pytest.mark.parametrize(
-    "kind", ["eagle3-mla", pytest.param("eagle3.1-mla", marks=pytest.mark.slow), "eagle3-llama"]
-)
+
+
+def quick(*kinds):
+    """Returns the mark of a test that runs for these kinds of heads, and as a slow one for the others."""
+    slow = [kind for kind in cases.EAGLE_SEEDS if kind not in kinds]
+    return pytest.mark.parametrize("kind", [*kinds, *(pytest.param(kind, marks=pytest.mark.slow) for kind in slow)])
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,7 @@ def test_ragged_rows_draft_the_reference_s_tokens(drafter, golden, kind):
     assert drafts.dtype == jnp.int32
 
 
-@forms
+@quick("eagle3-mla")
 def test_steps_that_write_over_drafts_compute_what_one_pass_does(drafter, golden, kind):
     """The rows come in pieces, the last of one token, and after each something is drafted that the next replaces."""
     made, (aux, tokens, positions) = drafter(kind), ragged(kind, golden)
@@ -127,7 +130,7 @@ def test_steps_that_write_over_drafts_compute_what_one_pass_does(drafter, golden
     np.testing.assert_array_equal(drafts, golden[f"{kind}/drafts"])
 
 
-@forms
+@quick("eagle3-mla", "eagle3-llama")
 def test_chunks_that_are_taken_in_leave_the_cache_of_one_pass(drafter, golden, kind):
     made, (aux, tokens, positions) = drafter(kind), ragged(kind, golden)
     table = pages_in_order(4, 64)
@@ -140,7 +143,7 @@ def test_chunks_that_are_taken_in_leave_the_cache_of_one_pass(drafter, golden, k
         assert np.abs(whole.pages[table[row, 0], :, length:]).max() == 0  # padding is not written
 
 
-@forms
+@quick("eagle3.1-mla")
 def test_drafts_across_the_end_of_a_page_are_those_without_a_cache(drafter, kind):
     made, random, length = drafter(kind), np.random.RandomState(3), 126
     aux = random.standard_normal((1, length, 192)).astype(np.float32)
@@ -181,7 +184,7 @@ def test_a_head_beside_another_target_is_refused(head):
         EagleDrafter(head("eagle3-mla"), other)
 
 
-@forms
+@quick("eagle3-llama")
 def test_a_mesh_drafts_what_one_device_does(drafter, head, golden, kind):
     """Two rows of the batch are on each half of the mesh; words, heads and widths are sharded over the rest, and the
     pages of latents too."""
@@ -208,26 +211,38 @@ def test_heads_that_a_mesh_does_not_divide_are_refused(head):
         EagleDrafter(sharded, abstract(TARGET))
 
 
-def test_a_target_gives_out_the_sums_after_its_layers(two_layer_model):
-    """The target has attention residuals, and takes its prompts in two calls with a cache."""
-    model, tokens = two_layer_model("k3"), np.random.RandomState(0).randint(0, 500, (2, 24)).astype(np.int32)
-    expected = look(model, tokens, what=("hidden",)).hidden
-    program, table = Program(model), pages_in_order(2, 64)
+@pytest.mark.parametrize("shape", [None, pytest.param("1x2x2x2", marks=pytest.mark.slow)])
+def test_a_target_gives_out_the_sums_after_its_layers(two_layer_model, two_layer_checkpoint, shape):
+    """The target has attention residuals, and takes its prompts in a prefill and a decode step."""
+    single, tokens = two_layer_model("k3"), np.random.RandomState(0).randint(0, 500, (2, 33)).astype(np.int32)
+    expected = look(single, tokens, what=("hidden",)).hidden
+    mesh = None if shape is None else make_mesh(shape)
+    model = single if mesh is None else load(two_layer_checkpoint("k3"), mesh, jnp.float32)
+    program, partition = Program(model), Partition(mesh)
+    table = pages_in_order(2, 64, sequence=program.sequence)
 
-    @functools.partial(jax.jit, static_argnums=4)
-    def extend(arrays, layers, tokens, positions, aux_layers):
-        whole = nnx.merge(program.jitted.graph, jax.tree.unflatten(program.jitted.tree, arrays))
-        context = Context(positions, jnp.asarray(table))
-        layout = whole.stream_layout(Partition(), *tokens.shape)
-        return whole.extend_with_aux(layers, tokens, context, None, None, layout, aux_layers)
+    @functools.partial(jax.jit, static_argnums=(4, 5))
+    def extend(arrays, cache, tokens, positions, phase, aux_layers):
+        params = jax.tree.unflatten(program.jitted.tree, arrays)
+        layout = nnx.merge(program.jitted.graph, params).stream_layout(partition, *tokens.shape)
 
-    layers, found = program.cache(table.size, 2).layers, []
-    for start in (0, 12):
-        part = tokens[:, start : start + 12]
-        positions = np.broadcast_to(np.arange(start, start + 12, dtype=np.int32), part.shape)
-        _, layers, aux = extend(program.arrays, layers, part, positions, (1, 0))
+        def on_device(params, layers, tokens, positions, table):
+            context = Context(positions, table, phase=phase)
+            whole = nnx.merge(program.jitted.graph, params)
+            _, layers, aux = whole.extend_with_aux(layers, tokens, context, None, None, layout, aux_layers)
+            return layers, aux
+
+        rows, layers = layout.row_spec(), caches.specs(cache, partition).layers
+        in_specs = (weight_specs(params, partition), layers, rows, rows, layout.row_spec("row_pages"))
+        run = partition.shard_map(on_device, in_specs, (layers, rows))
+        layers, aux = run(params, cache.layers, tokens, positions, jnp.asarray(table))
+        return caches.Cache(layers), aux
+
+    cache, found = program.cache(table.size, 2), []
+    for start, stop, phase in ((0, 32, "prefill"), (32, 33, "decode")):
+        positions = np.broadcast_to(np.arange(start, stop, dtype=np.int32), (2, stop - start))
+        cache, aux = extend(program.arrays, cache, tokens[:, start:stop], positions, phase, (1, 0))
         found.append(aux)
     aux = np.concatenate([expected[1], expected[0]], axis=-1)
     np.testing.assert_allclose(np.concatenate(found, axis=1), aux, rtol=0, atol=OTHER_WAY)
-    shapes = jax.eval_shape(functools.partial(extend, aux_layers=()), program.arrays, layers, part, positions)
-    assert shapes[2] is None
+    assert extend.eval_shape(program.arrays, cache, tokens[:, :1], positions, "decode", ())[1] is None
