@@ -50,6 +50,7 @@ class EngineBackend:
                 seed=settings.seed,
                 media=prompt.media,
                 top_logprobs=settings.top_logprobs,
+                banned=settings.banned,
                 mask_provider=settings.mask_provider,
             )
             return self.engine.submit(request)

@@ -42,9 +42,16 @@ class LeadingRunner(Runner):
         super().__init__(model, **sizes)
 
     def admit(
-        self, sequence: Sequence, sampling: Sampling, seed: int, stop_ids: Iterable[int], *, logprobs: bool = False
+        self,
+        sequence: Sequence,
+        sampling: Sampling,
+        seed: int,
+        stop_ids: Iterable[int],
+        *,
+        banned: Iterable[int] = (),
+        logprobs: bool = False,
     ) -> None:
-        stop_ids = tuple(stop_ids)
+        stop_ids, banned = tuple(stop_ids), tuple(banned)
         place = {name: getattr(sequence, name) for name in ("number", "ends", "shard", "slot", "dispatched")}
         self._call(
             "admit",
@@ -54,11 +61,12 @@ class LeadingRunner(Runner):
                 "sampling": dataclasses.asdict(sampling),
                 "seed": seed,
                 "stop_ids": list(stop_ids),
+                "banned": list(banned),
                 "logprobs": logprobs,
             }
             | _known(sequence, sampling.penalties != NO_PENALTIES),
         )
-        super().admit(sequence, sampling, seed, stop_ids, logprobs=logprobs)
+        super().admit(sequence, sampling, seed, stop_ids, banned=banned, logprobs=logprobs)
 
     def count(self, sequence: Sequence) -> None:
         if self.penalized[self.slot_number(sequence)]:
@@ -149,6 +157,7 @@ class _Follower:
         sampling: dict[str, Any],
         seed: int,
         stop_ids: list[int],
+        banned: list[int],
         logprobs: bool,
         tokens: np.ndarray,
         prompt: int,
@@ -157,7 +166,7 @@ class _Follower:
         sequence.prompt = prompt
         sequence.pages = _as_pages(pages)
         self.sequences[number] = sequence
-        self.runner.admit(sequence, Sampling(**sampling), seed, stop_ids, logprobs=logprobs)
+        self.runner.admit(sequence, Sampling(**sampling), seed, stop_ids, banned=banned, logprobs=logprobs)
 
     def count(self, number: int, tokens: np.ndarray, prompt: int) -> None:
         sequence = self.sequences[number]

@@ -20,7 +20,7 @@ from kimi_jax.engine.stop_strings import StopStrings, check_stop_strings
 from kimi_jax.model.context import PAGE
 from kimi_jax.model.splice import Media, media_index, tokens_per_item
 from kimi_jax.model.token_ids import integers, token_ids
-from kimi_jax.runtime.batch import STOP_IDS
+from kimi_jax.runtime.batch import BANNED, STOP_IDS
 from kimi_jax.runtime.choose import MOST_LOGPROBS
 from kimi_jax.runtime.sampling import Sampling, checked_seeds
 from kimi_jax.text import StreamDecoder, Tokenizer
@@ -97,6 +97,11 @@ def make_job(
         raise ValueError(f"stop_ids are {stops}, expected token ids from 0 to {vocab - 1}")
     if len(stops) > STOP_IDS:
         raise ValueError(f"{len(stops)} stop_ids, expected at most {STOP_IDS}")
+    banned = sorted(set(request.banned))
+    if banned and not 0 <= integers("banned", banned).min() <= max(banned) < vocab:
+        raise ValueError(f"banned are {banned}, expected token ids from 0 to {vocab - 1}")
+    if len(banned) > BANNED:
+        raise ValueError(f"{len(banned)} banned tokens, expected at most {BANNED}")
     strings = check_stop_strings(request.stop_strings)
     if strings and tokenizer is None:
         raise ValueError("stop_strings need an engine with a tokenizer")

@@ -29,6 +29,7 @@ class Request:
         prompt without any: every 128 tokens may be such a place, which costs shorter pieces of prefill; () is none.
     top_logprobs: the number of alternatives, 0 to 20, whose logprobs come with each token, beside that of the token
         itself; None computes none.
+    banned: at most 4 token ids that are never chosen.
     mask_provider: says before each token which ones are allowed; None allows all.
     timeout: seconds from `submit` after which the request is cancelled; None is no limit.
     """
@@ -43,6 +44,7 @@ class Request:
     priority: int = 0
     shared_prefixes: tuple[int, ...] | None = None
     top_logprobs: int | None = None
+    banned: tuple[int, ...] = ()
     mask_provider: MaskProvider | None = None
     timeout: float | None = None
 

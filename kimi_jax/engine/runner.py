@@ -20,7 +20,7 @@ from kimi_jax.engine.sequence import Sequence as Running
 from kimi_jax.model.context import PAGE
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media
-from kimi_jax.runtime.batch import CHOSEN_BEFORE, STOP_IDS, Batch, Chosen
+from kimi_jax.runtime.batch import BANNED, CHOSEN_BEFORE, STOP_IDS, Batch, Chosen
 from kimi_jax.runtime.cache import states_alone
 from kimi_jax.runtime.choose import Logprobs, occurred
 from kimi_jax.runtime.program import Program
@@ -84,6 +84,7 @@ class Runner:
         # A row for each slot, filled when it is taken over
         self.table = np.zeros((slots, row_pages), np.int32)
         self.stop_ids = np.full((slots, STOP_IDS), -1, np.int32)
+        self.banned = np.full((slots, BANNED), -1, np.int32)
         self.ends = np.zeros(slots, np.int32)
         self.sampling = sampling_rows([Sampling()] * slots, np.zeros(slots, np.uint64))
         self.logprobs = np.zeros(slots, bool)
@@ -99,12 +100,21 @@ class Runner:
         return sequence.shard * (self.slots // self.data) + sequence.slot
 
     def admit(
-        self, sequence: Running, sampling: Sampling, seed: int, stop_ids: Sequence[int], *, logprobs: bool = False
+        self,
+        sequence: Running,
+        sampling: Sampling,
+        seed: int,
+        stop_ids: Sequence[int],
+        *,
+        banned: Sequence[int] = (),
+        logprobs: bool = False,
     ) -> None:
         """Fills the values of a sequence's slot."""
         slot = self.slot_number(sequence)
         self.stop_ids[slot], self.ends[slot] = -1, sequence.ends
         self.stop_ids[slot, : len(stop_ids)] = stop_ids
+        self.banned[slot] = -1
+        self.banned[slot, : len(banned)] = banned
         for values, new in zip(self.sampling, sampling_rows([sampling], np.array([seed], np.uint64)), strict=True):
             np.asarray(values)[slot] = new[0]
         self.logprobs[slot] = logprobs
@@ -348,6 +358,7 @@ class Runner:
             stop_ids=self.stop_ids[at],
             ends=self.ends[at],
             choosing=nothing,
+            banned=self.banned[at],
             counts=self.counts,
             logprobs=self.logprobs[at],
         )

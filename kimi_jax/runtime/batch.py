@@ -17,6 +17,8 @@ from kimi_jax.runtime.sampling import Sampling, SamplingRows, sampling_rows
 CHOSEN_BEFORE = -1
 # The least width of `Batch.stop_ids`, and the engine's: with one width both may run the same programs.
 STOP_IDS = 16
+# The width of `Batch.banned`.
+BANNED = 4
 
 
 class Finish(enum.IntEnum):
@@ -51,6 +53,7 @@ class Batch:
     choosing: bool [b], False where this step has no token to choose: a prompt with more tokens to come, or no tokens.
     previous: the last step's `Chosen`, on the device; None where all tokens are given and no sequence is finished.
     mask: uint32 [b, words / 32], a bit for each token that may be chosen, the lowest first; None allows all.
+    banned: int32 [b, BANNED], tokens that are never chosen, padded with -1; None bans none.
     counts: int32 [slots, words] on the device, for penalties: how often each token was generated in the sequence of
         each slot, and `choose.IN_PROMPT` more for those in its prompt; None applies no penalties.
     logprobs: bool [b], True for sequences that ask for `Chosen.logprobs`; None computes them for nobody.
@@ -71,6 +74,7 @@ class Batch:
     slots: Any = None
     segments: Any = None
     mask: Any = None
+    banned: Any = None
     counts: Any = None
     logprobs: Any = None
     media_index: Any = None

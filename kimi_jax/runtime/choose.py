@@ -57,8 +57,8 @@ def last_positions(batch: Batch) -> Int32[jax.Array, "b"]:
 
 
 def _allowed(logits: LastLogits, batch: Batch, penalties: Float32[AnyArray, "b 3"], data: int) -> LastLogits:
-    """Returns the logits after penalties, -inf where the mask forbids a token."""
-    counts, mask = batch.counts, batch.mask
+    """Returns the logits after penalties, -inf where the mask forbids a token or it is banned."""
+    counts, mask, banned = batch.counts, batch.mask, batch.banned
     if counts is not None:
 
         def lowered() -> jax.Array:
@@ -69,6 +69,8 @@ def _allowed(logits: LastLogits, batch: Batch, penalties: Float32[AnyArray, "b 3
     if mask is not None:
         everything = jnp.uint32(2**32 - 1)
         logits = jax.lax.cond(jnp.any(mask != everything), lambda: masked(logits, mask), lambda: logits)
+    if banned is not None:
+        logits = jax.lax.cond(jnp.any(banned >= 0), lambda: without(logits, banned), lambda: logits)
     return logits
 
 
@@ -76,6 +78,12 @@ def masked(logits: LastLogits, mask: UInt32[Array, "b words"]) -> LastLogits:
     """Returns the logits, -inf where a token's bit in the mask is 0."""
     bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
     return jnp.where(bits.reshape(len(mask), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
+
+
+def without(logits: LastLogits, banned: Int32[AnyArray, "b n"]) -> LastLogits:
+    """Returns the logits, -inf for each sequence's banned tokens."""
+    words = jnp.arange(logits.shape[1], dtype=jnp.int32)
+    return jnp.where((words == banned[:, :, None]).any(axis=1), -jnp.inf, logits)
 
 
 def penalized(logits: LastLogits, counts: Int32[Array, "b w"], penalties: Float32[Array, "b 3"]) -> LastLogits:

@@ -19,7 +19,7 @@ from kimi_jax.model.context import Phase
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.param import weight_specs
 from kimi_jax.runtime import cache as caches
-from kimi_jax.runtime.batch import CHOSEN_BEFORE, STOP_IDS, Batch, Chosen, Finish
+from kimi_jax.runtime.batch import BANNED, CHOSEN_BEFORE, STOP_IDS, Batch, Chosen, Finish
 from kimi_jax.runtime.cache import Cache
 from kimi_jax.runtime.choose import choose, count_tokens
 from kimi_jax.runtime.sampling import SamplingRows
@@ -111,7 +111,8 @@ class Program:
         self, phase: Phase, rows: int, tokens: int, row_pages: int, stop_ids: int = STOP_IDS, extras: bool = False
     ) -> Batch:
         """Returns the shapes, dtypes and shardings of a batch without segments and media, whose tokens are all given,
-        to compile a step without values. `extras` are masks, penalties and logprobs, which the engine's steps have;
+        to compile a step without values. `extras` are masks, banned tokens, penalties and logprobs, which the engine's
+        steps have;
         row i is slot i."""
 
         def array(*shape: int, dtype: jax.typing.DTypeLike = jnp.int32, spec: Any = ("data",)) -> Any:
@@ -131,6 +132,7 @@ class Program:
             ends=array(rows),
             choosing=array(rows, dtype=jnp.bool_, spec=()),
             mask=array(rows, -(-words // 32), dtype=jnp.uint32, spec=()) if extras else None,
+            banned=array(rows, BANNED, spec=()) if extras else None,
             counts=jax.ShapeDtypeStruct((rows, words), jnp.int32, sharding=counts) if extras else None,
             logprobs=array(rows, dtype=jnp.bool_, spec=()) if extras else None,
             phase=phase,

@@ -23,13 +23,15 @@ SAMPLING = (
 class Settings:
     """Says how one answer is generated.
 
-    sampling: values by the names of `SAMPLING`. top_logprobs: None computes none. mask_provider: None allows all.
+    sampling: values by the names of `SAMPLING`. top_logprobs: None computes none. banned: tokens that are never
+    chosen. mask_provider: None allows all.
     """
 
     max_new_tokens: int
     sampling: Mapping[str, float | int]
     seed: int
     top_logprobs: int | None = None
+    banned: tuple[int, ...] = ()
     mask_provider: Any = None
 
 

@@ -12,7 +12,7 @@ from kimi_jax.server.backend import Backend, Prompt, Settings
 from kimi_jax.server.errors import invalid
 from kimi_jax.server.masks import Masks
 from kimi_jax.text import Tokenizer, chat, grammar
-from kimi_jax.text.answer_states import Marker
+from kimi_jax.text.answer_states import SPELLINGS, Marker
 from kimi_jax.text.messages import REASONING
 from kimi_jax.text.modes import TEMPERATURE, TOP_P
 
@@ -23,6 +23,7 @@ DEFAULT_MAX_TOKENS = 32_768
 MAX_CHOICES = 8
 MAX_STOPS, MAX_STOP_LENGTH = 5, 1_000
 SEEDS = 2**63
+BEGIN_CALLS = (Marker.BEGIN_SECTION, Marker.BEGIN_CALL)
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,13 @@ def prepare(backend: Backend, masks: Masks, request: Chat, mode: SamplingMode, t
         # An answer of a form needs an end of its reasoning, whatever the weights.
         budget = max_tokens // 2 if budget is None else budget
     providers = masks.providers(written, reasoning, budget, max_tokens, request.choices)
+    banned = () if request.tools else _begins_calls(backend.tokenizer)
     values = sampling_values(request, mode, thinking)
     seeds = choice_seeds(request.seed, request.choices)
     return Generation(
         prompt,
         tuple(
-            Settings(max_tokens, values, seed, request.top_logprobs, provider)
+            Settings(max_tokens, values, seed, request.top_logprobs, banned, provider)
             for seed, provider in zip(seeds, providers, strict=True)
         ),
         request.stop,
@@ -180,6 +182,15 @@ def _grammar(tok: Tokenizer, request: Chat) -> str | None:
     except ValueError as error:
         raise invalid(str(error), _field(str(error))) from None
     return None if free else written
+
+
+def _begins_calls(tok: Tokenizer) -> tuple[int, ...]:
+    """Returns the tokens that begin calls in K2's answers, which no answer may have where no tool is declared.
+
+    In K3's a text says what begins, so none of its tokens can be banned.
+    """
+    found = (tok.special_tokens.get(spelling) for spelling, marker in SPELLINGS.items() if marker in BEGIN_CALLS)
+    return tuple(token for token in found if token is not None)
 
 
 def _named(tok: Tokenizer, ids: list[int], name: str) -> list[int]:

@@ -117,6 +117,19 @@ def test_a_repetition_penalty_holds_for_prompt_and_answer_of_its_own_row(engine)
     assert plain == one.answer(ask(PROMPTS[1])).tokens
 
 
+def test_banned_tokens_are_chosen_by_no_step_of_their_own_row(engine):
+    one = engine("k2.5")
+    programs, plain = one.stats().compiled_programs, one.answer(ask(PROMPTS[2])).tokens
+    banned = tuple(sorted({plain[0], plain[-1]}))
+    (held, _), (free, _) = together(one, ask(PROMPTS[2], banned=banned), ask(PROMPTS[2]))
+    assert free == plain and not set(banned) & set(held)
+    prompt = np.concatenate([PROMPTS[2], held])[None].astype(np.int32)
+    logits = np.array(one.model(prompt)[0, len(PROMPTS[2]) - 1 : -1])
+    logits[:, list(banned)] = -np.inf
+    assert logits.argmax(-1).tolist() == held
+    assert one.stats().compiled_programs == programs
+
+
 def test_logprobs_come_with_the_tokens_of_who_asks(engine):
     one = engine("k2.5")
     programs, plain = one.stats().compiled_programs, one.answer(ask(PROMPTS[1]))
@@ -195,6 +208,8 @@ def test_a_provider_that_fails_ends_its_own_request_alone(engine, method, answer
     [
         ({"top_logprobs": 21}, "top_logprobs is 21, expected 0 to 20, or None"),
         ({"top_logprobs": -1}, "top_logprobs is -1"),
+        ({"banned": (-1, 5)}, r"banned are \[-1, 5\], expected token ids from 0 to"),
+        ({"banned": (1, 2, 3, 4, 5)}, "5 banned tokens, expected at most 4"),
         ({"top_logprobs": True}, "top_logprobs is True, expected a whole number"),
     ],
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimi_jax.runtime.batch import Batch, Finish, padded_stop_ids
+from kimi_jax.runtime.batch import BANNED, Batch, Finish, padded_stop_ids
 from kimi_jax.runtime.choose import IN_PROMPT, MOST_LOGPROBS, choose, count_tokens, occurred
 from kimi_jax.runtime.sampling import Sampling, checked_seeds, sampling_rows
 
@@ -23,6 +23,7 @@ def batch(sampling=GREEDY, **more):
     """Returns a decode step whose rows are slots 0 to 3, with everything that requests can ask for."""
     values = {
         "mask": ALL,
+        "banned": np.full((ROWS, BANNED), -1, np.int32),
         "counts": jnp.zeros((ROWS, WORDS), jnp.int32),
         "logprobs": np.zeros(ROWS, bool),
         "choosing": np.ones(ROWS, bool),
@@ -85,6 +86,16 @@ def test_masks_allow_what_their_bits_say():
     mask[1], mask[2] = [0, 1 << 5], [1 << 31, 0]
     step = batch([Sampling(), Sampling(), Sampling(1.0), Sampling(1.0)], mask=mask)
     assert run(LOGITS, step, 1).tokens.tolist()[:3] == [LOGITS[0].argmax(), 37, 31]
+
+
+def test_banned_tokens_are_never_chosen():
+    best = np.argsort(-LOGITS, axis=1)
+    banned = np.full((ROWS, BANNED), -1, np.int32)
+    banned[0, :2], banned[2, :BANNED], banned[3, 1] = best[0, :2], best[2, :BANNED], best[3, 1]
+    sampling = [Sampling(), Sampling(), Sampling(1.0, top_k=1), Sampling()]
+    chosen = run(LOGITS, batch(sampling, banned=banned), 1)
+    expected = [best[0, 2], best[1, 0], best[2, BANNED], best[3, 0]]
+    assert chosen.tokens.tolist() == expected and not any(chosen.finish)
 
 
 def test_logprobs_are_the_models_own():

@@ -98,6 +98,15 @@ def test_tools_over_three_turns_keep_their_ids_and_the_reasoning(served, process
     assert "<think>I ask Oslo.</think>" in prompt and "## Return of functions.weather:1\n20 degrees" in prompt
 
 
+def test_an_answer_begins_no_call_where_no_tool_is_declared(served, processor):
+    served.engine.text = "Fine.</think>Yes."
+    marks = ("<|tool_calls_section_begin|>", "<|tool_call_begin|>")
+    ask(served)
+    assert {processor.tokenizer.special_tokens[mark] for mark in marks} <= set(served.engine.requests[-1].banned)
+    ask(served, tools=[WEATHER])
+    assert served.engine.requests[-1].banned == ()
+
+
 THINKING = [
     ({}, True),
     ({"thinking": {"type": "disabled"}}, False),
