@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from checkpoints.jobs.verify import Verdict as Verdict
     from checkpoints.jobs.verify import verify as verify
     from checkpoints.loading import load as load
+    from checkpoints.loading import load_head as load_head
     from checkpoints.published.safetensors import CheckpointError as CheckpointError
     from checkpoints.publishing import publish as publish
 
@@ -31,6 +32,7 @@ _HOMES = {
     "convert": "jobs.convert",
     "export": "jobs.export",
     "load": "loading",
+    "load_head": "loading",
     "progress_bar": "files.progress",
     "progress_events": "files.progress",
     "publish": "publishing",

@@ -1,4 +1,4 @@
-"""Fills a `Kimi` from a checkpoint, sharded: an Orbax checkpoint of ours, or a published folder directly.
+"""Fills a model or a draft head from a checkpoint, sharded: an Orbax one of ours, or a published folder directly.
 
 A source is opened (`open_source`). For each leaf, the byte ranges that this process's devices need are planned
 (`plan_reads`) and read, a bounded batch of leaves at a time. Of a shard that several processes replicate, each reads a
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ from checkpoints.stored.chunk_grid import Box
 from checkpoints.stored.folder import Converted
 from checkpoints.stored.names import Leaf, variable_path
 from checkpoints.stored.source import Source, open_source, plan_reads
+from kimi_jax.config import KimiConfig
+from kimi_jax.config_json import fit_target
+from kimi_jax.model.eagle import EagleHead
 from kimi_jax.model.kimi import Kimi
 from pallas_kernels.formats import Dense, Weight
 from sharding import SERVE, Partition, Rules
@@ -38,6 +41,7 @@ from sharding import SERVE, Partition, Rules
 BATCH_BYTES = 2**28  # memory besides the model's; one projection of a layer's experts may be more: a batch of its own
 READERS = 8  # a bucket answers many at once, and a disk too
 _VISION = ("vision_tower.", "mm_projector.")
+Model = TypeVar("Model", Kimi, EagleHead)
 
 
 def load(
@@ -65,15 +69,67 @@ def load(
     it is damaged or of another model than its config.json says, ValueError where `mesh` does not divide the experts, or
     the model has no part that `only` names.
     """
+    source = _open(path, verify)
+    if not isinstance(source.contents.model, Kimi):
+        raise CheckpointError(f"{source.folder}: is a draft head, not a model; checkpoints.load_head loads it")
+    leaves = _choose_leaves(source.contents.leaves, only)
+    model = _fill(source, source.contents.model, leaves, mesh, dtype, rules, progress)
+    model.config = dataclasses.replace(model.config, folder=str(source.folder))
+    if not any(leaf.path.startswith(_VISION) for leaf in leaves):
+        model.vision_tower = model.mm_projector = None
+        model.config = dataclasses.replace(model.config, vision=None)
+    return model
+
+
+def load_head(
+    path: str | Path | Remote,
+    target: KimiConfig,
+    mesh: Mesh | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> EagleHead:
+    """Loads the Eagle3 draft head in `path`, converted or published, for a model of the configuration `target`.
+
+    `mesh`, `dtype`, `verify` and `progress` are those of `load`. Raises what `load` raises, ConfigError for a head that
+    was made for another model, and CheckpointError for a checkpoint that is no head.
+    """
+    source = _open(path, verify)
+    head = source.contents.model
+    if not isinstance(head, EagleHead):
+        raise CheckpointError(f"{source.folder}: is a model, not a draft head; checkpoints.load loads it")
+    config = fit_target(head.config, target, str(source.folder / "config.json"))
+    paths = {path for path, _ in nnx.to_flat_state(nnx.state(head))}  # not that of `t2d`
+    leaves = [leaf for leaf in source.contents.leaves if variable_path(leaf.path) in paths]
+    head = _fill(source, head, leaves, mesh, dtype, SERVE, progress)
+    head.config = config
+    return head
+
+
+def _open(path: str | Path | Remote, verify: bool) -> Source:
+    """Opens the checkpoint in `path`, and checks this process's share of its checksums where they are to `verify`."""
     folder = locate(path)
     source = open_source(folder)
-    contents = source.contents
+    _ = source.contents  # raises for a folder whose parts contradict each other, before its chunks are read
     if verify:
         converted = source if isinstance(source, Converted) else Converted.open(folder)  # else raises
         run_share(converted, process_index=jax.process_index(), num_processes=jax.process_count())
-    graphdef, state = nnx.split(contents.model)
+    return source
+
+
+def _fill(
+    source: Source,
+    model: Model,
+    leaves: Sequence[Leaf],
+    mesh: Mesh | None,
+    dtype: jax.typing.DTypeLike | None,
+    rules: Rules,
+    progress: Progress | None,
+) -> Model:
+    """Reads `leaves` into a model or head of shapes; parameters of others stay shapes."""
+    graphdef, state = nnx.split(model)
     variables = dict(nnx.to_flat_state(state))
-    leaves = _choose_leaves(contents.leaves, only)
     placements = {leaf.path: _place(leaf, _sharding(leaf.axes, leaf.shape, mesh, rules)) for leaf in leaves}
     bytes_read, total = 0, sum(placement.nbytes for placement in placements.values())
 
@@ -104,19 +160,14 @@ def load(
                 values |= dict(zip(names, made, strict=True))
             else:
                 variable = variables[variable_path(leaf.path)]
-                # what a bf16 model has in float32 is float32 in any
-                to_dtype = variable.dtype if variable.dtype == jnp.float32 else dtype or leaf.dtype
+                # what a bf16 model has in float32, or whole numbers, is so in any
+                to_dtype = variable.dtype if variable.dtype != jnp.bfloat16 else dtype or leaf.dtype
                 to = jax.ShapeDtypeStruct(variable.shape, to_dtype)
                 values[leaf.path] = _dense(arrays.pop(leaf.path), to, out(leaf.path))
         jax.block_until_ready(values)
         for path, value in values.items():
             variables[variable_path(path)] = variables[variable_path(path)].replace(value)
-    model = nnx.merge(graphdef, nnx.from_flat_state(variables))
-    model.config = dataclasses.replace(model.config, folder=str(folder))
-    if not any(leaf.path.startswith(_VISION) for leaf in leaves):
-        model.vision_tower = model.mm_projector = None
-        model.config = dataclasses.replace(model.config, vision=None)
-    return model
+    return nnx.merge(graphdef, nnx.from_flat_state(variables))
 
 
 def _choose_leaves(leaves: Sequence[Leaf], only: Sequence[str] | None) -> list[Leaf]:

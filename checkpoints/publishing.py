@@ -18,7 +18,9 @@ from checkpoints.published.shards import SHARD_BYTES, ShardWriter, TensorHeader,
 from checkpoints.stored.companions import copy_companions
 from checkpoints.stored.names import Contents, Leaf, abstract_of_form, stored_leaves, variable_path, with_prefix
 from checkpoints.stored.source import open_source
+from kimi_jax.config import KimiConfig
 from kimi_jax.families import prefix_of
+from kimi_jax.model.kimi import Kimi
 from pallas_kernels.formats import Dense, Weight
 
 # One shape in INT4 is published for every expert; compressed-tensors writes int32.
@@ -45,7 +47,9 @@ def publish(
     if form not in ("int4", "mxfp4", "bf16"):
         raise ValueError(f"publish: form is {form!r}, expected int4, mxfp4 or bf16")
     source = open_source(like)
-    leaves = _leaves(source.contents, form)
+    if not isinstance(source.contents.model, Kimi):
+        raise ValueError(f"publish: {source.folder} is a draft head, expected a model")
+    leaves = _leaves(source.contents, source.contents.model.config, form)
     state = nnx.state(params) if isinstance(params, nnx.Module) else params
     arrays = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
     headers = [header for leaf in leaves for header in _headers(leaf)]
@@ -61,14 +65,14 @@ def publish(
     return Path(folder)
 
 
-def _leaves(contents: Contents, form: Form) -> Sequence[Leaf]:
+def _leaves(contents: Contents, config: KimiConfig, form: Form) -> Sequence[Leaf]:
     """Returns the stored leaves of a model in a form; those of `contents` where it has this form."""
     formats = {leaf.weight.format for leaf in contents.leaves if leaf.weight is not None}
     if formats <= {Dense, FORMATS[form]} and FORMATS[form] in formats:
         return contents.leaves
     packed = FORMATS[form] if FORMATS[form] in PACKED else None
     prefix = prefix_of(name for leaf in contents.leaves for name in leaf.names)
-    return [with_prefix(leaf, prefix) for leaf in stored_leaves(abstract_of_form(contents.config, packed))]
+    return [with_prefix(leaf, prefix) for leaf in stored_leaves(abstract_of_form(config, packed))]
 
 
 def _headers(leaf: Leaf) -> Iterator[TensorHeader]:

@@ -2,6 +2,7 @@
 
     b  batch             t  tokens of this call      s  cached or attended tokens
     d  hidden_size       w  words of the vocabulary  h  attention heads
+    i  width of what attention takes: d, twice that in a draft head
     n  qk_nope_head_dim  r  qk_rope_head_dim         k  q/k head width     v  value head width
     c  latent width: kv_lora_rank, or with the rope part kv_lora_rank + qk_rope_head_dim
     e  routed experts    j  experts per token        f  feed-forward width
@@ -27,6 +28,7 @@ PageTable = Int32[Array, "sequences row_pages"]
 Lengths = Int32[Array, "b"]
 Valid = Bool[Array, "b t"]
 Hidden = Float[Array, "b t d"]
+Inputs = Float[Array, "b t i"]
 # The residual stream on one device; its mixers may see other rows and tokens of it (`sharding.StreamLayout`).
 Stream = Float[Array, "rows tokens d"]
 FlatHidden = Float[Array, "t d"]

@@ -202,3 +202,46 @@ class KimiConfig:
     def dense(self) -> "KimiConfig":
         """Returns the configuration of this model with its routed experts in plain floating point."""
         return dataclasses.replace(self, text=dataclasses.replace(self.text, quantization=None))
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleConfig:
+    """An Eagle3 draft head (arXiv 2503.01840): one layer that drafts tokens from the hidden vectors of a target model.
+
+    form: "mla" caches latents, as its target does; "llama" caches the keys and values of `num_key_value_heads` heads.
+    layer: the widths of the layer, its norms' epsilon and its rotation. `vocab_size` is that of the target. In the
+        Llama form, heads rotate all of their `qk_rope_head_dim` channels, and `kv_lora_rank` is 0.
+    draft_vocab_size: the number of words that it can draft.
+    target_hidden_size: the width of the target's hidden vectors.
+    aux_layers: the target's layers, counted from 0, whose outputs it takes; None: its rule (`config_json.fit_target`).
+    fc_norm, norm_output: the two changes of Eagle 3.1: a norm for each layer's vectors, and the norm's output, not its
+        input, for the next draft.
+    norm_before_residual: attention is added to the normed vectors.
+    own_embedding: the checkpoint has the table of embeddings; else it is the target's.
+    vocab_map: the checkpoint maps the words that it drafts to the target's (`d2t`).
+    """
+
+    model_type: str
+    form: Literal["mla", "llama"]
+    layer: TextConfig
+    num_key_value_heads: int
+    draft_vocab_size: int
+    target_hidden_size: int
+    aux_layers: tuple[int, ...] | None = None
+    fc_norm: bool = False
+    norm_output: bool = False
+    norm_before_residual: bool = False
+    own_embedding: bool = True
+    vocab_map: bool = False
+
+    @property
+    def num_aux(self) -> int:
+        """Returns the number of the target's layers whose outputs it takes."""
+        return 3 if self.aux_layers is None else len(self.aux_layers)
+
+    @property
+    def cache_width(self) -> int:
+        """Returns the number of values that it caches of a token."""
+        if self.form == "mla":
+            return self.layer.latent_dim
+        return 2 * self.num_key_value_heads * self.layer.qk_rope_head_dim

@@ -18,12 +18,13 @@ import numpy as np
 from checkpoints.forms.transform import SCRATCH_BYTES, transform
 from checkpoints.published import quantization_config
 from checkpoints.published.endings import PACKED, bad_scales, is_scales
-from checkpoints.published.numerics import BF16, BLOCK, F32, FP8, GROUP_SIZE
+from checkpoints.published.numerics import BF16, BLOCK, FP8, GROUP_SIZE
 from checkpoints.published.quantization_config import FORMATS, Form
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.stored.chunk_grid import chunk_grid
-from checkpoints.stored.names import Contents, Leaf, in_format, stored_leaves
+from checkpoints.stored.names import Contents, Leaf, in_format
 from kimi_jax.families import text_fields
+from kimi_jax.model.eagle import EagleHead
 from pallas_kernels.formats import Dense
 
 Rest = Literal["bfloat16", "float32"]
@@ -82,11 +83,15 @@ def make_recipe(
 
     Without `experts`, these stay as published, except that FP8 becomes bf16. Without `dtype`, the others stay as
     published, except that FP8 becomes bf16 unless `experts="fp8"`. Parameters that a model of any dtype has in float32
-    (the router's bias, `A_log`, `dt_bias`) are never narrowed. Raises CheckpointError where the experts' inputs do not
-    divide into the groups of INT4 and MXFP4.
+    (the router's bias, `A_log`, `dt_bias`) are never narrowed, and whole numbers (a draft head's map of words) stay as
+    they are. Raises CheckpointError where the experts' inputs do not divide into the groups of INT4 and MXFP4, and for
+    a draft head, which has no experts, where `experts` is given.
     """
+    if experts is not None and isinstance(contents.model, EagleHead):
+        raise CheckpointError(f"{published.folder}: is a draft head without experts; experts={experts} is for models")
     order = {name: i for i, name in enumerate(published.tensors)}
-    kept = {leaf.path for leaf in stored_leaves(contents.model) if leaf.dtype == F32 and dtype != "float32"}
+    kept = set() if dtype == "float32" else contents.float32_paths
+    kept |= {leaf.path for leaf in contents.leaves if leaf.weight is None and leaf.dtype.kind in "ib"}
     pairs: list[tuple[tuple[Leaf, ...], tuple[Leaf, ...]]] = []
     for source in _weights(contents.leaves):
         first = source[0]

@@ -31,8 +31,8 @@ from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.published.spellings import open_published
 from checkpoints.stored import chunk_grid, companions, manifest
 from checkpoints.stored.manifest import JOURNAL, MANIFEST
-from checkpoints.stored.names import Contents, contents
-from kimi_jax import config_json
+from checkpoints.stored.names import Contents
+from checkpoints.stored.source import published_contents
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -74,8 +74,8 @@ def convert(
 
     Raises ValueError for less memory than a GiB or a process that is none of `num_processes`; FileExistsError for a
     destination or partial folder of something else, or one that the same process of the conversion is writing;
-    CheckpointError naming file and tensor for values that cannot be; the errors of `open_published`,
-    `config_json.from_folder` and `names.contents`; OSError where the disk is full, or has too little room for this
+    CheckpointError naming file and tensor for values that cannot be; the errors of `open_published` and
+    `source.published_contents`; OSError where the disk is full, or has too little room for this
     process's share (before the first of it is written). The chunks that were made by then stay.
     """
     limit = pipeline.limit(memory)
@@ -123,7 +123,7 @@ class _Conversion:
     def of(cls, published: Published, dst: Path, experts: Form | None, dtype: Rest | None) -> "_Conversion":
         # digested before any is read, so that a change meanwhile is noticed at the end
         digests = {name: sha256(file) for name, file in companions.find_companions(published.folder).items()}
-        found = contents(config_json.from_folder(published.folder), published)
+        found = published_contents(published)
         recipe = forms.make_recipe(published, found, experts, dtype)
         grids = {leaf.path: chunk_grid.chunk_grid(leaf) for leaf in recipe.leaves}
         files = {file.name: identity(file) for file in published.files}

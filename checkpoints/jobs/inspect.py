@@ -10,7 +10,7 @@ from checkpoints.published.endings import PACKED, is_scales
 from checkpoints.stored.folder import Converted
 from checkpoints.stored.names import Leaf, stored_leaves
 from checkpoints.stored.source import open_source
-from kimi_jax.config import KimiConfig
+from kimi_jax.config import EagleConfig, KimiConfig
 from kimi_jax.model.kimi import abstract
 
 # A path's part is the first of these that it contains.
@@ -26,6 +26,10 @@ _PARTS = (
     ("_res_norm.", "attention residuals"),
     ("_res_proj.", "attention residuals"),
     ("norm.", "norms"),
+    ("fc_norm.", "norms"),
+    ("fc.", "target's layers"),
+    ("d2t", "map of words"),
+    ("t2d", "map of words"),
     ("embed_tokens.", "embeddings"),
     ("lm_head.", "embeddings"),
 )
@@ -47,7 +51,7 @@ def summary_of_config(config: KimiConfig) -> Summary:
     return _summary("configuration", config, stored_leaves(abstract(config)))
 
 
-def _summary(kind: Kind, config: KimiConfig, leaves: Iterable[Leaf]) -> Summary:
+def _summary(kind: Kind, config: KimiConfig | EagleConfig, leaves: Iterable[Leaf]) -> Summary:
     parts: defaultdict[str, list[Leaf]] = defaultdict(list)
     dtypes: Counter[str] = Counter()
     for leaf in leaves:
@@ -55,13 +59,18 @@ def _summary(kind: Kind, config: KimiConfig, leaves: Iterable[Leaf]) -> Summary:
         part = leaf.weight
         packed = part is not None and part.is_first and part.format in PACKED
         dtypes[part.format.__name__.lower() if part and packed else leaf.dtype.name] += leaf.nbytes
-    text = config.text
-    layers = Counter(f"{mixer} + {'moe' if text.is_moe(i) else 'dense'}" for i, mixer in enumerate(text.layer_kinds))
+    if isinstance(config, EagleConfig):
+        text, vision = config.layer, None
+        layers = Counter([f"{config.form} draft head + dense"])
+    else:
+        text, vision = config.text, config.vision
+        kinds = enumerate(text.layer_kinds)
+        layers = Counter(f"{mixer} + {'moe' if text.is_moe(i) else 'dense'}" for i, mixer in kinds)
     return Summary(
         kind=kind,
         model_type=config.model_type,
         layers=dict(layers),
-        vision_layers=0 if config.vision is None else config.vision.vt_num_hidden_layers,
+        vision_layers=0 if vision is None else vision.vt_num_hidden_layers,
         n_routed_experts=text.n_routed_experts,
         num_experts_per_tok=text.num_experts_per_tok,
         dtypes=dict(dtypes.most_common()),

@@ -18,6 +18,7 @@ from checkpoints.published.sizes import check_sizes
 from checkpoints.stored import manifest
 from checkpoints.stored.chunk_file import ChunkFile
 from checkpoints.stored.chunk_grid import Box, ByteRange
+from checkpoints.stored.eagle import check_map, expect
 from checkpoints.stored.manifest import MANIFEST, LeafRecord, Manifest
 from checkpoints.stored.names import (
     Contents,
@@ -29,7 +30,10 @@ from checkpoints.stored.names import (
     with_prefix,
 )
 from kimi_jax import config_json
+from kimi_jax.config import EagleConfig, KimiConfig
 from kimi_jax.families import prefix_of
+from kimi_jax.model.eagle import EagleHead
+from kimi_jax.model.kimi import Kimi
 from kimi_jax.printable import printable
 
 
@@ -58,25 +62,41 @@ class Converted:
         published name than these give; ConfigError for config.json.
         """
         records = self.manifest.leaves
-        config = config_json.from_folder(self.folder)
-        check_sizes(config, {path: record.grid.shape for path, record in records.items()}, str(self.folder))
-        model = abstract_of_form(config, packed_format((path, record.grid.dtype) for path, record in records.items()))
-        leaves = with_fp8(stored_leaves(model), lambda leaf: leaf.path, records)
+        config = config_json.read_config(self.folder)
+        model, leaves = self._expected(config)
         expected = {leaf.path: leaf for leaf in leaves}
         if wrong := sorted(expected.keys() ^ records.keys()):
             first = ", ".join(printable(path) for path in wrong[:3])
             raise CheckpointError(f"{self.folder}: {len(wrong)} leaves are missing or not of this model: {first}")
-        prefix = prefix_of(record.published for record in records.values())
         found = []
         for path, record in records.items():
-            leaf = with_prefix(expected[path], prefix)
+            leaf = expected[path]
             if record.published != leaf.pattern:
                 name = printable(record.published)
                 raise CheckpointError(
                     f"{self.folder / MANIFEST}: leaf {path} is published as {name}, expected {leaf.pattern}"
                 )
             found.append(as_stored(leaf, record.grid.shape, record.grid.dtype, f"{self.folder}: leaf {path}"))
+        if isinstance(model, EagleHead) and model.config.vocab_map:
+            d2t, *t2d = (
+                np.concatenate([chunk.read() for chunk in self.chunks[name]])
+                for name in ("d2t", "t2d")
+                if name in records
+            )
+            check_map(model.config, d2t, t2d[0] if t2d else None, str(self.folder))
         return Contents(model, tuple(found), self.manifest.skipped)
+
+    def _expected(self, config: KimiConfig | EagleConfig) -> tuple[Kimi | EagleHead, list[Leaf]]:
+        """Returns the abstract model or head that the manifest's leaves are of, and the leaves that it must have."""
+        records = self.manifest.leaves
+        names = [record.published for record in records.values()]
+        if isinstance(config, EagleConfig):
+            return expect(config, names)
+        check_sizes(config, {path: record.grid.shape for path, record in records.items()}, str(self.folder))
+        model = abstract_of_form(config, packed_format((path, record.grid.dtype) for path, record in records.items()))
+        prefix = prefix_of(names)
+        leaves = with_fp8(stored_leaves(model), lambda leaf: leaf.path, records)
+        return model, [with_prefix(leaf, prefix) for leaf in leaves]
 
     def ranges(self, leaf: Leaf, box: Box) -> Iterator[ByteRange]:
         """Yields the byte ranges that part `box` of a stored leaf needs."""

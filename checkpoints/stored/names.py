@@ -10,18 +10,20 @@ one truth.
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from checkpoints.files.place import Place
 from checkpoints.published.endings import PACKED, WeightPart, packed_format, shape_name, weight_part
 from checkpoints.published.numerics import FP8
 from checkpoints.published.safetensors import CheckpointError, Published, Tensor
 from checkpoints.published.sizes import check_sizes
-from kimi_jax.config import KimiConfig, QuantizationConfig
+from kimi_jax.config import EagleConfig, KimiConfig, QuantizationConfig
 from kimi_jax.families import prefix_of, published_name
+from kimi_jax.model.eagle import EagleHead
 from kimi_jax.model.kimi import Kimi, abstract
 from pallas_kernels.formats import Fp8, Int4, Mxfp4, Part, Weight
 
@@ -76,16 +78,23 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """The contents of a checkpoint: the abstract model that it fills (its experts are packed as the tensors are,
-    whatever config.json says), its leaves, and the published tensors that are `skipped`."""
+    """The contents of a checkpoint: the abstract model or draft head that it fills (experts are packed as the tensors
+    are, whatever config.json says), its leaves, and the published tensors that are `skipped`."""
 
-    model: Kimi
+    model: Kimi | EagleHead
     leaves: tuple[Leaf, ...]
     skipped: tuple[str, ...]
 
     @property
-    def config(self) -> KimiConfig:
+    def config(self) -> KimiConfig | EagleConfig:
         return self.model.config
+
+    @property
+    def float32_paths(self) -> set[str]:
+        """The leaves that a model of any dtype has in float32."""
+        if isinstance(self.model, EagleHead):
+            return set()
+        return {leaf.path for leaf in stored_leaves(self.model) if leaf.dtype == np.float32}
 
 
 def stored_leaves(model: Kimi) -> list[Leaf]:
@@ -122,9 +131,9 @@ def in_format(leaf: Leaf, weight_format: type[Weight]) -> tuple[Leaf, ...]:
 
 def variable_path(path: str) -> tuple[str | int, ...]:
     """Returns the path, in the model's state, of the variable that the stored leaf at `path` fills."""
-    stem, ending = path.rsplit(".", 1)
+    *stem, ending = path.split(".")
     ending = _ENDINGS.get(ending, ending)
-    return tuple(int(part) if part.isdecimal() else part for part in (*stem.split("."), ending))
+    return tuple(int(part) if part.isdecimal() else part for part in (*stem, ending))
 
 
 def _leaf(config: KimiConfig, path: tuple[str, ...], variable: nnx.Variable) -> Leaf:
@@ -168,8 +177,8 @@ def contents(config: KimiConfig, published: Published) -> Contents:
     prefix = prefix_of(tensors)
     leaves = [with_prefix(leaf, prefix) for leaf in stored_leaves(model)]
     leaves = with_fp8(leaves, lambda leaf: leaf.names[0], tensors)
-    _check_names(published, leaves, tensors)
-    leaves = [_check_tensors(leaf, tensors) for leaf in leaves]
+    check_names(published.folder, leaves, tensors)
+    leaves = [check_tensors(leaf, tensors) for leaf in leaves]
     for leaf in leaves:
         _check_weight_shapes(leaf, published)
     return Contents(model, tuple(leaves), skipped)
@@ -194,7 +203,8 @@ def as_stored(leaf: Leaf, shape: tuple[int, ...], dtype: np.dtype, where: str) -
         expected, axes = shape, (None, None, *leaf.axes, None)
     if shape != expected:
         raise CheckpointError(f"{where} has shape {list(shape)}, expected {list(expected)}")
-    as_is = leaf.weight is not None and leaf.weight.part.dtype is not None
+    is_float = leaf.dtype.name in _FLOATS
+    as_is = not is_float or (leaf.weight is not None and leaf.weight.part.dtype is not None)
     kinds = (leaf.dtype.name,) if as_is else _FLOATS
     if dtype.name not in kinds:
         scales = f" (no {Fp8.stored[1].name} lies beside it)" if dtype == FP8 else ""
@@ -227,20 +237,23 @@ def _mtp(config: KimiConfig, tensors: Mapping[str, Tensor], published: Published
     return tuple(skipped)
 
 
-def _check_names(published: Published, leaves: list[Leaf], tensors: Mapping[str, Tensor]) -> None:
+def check_names(folder: Place, leaves: Sequence[Leaf], tensors: Collection[str]) -> None:
+    """Raises `CheckpointError`, naming the first of them, where `tensors`, published names, are not those of
+    `leaves`."""
     expected = {name for leaf in leaves for name in leaf.names}
     expected |= {shape for leaf in leaves for name in leaf.names if (shape := shape_name(name, leaf.dtype))}
     for kind, names in (
-        ("are missing", expected - tensors.keys()),
-        ("belong to no part of this model", tensors.keys() - expected),
+        ("are missing", expected - set(tensors)),
+        ("belong to no part of this model", set(tensors) - expected),
     ):
         if names:
             first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            raise CheckpointError(f"{published.folder}: {len(names)} tensors {kind}: {first}")
+            raise CheckpointError(f"{folder}: {len(names)} tensors {kind}: {first}")
 
 
-def _check_tensors(leaf: Leaf, tensors: Mapping[str, Tensor]) -> Leaf:
-    """Returns the leaf with the shape and dtype of its tensors, on which all experts must agree."""
+def check_tensors(leaf: Leaf, tensors: Mapping[str, Tensor]) -> Leaf:
+    """Returns the leaf with the shape and dtype of its tensors, on which all experts must agree. Raises what
+    `as_stored` raises."""
     one = dataclasses.replace(leaf, shape=leaf.shape[1:], axes=leaf.axes[1:]) if leaf.stacked else leaf
     first = tensors[leaf.names[0]]
     for name in leaf.names:

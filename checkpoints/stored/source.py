@@ -13,10 +13,12 @@ from checkpoints.files.place import Place, Remote, aligned_bytes, locate, read_i
 from checkpoints.published.safetensors import CheckpointError, Published
 from checkpoints.published.spellings import open_published
 from checkpoints.stored.chunk_grid import Box, ByteRange
+from checkpoints.stored.eagle import eagle_contents
 from checkpoints.stored.folder import Converted
 from checkpoints.stored.manifest import MANIFEST
 from checkpoints.stored.names import Contents, Leaf, contents
 from kimi_jax import config_json
+from kimi_jax.config import EagleConfig
 
 RANGE_BYTES = 16 * 2**20  # an FP8 tensor of Kimi-K2's experts (14.7 MB) is one range; `load` has 8 in memory at once
 
@@ -33,8 +35,8 @@ class PublishedLeaves:
 
     @cached_property
     def contents(self) -> Contents:
-        """The model, leaves and tensors left out. Raises what `names.contents` raises, and ConfigError."""
-        return contents(config_json.from_folder(self.folder), self.published)
+        """The model or head, leaves and tensors left out. Raises what `published_contents` raises."""
+        return published_contents(self.published)
 
     def ranges(self, leaf: Leaf, box: Box) -> Iterator[ByteRange]:
         """Yields the byte ranges that part `box` of a leaf needs: whole rows of tensors, at most `RANGE_BYTES` each."""
@@ -50,6 +52,13 @@ class PublishedLeaves:
                 rows = (row, min(row + step, stop))
                 part = (*outer, rows, *((0, size) for size in columns))
                 yield ByteRange(tensor.file, tensor.offset + row * row_bytes, part, holder)
+
+
+def published_contents(published: Published) -> Contents:
+    """Returns the contents of a published folder, of a model or a draft head. Raises what `names.contents` and
+    `eagle.eagle_contents` raise, and ConfigError."""
+    config = config_json.read_config(published.folder)
+    return eagle_contents(config, published) if isinstance(config, EagleConfig) else contents(config, published)
 
 
 # Sources of stored leaves: both have `folder`, `contents` and `ranges`.

@@ -8,7 +8,8 @@ norm follows at once is smaller (embeddings, low-rank latents), so that the norm
 """
 
 from checkpoints.toy.configs import cut_config, toy_config
+from checkpoints.toy.heads import HEADS, head_config
 from checkpoints.toy.weights import published_tensors, weights
 from checkpoints.toy.write import make_toy, write_toy
 
-__all__ = ["cut_config", "make_toy", "published_tensors", "toy_config", "weights", "write_toy"]
+__all__ = ["HEADS", "cut_config", "head_config", "make_toy", "published_tensors", "toy_config", "weights", "write_toy"]

@@ -16,6 +16,7 @@ import numpy as np
 from checkpoints.published.numerics import BF16, F32, quantize_fp8, quantize_int4, quantize_mxfp4
 from checkpoints.published.quantization_config import FORMATS, Form, form_of
 from checkpoints.published.shards import TensorHeader
+from kimi_jax.config_json import is_eagle
 from kimi_jax.families import FAMILIES, family_of, text_fields
 
 _BEFORE_NORM = 0.1
@@ -26,16 +27,16 @@ class ToyWeight:
     """A weight before it is put in its stored form: `std` (by row, if an array) times a normal variable, plus `mean`.
 
     With `draw` "decay" or "time step" it is instead drawn as `A_log` or `dt_bias` at the start of training (arXiv
-    2510.26692). The last `padding` numbers are zeros.
+    2510.26692), and with "given" it is the `mean`. The last `padding` numbers are zeros.
     """
 
     name: str
     shape: tuple[int, ...]
     std: float | np.ndarray
-    mean: float = 0.0
+    mean: float | np.ndarray = 0.0
     dtype: np.dtype = BF16
     form: Form = "bf16"  # the weight is stored in `dtype`
-    draw: Literal["normal", "decay", "time step"] = "normal"
+    draw: Literal["normal", "decay", "time step", "given"] = "normal"
     padding: int = 0
 
     @property
@@ -54,6 +55,8 @@ class ToyWeight:
         return sum(header.nbytes for header in self.headers)
 
     def float64(self, seed: int) -> np.ndarray:
+        if self.draw == "given":
+            return np.broadcast_to(self.mean, self.shape).astype(np.float64)
         # RandomState, not Generator: NumPy promises that its stream never changes.
         random = np.random.RandomState([seed, crc32(self.name.encode())])
         if self.draw == "decay":
@@ -95,8 +98,8 @@ def _glu(prefix: str, hidden: int, inner: int, names: tuple[str, str, str]) -> I
     yield _linear(f"{prefix}.{down}", hidden, inner)
 
 
-def _mla(prefix: str, c: dict[str, Any]) -> Iterator[ToyWeight]:
-    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+def _mla(prefix: str, c: dict[str, Any], inputs: int | None = None) -> Iterator[ToyWeight]:
+    hidden, heads = inputs or c["hidden_size"], c["num_attention_heads"]
     nope, rope, v, kv_rank = (c[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"))
     if c["q_lora_rank"] is None:
         yield _linear(f"{prefix}.q_proj", heads * (nope + rope), hidden)
@@ -111,7 +114,7 @@ def _mla(prefix: str, c: dict[str, Any]) -> Iterator[ToyWeight]:
     yield _linear(f"{prefix}.kv_b_proj", heads * (nope + v), kv_rank)
     if c.get("mla_use_output_gate"):
         yield _linear(f"{prefix}.g_proj", heads * v, hidden)
-    yield _linear(f"{prefix}.o_proj", hidden, heads * v)
+    yield _linear(f"{prefix}.o_proj", c["hidden_size"], heads * v)
 
 
 def _kda(prefix: str, c: dict[str, Any]) -> Iterator[ToyWeight]:
@@ -227,6 +230,37 @@ def _vision(c: dict[str, Any]) -> Iterator[ToyWeight]:
         yield _norm("mm_projector.post_norm", c["text_hidden_size"])
 
 
+def _eagle(c: dict[str, Any]) -> Iterator[ToyWeight]:
+    """Yields the weights of a draft head. One that drafts fewer words than its target has takes its embeddings."""
+    hidden, vocab, latent = c["hidden_size"], c["vocab_size"], "kv_lora_rank" in c
+    words, target = c.get("draft_vocab_size", vocab), c.get("target_hidden_size", hidden)
+    aux = len(c.get("eagle_aux_hidden_state_layer_ids", (1, 2, 3)))
+    layer = "layers.0" if latent else "midlayer"
+    if words == vocab:
+        yield ToyWeight("embed_tokens.weight", (vocab, hidden), 0.3)
+    yield _linear("fc", hidden, aux * target)
+    if c.get("fc_norm"):
+        for i in range(aux):
+            yield _norm(f"fc_norm.{i}", target)
+    for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
+        yield _norm(f"{layer}.{name}", hidden)
+    if latent:
+        yield from _mla(f"{layer}.self_attn", c, 2 * hidden)
+    else:
+        heads = {"q": "num_attention_heads", "k": "num_key_value_heads", "v": "num_key_value_heads"}
+        for name, count in heads.items():
+            yield _linear(f"{layer}.self_attn.{name}_proj", c[count] * c["head_dim"], 2 * hidden)
+        yield _linear(f"{layer}.self_attn.o_proj", hidden, c["num_attention_heads"] * c["head_dim"])
+    yield from _glu(f"{layer}.mlp", hidden, c["intermediate_size"], ("gate_proj", "up_proj", "down_proj"))
+    yield _norm("norm", hidden)
+    yield _linear("lm_head", words, hidden)
+    if words < vocab:
+        ids = np.arange(words) * vocab // words
+        yield ToyWeight("d2t", (words,), 0.0, mean=ids - np.arange(words), dtype=np.dtype(np.int64), draw="given")
+        chosen = np.isin(np.arange(vocab), ids)
+        yield ToyWeight("t2d", (vocab,), 0.0, mean=chosen, dtype=np.dtype(np.bool_), draw="given")
+
+
 # The weights of each form: routed experts; every Linear of the text model but the router and the head.
 _STORED = {
     "int4": re.compile(r"\.experts\.\d+\."),
@@ -236,7 +270,11 @@ _STORED = {
 
 
 def weights(config: Mapping[str, Any]) -> Iterator[ToyWeight]:
-    """Yields every weight of `config`, in file order. Raises ValueError for a model type that it does not know."""
+    """Yields every weight of `config`, a model's or a draft head's, in file order. Raises ValueError for a model type
+    that it does not know."""
+    if is_eagle(config):
+        yield from _eagle(dict(config))
+        return
     family = family_of(config)
     if family is None:
         known = tuple(name for family in FAMILIES for name in family.model_types)

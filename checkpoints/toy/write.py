@@ -18,6 +18,7 @@ from checkpoints.stored.companions import copy_companions
 from checkpoints.toy.configs import SPECIAL_SLOTS, preprocessor, slots
 from checkpoints.toy.draw import copy_blocks, draw_blocks
 from checkpoints.toy.weights import ToyWeight, weights
+from kimi_jax.config_json import is_eagle
 from kimi_jax.families import text_fields
 from kimi_jax.text.tiny import write_tiny_tokenizer
 
@@ -109,6 +110,8 @@ def _headers(found: Sequence[ToyWeight]) -> Iterator[TensorHeader]:
 
 def _write_rest(folder: Path, config: Mapping[str, Any]) -> None:
     _write_json(folder / "config.json", config)
+    if is_eagle(config):
+        return
     text = text_fields(config)
     im_end = text["vocab_size"] - 254
     longest = text["model_max_length" if "model_max_length" in text else "max_position_embeddings"]

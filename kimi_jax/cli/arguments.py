@@ -14,6 +14,7 @@ from kimi_jax import json_reader
 from kimi_jax.printable import printable
 
 FORMS = ("int4", "mxfp4", "fp8", "bf16")
+HEADS = ("eagle3-mla", "eagle3.1-mla", "eagle3-llama")
 INT32_MAX = 2**31 - 1
 SEED_MAX = 2**32 - 1  # the largest seed of `jax.random.key`
 

@@ -2,10 +2,13 @@
 
 import argparse
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kimi_jax import config_json, json_reader
 from kimi_jax.cli.arguments import (
     FORMS,
+    HEADS,
     SEED_MAX,
     add_json,
     add_shard_size,
@@ -18,15 +21,20 @@ from kimi_jax.cli.arguments import (
 )
 from kimi_jax.cli.terminal import print_line
 
+if TYPE_CHECKING:
+    from checkpoints.files.place import Place
+
 NAME = "make-toy"
+ASKED = "the config.json asked for"
 SUMMARY = (
     "Write a small checkpoint in the published layout: a model of real widths with fewer layers and experts, and with "
-    "random weights or those of a published folder."
+    "random weights or those of a published folder; or a draft head with random weights."
 )
 EXAMPLE = (
     "kimi-jax make-toy /tmp/k2.5 --like k2.5 --layers 2 --experts 16\n"
     "  kimi-jax make-toy /tmp/k2 --like k2 --form fp8 --layers 2 --experts 8 --set vocab_size=2048\n"
-    "  kimi-jax make-toy /tmp/cut --from ~/models/Kimi-K2.5 --layers 1"
+    "  kimi-jax make-toy /tmp/cut --from ~/models/Kimi-K2.5 --layers 1\n"
+    "  kimi-jax make-toy /tmp/head --head-for /tmp/k2.5 --head eagle3.1-mla"
 )
 
 
@@ -42,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--from", dest="source", type=place, metavar="FOLDER", help="published folder or URL to copy weights from"
     )
+    weights.add_argument(
+        "--head-for", type=place, metavar="FOLDER", help="folder or URL of a model to make a draft head for"
+    )
+    parser.add_argument("--head", choices=HEADS, help="with --head-for: the kind of head (default eagle3.1-mla)")
     parser.add_argument("--layers", type=whole(1), metavar="N", help="keep the first N layers (default: all)")
     parser.add_argument(
         "--experts", type=whole(1), metavar="N", help="keep each layer's first N experts (default: all)"
@@ -57,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="with --like: change a field of config.json, like hidden_size=256; may be repeated",
+        help="with --like or --head-for: change a field of config.json, like hidden_size=256; may be repeated",
     )
     parser.add_argument(
         "--seed", type=whole(0, SEED_MAX), default=0, metavar="N", help="seed of the random weights (default 0)"
@@ -67,26 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from checkpoints.files.place import locate
-    from checkpoints.published.quantization_config import describe_form
-    from checkpoints.toy import cut_config, make_toy, toy_config
+    from checkpoints.toy import make_toy
 
-    if arguments.source is not None and (arguments.form or arguments.fields):
-        raise ValueError("--form and --set go with --like; with --from, the weights are as they are")
-    if arguments.source is not None:
-        file = locate(arguments.source) / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file")
-        config = json_reader.read_object(file)
-    else:
-        config = toy_config(arguments.like, **dict(arguments.fields))
-        if arguments.form:
-            config = describe_form(config, arguments.form)
-    config = cut_config(
-        config, layers=arguments.layers, experts=arguments.experts, vision_layers=arguments.vision_layers
-    )
-    if arguments.source is None:
-        config_json.from_dict(config, where="the config.json asked for")  # refused here, not by who reads the folder
+    config = _model_config(arguments) if arguments.head_for is None else _head_config(arguments)
     with progress(arguments, "writing") as show:
         folder = make_toy(
             arguments.dst,
@@ -101,3 +96,49 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps({"event": "written", "destination": str(folder), "nbytes": size}))
     else:
         print_line(f"{folder}: {size:,} bytes")
+
+
+def _model_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the config.json of the model asked for. Raises what reading it would raise."""
+    from checkpoints.published.quantization_config import describe_form
+    from checkpoints.toy import cut_config, toy_config
+
+    if arguments.head:
+        raise ValueError("--head goes with --head-for")
+    if arguments.source is not None and (arguments.form or arguments.fields):
+        raise ValueError("--form and --set go with --like; with --from, the weights are as they are")
+    if arguments.source is not None:
+        config = json_reader.read_object(_config_file(arguments.source))
+    else:
+        config = toy_config(arguments.like, **dict(arguments.fields))
+        if arguments.form:
+            config = describe_form(config, arguments.form)
+    config = cut_config(
+        config, layers=arguments.layers, experts=arguments.experts, vision_layers=arguments.vision_layers
+    )
+    if arguments.source is None:
+        config_json.from_dict(config, where=ASKED)  # refused here, not by who reads the folder
+    return config
+
+
+def _head_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the config.json of a draft head. Raises what reading it, and the model's, would raise."""
+    from checkpoints.toy import head_config
+
+    if arguments.form or arguments.layers or arguments.experts or arguments.vision_layers:
+        raise ValueError("--form, --layers, --experts and --vision-layers are for models; a draft head has one layer")
+    file = _config_file(arguments.head_for)
+    values = json_reader.read_object(file)
+    target = config_json.from_dict(values, where=str(file))
+    config = head_config(values, arguments.head or HEADS[1], **dict(arguments.fields))
+    config_json.fit_target(config_json.eagle_from_dict(config, where=ASKED), target, ASKED)
+    return config
+
+
+def _config_file(folder: "str | Path") -> "Place":
+    from checkpoints.files.place import locate
+
+    file = locate(folder) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    return file

@@ -6,7 +6,28 @@ the reference implementation. The spellings of transformers 5 are read beside th
 of one value have to agree.
 """
 
+from kimi_jax.config_json.eagle import eagle_from_dict, fit_target, read_config
 from kimi_jax.config_json.fields import ConfigError
-from kimi_jax.config_json.reader import Folder, from_dict, from_folder, preset, preset_name, preset_names
+from kimi_jax.config_json.reader import (
+    Folder,
+    from_dict,
+    from_folder,
+    is_eagle,
+    preset,
+    preset_name,
+    preset_names,
+)
 
-__all__ = ["ConfigError", "Folder", "from_dict", "from_folder", "preset", "preset_name", "preset_names"]
+__all__ = [
+    "ConfigError",
+    "Folder",
+    "eagle_from_dict",
+    "fit_target",
+    "from_dict",
+    "from_folder",
+    "is_eagle",
+    "preset",
+    "preset_name",
+    "preset_names",
+    "read_config",
+]

@@ -94,6 +94,8 @@ def from_dict(
     `where` and `generation_where` name the files in errors and warnings. Raises and warns as `from_folder` does.
     """
     where = printable(where)
+    if is_eagle(config):
+        raise ConfigError(f"{where}: is that of an Eagle3 draft head, which runs beside a model; expected a model's")
     unread: list[str] = []
     family = _family(Fields(config, where), config, families.FAMILIES)
     if family.config.text_config is not None:
@@ -114,6 +116,12 @@ def from_dict(
     return KimiConfig(
         Fields(config, where).raw("model_type"), family.name, language, tuple(sorted(set(stops))), seen, placeholder
     )
+
+
+def is_eagle(config: Mapping[str, Any]) -> bool:
+    """Says whether a parsed config.json is that of an Eagle3 head, of a form that is known here or of another."""
+    named = config.get("architectures")
+    return isinstance(named, list) and any(isinstance(name, str) and "eagle3" in name.lower() for name in named)
 
 
 def _family(fields: Fields, config: Mapping[str, Any], choices: Sequence[Family]) -> Family:

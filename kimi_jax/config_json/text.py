@@ -78,7 +78,7 @@ def text(fields: Fields, family: Family, quantization: QuantizationConfig | None
         linear_attn=_linear_attention(fields, family, layers),
         quantization=quantization,
     )
-    _check_attention(fields, config)
+    check_attention(fields, config)
     _check_experts(fields, config)
     return config
 
@@ -112,7 +112,8 @@ def _snapshots(fields: Fields) -> int | None:
     return fields.integer("attn_res_block_size", least=1, most=MAX_LAYERS)
 
 
-def _check_attention(fields: Fields, text: TextConfig) -> None:
+def check_attention(fields: Fields, text: TextConfig) -> None:
+    """Raises `ConfigError` where fields of MLA's heads contradict one another."""
     heads = fields.integer("num_key_value_heads", text.num_attention_heads, most=MAX_HEADS)
     fields.check(
         heads == text.num_attention_heads,

@@ -50,13 +50,29 @@ class Decoder(nnx.Module):
     ) -> tuple[Stream, tuple[LayerCache, ...] | None]:
         """Maps the stream x [b, t, d] of the tokens that `context` describes to the same shape, and returns each
         layer's cache with them in it."""
-        stream = ResidualStream(x)
+        x, after, _ = self.with_aux(x, context, caches, layout, ())
+        return x, after
+
+    def with_aux(
+        self,
+        x: Stream,
+        context: Context,
+        caches: tuple[LayerCache, ...] | None,
+        layout: StreamLayout,
+        aux_layers: tuple[int, ...],
+    ) -> tuple[Stream, tuple[LayerCache, ...] | None, tuple[Stream, ...]]:
+        """Maps the stream as a call does, and also returns the outputs of `aux_layers`, counted from 0, which a draft
+        head takes. With attention residuals an output is the sum since the last snapshot."""
+        stream, outputs = ResidualStream(x), {}
         before = [None] * len(self.layers) if caches is None else caches
         after: list[LayerCache | None] = []
-        for block, cache in zip(self.layers, before, strict=True):
+        for number, (block, cache) in enumerate(zip(self.layers, before, strict=True)):
             stream, with_tokens = gather_weights(block, layout.partition)(stream, context, cache, layout)
             after.append(with_tokens)
-        return self.last_norm(stream), None if caches is None else tuple(cache for cache in after if cache is not None)
+            if number in aux_layers:
+                outputs[number] = stream.prefix
+        kept = None if caches is None else tuple(cache for cache in after if cache is not None)
+        return self.last_norm(stream), kept, tuple(outputs[number] for number in aux_layers)
 
     def with_statistics(
         self, x: Stream, context: Context, layout: StreamLayout = ONE_DEVICE, recompute: bool = True

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from numpy.typing import ArrayLike
 
-from kimi_jax.axes import Float32, Int32, Logits, MediaTokens, Stream, Tokens
+from kimi_jax.axes import Float32, Hidden, Int32, Logits, MediaTokens, Stream, Tokens
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.context import Context, LayerCache
 from kimi_jax.model.decoder import Decoder
@@ -150,13 +150,31 @@ class Kimi(nnx.Module):
         Returns the logits after each sequence's last token (meaningless where it has none), float32 [sequences, words],
         and the caches with the tokens in them.
         """
-        x, after = self.model(self.embed(tokens, index, media_tokens, layout), context, caches, layout)
+        logits, after, _ = self.extend_with_aux(caches, tokens, context, index, media_tokens, layout, ())
+        return logits, after
+
+    def extend_with_aux(
+        self,
+        caches: tuple[LayerCache, ...],
+        tokens: Tokens,
+        context: Context,
+        index: Int32[jax.Array, "b t"] | None,
+        media_tokens: MediaTokens | None,
+        layout: StreamLayout,
+        aux_layers: tuple[int, ...],
+    ) -> tuple[Float32[jax.Array, "sequences words"], tuple[LayerCache, ...], Hidden | None]:
+        """Continues as `extend` does, and also returns the outputs of `aux_layers`, counted from 0, of all tokens of
+        this device's rows: [b, t, n * d], side by side in the order of `aux_layers`, which a draft head takes; None
+        where there are no `aux_layers`."""
+        embeds = self.embed(tokens, index, media_tokens, layout)
+        x, after, outputs = self.model.with_aux(embeds, context, caches, layout, aux_layers)
         assert after is not None
+        aux = layout.gather_rows(layout.take_local(jnp.concatenate(outputs, axis=-1))) if outputs else None
         if context.segments is None:
-            return self.logits(layout.take_token(x, context.last()), layout.partition), after
+            return self.logits(layout.take_token(x, context.last()), layout.partition), after, aux
         rows, columns = len(tokens), context.last().reshape(len(tokens), -1)
         last = jnp.take_along_axis(layout.gather_rows(layout.take_local(x)), columns[:, :, None], axis=1)
-        return self.logits(last.reshape(rows * columns.shape[1], -1), layout.partition), after
+        return self.logits(last.reshape(rows * columns.shape[1], -1), layout.partition), after, aux
 
 
 @nnx.jit(static_argnums=4)

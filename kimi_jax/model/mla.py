@@ -14,6 +14,7 @@ from kimi_jax.axes import (
     Float,
     Float32,
     Hidden,
+    Inputs,
     Int32,
     Latents,
     LogSumExp,
@@ -47,9 +48,10 @@ HISTORY_PAGES = 16
 class MLA(nnx.Module):
     """Causal attention of one layer."""
 
-    def __init__(self, init: Init, config: TextConfig):
+    def __init__(self, init: Init, config: TextConfig, inputs: int | None = None):
+        """Draws weights for vectors of width `inputs`, by default the `hidden_size` of what it returns."""
         self.config = config
-        heads, hidden = config.num_attention_heads, config.hidden_size
+        heads, hidden = config.num_attention_heads, config.hidden_size if inputs is None else inputs
         if config.q_lora_rank is None:
             self.q_proj = Linear(init, heads * config.qk_head_dim, hidden, ("heads", "embed"))
         else:
@@ -62,12 +64,12 @@ class MLA(nnx.Module):
         self.kv_b_proj = Linear(init, heads * kv_width, config.kv_lora_rank, ("heads", "rank"))
         gated, width = config.mla_use_output_gate, heads * config.v_head_dim
         self.g_proj = Linear(init, width, hidden, ("heads", "embed")) if gated else None
-        self.o_proj = Linear(init, hidden, heads * config.v_head_dim, ("embed", "heads"))
+        self.o_proj = Linear(init, config.hidden_size, heads * config.v_head_dim, ("embed", "heads"))
 
     def __call__(
-        self, x: Hidden, context: Context, cache: MLACache | None = None, partition: Partition = SINGLE_DEVICE
+        self, x: Inputs, context: Context, cache: MLACache | None = None, partition: Partition = SINGLE_DEVICE
     ) -> tuple[Float32[jax.Array, "b t d"], MLACache | None]:
-        """Mixes x [b, t, d] of the tokens that `context` describes.
+        """Mixes x [b, t, i] of the tokens that `context` describes.
 
         Returns this device's heads' part of the sum for the stream, and the cache with these tokens in it. A decode
         step attends in the absorbed form, prefill in the expanded one.
@@ -105,7 +107,7 @@ class MLA(nnx.Module):
         shifted = positions + context.segments * table.shape[1] * PAGE
         return table.reshape(rows, -1), jnp.where(positions < 0, -1, shifted)
 
-    def low_ranks(self, x: Float[jax.Array, "... d"], partition: Partition) -> tuple[jax.Array, jax.Array]:
+    def low_ranks(self, x: Float[jax.Array, "... i"], partition: Partition) -> tuple[jax.Array, jax.Array]:
         """Computes the source of queries, before its norm where it has one, and [latent | k_pe] before theirs."""
         config, names = self.config, partition.axis_names("latent")
         if config.q_lora_rank is None:
@@ -115,7 +117,7 @@ class MLA(nnx.Module):
         q_a, kv = gather_columns(low, [config.q_lora_rank, config.latent_dim], names)
         return q_a, kv
 
-    def project(self, x: Hidden, positions: Positions, partition: Partition) -> tuple[Queries, Latents]:
+    def project(self, x: Inputs, positions: Positions, partition: Partition) -> tuple[Queries, Latents]:
         """Computes [nope | rotated] of this device's heads, and [normed latent | rotated k_pe], which the cache
         keeps."""
         config = self.config
@@ -130,7 +132,7 @@ class MLA(nnx.Module):
             jnp.concatenate([self.kv_a_layernorm(c), k_pe], axis=-1),
         )
 
-    def output(self, heads: Values, x: Hidden) -> Float32[jax.Array, "b t d"]:
+    def output(self, heads: Values, x: Inputs) -> Float32[jax.Array, "b t d"]:
         """Computes this device's heads' part of the sum for the stream, o_proj(heads * sigmoid(g_proj x))."""
         values = rearrange(heads, "b t h v -> b t (h v)")
         if self.g_proj is not None:
@@ -168,10 +170,7 @@ class MLA(nnx.Module):
         return_max: bool = True,
     ) -> tuple[Values, LogSumExp, Float32[jax.Array, "b h"] | None]:
         """Computes `expanded`, and the largest score of each row and head where asked."""
-        c, pe = jnp.split(latents, [self.config.kv_lora_rank], axis=-1)
-        kv = rearrange(self.kv_b_proj(c), "b s (h kv) -> b s h kv", h=q.shape[2])
-        k, v = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
-        k = jnp.concatenate([k, jnp.broadcast_to(pe[:, :, None], (*k.shape[:-1], pe.shape[-1]))], axis=-1)
+        k, v = self.keys_and_values(latents, q.shape[2])
         out, lse, *top = mla_prefill(
             q,
             k,
@@ -180,11 +179,25 @@ class MLA(nnx.Module):
             kv_positions=kv_positions,
             kv_segments=kv_segments,
             q_segments=jnp.zeros_like(context.positions) if context.segments is None else context.segments,
-            scale=rope.softmax_scale(self.config),
+            scale=self.softmax_scale,
             return_lse=True,
             return_max=return_max,
         )
         return out, lse, top[0] if return_max else None
+
+    @property
+    def softmax_scale(self) -> float:
+        """Returns the factor of the scores."""
+        return rope.softmax_scale(self.config)
+
+    def keys_and_values(
+        self, latents: Latents, heads: int
+    ) -> tuple[Float[jax.Array, "b s h k"], Float[jax.Array, "b s h v"]]:
+        """Computes the keys and values of this device's `heads` heads, of what the cache keeps."""
+        c, pe = jnp.split(latents, [self.config.kv_lora_rank], axis=-1)
+        kv = rearrange(self.kv_b_proj(c), "b s (h kv) -> b s h kv", h=heads)
+        k, v = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
+        return jnp.concatenate([k, jnp.broadcast_to(pe[:, :, None], (*k.shape[:-1], pe.shape[-1]))], axis=-1), v
 
     def with_history(
         self,
@@ -219,7 +232,7 @@ class MLA(nnx.Module):
 
     def absorbed(
         self,
-        x: Float[jax.Array, "b d"],
+        x: Float[jax.Array, "b i"],
         positions: Int32[jax.Array, "b"],
         cache: MLACache,
         page_table: PageTable,

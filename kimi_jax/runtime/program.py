@@ -39,7 +39,7 @@ class Program:
         self.arrays, tree = jax.tree.flatten(params)
         self.placement: Sharding = model.model.embed_tokens.weight.get_value().sharding
         self.mesh = self.placement.mesh if isinstance(self.placement, NamedSharding) else None
-        self.jitted = _jitted(graph, tree, self.mesh, _compiler_options(self.placement))
+        self.jitted = _jitted(graph, tree, self.mesh, compiler_options(self.placement))
         shape = {"data": 1, "sequence": 1} if self.mesh is None else self.mesh.shape
         self.data, self.sequence = shape["data"], shape["sequence"]
 
@@ -230,7 +230,7 @@ def _set_row(array: jax.Array, number: jax.Array, row: jax.Array) -> jax.Array:
 _jitted = functools.lru_cache(maxsize=16)(_Jitted)
 
 
-def _compiler_options(placement: Sharding) -> tuple[tuple[str, int], ...]:
+def compiler_options(placement: Sharding) -> tuple[tuple[str, int], ...]:
     """Returns what a step for the placement's devices is compiled with.
 
     For GPUs XLA makes one product of several with the same operand, for which it copies their weights side by side at

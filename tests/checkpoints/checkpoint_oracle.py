@@ -39,6 +39,7 @@ FORMS = {
 # safetensors' own reader of arrays does not know e4m3.
 _DTYPES = {"BF16": BF16, "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F16": np.dtype(np.float16)}
 _DTYPES |= {"U8": np.dtype(np.uint8), "F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+_DTYPES |= {"BOOL": np.dtype(np.bool_)}
 
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints.toy import published_tensors, toy_config, write_toy
+from checkpoints.toy import head_config, published_tensors, toy_config, write_toy
 
 HERE = Path(__file__).parent
 # The reference's top two logits differ by more than this at every greedy step: ten times the tolerance of logits.
@@ -54,6 +54,14 @@ OWN = {
 }
 TOYS = CASES | OWN
 K3_LAYERS = toy_config("k3")["text_config"]["linear_attn_config"] | {"kda_layers": [1], "full_attn_layers": [2]}
+
+# The draft heads whose golden eagle_make.py makes, of each kind, and the target that they are made for.
+EAGLE_TARGET = toy_config(
+    "k2", vocab_size=288, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=4
+)
+EAGLE_POSITIONS = np.array([0, 1, 2, 7, 15, 16, 31, 38, 39], np.int32)
+EAGLE_LENGTHS = (40, 1, 17, 6)  # of the rows that draft
+EAGLE_SEEDS = {"eagle3-mla": 7, "eagle3.1-mla": 8, "eagle3-llama": 9}
 
 # YaRN as transformers 5 spells it, for the checkpoint of "k2": the release's values, and keys that no release has.
 _YARN = toy_config("k2")["rope_scaling"] | {"rope_type": "yarn", "rope_theta": toy_config("k2")["rope_theta"]}
@@ -167,10 +175,24 @@ def media(grid: np.ndarray) -> np.ndarray:
     return random.uniform(-1.0, 1.0, (int(np.prod(grid)), 3, 14, 14)).astype(np.float32)
 
 
+def eagle_config(kind: str) -> dict[str, Any]:
+    """Returns the config.json of a draft head of EAGLE_SEEDS."""
+    return head_config(EAGLE_TARGET, kind, max_position_embeddings=512)
+
+
+def eagle_inputs(kind: str, draw: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws what a head of EAGLE_SEEDS is given: for 40 positions its target's outputs, float32 [40, 3 * 64], and the
+    tokens after them, int32 [40]; and the target's embeddings, float32 [288, 64]."""
+    random = np.random.RandomState([EAGLE_SEEDS[kind], draw])
+    tokens = random.randint(0, 288, 40).astype(np.int32)
+    return random.standard_normal((40, 192)).astype(np.float32), tokens, random.standard_normal((288, 64)).astype("f4")
+
+
 def fingerprint(name: str) -> str:
     """Returns the sha256 of the names, dtypes, shapes and bytes of all published tensors of a case."""
+    fields, seed = (eagle_config(name), EAGLE_SEEDS[name]) if name in EAGLE_SEEDS else (config(name), TOYS[name].seed)
     digest = sha256()
-    for tensor, array in published_tensors(config(name), TOYS[name].seed):
+    for tensor, array in published_tensors(fields, seed):
         digest.update(f"{tensor} {array.dtype.name} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()

@@ -1,0 +1,192 @@
+"""Runs an Eagle3 head beside its target: a step that takes in what the target has verified, and drafts what follows.
+
+The head caches a vector of each token, in pages like those of the target's layers, so that one page table serves both.
+What it caches of its own drafts is not what it would cache of them once the target has been there; the next step
+writes over it. Nothing is rolled back: a step's positions say how much is valid.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from kimi_jax.axes import AnyArray, Float, Int32, PageTable, Positions, Tokens
+from kimi_jax.config_json import fit_target
+from kimi_jax.model.context import PAGE, Context, MLACache, Phase
+from kimi_jax.model.eagle import EagleHead
+from kimi_jax.model.kimi import Kimi
+from kimi_jax.model.param import weight_specs
+from kimi_jax.runtime.program import compiler_options
+from sharding import Partition, StreamLayout
+
+
+class EagleDrafter:
+    """Drafts tokens of one target with a head. Every cache given to a method is donated: keep the one it returns.
+
+    `aux_layers` are the target's layers, counted from 0, whose outputs `Kimi.extend_with_aux` has to give out.
+    """
+
+    def __init__(self, head: EagleHead, target: Kimi):
+        """Shares the target's embeddings where the head has none.
+
+        Raises ConfigError for a head that was made for another target, and ValueError where the mesh does not divide
+        its heads of keys and values.
+        """
+        self.config = fit_target(head.config, target.config)
+        assert self.config.aux_layers is not None
+        self.aux_layers = self.config.aux_layers
+        whole = nnx.merge(*nnx.split(head))  # a tree of its own, with the same arrays
+        if whole.embed_tokens is None:
+            whole.embed_tokens = nnx.data(target.model.embed_tokens)
+        graph, params = nnx.split(whole)
+        self.arrays, tree = jax.tree.flatten(params)
+        self.dtype, self.placement = head.dtype, head.fc.weight.get_value().sharding
+        mesh = self.placement.mesh if isinstance(self.placement, NamedSharding) else None
+        self.jitted = _jitted(graph, tree, mesh, self.config.form, compiler_options(self.placement))
+        shards, heads = self.jitted.partition.num_shards("heads"), self.config.num_key_value_heads
+        if heads % shards:
+            raise ValueError(f"draft head: {heads} heads of keys and values do not divide over {shards} devices")
+
+    def cache(self, pages: int) -> MLACache:
+        """Allocates an empty cache of `pages` pages, as many as the target's cache has."""
+        shape = (pages, self.config.cache_width, PAGE)
+        placement = self.placement
+        if isinstance(placement, NamedSharding):
+            placement = NamedSharding(placement.mesh, self.jitted.cache_spec(shape))
+        return MLACache(jnp.zeros(shape, self.dtype, device=placement))
+
+    def extend(
+        self,
+        cache: MLACache,
+        aux: Float[AnyArray, "b t n"],
+        tokens: Int32[AnyArray, "b t"],
+        positions: Int32[AnyArray, "b t"],
+        page_table: Int32[AnyArray, "b row_pages"],
+    ) -> MLACache:
+        """Takes in a chunk of prompts, and returns the cache with it. The arguments are those of `propose`."""
+        self._check(tokens, page_table)
+        return self.jitted.extend(self.arrays, cache, aux, tokens, positions, page_table)
+
+    def propose(
+        self,
+        cache: MLACache,
+        aux: Float[AnyArray, "b t n"],
+        tokens: Int32[AnyArray, "b t"],
+        positions: Int32[AnyArray, "b t"],
+        page_table: Int32[AnyArray, "b row_pages"],
+        count: int,
+    ) -> tuple[MLACache, Int32[jax.Array, "b count"]]:
+        """Takes in the tokens that the target has verified, and drafts the `count` tokens after them greedily.
+
+        aux: [b, t, n * d], the target's outputs of `aux_layers` at `positions`.
+        tokens: [b, t], the token *after* each position, the last of which the target has just chosen.
+        positions: [b, t], -1 for padding, which is last in a row; a row of padding alone drafts nothing of meaning.
+        page_table: [b, row_pages], with room for `count` - 1 tokens after each row's last position.
+
+        Returns the cache, and the drafts as ids of the target's, int32 [b, count]. A program is compiled for each
+        combination of shapes and `count`. Raises ValueError for a `count` below 1, and for rows and pages that the mesh
+        does not divide.
+        """
+        if count < 1:
+            raise ValueError(f"count is {count}, expected at least 1 token to draft")
+        self._check(tokens, page_table)
+        return self.jitted.propose(self.arrays, cache, aux, tokens, positions, page_table, count)
+
+    def _check(self, tokens: AnyArray, page_table: AnyArray) -> None:
+        for what, size, axis in (("rows", len(tokens), "batch"), ("pages a row", page_table.shape[1], "row_pages")):
+            if size % (shards := self.jitted.partition.num_shards(axis)):
+                raise ValueError(f"draft head: {size} {what} do not divide over {shards} devices")
+
+
+class _Jitted:
+    """Holds the jitted functions of all heads of one structure, one object for each: `jit` compares identities."""
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        tree: jax.tree_util.PyTreeDef,
+        mesh: Mesh | AbstractMesh | None,
+        form: str,
+        compiler_options: tuple[tuple[str, int], ...],
+    ):
+        self.graph, self.tree, self.partition, self.form = graph, tree, Partition(mesh), form
+        options: Any = {"donate_argnames": "cache", "compiler_options": dict(compiler_options)}
+        self.extend: Any = jax.jit(self.take_in, **options)
+        self.propose: Any = jax.jit(self.draft, static_argnames="count", **options)
+
+    def cache_spec(self, shape: tuple[int, ...]) -> Any:
+        """Returns the PartitionSpec of the cache: keys and values are sharded by their heads, latents are not."""
+        channels = "heads" if self.form == "llama" else None
+        return self.partition.spec(("pages", channels, None), shape)
+
+    def run(
+        self,
+        params: Any,
+        cache: MLACache,
+        vectors: Float[jax.Array, "b t n"],
+        tokens: Tokens,
+        positions: Positions,
+        page_table: PageTable,
+        phase: Phase,
+        combines: bool,
+    ) -> tuple[MLACache, jax.Array, jax.Array]:
+        """Runs the head on the target's outputs (`combines`) or on vectors of its own. Returns the cache, and of each
+        row's last token the logits [b, words] and the vector for the next draft [b, d]."""
+        partition = self.partition
+        layout = StreamLayout(partition, partition.axis_names("batch", len(tokens)))
+
+        def on_device(params: Any, cache: Any, vectors: Any, tokens: Any, positions: Any, table: Any) -> Any:
+            head = nnx.merge(self.graph, params)
+            hidden = head.combine(vectors, partition) if combines else vectors
+            context = Context(positions, table, phase=phase)
+            normed, following, cache = head(hidden, tokens, context, cache, layout)
+            last = context.last()
+            return cache, head.logits(layout.take_token(normed, last)), layout.take_token(following, last)
+
+        rows, pages = layout.row_spec(), MLACache(self.cache_spec(cache.pages.shape))
+        in_specs = (weight_specs(params, partition), pages, rows, rows, rows, layout.row_spec("row_pages"))
+        compute = partition.shard_map(on_device, in_specs, (pages, layout.row_spec("vocab"), rows))
+        return compute(params, cache, vectors, tokens, positions, page_table)
+
+    def take_in(
+        self, arrays: list[jax.Array], cache: MLACache, aux: Any, tokens: Any, positions: Any, page_table: Any
+    ) -> MLACache:
+        params = jax.tree.unflatten(self.tree, arrays)
+        return self.run(params, cache, aux, tokens, positions, page_table, "prefill", True)[0]
+
+    def draft(
+        self,
+        arrays: list[jax.Array],
+        cache: MLACache,
+        aux: Any,
+        tokens: Any,
+        positions: Any,
+        page_table: Any,
+        count: int,
+    ) -> tuple[MLACache, jax.Array]:
+        params = jax.tree.unflatten(self.tree, arrays)
+        head = nnx.merge(self.graph, params)
+
+        def choose(logits: jax.Array) -> jax.Array:
+            return head.target_ids(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+        def next_draft(carry: Any, _: None) -> Any:
+            cache, token, vector, position = carry
+            position = jnp.where(position < 0, -1, position + 1)
+            inputs = vector[:, None], token[:, None], position[:, None]
+            cache, logits, vector = self.run(params, cache, *inputs, page_table, "decode", False)
+            token = choose(logits)
+            return (cache, token, vector, position), token
+
+        phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
+        cache, logits, vector = self.run(params, cache, aux, tokens, positions, page_table, phase, True)
+        first = choose(logits)
+        start: Any = (cache, first, vector, jnp.max(positions, axis=-1))
+        (cache, *_), rest = jax.lax.scan(next_draft, start, None, length=count - 1)
+        return cache, jnp.concatenate([first[None], rest]).T
+
+
+_jitted = functools.lru_cache(maxsize=16)(_Jitted)
