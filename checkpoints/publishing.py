@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from checkpoints.files.new_folder import new_folder
 from checkpoints.published.endings import PACKED, shape_name
@@ -25,6 +26,8 @@ from pallas_kernels.formats import Dense, Weight
 
 # One shape in INT4 is published for every expert; compressed-tensors writes int32.
 _SHAPE_DTYPE = np.dtype(np.int32)
+# Of a sharded array, as many are gathered on every device at a time.
+_GATHERED_BYTES = 2**28
 
 
 def publish(
@@ -37,8 +40,8 @@ def publish(
     tokenizer and other files are those of the checkpoint in `like`. The folder appears whole or not at all.
 
     Args:
-      params: the `nnx.State` of a `Kimi`, or a `Kimi`, with dense or packed experts, of which this process has every
-        shard.
+      params: the `nnx.State` of a `Kimi`, or a `Kimi`, with dense or packed experts. Where its arrays are sharded over
+        several processes, all of them call this, and the first one writes.
       like: the folder of the checkpoint that the model was made from, converted or published.
 
     Raises ValueError where the weights are not of the model in `like` or `form` is "fp8", FileExistsError for a folder
@@ -52,6 +55,10 @@ def publish(
     leaves = _leaves(source.contents, source.contents.model.config, form)
     state = nnx.state(params) if isinstance(params, nnx.Module) else params
     arrays = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    if jax.process_index() and not all(array.is_fully_addressable for array in arrays.values()):
+        for leaf in leaves:
+            _stored(leaf, arrays)  # the first process gathers this one's shards
+        return Path(folder)
     headers = [header for leaf in leaves for header in _headers(leaf)]
     settings = {"published": hashlib.sha256(repr(headers).encode()).hexdigest(), "new": np.random.bytes(8).hex()}
     with new_folder(Path(folder), settings) as partial:
@@ -109,7 +116,16 @@ def _stored(leaf: Leaf, arrays: Mapping[Any, jax.Array]) -> np.ndarray:
         array = jnp.pad(array, (0, size - array.size))
     if array.size != size:  # (`A_log` is published as [H] or [1, 1, H, 1])
         raise ValueError(f"publish: {leaf.path} has shape {list(array.shape)}, expected {list(leaf.shape)}")
-    return np.asarray(jnp.asarray(array, leaf.dtype)).reshape(leaf.shape)
+    return _on_host(jnp.asarray(array, leaf.dtype)).reshape(leaf.shape)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """Returns the whole of an array, of which other processes may have shards; devices hold a piece of it at a time."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    rows = max(1, _GATHERED_BYTES * len(array) // array.nbytes)
+    pieces = (array[first : first + rows] for first in range(0, len(array), rows))
+    return np.concatenate([multihost_utils.process_allgather(piece, tiled=True) for piece in pieces])
 
 
 def _weight(stem: str, arrays: Mapping[Any, jax.Array]) -> Weight:

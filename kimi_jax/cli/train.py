@@ -6,7 +6,7 @@ import re
 import time
 from typing import Any
 
-from kimi_jax.cli.arguments import SEED_MAX, add_mesh, local, mesh_of, number, whole
+from kimi_jax.cli.arguments import SEED_MAX, add_mesh, add_processes, joined, local, mesh_of, number, whole
 from kimi_jax.cli.models import check_folder
 from kimi_jax.cli.starting import add_compile_cache, keep_programs
 
@@ -91,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank", type=whole(1), default=None, metavar="N", help=f"rank of adapters (default {ADAPTER_RANK})"
     )
     add_mesh(parser)
+    add_processes(parser)
     parser.add_argument("--seed", type=whole(0, SEED_MAX), default=0, metavar="N", help="order of the data (default 0)")
     parser.add_argument(
         "--save-every", type=whole(1), default=100, metavar="N", help="steps between checkpoints (default 100)"
@@ -111,9 +112,15 @@ def run(arguments: argparse.Namespace) -> None:
         pattern = re.compile(".*" if arguments.train == "all" else arguments.train)
     except re.error as error:
         raise ValueError(f"--train {arguments.train!r} is no regular expression: {error}") from None
+    with joined(arguments) as links:
+        _train(arguments, pattern, aloud=links is None or links.first)
+
+
+def _train(arguments: argparse.Namespace, pattern: re.Pattern[str], aloud: bool) -> None:
+    """Trains; of several processes, one is `aloud`."""
     if not arguments.data.is_file():
         raise FileNotFoundError(f"{arguments.data}: no such file")
-
+    adapters = arguments.train == "adapters"
     from kimi_jax import config_json
     from kimi_jax.cli.console import console
     from kimi_jax.training.adapters import is_adapted
@@ -121,7 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     # Orbax logs tracebacks of a write that fails, in every thread that waits for it; the error itself is one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    log = console(stderr=True)
+    log = console(stderr=True, quiet=not aloud)
     keep_programs(arguments)
     config = config_json.from_folder(arguments.path)
     quantized = config.text.quantization is not None
@@ -138,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         save_every=arguments.save_every,
     )
-    writer = _summary_writer(arguments)
+    writer = _summary_writer(arguments) if aloud else None
     run = Run(
         arguments.path,
         arguments.data,
@@ -157,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
     times = (TextColumn("{task.fields[shown]}"), TimeElapsedColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, *times, console=log, disable=not log.is_terminal) as bar:
+        with Progress(*columns, *times, console=log, disable=not (aloud and log.is_terminal)) as bar:
             task = bar.add_task("", total=settings.steps, completed=run.step, shown="compiling")
             began, tokens, told = time.monotonic(), 0, 0.0
             for step, metrics in run.steps():
@@ -172,7 +179,9 @@ def run(arguments: argparse.Namespace) -> None:
                 if writer is not None:
                     for name, value in metrics._asdict().items():
                         writer.add_scalar(name, value.item(), step)
-        print(run.publish())
+        published = run.publish()
+        if aloud:
+            print(published)
     finally:
         run.close()
         if writer is not None:

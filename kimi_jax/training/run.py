@@ -7,11 +7,13 @@ its newest checkpoint as if it had not been.
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -70,7 +72,8 @@ class Settings:
 
 class Run:
     """Trains the checkpoint in `folder` on the conversations of `data`, with all that it writes in `out`: checkpoints,
-    metrics.jsonl, and at the end `published`.
+    metrics.jsonl, and at the end `published`. Several processes do so together, on a mesh of all their devices; each
+    reads the same files, and `out` is a folder that all of them see.
 
     Raises ValueError, FileNotFoundError or OSError naming the file and field that is wrong, and where `out` has a
     checkpoint of another run; FileExistsError where it has one and the run is not to `resume`.
@@ -138,7 +141,8 @@ class Run:
         before it.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / "metrics.jsonl").open("a") as log:
+        first = jax.process_index() == 0
+        with (self.out / "metrics.jsonl" if first else Path(os.devnull)).open("a") as log:
             for number in range(self.step, self.settings.steps):
                 began = time.monotonic()
                 self.state, metrics = self.trainer.step(self.state, self.packing.batch(number))

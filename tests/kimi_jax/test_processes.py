@@ -4,15 +4,12 @@ and all end together."""
 import contextlib
 import io
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from several_processes import run_job, started
 
 from checkpoints.toy import toy_config, write_toy
 from kimi_jax.cli import main
@@ -39,44 +36,14 @@ def single(folder):
     return out.getvalue()
 
 
-@contextlib.contextmanager
-def started(*folders, options=OPTIONS):
-    """Starts a process with four devices for each folder, all in one job, and ends them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-    job = ["--distributed", "--coordinator", coordinator, "--num-processes", str(len(folders))]
-    script = Path(__file__).parents[1] / "support" / "one_of_several.py"
-    running = [
-        subprocess.Popen(
-            [sys.executable, script, "generate", folder, *options, *job, "--process-id", str(i)],
-            env=os.environ | {"XLA_FLAGS": flags},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i, folder in enumerate(folders)
-    ]
-    try:
-        yield running
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
-
-
-def run_job(*folders):
-    """Runs a job, and returns (exit code, standard output, error) of each process."""
-    with started(*folders) as running:
-        ended = [(process.communicate(timeout=900), process.returncode) for process in running]
-    return [(code, out, err) for (out, err), code in ended]
+def generate(folder, options=OPTIONS):
+    return ["generate", folder, *options]
 
 
 @pytest.mark.slow  # (an engine on two does, below, and test_load.py counts what each reads)
 def test_two_processes_give_the_tokens_of_one(folder, single):
     # When two processes with four devices each run the command
-    first, second = run_job(folder, folder)
+    first, second = run_job(generate(folder), generate(folder))
 
     # Then the first prints the answer, and the second nothing
     assert (first[0], second[0]) == (0, 0), (first, second)
@@ -102,7 +69,7 @@ def test_an_engine_on_two_processes_answers_until_one_is_killed(folder, single, 
     options = ["--prompts", prompts, *OPTIONS[2:], "--slots", "4", "--prefill-chunk", "16", "--cache-memory", "4MiB"]
 
     # When one of two processes is killed before the engine has the last answer
-    with started(folder, folder, options=options) as (first, second):
+    with started(*[generate(folder, options)] * 2) as (first, second):
         results = [json.loads(first.stdout.readline()) for _ in range(2)]
         second.kill()
         killed = time.monotonic()
@@ -120,7 +87,7 @@ def test_an_engine_on_two_processes_answers_until_one_is_killed(folder, single, 
 
 
 def test_one_that_fails_ends_all_with_its_reason(folder, tmp_path):
-    first, second = run_job(folder, tmp_path / "nowhere")
+    first, second = run_job(generate(folder), generate(tmp_path / "nowhere"))
     for code, out, err in (first, second):
         assert (code, out) == (1, "")
         assert re.findall("^kimi-jax: .*", err, re.M) == [

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from several_processes import run_job
 
 import checkpoints
 from checkpoints.toy import toy_config, write_toy
@@ -88,6 +89,48 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(run):
     assert run.step == 2
     list(run.steps())
     assert bits(run.state) == expected
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does_and_either_goes_on_where_the_other_stopped(folder, tmp_path):
+    # Given a run of two processes with four devices each
+    asked = [
+        "--data",
+        str(folder / "data.jsonl"),
+        "--batch",
+        "2",
+        "--tokens",
+        "64",
+        "--lr",
+        "5e-3",
+        "--save-every",
+        "2",
+    ]
+    command = ["train", str(folder / "toy"), *asked, "--steps", "4", "--mesh", "2x2x1x2", "--out"]
+    (code, out, err), second = run_job(*[[*command, str(tmp_path / "two")]] * 2)
+    # Then the first process alone speaks and publishes
+    assert (code, out, second[:2]) == (0, f"{tmp_path}/two/published\n", (0, "")), (err, second)
+    assert "4 steps" in err and "documents" not in second[2]
+    # and the steps are those of one process with eight devices (Newton-Schulz makes roundings larger from step to step)
+    assert main([*command, str(tmp_path / "one")]) == 0
+    losses = {
+        name: [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    }
+    np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-4)
+    np.testing.assert_allclose(losses["two"][:2], losses["one"][:2], rtol=1e-6)
+    one, two = (checkpoints.load(tmp_path / name / "published") for name in ("one", "two"))
+    for name, expected in named_leaves(nnx.state(one.model.embed_tokens)).items():
+        found = named_leaves(nnx.state(two.model.embed_tokens))[name]
+        np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=0, atol=0.01)
+    assert checkpoints.summary(tmp_path / "two" / "published") == checkpoints.summary(tmp_path / "one" / "published")
+    # When the last two steps are lost
+    for name in ("checkpoints/4", "published"):
+        shutil.rmtree(tmp_path / "two" / name)
+    # Then one process goes on from what two have saved
+    assert main([*command, str(tmp_path / "two"), "--resume"]) == 0
+    again = [json.loads(line)["loss"] for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose(again[4:], losses["two"][2:], rtol=1e-4)
 
 
 @pytest.mark.slow
