@@ -27,7 +27,8 @@ class Limits:
     """Bounds of what clients may do.
 
     api_key: None lets everybody in. hosts: the names under which the server may be called, None for any: without a key,
-    a page whose name leads to this machine could talk to it. per_client: requests of one address at one time.
+    a page whose name leads to this machine could talk to it. max_body, all_bodies: bytes of a request's body, and of
+    those of all running requests together. per_client: requests of one address at one time.
     body_seconds: in which a request's body must come. media_domains: those of `--allow-media-domain`, as
     `media_urls.media_domain` returns them.
     """
@@ -35,6 +36,7 @@ class Limits:
     api_key: str | None = None
     hosts: frozenset[str] | None = LOOPBACK
     max_body: int = 32 * 2**20
+    all_bodies: int = 2**30
     per_client: int = 256
     body_seconds: float = 60.0
     media_domains: tuple[str, ...] = ()
@@ -47,12 +49,13 @@ class Gate:
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, paths: frozenset[str]):
         self.app, self.limits, self.metrics, self.paths = app, limits, metrics, paths
         self._running: collections.Counter[str] = collections.Counter()
+        self._held = 0  # bytes of bodies of running requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), 499  # nginx's number for a client that went before an answer
+        began, held, status = time.monotonic(), 0, 499  # nginx's number for a client that went before an answer
         client, path = (scope.get("client") or ("unknown",))[0], scope["path"]
 
         async def note(message: Message) -> None:
@@ -61,15 +64,31 @@ class Gate:
                 status = message["status"]
             await send(message)
 
+        async def hold() -> Message:
+            nonlocal held
+            message = await receive()
+            size = len(message.get("body", b""))
+            held += size
+            self._held += size
+            if self._held > self.limits.all_bodies:
+                raise RequestError(
+                    429,
+                    f"the bodies of all running requests have more than {self.limits.all_bodies:,} bytes",
+                    code="rate_limit_exceeded",
+                    retry_after=1,
+                )
+            return message
+
         self._running[client] += 1
         try:
             refused = self._refusal(Headers(scope=scope), path, client)
             if refused is None:
-                await self.app(scope, receive, note)
+                await self.app(scope, hold, note)
             else:
                 answer = JSONResponse(refused.body(style(path)), refused.status, refused.headers)
                 await answer(scope, receive, note)
         finally:
+            self._held -= held
             self._running[client] -= 1
             if not self._running[client]:
                 del self._running[client]

@@ -1,5 +1,9 @@
 """The table of bad input, what may be asked under each mode of sampling, and the other paths of OpenAI's API."""
 
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import openai
 import pytest
 
@@ -240,6 +244,34 @@ def test_bodies_have_a_largest_size(locked):
     assert (
         locked.http.post("/v1/messages", content=pieces, headers=headers).json()["error"]["type"] == "request_too_large"
     )
+
+
+def test_bodies_of_all_requests_together_have_a_largest_size(serve):
+    one, began, goes_on = serve(Limits(max_body=10_000, all_bodies=12_000)), threading.Event(), threading.Event()
+    body = json.dumps({"model": NAME, "messages": HELLO, "unknown": "x" * 8_000}).encode()
+    headers = {"content-type": "application/json"}
+
+    def slowly():
+        yield body[:7_000]
+        began.set()
+        goes_on.wait(10)
+        yield body[7_000:]
+
+    def post(content):
+        return one.http.post("/v1/chat/completions", content=content, headers=headers)
+
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(post, slowly())
+        assert began.wait(10)
+        for _ in range(100):  # (the server has the first piece a moment after it was sent)
+            refused = post(body)
+            if refused.status_code == 429:
+                break
+        assert "all running requests have more than 12,000 bytes" in refused.json()["error"]["message"]
+        assert refused.headers["retry-after"] == "1"
+        goes_on.set()
+        assert first.result().status_code == 200
+    assert post(body).status_code == 200
 
 
 def test_a_full_queue_says_when_to_come_again(served):
