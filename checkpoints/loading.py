@@ -34,7 +34,7 @@ from checkpoints.stored.source import Source, open_source, plan_reads
 from kimi_jax.config import KimiConfig
 from kimi_jax.config_json import fit_target
 from kimi_jax.model.eagle import EagleHead
-from kimi_jax.model.kimi import Kimi
+from kimi_jax.model.kimi import Kimi, check_heads
 from pallas_kernels.formats import Dense, Weight
 from sharding import SERVE, Partition, Rules
 
@@ -66,12 +66,13 @@ def load(
     `progress` is called with the bytes that this process has read and their total.
 
     Raises FileNotFoundError where `path` holds no checkpoint, ConfigError or CheckpointError (both ValueErrors) where
-    it is damaged or of another model than its config.json says, ValueError where `mesh` does not divide the experts, or
-    the model has no part that `only` names.
+    it is damaged or of another model than its config.json says, ValueError where `mesh` does not divide the heads or
+    experts, or the model has no part that `only` names.
     """
     source = _open(path, verify)
     if not isinstance(source.contents.model, Kimi):
         raise CheckpointError(f"{source.folder}: is a draft head, not a model; checkpoints.load_head loads it")
+    check_heads(source.contents.model.config, Partition(mesh, rules))
     leaves = _choose_leaves(source.contents.leaves, only)
     model = _fill(source, source.contents.model, leaves, mesh, dtype, rules, progress)
     model.config = dataclasses.replace(model.config, folder=str(source.folder))

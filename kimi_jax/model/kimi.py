@@ -217,3 +217,10 @@ def placed(model: Kimi, mesh: Mesh | AbstractMesh, rules: Rules = SERVE) -> Kimi
     shardings = weight_shardings(params, mesh, rules)
     placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, shardings)
     return nnx.merge(graph, placed)
+
+
+def check_heads(config: KimiConfig, partition: Partition) -> None:
+    """Raises ValueError where the mesh does not divide the heads, though it may divide a matrix of all of them."""
+    partition.spec(("heads",), (config.text.num_attention_heads,))
+    if config.text.linear_attn is not None:
+        partition.spec(("kda_heads",), (config.text.linear_attn.num_heads,))

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from kimi_jax.model.context import PAGE
+from kimi_jax.model.kimi import check_heads
 from kimi_jax.plan.job import Job, Parameter, parameters, pool_sizes
 from kimi_jax.plan.traffic import Collective
 from kimi_jax.runtime import pools
@@ -103,11 +104,7 @@ def memory(job: Job, temporaries: int | None = None) -> Memory:
 
     Raises ValueError where the mesh divides the job's batch, heads or widths unevenly.
     """
-    text = job.config.text
-    # A matrix of all heads may divide where the heads do not
-    job.partition.spec(("heads",), (text.num_attention_heads,))
-    if text.linear_attn is not None:
-        job.partition.spec(("kda_heads",), (text.linear_attn.num_heads,))
+    check_heads(job.config, job.partition)
     of_kind = dict.fromkeys(("experts", "attention", "embeddings", "other weights", "vision"), 0)
     for weight, count in parameters(job.config):
         of_kind[weight.kind] += count * weight.local_bytes(job.sizes)

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from sharding import SINGLE_DEVICE, Partition
+from sharding import SINGLE_DEVICE, Partition, array_mesh
 
 # Projections of attention, and of dense and shared MLPs
 _ADAPTED = re.compile(r"model\.layers\.\d+\.(self_attn|mlp|mlp\.shared_experts)\.\w+_proj(_with_mqa)?\.weight")
@@ -34,15 +35,17 @@ def make_adapters(weights: Any, rank: int, partition: Partition = SINGLE_DEVICE,
     """
     adapters: list[tuple[Any, nnx.Variable]] = []
     for number, (path, variable) in enumerate(nnx.to_flat_state(weights)):
-        axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
+        axes, weight = variable.get_metadata()["axes"], variable.get_value()
+        mesh, shape = array_mesh(weight), weight.shape
         if len(shape) != 2:
             raise ValueError(f"{'.'.join(map(str, path))} has shape {shape}, expected a matrix for an adapter")
         key = jax.random.fold_in(jax.random.key(seed), number)
         drawn = jax.random.normal(key, (rank, shape[1]), jnp.float32) * shape[1] ** -0.5
-        parts = {_A: (drawn, (None, axes[1])), _B: (jnp.zeros((shape[0], rank), jnp.float32), (axes[0], None))}
+        parts = {_A: (drawn, (None, axes[1])), _B: (jnp.zeros((shape[0], rank)), (axes[0], None))}
         for name, (array, own) in parts.items():
-            if partition.mesh is not None:
-                array = jax.device_put(array, NamedSharding(partition.mesh, partition.spec(own, array.shape)))
+            if mesh is not None:  # (every process draws the whole of it)
+                placement = NamedSharding(mesh, partition.spec(own, array.shape))
+                array = jax.make_array_from_callback(array.shape, placement, np.asarray(array).__getitem__)
             adapters.append(((*path, name), nnx.Param(array, axes=own, full_shape=array.shape)))
     return nnx.from_flat_state(adapters)
 

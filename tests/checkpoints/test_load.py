@@ -189,6 +189,27 @@ def test_experts_that_do_not_divide(tmp_path: Path) -> None:
         load(folder, make_mesh("2x4"))
 
 
+@pytest.mark.parametrize(
+    ("like", "sizes", "message"),
+    [
+        # Matrices of two heads of 48 channels, and of two KDA heads, divide over four devices
+        (
+            "k2",
+            {"num_attention_heads": 2, "num_key_value_heads": 2},
+            "axis 'heads' of 2 does not divide by mesh axis 'tensor' of 4",
+        ),
+        ("kimi-linear", {}, "axis 'kda_heads' of 2 does not divide by mesh axis 'tensor' of 4"),
+    ],
+)
+def test_heads_that_do_not_divide(tmp_path: Path, like: str, sizes: dict[str, int], message: str) -> None:
+    config = toy_config(like, **sizes)
+    if like == "kimi-linear":
+        config["linear_attn_config"] = config["linear_attn_config"] | {"num_heads": 2}
+    folder = write_toy(tmp_path / "toy", config)
+    with pytest.raises(ValueError, match=message):
+        load(folder, make_mesh("1x2x4"))
+
+
 def test_a_checkpoint_of_another_model(converted: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(converted["k2"], tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())

@@ -16,6 +16,7 @@ from kimi_jax.cli import main
 from kimi_jax.training import Rows, as_published, is_adapted, label_logits, make_adapters, merge_adapters
 from kimi_jax.training.leaves import named_leaves
 from kimi_jax.training.run import Run, Settings
+from sharding import make_mesh
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_attention_heads": 2,
@@ -67,6 +68,17 @@ def test_the_merged_checkpoint_computes_what_was_trained(run):
     for name, tensor in before.items():
         same = tensor.tobytes() == after[name].tobytes()
         assert same != is_adapted(name) or name.endswith("e_score_correction_bias"), name
+
+
+@pytest.mark.slow
+def test_a_mesh_trains_the_adapters_of_one_device(run, tmp_path):
+    settings, mesh = run.settings, make_mesh("2x1x2", jax.devices()[:4])
+    sharded = Run(run.folder, run.folder.parent / "data.jsonl", tmp_path / "out", settings, mesh=mesh)
+    factors = named_leaves(sharded.state.trained)
+    assert any(not x.sharding.is_fully_replicated for x in factors.values())
+    losses = [float(metrics.loss) for _, metrics in sharded.steps()]
+    sharded.close()
+    np.testing.assert_allclose(losses, run.losses, rtol=1e-4)  # (weights are rounded to bf16 at each step)
 
 
 def test_an_adapter_that_has_not_been_trained_changes_nothing():
