@@ -68,11 +68,14 @@ class Processor:
         images: Sequence[Any] = (),
         videos: Sequence[Any] = (),
         files: str | Path | None = None,
+        thinking_effort: str | None = None,
+        tool_choice: str | None = None,
+        response_format: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """Returns the prompt of a conversation, with its images and videos opened and cut into patches.
 
         messages: a list in OpenAI's schema, or a text: the message of one user.
-        tools, thinking, preserve_thinking: as `chat.render` has them.
+        tools, thinking, preserve_thinking, thinking_effort, tool_choice, response_format: as `chat.render` has them.
         images, videos: shown before the text where `messages` is one. They are the program's own: each a path, `data:`
             URL or bytes, an image also a uint8 array or PIL image; a video is an animation.
         files: the folder whose files a list of messages may name in strings (relative paths begin there); None allows
@@ -83,11 +86,20 @@ class Processor:
         """
         own = isinstance(messages, str)  # then the program itself, not a stranger, says what is shown
         messages, parts = _with_parts(messages, images, videos)
+        encode = functools.partial(
+            chat.encode,
+            self.tokenizer,
+            messages,
+            tools,
+            thinking,
+            self.template,
+            preserve_thinking=preserve_thinking,
+            thinking_effort=thinking_effort,
+            tool_choice=tool_choice,
+            response_format=response_format,
+        )
         if not parts:
-            ids = chat.encode(
-                self.tokenizer, messages, tools, thinking, self.template, preserve_thinking=preserve_thinking
-            )
-            return Prompt(np.array([ids], np.int32), None)
+            return Prompt(np.array([encode()], np.int32), None)
         vision, placeholder = self.config.vision, self.config.media_placeholder_token_id
         if vision is None or placeholder is None:
             raise ValueError(
@@ -96,16 +108,7 @@ class Processor:
         folder = None if files is None else Path(files)
         sources = [(part.kind, part.source if own else media.from_message(part.source, folder)) for part in parts]
         patches, grids, chunks, sizes = read_all(sources, self.media_config)
-        ids = chat.encode(
-            self.tokenizer,
-            messages,
-            tools,
-            thinking,
-            self.template,
-            preserve_thinking=preserve_thinking,
-            videos=chunks,
-            image_sizes=sizes,
-        )
+        ids = encode(videos=chunks, image_sizes=sizes)
         ids = media.expand(ids, grids, placeholder_id=placeholder, merge_kernel_size=vision.merge_kernel_size[0])
         return Prompt(np.array([ids], np.int32), Media(patches, np.array(grids, np.int32)))
 

@@ -29,11 +29,18 @@ class EngineBackend:
             _ = processor.media_config  # what is wrong in it is no request's fault
 
     def prompt(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, thinking: bool, preserve_thinking: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Any,
+        thinking: bool,
+        preserve_thinking: bool,
+        options: Mapping[str, Any],
     ) -> Prompt:
         """Returns a conversation's prompt. Strings in it open no file and no address."""
         try:
-            found = self.processor(messages, tools, thinking, preserve_thinking=preserve_thinking, files=None)
+            found = self.processor(
+                messages, tools, thinking, preserve_thinking=preserve_thinking, files=None, **options
+            )
         except ValueError as error:
             folder = printable(self.processor.folder)
             raise invalid(str(error).replace(folder, "the model"), "messages") from None

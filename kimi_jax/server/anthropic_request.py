@@ -9,7 +9,7 @@ from kimi_jax.server.anthropic_schema import CountRequest, MessagesRequest, Tool
 from kimi_jax.server.errors import RequestError, invalid
 from kimi_jax.server.generation import Chat
 from kimi_jax.server.openai_request import stops
-from kimi_jax.text import grammar
+from kimi_jax.text.json_rules import json_rule
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
@@ -30,6 +30,8 @@ def messages_request(body: MessagesRequest) -> Chat:
         _content(body),
         thinks(body),
         budget=budget,
+        effort=None if body.output_config is None else body.output_config.effort,
+        form=_form(body),
         max_tokens=body.max_tokens,
         sampling={name: value for name, value in given.items() if value is not None},
         stop=stops(body.stop_sequences),
@@ -178,10 +180,16 @@ def _tool_choice(choice: ToolChoice | None) -> Any:
     return _CHOICES[choice.type]
 
 
-def _content(body: MessagesRequest) -> str | None:
+def _form(body: MessagesRequest) -> dict[str, Any] | None:
+    """Returns the form of the content as OpenAI's chat completions have it."""
     form = None if body.output_config is None else body.output_config.format
     if form is None:
         return None
     if form.get("type") != "json_schema" or not isinstance(form.get("schema"), Mapping):
         raise invalid("output_config.format is no object of type json_schema with a schema", "output_config")
-    return grammar.json_rule(form["schema"])
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": form["schema"]}}
+
+
+def _content(body: MessagesRequest) -> str | None:
+    form = _form(body)
+    return None if form is None else json_rule(form["json_schema"]["schema"])

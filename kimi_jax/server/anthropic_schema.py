@@ -14,9 +14,10 @@ class ToolChoice(msgspec.Struct):
 
 
 class OutputConfig(msgspec.Struct):
-    """Holds the form of the content: `{"type": "json_schema", "schema": {...}}`."""
+    """Holds the form of the content, `{"type": "json_schema", "schema": {...}}`, and how much to think."""
 
     format: dict[str, Any] | None = None
+    effort: str | None = None
 
 
 class CountRequest(msgspec.Struct, kw_only=True):

@@ -61,7 +61,7 @@ class Service:
         """Begins to answer with a backend. Reads its tokenizer for masks, which takes seconds."""
         masks = Masks(backend.tokenizer, backend.vocab_size, backend.stop_ids)
         masks.warm()
-        prompt = backend.prompt([{"role": "user", "content": ""}], None, True, False)
+        prompt = backend.prompt([{"role": "user", "content": ""}], None, True, False, {})
         self._thinks = chat.answer_starts_in(backend.tokenizer, prompt.ids) == "reasoning"
         self._masks, self._backend = masks, backend
 

@@ -120,9 +120,15 @@ class Backend(Protocol):
     stop_ids: Sequence[int]
 
     def prompt(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, thinking: bool, preserve_thinking: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Any,
+        thinking: bool,
+        preserve_thinking: bool,
+        options: Mapping[str, Any],
     ) -> Prompt:
-        """Returns a conversation's prompt; takes long where there are pictures. Raises `RequestError`."""
+        """Returns a conversation's prompt; takes long where there are pictures. `options` are those that only some
+        templates have, by the names of `chat.render`. Raises `RequestError`."""
         ...
 
     def submit(self, prompt: Prompt, settings: Settings) -> Stream:

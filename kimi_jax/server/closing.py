@@ -13,6 +13,8 @@ import numpy as np
 
 from kimi_jax.text import Tokenizer
 from kimi_jax.text.answer_states import Marker
+from kimi_jax.text.parsers import end_of_calls
+from kimi_jax.text.xtml import CLOSE, OPEN
 
 # Tokens that closing may need beyond the measured ones, an eighth of an answer's at most: a model spells what it may
 # choose, a number or a name say, in its own way.
@@ -40,15 +42,17 @@ class ClosingTokens:
     def __init__(self, tok: Tokenizer, words: int):
         self._tok, self._words = tok, words
         self._special = frozenset(tok.special_tokens.values())
-        self.end_section = tok.special_tokens.get(Marker.END_SECTION.value)
+        self.end_section = end_of_calls(tok)
+        # K3's ends every element, its content too
+        close = CLOSE.text if CLOSE.text in tok.special_tokens else Marker.END_SECTION.value
+        self._ends = [tok.special_tokens[close]] if close in tok.special_tokens else []
 
     @functools.cached_property
     def _closers(self) -> dict[Place, list[int]]:
-        first = [] if self.end_section is None else [self.end_section]
         ids = {one: self._tok.encode(one, allow_special=False)[0] for one in ']}",:'}
         # (All that is not a quote is text in a string. After a backslash a quote is too, and the string goes on.)
-        inside = [*first, ids['"']]
-        return {Place.OUTSIDE: [*first, *ids.values()], Place.STRING: inside, Place.ESCAPE: inside}
+        inside = [*self._ends, ids['"']]
+        return {Place.OUTSIDE: [*self._ends, *ids.values()], Place.STRING: inside, Place.ESCAPE: inside}
 
     @functools.cached_property
     def beginnings(self) -> list[int]:
@@ -62,8 +66,8 @@ class ClosingTokens:
         single = self._tok.encoding.decode_single_token_bytes
         for token in range(min(self._words, self._tok.vocab_size)):
             opens[token] = token not in self._special and single(token).lstrip().startswith((b"{", b"["))
-        for marker in (Marker.BEGIN_SECTION, Marker.BEGIN_CALL):
-            if (token := self._tok.special_tokens.get(marker.value, self._words)) < self._words:
+        for marker in (Marker.BEGIN_SECTION.value, Marker.BEGIN_CALL.value, OPEN.text):
+            if (token := self._tok.special_tokens.get(marker, self._words)) < self._words:
                 opens[token] = True
         return np.packbits(opens, bitorder="little").view(np.uint32)
 
@@ -90,6 +94,10 @@ class ClosingTokens:
         """Counts the ends of lists and objects in tokens that have no strings but empty ones."""
         data = b"".join(self._tok.encoding.decode_single_token_bytes(one) for one in tokens if one not in self._special)
         return data.count(b"]") + data.count(b"}")
+
+    def may_end_section(self, matcher: Any) -> bool:
+        """Says whether a section of calls may end now."""
+        return bool(self.end_section) and matcher.validate_tokens(self.end_section) == len(self.end_section)
 
     def closer(self, matcher: Any, place: Place) -> int | None:
         """Returns the token that brings the form nearest to its end, None where the matcher takes no such token."""
@@ -152,7 +160,7 @@ class Closing:
                 self._last_try = way[0]
                 narrow = self._tokens.only(way[0])
         # (A further call that is not made is no loss: the model can make it in its next turn.)
-        self.shortened |= closer != self._tokens.end_section and bool((mask != narrow).any())
+        self.shortened |= bool((mask != narrow).any()) and not self._tokens.may_end_section(self._matcher)
         return narrow
 
     def _measure(self, position: int, margin: int) -> list[int] | None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kimi_jax.printable import printable
 from kimi_jax.server.backend import Backend, Prompt, Settings
 from kimi_jax.server.errors import invalid
 from kimi_jax.server.masks import Masks
@@ -15,6 +16,9 @@ from kimi_jax.text import Tokenizer, chat, grammar
 from kimi_jax.text.answer_states import SPELLINGS, Marker
 from kimi_jax.text.messages import REASONING
 from kimi_jax.text.modes import TEMPERATURE, TOP_P
+from kimi_jax.text.parsers import beginning_of_content, end_of_reasoning
+from kimi_jax.text.templates import template_options
+from kimi_jax.text.xtml import EFFORTS
 
 SamplingMode = Literal["open", "kimi"]
 
@@ -30,8 +34,10 @@ BEGIN_CALLS = (Marker.BEGIN_SECTION, Marker.BEGIN_CALL)
 class Chat:
     """A conversation to answer.
 
-    thinking: None is the model's default. budget: the most tokens of reasoning. content: the right side of a grammar's
-    rule for the content. sampling: the values that the client gave. max_tokens: None is as many as there is room for.
+    thinking: None is the model's default. effort: how much to think, None and "none" say nothing. budget: the most
+    tokens of reasoning. content: the right side of a grammar's rule for the content. form: the object of OpenAI's
+    `response_format` that `content` is of, which some prompts show. sampling: the values that the client gave.
+    max_tokens: None is as many as there is room for.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -46,6 +52,8 @@ class Chat:
     sampling: Mapping[str, float | int] = field(default_factory=dict)
     seed: int | None = None
     choices: int = 1
+    effort: str | None = None
+    form: Mapping[str, Any] | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
 
@@ -72,7 +80,7 @@ def prepare(backend: Backend, masks: Masks, request: Chat, mode: SamplingMode, t
     prompt = write_prompt(backend, request, thinking)
     max_tokens = room(backend, len(prompt.ids), request.max_tokens)
     reasoning = chat.answer_starts_in(backend.tokenizer, prompt.ids) == "reasoning"
-    written = _grammar(backend.tokenizer, request)
+    written = _grammar(backend.tokenizer, request, reasoning)
     budget = request.budget
     if written is not None and reasoning:
         # An answer of a form needs an end of its reasoning, whatever the weights.
@@ -99,21 +107,21 @@ def write_prompt(backend: Backend, request: Chat, thinking: bool) -> Prompt:
         if message.get("partial"):
             raise invalid(f"messages[{index}].partial is true, expected so in the last message alone", "messages")
     if not messages or not messages[-1].get("partial"):
-        return backend.prompt(messages, request.tools, thinking, request.preserve_thinking)
+        return backend.prompt(messages, request.tools, thinking, request.preserve_thinking, _options(backend, request))
     last, where = messages.pop(), f"messages[{len(messages)}]"
     content, reasoning = last.get("content"), next((last[key] for key in REASONING if last.get(key)), None)
     if last["role"] != "assistant" or not isinstance(content, str) or last.get("tool_calls"):
         raise invalid(f"{where}.partial is true, expected so of an assistant's message with a text", "messages")
     if request.content is not None:
         raise invalid("response_format goes without a partial message", "response_format")
-    prompt = backend.prompt(messages, request.tools, thinking, request.preserve_thinking)
+    prompt = backend.prompt(messages, request.tools, thinking, request.preserve_thinking, _options(backend, request))
     tok, ids = backend.tokenizer, list(prompt.ids)
     if last.get("name"):
         ids = _named(tok, ids, str(last["name"]))
     if chat.answer_starts_in(tok, ids) == "reasoning":
         if not reasoning:
             raise invalid(f"{where} is partial, which with thinking needs its reasoning_content", "messages")
-        ids += [*tok.encode(str(reasoning), allow_special=False), tok.special_tokens[Marker.END_THINK.value]]
+        ids += [*tok.encode(str(reasoning), allow_special=False), *end_of_reasoning(tok), *beginning_of_content(tok)]
     return Prompt(ids + tok.encode(content, allow_special=False), prompt.media)
 
 
@@ -163,7 +171,22 @@ def sampling_values(request: Chat, mode: SamplingMode, thinking: bool) -> dict[s
     return values
 
 
-def _grammar(tok: Tokenizer, request: Chat) -> str | None:
+def _options(backend: Backend, request: Chat) -> dict[str, Any]:
+    """Returns what the template shows of a request and only some templates do. Raises `RequestError` for an effort that
+    the template does not know."""
+    known = template_options(backend.template)
+    effort = None if request.effort == "none" else request.effort
+    if "thinking_effort" in known and effort not in (None, *EFFORTS):
+        raise invalid(
+            f"the effort of thinking is {printable(repr(effort), 60)}, expected none, {', '.join(EFFORTS)}",
+            "reasoning_effort",
+        )
+    choice = request.tool_choice if request.tool_choice in (None, "auto", "none") else "required"
+    options = {"thinking_effort": effort, "tool_choice": choice, "response_format": request.form}
+    return {name: value for name, value in options.items() if name in known and value is not None}
+
+
+def _grammar(tok: Tokenizer, request: Chat, reasoning: bool) -> str | None:
     """Returns the grammar that the answer is held to, None where it is free.
 
     A model that may call tools, or not, writes calls by itself: a mask of its tokens would cost a round trip each.
@@ -178,6 +201,7 @@ def _grammar(tok: Tokenizer, request: Chat) -> str | None:
             content=request.content,
             parallel=request.parallel,
             number=grammar.next_number(request.messages),
+            reasoning=reasoning,
         )
     except ValueError as error:
         raise invalid(str(error), _field(str(error))) from None

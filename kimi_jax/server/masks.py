@@ -10,7 +10,8 @@ import numpy as np
 from kimi_jax.server.closing import Closing, ClosingTokens
 from kimi_jax.server.errors import invalid
 from kimi_jax.text import Tokenizer
-from kimi_jax.text.answer_states import Marker
+from kimi_jax.text.parsers import end_of_reasoning
+from kimi_jax.text.xtml import OPEN
 
 # Compiled grammars that are kept: clients send the same few tools and schemas again and again.
 _KEPT = 64
@@ -27,7 +28,8 @@ class Masks:
         self.tok, self.words, self.stop_ids = tok, words, list(stop_ids)
         self._lock = threading.Lock()
         self._compile = functools.lru_cache(_KEPT)(self._compiled)
-        self.end_think = tok.special_tokens.get(Marker.END_THINK.value)
+        self.end_think = end_of_reasoning(tok)
+        self.open = tok.special_tokens.get(OPEN.text)  # with which K3 may begin its content, its reasoning unclosed
         self.closing = ClosingTokens(tok, words)
 
     def warm(self) -> None:
@@ -42,18 +44,12 @@ class Masks:
 
         written: the grammar from the end of the reasoning on. reasoning: whether the answer begins in it. budget: the
         most tokens of reasoning. max_tokens: those of the answer. Raises `RequestError` for a grammar that llguidance
-        refuses, and where reasoning should end that no single token ends, as Kimi K3's.
+        refuses.
         """
         if not reasoning:
             budget = None
         if written is None and budget is None:
             return [None] * count
-        if reasoning and self.end_think is None:
-            raise invalid(
-                "no single token ends the reasoning of this model, so that with thinking an answer is held to no "
-                "budget, form or choice of tools; turn thinking off",
-                "thinking",
-            )
         matcher = None
         if written is not None:
             with self._lock:
@@ -65,17 +61,11 @@ class Masks:
 
     @functools.cached_property
     def reasoning_mask(self) -> np.ndarray:
-        """A mask of all tokens but special ones, with the end of reasoning; uint32 [words / 32, rounded up]."""
+        """A mask of all tokens but special ones, and of the first that ends reasoning; uint32 [words / 32]."""
         ids = np.arange(-(-self.words // 32) * 32)
         allowed = (ids < self.tok.vocab_size) & ~np.isin(ids, list(self.tok.special_tokens.values()))
-        allowed[self.end_think] = True
+        allowed[self.end_think[0]] = True
         return np.packbits(allowed, bitorder="little").view(np.uint32)
-
-    @functools.cached_property
-    def end_mask(self) -> np.ndarray:
-        """A mask of the end of reasoning alone; uint32 [words / 32, rounded up]."""
-        assert self.end_think is not None
-        return self.closing.only(self.end_think)
 
     @functools.cached_property
     def _guidance(self) -> Any:
@@ -95,14 +85,15 @@ class Masks:
 class AnswerMask:
     """Says which tokens one answer may go on with, as the engine's mask providers do.
 
-    In reasoning all plain tokens are allowed until `budget` of them are there, then its end alone; after it what the
-    matcher allows, all without one. A form is closed before `max_tokens` run out.
+    In reasoning all plain tokens are allowed until `budget` of them are there, then its end alone, which K3 spells in
+    several tokens; after it what the matcher allows, all without one. A form is closed before `max_tokens` run out.
     """
 
     def __init__(self, matcher: Any, masks: Masks, reasoning: bool, budget: int | None, max_tokens: int):
         self._matcher, self._masks, self._reasoning, self._budget = matcher, masks, reasoning, budget
         self._closing = None if matcher is None else Closing(matcher, masks.closing, max_tokens)
         self._position = 0  # tokens that were looked at
+        self._ended = 0  # of the tokens that end reasoning, those that are there
         self._mask = np.zeros(-(-masks.words // 32), np.int32)
 
     @property
@@ -114,8 +105,8 @@ class AnswerMask:
         """Returns the mask of the next token, None for all; see the engine's `MaskProvider`."""
         self._advance(tokens)
         if self._reasoning:
-            if self._must_end():
-                return self._masks.end_mask
+            if rest := self._rest_of_end():
+                return self._masks.closing.only(rest[0])
             return None if self._matcher is None else self._masks.reasoning_mask
         if self._matcher is None or self._closing is None:
             return None
@@ -130,7 +121,7 @@ class AnswerMask:
         """Returns the tokens that must come next."""
         self._advance(tokens)
         if self._reasoning:
-            return [self._masks.end_think] if self._must_end() and self._masks.end_think is not None else []
+            return self._rest_of_end()
         return [] if self._matcher is None else list(self._matcher.compute_ff_tokens())
 
     def stopped(self, tokens: list[int]) -> bool:
@@ -138,12 +129,19 @@ class AnswerMask:
         self._advance(tokens)
         return not self._reasoning and self._matcher is not None and self._matcher.is_stopped()
 
-    def _must_end(self) -> bool:
-        return self._budget is not None and self._position >= self._budget
+    def _rest_of_end(self) -> list[int]:
+        """Returns the tokens that end the reasoning, or their rest, where they must come now."""
+        begun = self._ended > 0 and self._matcher is not None
+        over = self._budget is not None and self._position >= self._budget
+        return self._masks.end_think[self._ended :] if begun or over else []
 
     def _advance(self, tokens: list[int]) -> None:
+        end = self._masks.end_think
         while self._reasoning and self._position < len(tokens):
-            self._reasoning = tokens[self._position] != self._masks.end_think
+            token = tokens[self._position]
+            self._ended = self._ended + 1 if token == end[self._ended] else int(token == end[0])
+            unclosed = token == self._masks.open and self._position > 0
+            self._reasoning = self._ended < len(end) and not unclosed
             self._position += 1
         if self._reasoning or self._matcher is None or self._closing is None:
             return

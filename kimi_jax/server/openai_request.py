@@ -52,6 +52,8 @@ def chat_request(body: ChatRequest) -> Chat:
         body.sampling(),
         body.seed,
         1 if body.n is None else body.n,
+        body.reasoning_effort,
+        body.response_format if (body.response_format or {}).get("type") != "text" else None,
         stops(body.stop),
         top if body.logprobs else None,
     )

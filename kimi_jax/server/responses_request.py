@@ -41,6 +41,8 @@ def responses_request(body: ResponsesRequest) -> Chat:
         _content(body),
         wants_thinking(body.thinking, body.chat_template_kwargs or TemplateOptions(), effort),
         budget=budget,
+        effort=effort,
+        form=_form(body),
         max_tokens=body.max_output_tokens,
         sampling={name: value for name, value in given.items() if value is not None},
     )
@@ -171,18 +173,23 @@ def _tool_choice(choice: Any) -> Any:
 
 def _content(body: ResponsesRequest) -> str | None:
     """Returns the right side of the grammar's rule for the content."""
-    form: Mapping[str, Any] | None = None if body.text is None else body.text.format
-    if form is None:
-        return None
-    if form.get("type") == "json_schema":
-        form = {"type": "json_schema", "json_schema": {key: value for key, value in form.items() if key != "type"}}
     try:
-        return grammar.content_rule(form)
+        return grammar.content_rule(_form(body))
     except ValueError as error:
         message = (
             str(error).replace("response_format.json_schema", "text.format").replace("response_format", "text.format")
         )
         raise invalid(message, "text") from None
+
+
+def _form(body: ResponsesRequest) -> Mapping[str, Any] | None:
+    """Returns the form of the content as chat completions have it, None for text."""
+    form: Mapping[str, Any] | None = None if body.text is None else body.text.format
+    if form is None or form.get("type") == "text":
+        return None
+    if form.get("type") != "json_schema":
+        return form
+    return {"type": "json_schema", "json_schema": {key: value for key, value in form.items() if key != "type"}}
 
 
 def echoed(body: ResponsesRequest) -> dict[str, Any]:

@@ -12,32 +12,20 @@ from typing import Any
 
 from kimi_jax.printable import printable
 from kimi_jax.text.answer_states import Marker
+from kimi_jax.text.json_rules import OBJECT, json_rule
 from kimi_jax.text.messages import Message
 from kimi_jax.text.plain import plain
 from kimi_jax.text.tokenizer import Tokenizer
 from kimi_jax.text.tools import Tools, read_tools
+from kimi_jax.text.xtml import OPEN
+from kimi_jax.text.xtml_grammar import XtmlGrammar
 
 MAX_TOOLS = 128  # as Moonshot's and OpenAI's APIs have it
 
-# With optional blanks, weights that know nothing of JSON write blanks for ever.
-_COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
-_OBJECT = {"type": "object"}
 _TEXT = "TEXT: /(.|\\n)+/"
 # A bound, because digits without end are a grammar too.
 _NUMBER = "NUMBER: /0|[1-9][0-9]{0,3}/"
 _CALL_NUMBER = re.compile(r".+:([0-9]{1,6})")
-# Keywords whose values are schemas by name, and those whose values are no schemas.
-_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_VALUES = ("enum", "const", "default", "examples", "required")
-
-
-def json_rule(schema: Mapping[str, Any]) -> str:
-    """Returns the right side of a rule for compact JSON of a schema.
-
-    `$id` is left out, because references are followed inside the schema alone and llguidance refuses ids that are no
-    URI. llguidance says later which of a schema's keywords it cannot keep.
-    """
-    return "%json " + json.dumps({**_without_ids(schema), "x-guidance": _COMPACT})
 
 
 def content_rule(response_format: Any) -> str | None:
@@ -53,7 +41,7 @@ def content_rule(response_format: Any) -> str | None:
         case "text":
             return None
         case "json_object":
-            return json_rule(_OBJECT)
+            return json_rule(OBJECT)
         case "json_schema":
             named = _object(form.get("json_schema"), "response_format.json_schema")
             _text(named.get("name"), "response_format.json_schema.name")
@@ -61,7 +49,7 @@ def content_rule(response_format: Any) -> str | None:
             strict = named.get("strict")
             if not isinstance(strict, bool | None):
                 raise _wrong("response_format.json_schema.strict", strict, "a boolean")
-            return json_rule(_OBJECT if strict is False else schema)
+            return json_rule(OBJECT if strict is False else schema)
     raise _wrong("response_format.type", form.get("type"), "text, json_object or json_schema")
 
 
@@ -93,6 +81,7 @@ def write_grammar(
     content: str | None = None,
     parallel: bool = True,
     number: int = 0,
+    reasoning: bool = True,
 ) -> str | None:
     """Returns the grammar of an answer, or None where it may be anything.
 
@@ -102,16 +91,20 @@ def write_grammar(
     content: the right side of the rule for an answer that calls nothing (`content_rule`, `choice_rule`, ...); None is
         any text, which may then also stand before calls.
     parallel: whether more than one call may be made.
-    number: the number of the first call, `next_number` of the conversation; the model numbers further ones.
+    number: the number of the first call, `next_number` of the conversation; the model numbers further ones. (K3 counts
+        an answer's calls from one.)
+    reasoning: whether the answer begins in reasoning, after which K3's content is yet to open.
 
     Raises ValueError naming the field that is wrong.
     """
     functions = _functions(tools)
     chosen, forced = _chosen(tool_choice, functions)
+    if content is None and not functions:
+        return None
+    if OPEN.text in tok.special_tokens:
+        return XtmlGrammar(tok).write(chosen, content, forced=forced, parallel=parallel, reasoning=reasoning)
     rules = [_TEXT] if content is None else [f"content: {content}"]
     if not chosen:
-        if content is None and not functions:
-            return None
         return "\n".join(["start: TEXT?" if content is None else "start: content", *rules])
     if forced:
         rules = ["start: section"]
@@ -171,7 +164,7 @@ def _functions(tools: Tools) -> dict[str, Any]:
         if not isinstance(strict, bool | None):
             raise _wrong(f"{where}.strict", strict, "a boolean")
         parameters = _object(function.get("parameters") or {}, f"{where}.parameters")
-        functions[name] = _of_object(parameters) if strict else _OBJECT
+        functions[name] = _of_object(parameters) if strict else OBJECT
     return functions
 
 
@@ -196,21 +189,7 @@ def _chosen(tool_choice: Any, functions: Mapping[str, Any]) -> tuple[Mapping[str
 def _of_object(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns a schema of arguments, which are an object even where it does not say so."""
     says = ("type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const")
-    return schema if any(key in schema for key in says) else {**_OBJECT, **schema}
-
-
-def _without_ids(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_without_ids(one) for one in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    kept: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in _BY_NAME and isinstance(value, Mapping):
-            kept[key] = {name: _without_ids(one) for name, one in value.items()}
-        elif key != "$id":
-            kept[key] = value if key in _VALUES else _without_ids(value)
-    return kept
+    return schema if any(key in schema for key in says) else {**OBJECT, **schema}
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:

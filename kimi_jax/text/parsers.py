@@ -188,6 +188,32 @@ def answer_starts_in(tok: Tokenizer, prompt: Sequence[SupportsIndex] | np.ndarra
     return "reasoning" if last is not None and last == ids[0] else "content"
 
 
+def end_of_reasoning(tok: Tokenizer) -> list[int]:
+    """Returns the ids that end reasoning, `</think>` or K3's tag of it, empty where the tokenizer has none."""
+    if OPEN.text in tok.special_tokens:
+        return _tag(tok, XtmlMarker.CLOSE, "think")
+    end = tok.special_tokens.get(Marker.END_THINK.value)
+    return [] if end is None else [end]
+
+
+def beginning_of_content(tok: Tokenizer) -> list[int]:
+    """Returns the ids that open the content after reasoning: K3's `response`, and none for others."""
+    return _tag(tok, XtmlMarker.OPEN, "response") if OPEN.text in tok.special_tokens else []
+
+
+def end_of_calls(tok: Tokenizer) -> list[int]:
+    """Returns the ids that end a section of calls of tools, empty where the tokenizer has none."""
+    if OPEN.text in tok.special_tokens:
+        return _tag(tok, XtmlMarker.CLOSE, "tools")
+    end = tok.special_tokens.get(Marker.END_SECTION.value)
+    return [] if end is None else [end]
+
+
+def _tag(tok: Tokenizer, marker: XtmlMarker, name: str) -> list[int]:
+    special = tok.special_tokens
+    return [special[marker.value], *tok.encode(name, allow_special=False), special[XtmlMarker.SEP.value]]
+
+
 def _starts_in_element(tok: Tokenizer, prompt: Sequence[SupportsIndex] | np.ndarray) -> StartsIn:
     """Returns "reasoning" where the last tag of K3's prompt opens `think`."""
     tags = {tok.special_tokens[marker.value]: marker for marker in (XtmlMarker.OPEN, XtmlMarker.CLOSE)}
@@ -195,8 +221,8 @@ def _starts_in_element(tok: Tokenizer, prompt: Sequence[SupportsIndex] | np.ndar
     last = next((place for place in reversed(range(len(ids))) if ids[place] in tags), None)
     if last is None or tags[ids[last]] is XtmlMarker.CLOSE:
         return "content"
-    think = [*tok.encode("think", allow_special=False), tok.special_tokens[XtmlMarker.SEP.value]]
-    return "reasoning" if ids[last + 1 : last + 1 + len(think)] == think else "content"
+    think = _tag(tok, XtmlMarker.OPEN, "think")
+    return "reasoning" if ids[last : last + len(think)] == think else "content"
 
 
 def _states(thinking: bool, tools: Tools, model: str | Path, starts_in: StartsIn | None) -> AnswerStates | XtmlStates:

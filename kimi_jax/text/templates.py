@@ -8,6 +8,7 @@ so people and tools cannot forge a marker in a prompt that is encoded from segme
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kimi_jax.text.messages import IMAGE_TYPES, VIDEO_TYPES, Message
@@ -161,3 +162,8 @@ BUILT_IN: Mapping[str, Template] = {
         is_xtml=True,
     ),
 }
+
+
+def template_options(template: str | Path) -> frozenset[str]:
+    """Returns the options that a template has and others have not; a folder's own template has none."""
+    return BUILT_IN[str(template)].options if str(template) in BUILT_IN else frozenset()

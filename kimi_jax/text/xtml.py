@@ -90,13 +90,34 @@ def k3(
     return segments
 
 
+def escape(value: str) -> str:
+    """Returns the value of an attribute as it stands between quotes."""
+    return value.replace("&", "&amp;").replace('"', "&quot;")
+
+
+def kind_of(value: Any) -> str:
+    """Returns the type of an argument's element, for a value as JSON has it."""
+    match value:
+        case str():
+            return "string"
+        case bool():
+            return "boolean"
+        case None:
+            return "null"
+        case int() | float():
+            return "number"
+        case list():
+            return "array"
+    return "object"
+
+
 def _open(tag: str, **attributes: str) -> Iterator[Segment]:
     yield OPEN
     yield Segment(tag)
     for key, value in attributes.items():
         yield Segment(f" {key}")
         yield Segment('="')
-        yield Segment(value.replace("&", "&amp;").replace('"', "&quot;"))
+        yield Segment(escape(value))
         yield Segment('"')
     yield SEP
 
@@ -170,23 +191,8 @@ def _arguments(arguments: Any, where: str) -> list[Segment]:
     segments = []
     for key, value in values.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        segments += _element("argument", [Segment(text)], key=key, type=_kind(value))
+        segments += _element("argument", [Segment(text)], key=key, type=kind_of(value))
     return segments
-
-
-def _kind(value: Any) -> str:
-    match value:
-        case str():
-            return "string"
-        case bool():
-            return "boolean"
-        case None:
-            return "null"
-        case int() | float():
-            return "number"
-        case list():
-            return "array"
-    return "object"
 
 
 def _results(

@@ -25,6 +25,15 @@ def test_a_picture_stands_in_the_prompt_with_the_size_that_it_had(processor: Pro
     np.testing.assert_allclose([first, second], [[255, 127, 127], [217, 89, 89]], atol=1)
 
 
+def test_what_a_request_asks_stands_in_the_prompt(processor: Processor) -> None:
+    asked = {"thinking_effort": "low", "tool_choice": "none", "response_format": {"type": "json_object"}}
+    text = processor.tokenizer.decode(processor("Hello", **asked).tokens[0].tolist())
+    for shown in ("invoked with `thinking_effort=low`", "invoked with `tool_choice=none`", "json_object"):
+        assert shown in text
+    with pytest.raises(ValueError, match=r"thinking_effort is 'medium', expected low, high, max"):
+        processor("Hello", thinking_effort="medium")
+
+
 def test_answers_end_at_either_stop_id(processor: Processor) -> None:
     # [EOS] too, which no file of the release names, in its vocabulary
     assert preset("kimi-k3").stop_ids == (163585, 163586)

@@ -1,5 +1,8 @@
 """Requests to a server of Kimi K3, whose reasoning and calls are elements and no single tokens."""
 
+import json
+
+import numpy as np
 import pytest
 
 from kimi_jax.server.backend import Backend, Prompt
@@ -7,6 +10,7 @@ from kimi_jax.server.errors import RequestError
 from kimi_jax.server.generation import Chat, prepare
 from kimi_jax.server.masks import Masks
 from kimi_jax.text import Tokenizer, chat
+from kimi_jax.text.grammar import content_rule
 from kimi_jax.text.tiny import K3_SLOTS, write_tiny_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -21,18 +25,23 @@ class PromptsOnly(Backend):
     def __init__(self, tok):
         self.tokenizer, self.vocab_size, self.stop_ids = tok, tok.vocab_size, [tok.special_tokens["<|end_of_msg|>"]]
 
-    def prompt(self, messages, tools, thinking, preserve_thinking):
-        return Prompt(chat.encode(self.tokenizer, messages, tools, thinking=thinking, model=self.template))
+    def prompt(self, messages, tools, thinking, preserve_thinking, options):
+        return Prompt(chat.encode(self.tokenizer, messages, tools, thinking=thinking, model=self.template, **options))
 
 
 @pytest.fixture(scope="module")
-def ask(tmp_path_factory):
-    """Returns a function from the fields of a request to what would be generated."""
+def tok(tmp_path_factory):
     folder = tmp_path_factory.mktemp("k3")
     write_tiny_tokenizer(folder, slots=K3_SLOTS)
-    backend = PromptsOnly(Tokenizer.from_folder(folder))
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def ask(tok):
+    """Returns a function from the fields of a request to what would be generated."""
+    backend = PromptsOnly(tok)
     masks = Masks(backend.tokenizer, backend.vocab_size, backend.stop_ids)
-    return lambda **fields: prepare(backend, masks, Chat(MESSAGES, **fields), "open", thinks=True)
+    return lambda **fields: prepare(backend, masks, Chat(**({"messages": MESSAGES} | fields)), "open", thinks=True)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -41,15 +50,90 @@ def test_a_model_that_may_call_tools_is_held_to_nothing(ask, thinking):
     assert settings.mask_provider is None
 
 
-@pytest.mark.parametrize("fields", [{"budget": 5}, {"content": '"yes"'}, {"tools": [TOOL], "tool_choice": "none"}])
-def test_reasoning_that_cannot_be_ended_is_refused_in_words(ask, fields):
-    with pytest.raises(RequestError, match=r"no single token ends the reasoning of this model.*turn thinking off"):
-        ask(**fields)
+def tags(tok, text):
+    """Returns the ids of a text with tags, written <+name> and </name>."""
+    for sign, marker in (("<+", "<|open|>"), ("</", "<|close|>")):
+        text = text.replace(sign, marker)
+    return tok.encode(text.replace(">", "<|sep|>").replace("|<|sep|>", "|>"))
 
 
-def test_a_call_that_is_to_be_forced_is_refused_in_words(ask):
-    with pytest.raises(RequestError, match=r"has no special token.*with which calls of tools are written"):
-        ask(tools=[TOOL], tool_choice="required", thinking=False)
+def answered(tok, provider, reasoning, seed, most=400):
+    """Returns what a model of random weights answers, which reasons in these words if nothing forces its end."""
+    random, ids = np.random.default_rng(seed), list(tok.encode(reasoning, allow_special=False))
+    while len(ids) < most and not provider.stopped(ids):
+        forced = provider.forced(ids)
+        if forced:
+            ids += forced
+            continue
+        mask = provider.next_mask(ids)
+        allowed = np.flatnonzero(np.unpackbits(np.asarray(mask).view(np.uint8), bitorder="little"))
+        ids.append(int(random.choice(allowed)))
+    return ids
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["n"]}
+EXACT = SCHEMA | {"additionalProperties": False}
+STRICT = {"type": "function", "function": {"name": "g", "parameters": EXACT, "strict": True}}
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "g"}}])
+def test_a_forced_call_is_made_after_thinking_too(ask, tok, thinking, choice):
+    for seed in range(3):
+        wanted = ask(tools=[STRICT], tool_choice=choice, thinking=thinking, budget=5, max_tokens=400, parallel=False)
+        (settings,) = wanted.settings
+        ids = answered(tok, settings.mask_provider, "one two three four five six" if thinking else "", seed)
+        starts_in = "reasoning" if thinking else "content"
+        (call,) = chat.parse(tok, ids, thinking, [STRICT], "k3", starts_in=starts_in).tool_calls
+        assert call["function"]["name"] == "g" and 0 <= json.loads(call["function"]["arguments"])["n"] <= 99
+        text = tok.decode(wanted.prompt.ids)
+        assert "invoked with `tool_choice=required`" in text
+
+
+def test_a_form_is_kept_after_thinking_and_shown_in_the_prompt(ask, tok):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": EXACT}}
+    wanted = ask(content=content_rule(form), form=form, budget=3, max_tokens=400)
+    ids = answered(tok, wanted.settings[0].mask_provider, "a b c d e f", 0)
+    said = chat.parse(tok, ids, True, None, "k3", starts_in="reasoning")
+    assert 0 <= json.loads(said.content)["n"] <= 99 and said.reasoning
+    assert "The JSON data must match the following schema" in tok.decode(wanted.prompt.ids)
+
+
+def test_a_budget_ends_the_reasoning_with_all_its_tokens(ask, tok):
+    (settings,) = ask(budget=4).settings
+    ids = tok.encode("one two three four five six", allow_special=False)
+    end = tags(tok, "</think>")
+    assert len(end) > 2 and settings.mask_provider.forced(ids[:3]) == []
+    assert settings.mask_provider.forced(ids[:4]) == end
+    ended = [*ids[:4], *end]
+    assert settings.mask_provider.forced(ended) == [] and settings.mask_provider.next_mask(ended) is None
+
+
+@pytest.mark.parametrize(("effort", "shown"), [(None, "max"), ("low", "low"), ("high", "high"), ("max", "max")])
+def test_an_effort_stands_in_the_prompt(ask, tok, effort, shown):
+    assert f"invoked with `thinking_effort={shown}`" in tok.decode(ask(effort=effort).prompt.ids)
+
+
+def test_an_effort_that_the_template_does_not_know_is_refused(ask):
+    message = r"the effort of thinking is 'medium', expected none, low, high, max"
+    with pytest.raises(RequestError, match=message) as found:
+        ask(effort="medium")
+    assert found.value.param == "reasoning_effort"
+
+
+def test_no_call_is_made_with_tool_choice_none(ask, tok):
+    wanted = ask(tools=[STRICT], tool_choice="none", budget=2, max_tokens=100)
+    assert "You MUST NOT call any tools" in tok.decode(wanted.prompt.ids)
+    ids = answered(tok, wanted.settings[0].mask_provider, "a b c", 1, most=100)
+    assert chat.parse(tok, ids, True, [STRICT], "k3", starts_in="reasoning").tool_calls == []
+
+
+def test_an_answer_goes_on_from_what_is_there(ask, tok):
+    begun = {"role": "assistant", "content": "It is", "reasoning_content": "I know.", "partial": True}
+    wanted = ask(messages=[*MESSAGES, begun])
+    expected = tags(tok, "<+think>I know.</think><+response>It is")
+    assert wanted.prompt.ids[-len(expected) :] == expected
+    assert wanted.settings[0].mask_provider is None
 
 
 def test_content_without_thinking_keeps_its_form(ask):
