@@ -8,7 +8,9 @@ of patches, normalise, cut into patches in the order (frame, row, column). Paddi
 """
 
 import math
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import SupportsIndex
 
@@ -21,6 +23,7 @@ from kimi_jax.media.config import Config, MediaConfig, as_config
 from kimi_jax.media.opening import as_image
 
 Grid = tuple[int, int, int]
+_LARGE, _MOST_BANDS = 1_000_000, 4  # pixels from which threads pay, and how many of them
 _WEIGHTED = {"RGBA": "RGBa", "LA": "La"}  # modes with alpha -> those whose colours are multiplied by it
 
 
@@ -52,12 +55,42 @@ def navit_resize(width: int, height: int, patch_limit: int, config: Config) -> R
     return Resize(new_width, new_height, -new_width % block, -new_height % block)
 
 
+def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Scales a picture along its width, then along its height.
+
+    Pillow rounds to 8 bits between its two passes, width first until version 13, which may begin with the height: one
+    pass at a time gives the same bytes in all versions. Pixels across the direction of a pass do not depend on each
+    other, so that bands of large RGB pictures are scaled side by side.
+    """
+    bands = min(os.cpu_count() or 1, _MOST_BANDS) if picture.mode == "RGB" else 1
+    for axis, size in enumerate([(width, picture.height), (width, height)]):
+        if bands == 1 or picture.width * picture.height < _LARGE:
+            picture = picture.resize(size, Image.Resampling.BICUBIC)
+        elif picture.size != size:
+            picture = _resize_bands(picture, size, axis, bands)
+    return picture
+
+
+def _resize_bands(picture: Image.Image, size: tuple[int, int], axis: int, bands: int) -> Image.Image:
+    """Scales an RGB picture along `axis` (0 is its width) in bands of the other axis, each in a thread."""
+    cuts = [size[1 - axis] * band // bands for band in range(bands + 1)]
+    starts = [(0, cut) if axis == 0 else (cut, 0) for cut in cuts[:-1]]
+
+    def band(start: tuple[int, int], cut: int) -> Image.Image:
+        end = (picture.width, cut) if axis == 0 else (cut, picture.height)
+        target = (size[0], cut - start[1]) if axis == 0 else (cut - start[0], size[1])
+        return picture.crop((*start, *end)).resize(target, Image.Resampling.BICUBIC)
+
+    scaled = Image.new(picture.mode, size)
+    with ThreadPoolExecutor(bands) as pool:
+        for start, part in zip(starts, pool.map(band, starts, cuts[1:]), strict=True):
+            scaled.paste(part, start)
+    return scaled
+
+
 def scale(picture: Image.Image, size: Resize) -> np.ndarray:
     """Scales and pads an RGB picture; returns uint8 [height, width, 3]."""
-    # Pillow rounds to 8 bits between its two passes, width first until version 13, which may begin with the height;
-    # one pass at a time gives the same bytes in all versions
-    wide = picture.resize((size.width, picture.height), Image.Resampling.BICUBIC)
-    return _padded(np.asarray(wide.resize((size.width, size.height), Image.Resampling.BICUBIC)), size)
+    return _padded(np.asarray(_resize(picture, size.width, size.height)), size)
 
 
 def _padded(pixels: np.ndarray, size: Resize) -> np.ndarray:
@@ -69,10 +102,7 @@ def _scale_in_mode(picture: Image.Image, width: int, height: int) -> Image.Image
     if picture.size == (width, height):
         return picture
     weighted, mode = _WEIGHTED.get(picture.mode), picture.mode
-    colours = picture if weighted is None else picture.convert(weighted)
-    # One pass at a time, as in `scale`
-    for size in ((width, picture.height), (width, height)):
-        colours = colours.resize(size, Image.Resampling.BICUBIC)
+    colours = _resize(picture if weighted is None else picture.convert(weighted), width, height)
     return colours if weighted is None else colours.convert(mode)
 
 
@@ -104,15 +134,17 @@ def normalize(pixels: Sequence[np.ndarray], config: MediaConfig) -> np.ndarray:
     Returns float32 [patches, 3, patch, patch], one array for all pictures.
     """
     mean, std = np.array(config.image_mean, np.float32), np.array(config.image_std, np.float32)
-    levels = (np.arange(256, dtype=np.float32)[:, None] / np.float32(255) - mean) / std  # [256, 3]
     patch = config.patch_size
     patches = np.empty((sum(count_patches(one, config) for one in pixels), 3, patch, patch), np.float32)
     start = 0
     for one in pixels:
-        cut = rearrange(one, "(h p) (w q) c -> c (h w) p q", p=patch, q=patch)
-        for channel in range(3):
-            patches[start : start + cut.shape[1], channel] = levels[cut[channel], channel]
-        start += cut.shape[1]
+        for strip in rearrange(one, "(h p) w c -> h c p w", p=patch):  # in parts that stay in a processor's cache
+            levels = np.divide(strip, np.float32(255), order="C", dtype=np.float32)
+            levels -= mean[:, None, None]
+            levels /= std[:, None, None]
+            cut = rearrange(levels, "c p (w q) -> w c p q", q=patch)
+            patches[start : start + len(cut)] = cut
+            start += len(cut)
     return patches
 
 

@@ -11,7 +11,7 @@ rendered prompt.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,23 +113,24 @@ def render(
     return "".join(segment.text for segment in segments)
 
 
-def _with_videos(segments: Iterable[Segment], videos: Sequence[Sequence[VideoChunk]]) -> Iterator[Segment]:
+def _with_videos(segments: Sequence[Segment], videos: Sequence[Sequence[VideoChunk]]) -> list[Segment]:
     """Puts a video's chunks in place of its placeholder, each as the time of its first frame and one media item.
 
     Raises ValueError where there are not as many placeholders as `videos`.
     """
-    segments = list(segments)
-    places = sum(segment == Segment(VIDEO_PLACEHOLDER, True) for segment in segments)
-    if places != len(videos):
+    placeholder = Segment(VIDEO_PLACEHOLDER, True)
+    if (places := segments.count(placeholder)) != len(videos):
         raise ValueError(f"the prompt holds {places} videos, but the chunks of {len(videos)} are given")
-    remaining = iter(videos)
+    if not places:
+        return [*segments]
+    remaining, expanded = iter(videos), list[Segment]()
     for segment in segments:
-        if segment == Segment(VIDEO_PLACEHOLDER, True):
-            for chunk in next(remaining):
-                yield Segment(chunk.timestamp)
-                yield from media_segments("video")
-        else:
-            yield segment
+        if segment != placeholder:
+            expanded.append(segment)
+            continue
+        for chunk in next(remaining):
+            expanded += [Segment(chunk.timestamp), *media_segments("video")]
+    return expanded
 
 
 def encode(
@@ -158,21 +159,23 @@ def encode(
     asked: dict[str, Any] = {"thinking_effort": thinking_effort, "tool_choice": tool_choice}
     asked |= {"response_format": response_format, "image_sizes": image_sizes}
     segments = _segments(messages, tools, model, tok, asked, add_generation_prompt=add_generation_prompt, **options)
-    is_xtml = model in templates.BUILT_IN and templates.BUILT_IN[str(model)].is_xtml
+    built_in = templates.BUILT_IN.get(str(model))
+    is_xtml = built_in is not None and built_in.is_xtml
     ids: list[int] = []
-    text = ""  # of neighbouring plain segments, which the tokenizer takes as one text, K3's by themselves
-    for segment in _with_videos(segments, videos):
-        if not segment.is_marker:
-            text += segment.text
-            if is_xtml:
-                ids += tok.encode(text, allow_special=False)
-                text = ""
-            continue
-        if segment.text not in tok.special_tokens:
-            raise ValueError(
-                f"the tokenizer has no special token {segment.text}, which the template of {printable(model)} writes"
-            )
-        ids += tok.encode(text, allow_special=False)
-        ids.append(tok.special_tokens[segment.text])
-        text = ""
-    return ids + tok.encode(text, allow_special=False)
+    plain = ""  # of neighbouring plain segments, which the tokenizer takes as one text, K3's by themselves
+    encoded: dict[str, list[int]] = {}  # roles and the like come in every turn
+    for text, is_marker in _with_videos(segments, videos):
+        if not is_marker:
+            plain += text
+        if plain and (is_marker or is_xtml):
+            if plain not in encoded:
+                encoded[plain] = tok.encode(plain, allow_special=False)
+            ids += encoded[plain]
+            plain = ""
+        if is_marker:
+            if text not in tok.special_tokens:
+                raise ValueError(
+                    f"the tokenizer has no special token {text}, which the template of {printable(model)} writes"
+                )
+            ids.append(tok.special_tokens[text])
+    return ids + tok.encode(plain, allow_special=False)

@@ -120,9 +120,13 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
     if message.get("function_call") is not None:
         raise ValueError(f"{where}.function_call: Kimi's templates do not read it, expected tool_calls")
     fields = {key: value for key, value in message.items() if value is not None and key not in _HARMLESS}
-    checked = {"content": _content(message, where), "tool_calls": _tool_calls(message, where)}
-    fields.update((key, value) for key, value in checked.items() if key in message)
-    return plain({**fields, **_reasoning(message, where)}, where)
+    content = _content(message, where)
+    if "content" in message:
+        fields["content"] = content
+    if "tool_calls" in message:
+        fields["tool_calls"] = _tool_calls(message, where)
+    fields.update(_reasoning(message, where))
+    return plain(fields, where)
 
 
 def read_messages(messages: Messages) -> list[dict[str, Any]]:

@@ -25,10 +25,10 @@ def plain(value: Any, name: str) -> Any:
         values += 1
         if values > MAX_VALUES:
             raise ValueError(f"{name} holds more than {MAX_VALUES:,} values")
-        if value is None or isinstance(value, bool):
-            return value
         if isinstance(value, str):
             return plain_text(value, name)
+        if value is None or isinstance(value, bool):
+            return value
         if isinstance(value, int):
             if abs(value) > _MAX_INT:
                 raise ValueError(f"{name} holds an integer of more than 400 digits")

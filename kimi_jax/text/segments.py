@@ -1,10 +1,9 @@
 """Pieces of a prompt: markers, which the template wrote, and text, in which a marker that is spelt stays text."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of a prompt: a marker, which is one special token (or the video placeholder, which stands for several),
     or text in which special tokens have no meaning."""
 

@@ -19,12 +19,12 @@ from kimi_jax.text.xtml import k3
 VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
 DEFAULT_SYSTEM_PROMPT = "You are Kimi, an AI assistant created by Moonshot AI."
 
-_ROLE_MARKERS = {"user": "<|im_user|>", "assistant": "<|im_assistant|>"}
+_START = {role: Segment(f"<|im_{role}|>", True) for role in ("system", "user", "assistant")}
+_MIDDLE, _END = Segment("<|im_middle|>", True), Segment("<|im_end|>", True)
 
 
 def _turn(role: str, header: str, body: Sequence[Segment]) -> list[Segment]:
-    start = Segment(_ROLE_MARKERS.get(role, "<|im_system|>"), True)
-    return [start, Segment(header), Segment("<|im_middle|>", True), *body, Segment("<|im_end|>", True)]
+    return [_START.get(role, _START["system"]), Segment(header), _MIDDLE, *body, _END]
 
 
 def _content(message: Message) -> Iterator[Segment]:
@@ -74,7 +74,7 @@ def _turns(messages: Sequence[Message], reasoning: Sequence[str] | None) -> Iter
 
 
 def _generation(*markers: str) -> list[Segment]:
-    opening = [Segment("<|im_assistant|>", True), Segment("assistant"), Segment("<|im_middle|>", True)]
+    opening = [_START["assistant"], Segment("assistant"), _MIDDLE]
     return opening + [Segment(marker, True) for marker in markers]
 
 

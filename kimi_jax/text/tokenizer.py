@@ -8,6 +8,7 @@ import codecs
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -32,16 +33,34 @@ MAX_ENCODE_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 
 
+def _long_runs(text: str) -> Iterator[range]:
+    """Yields the places of the runs of space, or of other characters, that are longer than `MAX_RUN_CHARS`.
+
+    Of windows of half that length, side by side, such a run fills at least one. All other windows hold both kinds, and
+    are left at the first character that is not of the kind of the first: most of a text is never looked at.
+    """
+    window, end = MAX_RUN_CHARS // 2 + 1, 0
+    for at in range(0, len(text) - window + 1, window):
+        kind = r"\s" if text[at].isspace() else r"\S"
+        if at < end or not re.compile(f"{kind}{{{window}}}").match(text, at):
+            continue
+        before = re.match(f"{kind}*", text[max(0, at - window) : at][::-1])
+        rest = re.compile(f"{kind}*").match(text, at)
+        assert before and rest
+        end = rest.end()
+        if end - at + before.end() > MAX_RUN_CHARS:
+            yield range(at - before.end(), end)
+
+
 def _pieces(text: str) -> Iterator[str]:
     """Cuts `text` into pieces that tiktoken can take: at most 400,000 characters, no run of (non-)space over 25,000."""
     for start in range(0, len(text), MAX_ENCODE_CHARS):
         piece = text[start : start + MAX_ENCODE_CHARS]
         begin = 0
-        if len(piece) > MAX_RUN_CHARS:
-            for run in re.finditer(r"\s+|\S+", piece):
-                for cut in range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS):
-                    yield piece[begin:cut]
-                    begin = cut
+        for run in _long_runs(piece):
+            for cut in run[MAX_RUN_CHARS::MAX_RUN_CHARS]:
+                yield piece[begin:cut]
+                begin = cut
         yield piece[begin:]
 
 
@@ -93,17 +112,22 @@ class Tokenizer:
         With `allow_special`, the published tokenizer's behaviour, special tokens spelled in it become their ids: never
         encode people's text so (`kimi_jax.chat.encode` does not). Without it they are encoded as ordinary text.
         """
-        if allow_special:
-            return [i for piece in _pieces(text) for i in self.encoding.encode(piece, allowed_special="all")]
-        return [i for piece in _pieces(text) for i in self.encoding.encode_ordinary(piece)]
+        encode = self._encode_with_special if allow_special else self.encoding.encode_ordinary
+        if len(text) <= MAX_RUN_CHARS:  # nothing to cut
+            return encode(text)
+        return list(chain.from_iterable(map(encode, _pieces(text))))
+
+    def _encode_with_special(self, text: str) -> list[int]:
+        return self.encoding.encode(text, allowed_special="all")
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """Returns the bytes of `ids`, which may begin or end inside a character. Raises ValueError for unknown ids."""
-        tokens = [int(i) for i in ids]
-        for i in tokens:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
-        return self.encoding.decode_bytes(tokens)
+        tokens = ids if isinstance(ids, list) else [int(i) for i in ids]
+        try:
+            return self.encoding.decode_bytes(tokens)
+        except (KeyError, OverflowError):  # (tiktoken names no id that is negative or beyond its integers)
+            unknown = next(i for i in tokens if not 0 <= i < self.vocab_size)
+            raise ValueError(f"token id {unknown} is outside the vocabulary of {self.vocab_size}") from None
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD, as in the published tokenizer."""

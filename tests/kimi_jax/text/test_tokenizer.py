@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -129,6 +130,45 @@ def test_pieces_are_those_of_the_published_loop(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(tokenizer, "MAX_ENCODE_CHARS", 17)
     monkeypatch.setattr(tokenizer, "MAX_RUN_CHARS", 3)
     assert list(tokenizer._pieces(text)) == list(_published_pieces(text, 17, 3))
+
+
+RUNS = st.lists(
+    st.tuples(st.sampled_from([" ", "\n", "\u3000", "a", "好", "ab ", "<|im_end|>"]), st.integers(1, 60_000))
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(runs=RUNS.filter(lambda runs: sum(count for _, count in runs) < 200_000), allow_special=st.booleans())
+def test_texts_of_long_runs_are_encoded_as_the_published_loop_cuts_them(
+    tok: Tokenizer, runs: list[tuple[str, int]], allow_special: bool
+):
+    text = "".join(word * count for word, count in runs)
+    special = "all" if allow_special else set()
+    pieces = _published_pieces(text, 400_000, 25_000)
+    expected = [
+        i for piece in pieces for i in tok.encoding.encode(piece, allowed_special=special, disallowed_special=())
+    ]
+    assert tok.encode(text, allow_special) == expected
+    assert tok.decode(expected) == text
+
+
+@pytest.mark.parametrize("length", [24_999, 25_000, 25_001, 50_000, 50_001])
+@pytest.mark.parametrize("start", [0, 1, 12_500, 12_501, 12_502, 30_007])
+def test_runs_are_cut_wherever_they_begin(length: int, start: int):
+    text = "a " * (start // 2) + " " * (start % 2) + "b" * length + "\n" + "c" * length + " d" * 9
+    assert list(tokenizer._pieces(text)) == list(_published_pieces(text, 400_000, 25_000))
+
+
+@settings(max_examples=100)
+@given(ids=st.lists(st.integers(-2, 770) | st.integers(), max_size=8))
+def test_ids_decode_to_their_bytes_or_the_first_unknown_one_is_named(tok: Tokenizer, ids: list[int]):
+    unknown = [i for i in ids if not 0 <= i < 768]
+    if unknown:
+        with pytest.raises(ValueError, match=f"^token id {unknown[0]} is outside the vocabulary of 768$"):
+            tok.decode_bytes(ids)
+    else:
+        expected = b"".join(tok.encoding.decode_single_token_bytes(i) for i in ids)
+        assert tok.decode_bytes(ids) == tok.decode_bytes(iter(ids)) == tok.decode_bytes(np.array(ids, int)) == expected
 
 
 @given(text=st.text())
