@@ -96,7 +96,8 @@ def kda_step(
         ],
         out_specs=[rows(values), states],
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads * values), v.dtype),
+            # (In float32, which XLA tiles by eight rows: bfloat16 is by 16 in some programs.)
+            jax.ShapeDtypeStruct((batch, heads * values), jnp.float32),
             jax.ShapeDtypeStruct(state.shape, state.dtype),
         ],
         scratch_shapes=[pltpu.VMEM((SEQUENCES, values), jnp.float32)],
@@ -105,7 +106,7 @@ def kda_step(
         interpret=interpret,
         name="kda_step",
     )(*(array.reshape(batch, -1) for array in (q, k, v, g)), beta, state)
-    return o.reshape(v.shape), state
+    return o.reshape(v.shape).astype(v.dtype), state
 
 
 def _step_kernel(q, k, v, g, beta, state, o, new, row, *, normalize_qk, scale):
@@ -131,7 +132,7 @@ def _step_kernel(q, k, v, g, beta, state, o, new, row, *, normalize_qk, scale):
             update = step[one] * (target[one] - seen)
             row[one] = jnp.sum(q_column * decayed, axis=0, keepdims=True) + both[one] * update
             new[i, h] = decayed + k_column * update
-        o[:, of_values] = row[...].astype(o.dtype)
+        o[:, of_values] = row[...]
 
     # Few sequences: several heads at a time, to the same effect.
     together = _divisor(heads, SEQUENCES // sequences)
