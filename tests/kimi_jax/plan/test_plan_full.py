@@ -22,6 +22,10 @@ DECODE = [
     ("kimi-k2.5", "v6e:8x8", "data=8,sequence=8", 64, 8192),
     ("kimi-k2.5", "v5e:8x16", None, 64, 8192),
     ("kimi-k2.5", "v6e:8x8", None, 1, 262_144),
+    ("kimi-k3", "tpu7x:2x2x4", "data=2,tensor=16", 32, 8192),
+    ("kimi-k3", "v5p:2x4x4", "data=2,tensor=16", 32, 8192),
+    ("kimi-k3", "tpu7x:2x2x4", "tensor=8,sequence=4", 1, 1_048_576),
+    ("kimi-k3", "v5p:2x4x4", "tensor=8,sequence=4", 1, 1_048_576),
     ("kimi-linear-48b", "v5e:2x4", None, 4, 8192),
     ("kimi-linear-48b", "v6e:2x2", None, 4, 8192),
     ("kimi-linear-48b", "v5e:2x4", None, 1, 1_048_576),
@@ -58,13 +62,14 @@ def test_a_decode_step(model, slice_, mesh, batch, context):
         mixtures = sum(text.is_moe(layer) for layer in range(text.num_hidden_layers))
         of_a_layer = analytic.memory(wanted).experts // mixtures  # a device's bytes of one layer's experts
         assert compiled.temporaries < of_a_layer + BOOKKEEPING * text.num_hidden_layers
-    # and messages are activations: three a layer, five where the cache is sharded over `sequence`
+    # and messages are activations, latent experts' with others': three a layer, five where the cache is sharded over `sequence`
     most = 5 if wanted.mesh["sequence"] > 1 else 3
     assert sum(message.count for message in compiled.collectives) <= most * text.num_hidden_layers + 1
     rows, heads = batch // wanted.mesh["data"], text.num_attention_heads // wanted.mesh["tensor"]
+    width = text.hidden_size + (text.routed_expert_hidden_size or 0)
     for message in compiled.collectives:
         merge = message.kind == "all-to-all"
-        assert message.nbytes <= (rows * heads * 514 * 4 if merge else batch * text.hidden_size * 4), message
+        assert message.nbytes <= (rows * heads * 514 * 4 if merge else batch * width * 4), message
 
 
 @pytest.mark.parametrize("chunk", [2048, 32_768])

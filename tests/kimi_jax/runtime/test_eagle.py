@@ -223,12 +223,12 @@ def test_a_target_gives_out_the_sums_after_its_layers(two_layer_model, two_layer
 
     @functools.partial(jax.jit, static_argnums=(4, 5))
     def extend(arrays, cache, tokens, positions, phase, aux_layers):
-        params = jax.tree.unflatten(program.jitted.tree, arrays)
-        layout = nnx.merge(program.jitted.graph, params).stream_layout(partition, *tokens.shape)
+        graph, params = nnx.split(jax.tree.unflatten(program.jitted.tree, arrays))
+        layout = nnx.merge(graph, params).stream_layout(partition, *tokens.shape)
 
         def on_device(params, layers, tokens, positions, table):
             context = Context(positions, table, phase=phase)
-            whole = nnx.merge(program.jitted.graph, params)
+            whole = nnx.merge(graph, params)
             _, layers, aux = whole.extend_with_aux(layers, tokens, context, None, None, layout, aux_layers)
             return layers, aux
 
