@@ -62,7 +62,8 @@ def test_a_decode_step(model, slice_, mesh, batch, context):
         mixtures = sum(text.is_moe(layer) for layer in range(text.num_hidden_layers))
         of_a_layer = analytic.memory(wanted).experts // mixtures  # a device's bytes of one layer's experts
         assert compiled.temporaries < of_a_layer + BOOKKEEPING * text.num_hidden_layers
-    # and messages are activations, latent experts' with others': three a layer, five where the cache is sharded over `sequence`
+    # and messages are activations (latent experts' with others'): three a layer, five where the cache is sharded over
+    # `sequence`
     most = 5 if wanted.mesh["sequence"] > 1 else 3
     assert sum(message.count for message in compiled.collectives) <= most * text.num_hidden_layers + 1
     rows, heads = batch // wanted.mesh["data"], text.num_attention_heads // wanted.mesh["tensor"]
