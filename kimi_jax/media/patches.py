@@ -59,38 +59,40 @@ def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
     """Scales a picture along its width, then along its height.
 
     Pillow rounds to 8 bits between its two passes, width first until version 13, which may begin with the height: one
-    pass at a time gives the same bytes in all versions. Pixels across the direction of a pass do not depend on each
-    other, so that bands of large RGB pictures are scaled side by side.
+    pass at a time gives the same bytes in all versions.
     """
-    bands = min(os.cpu_count() or 1, _MOST_BANDS) if picture.mode == "RGB" else 1
-    for axis, size in enumerate([(width, picture.height), (width, height)]):
-        if bands == 1 or picture.width * picture.height < _LARGE:
-            picture = picture.resize(size, Image.Resampling.BICUBIC)
-        elif picture.size != size:
-            picture = _resize_bands(picture, size, axis, bands)
+    for size in ((width, picture.height), (width, height)):
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
     return picture
 
 
-def _resize_bands(picture: Image.Image, size: tuple[int, int], axis: int, bands: int) -> Image.Image:
-    """Scales an RGB picture along `axis` (0 is its width) in bands of the other axis, each in a thread."""
-    cuts = [size[1 - axis] * band // bands for band in range(bands + 1)]
-    starts = [(0, cut) if axis == 0 else (cut, 0) for cut in cuts[:-1]]
-
-    def band(start: tuple[int, int], cut: int) -> Image.Image:
-        end = (picture.width, cut) if axis == 0 else (cut, picture.height)
-        target = (size[0], cut - start[1]) if axis == 0 else (cut - start[0], size[1])
-        return picture.crop((*start, *end)).resize(target, Image.Resampling.BICUBIC)
-
-    scaled = Image.new(picture.mode, size)
-    with ThreadPoolExecutor(bands) as pool:
-        for start, part in zip(starts, pool.map(band, starts, cuts[1:]), strict=True):
-            scaled.paste(part, start)
-    return scaled
-
-
 def scale(picture: Image.Image, size: Resize) -> np.ndarray:
-    """Scales and pads an RGB picture; returns uint8 [height, width, 3]."""
-    return _padded(np.asarray(_resize(picture, size.width, size.height)), size)
+    """Scales and pads an RGB picture; returns uint8 [height, width, 3].
+
+    Pixels across the direction of a pass do not depend on each other: bands of a large picture are scaled side by side,
+    each in a thread, first along the width and then along the height.
+    """
+    pixels = np.zeros((*size.padded[::-1], 3), np.uint8)
+    bands = min(os.cpu_count() or 1, _MOST_BANDS)
+    if bands == 1 or picture.width * picture.height < _LARGE:
+        pixels[: size.height, : size.width] = np.asarray(_resize(picture, size.width, size.height))
+        return pixels
+    wide = Image.new("RGB", (size.width, picture.height))
+
+    def scale_rows(start: int, stop: int) -> None:
+        rows = picture.crop((0, start, picture.width, stop))
+        wide.paste(rows.resize((size.width, stop - start), Image.Resampling.BICUBIC), (0, start))
+
+    def scale_columns(start: int, stop: int) -> None:
+        columns = wide.crop((start, 0, stop, wide.height))
+        scaled = columns.resize((stop - start, size.height), Image.Resampling.BICUBIC)
+        pixels[: size.height, start:stop] = np.asarray(scaled)
+
+    with ThreadPoolExecutor(bands) as pool:
+        for scale_band, length in ((scale_rows, wide.height), (scale_columns, wide.width)):
+            cuts = sorted({length * band // bands for band in range(bands + 1)})  # (no empty bands)
+            list(pool.map(scale_band, cuts[:-1], cuts[1:]))  # to the end, or the first error
+    return pixels
 
 
 def _padded(pixels: np.ndarray, size: Resize) -> np.ndarray:

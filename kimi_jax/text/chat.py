@@ -164,18 +164,19 @@ def encode(
     ids: list[int] = []
     plain = ""  # of neighbouring plain segments, which the tokenizer takes as one text, K3's by themselves
     encoded: dict[str, list[int]] = {}  # roles and the like come in every turn
+    special_tokens = tok.special_tokens
     for text, is_marker in _with_videos(segments, videos):
         if not is_marker:
             plain += text
         if plain and (is_marker or is_xtml):
-            if plain not in encoded:
-                encoded[plain] = tok.encode(plain, allow_special=False)
-            ids += encoded[plain]
+            if (known := encoded.get(plain)) is None:
+                known = encoded[plain] = tok.encode(plain, allow_special=False)
+            ids += known
             plain = ""
         if is_marker:
-            if text not in tok.special_tokens:
+            if (marker := special_tokens.get(text)) is None:
                 raise ValueError(
                     f"the tokenizer has no special token {text}, which the template of {printable(model)} writes"
                 )
-            ids.append(tok.special_tokens[text])
+            ids.append(marker)
     return ids + tok.encode(plain, allow_special=False)

@@ -113,6 +113,9 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise _wrong(f"{where}.role", role, f"one of {', '.join(ROLES)}")
+    content = message.get("content")
+    if len(message) == 2 and type(content) is str and role != "tool":  # most messages are no more than this
+        return {"role": str.__str__(role), "content": plain_text(content, where)}
     if not isinstance(message.get("name"), str | None):
         raise _wrong(f"{where}.name", message["name"], "a string")
     if role == "tool" and not isinstance(message.get("tool_call_id"), str):
@@ -146,7 +149,8 @@ def unread_keys(messages: Sequence[Message]) -> list[str]:
 
     def found() -> Iterator[str]:
         for message in messages:
-            yield from message.keys() - _READ
+            if not message.keys() <= _READ:
+                yield from message.keys() - _READ
             for part in message["content"] if isinstance(message.get("content"), list) else ():
                 yield from (f"content.{key}" for key in part.keys() - _READ_OF_PART - {part["type"]})
             for call in message.get("tool_calls") or ():

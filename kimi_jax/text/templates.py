@@ -21,25 +21,26 @@ DEFAULT_SYSTEM_PROMPT = "You are Kimi, an AI assistant created by Moonshot AI."
 
 _START = {role: Segment(f"<|im_{role}|>", True) for role in ("system", "user", "assistant")}
 _MIDDLE, _END = Segment("<|im_middle|>", True), Segment("<|im_end|>", True)
+_THINK, _END_THINK = Segment("<think>", True), Segment("</think>", True)
 
 
 def _turn(role: str, header: str, body: Sequence[Segment]) -> list[Segment]:
     return [_START.get(role, _START["system"]), Segment(header), _MIDDLE, *body, _END]
 
 
-def _content(message: Message) -> Iterator[Segment]:
+def _content(message: Message) -> list[Segment]:
     content = message.get("content")
     if isinstance(content, str):
-        yield Segment(content)
-        return
+        return [Segment(content)]
+    segments: list[Segment] = []
     for part in content or ():
         if part["type"] in IMAGE_TYPES:
-            yield from media_segments("image")
-            yield Segment("\n")
+            segments += [*media_segments("image"), Segment("\n")]
         elif part["type"] in VIDEO_TYPES:
-            yield Segment(VIDEO_PLACEHOLDER, True)
+            segments.append(Segment(VIDEO_PLACEHOLDER, True))
         else:
-            yield Segment(part["text"])
+            segments.append(Segment(part["text"]))
+    return segments
 
 
 def _tool_section(calls: Sequence[Mapping[str, Any]], first: int) -> Iterator[Segment]:
@@ -54,23 +55,22 @@ def _tool_section(calls: Sequence[Mapping[str, Any]], first: int) -> Iterator[Se
     yield Segment("<|tool_calls_section_end|>", True)
 
 
-def _think(reasoning: str) -> list[Segment]:
-    return [Segment("<think>", True), Segment(reasoning), Segment("</think>", True)]
-
-
-def _turns(messages: Sequence[Message], reasoning: Sequence[str] | None) -> Iterator[Segment]:
-    """Yields all turns. `reasoning` has a string for each message, put before an answer; None writes no `<think>`."""
+def _turns(messages: Sequence[Message], reasoning: Sequence[str] | None) -> list[Segment]:
+    """Returns all turns. `reasoning` has a string for each message, put before an answer; None writes no `<think>`."""
+    turns: list[Segment] = []
     calls_so_far = 0
     for index, message in enumerate(messages):
-        body = [*_content(message)]
-        calls = message.get("tool_calls") or []
-        if message["role"] == "tool":
-            body.insert(0, Segment(f"## Return of {message['tool_call_id']}\n"))
-        elif message["role"] == "assistant":
-            body = [*(_think(reasoning[index]) if reasoning is not None else ()), *body]
-            body += _tool_section(calls, calls_so_far) if calls else ()
-            calls_so_far += len(calls)
-        yield from _turn(message["role"], message.get("name") or message["role"], body)
+        role, body = message["role"], _content(message)
+        if role == "tool":
+            body = [Segment(f"## Return of {message['tool_call_id']}\n"), *body]
+        elif role == "assistant":
+            if reasoning is not None:
+                body = [_THINK, Segment(reasoning[index]), _END_THINK, *body]
+            if calls := message.get("tool_calls"):
+                body += _tool_section(calls, calls_so_far)
+                calls_so_far += len(calls)
+        turns += _turn(role, message.get("name") or role, body)
+    return turns
 
 
 def _generation(*markers: str) -> list[Segment]:

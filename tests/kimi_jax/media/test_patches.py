@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from einops import rearrange
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from media_cases import GOLDEN, PUBLISHED, ULP, config, noise, normalised
 from PIL import Image
 
-from kimi_jax.media import expand, image_patches, navit_resize
+from kimi_jax.media import expand, image_patches, navit_resize, patches
 
 
 def test_image_equals_transformers_where_nothing_is_scaled():
@@ -57,6 +58,34 @@ def test_scaling_padding_and_patches_in_float64(width: int, height: int, limit: 
     steps = np.abs(patches - normalised(expected)) * 255 / 2
     # PIL's weights have 22 bits, so a value near a half may round to the other side
     assert steps.max() < 1.01 and (steps > 0.01).mean() < 0.002
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.tuples(*[st.integers(1, 90)] * 4),
+    bands=st.integers(2, 4),
+    mean=st.lists(st.floats(0, 1), min_size=3, max_size=3),
+    std=st.lists(st.floats(0.1, 2), min_size=3, max_size=3),
+)
+def test_bands_and_strips_give_the_bits_of_whole_passes_and_of_a_table(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], bands: int, mean: list[float], std: list[float]
+):
+    for name, value in {"_LARGE": 0, "_MOST_BANDS": bands}.items():
+        monkeypatch.setattr(patches, name, value)
+    monkeypatch.setattr(patches.os, "cpu_count", lambda: 8)
+    width, height, new_width, new_height = sizes
+    picture = Image.fromarray(noise(width, height))
+    size = patches.Resize(new_width, new_height, -new_width % 28, -new_height % 28)
+    wide = picture.resize((new_width, height), Image.Resampling.BICUBIC)
+    whole = np.zeros((*size.padded[::-1], 3), np.uint8)
+    whole[:new_height, :new_width] = np.asarray(wide.resize((new_width, new_height), Image.Resampling.BICUBIC))
+    scaled = patches.scale(picture, size)
+    np.testing.assert_array_equal(scaled, whole)
+    channels = np.array(mean, np.float32), np.array(std, np.float32)
+    table = (np.arange(256, dtype=np.float32)[:, None] / np.float32(255) - channels[0]) / channels[1]
+    expected = rearrange(table[whole, np.arange(3)], "(h p) (w q) c -> (h w) c p q", p=14, q=14)
+    media_config = patches.as_config(config(image_mean=mean, image_std=std))
+    np.testing.assert_array_equal(patches.normalize([scaled], media_config), expected)
 
 
 def test_mean_and_std_are_per_channel_and_padding_is_black():
