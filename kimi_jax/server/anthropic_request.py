@@ -31,6 +31,7 @@ def messages_request(body: MessagesRequest) -> Chat:
         thinks(body),
         budget=budget,
         effort=None if body.output_config is None else body.output_config.effort,
+        effort_field="output_config.effort",
         form=_form(body),
         max_tokens=body.max_tokens,
         sampling={name: value for name, value in given.items() if value is not None},

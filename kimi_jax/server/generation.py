@@ -34,10 +34,10 @@ BEGIN_CALLS = (Marker.BEGIN_SECTION, Marker.BEGIN_CALL)
 class Chat:
     """A conversation to answer.
 
-    thinking: None is the model's default. effort: how much to think, None and "none" say nothing. budget: the most
-    tokens of reasoning. content: the right side of a grammar's rule for the content. form: the object of OpenAI's
-    `response_format` that `content` is of, which some prompts show. sampling: the values that the client gave.
-    max_tokens: None is as many as there is room for.
+    thinking: None is the model's default. effort: how much to think, None and "none" say nothing; the client's API
+    calls it `effort_field`. budget: the most tokens of reasoning. content: the right side of a grammar's rule for the
+    content. form: the object of OpenAI's `response_format` that `content` is of, which some prompts show. sampling: the
+    values that the client gave. max_tokens: None is as many as there is room for.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -56,6 +56,7 @@ class Chat:
     form: Mapping[str, Any] | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    effort_field: str = "reasoning_effort"
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,8 @@ def _options(backend: Backend, request: Chat) -> dict[str, Any]:
     effort = None if request.effort == "none" else request.effort
     if "thinking_effort" in known and effort not in (None, *EFFORTS):
         raise invalid(
-            f"the effort of thinking is {printable(repr(effort), 60)}, expected none, {', '.join(EFFORTS)}",
-            "reasoning_effort",
+            f"{request.effort_field} is {printable(repr(effort), 60)}, expected none, {', '.join(EFFORTS)}",
+            request.effort_field.split(".")[0],
         )
     choice = request.tool_choice if request.tool_choice in (None, "auto", "none") else "required"
     options = {"thinking_effort": effort, "tool_choice": choice, "response_format": request.form}

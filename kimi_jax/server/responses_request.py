@@ -42,6 +42,7 @@ def responses_request(body: ResponsesRequest) -> Chat:
         wants_thinking(body.thinking, body.chat_template_kwargs or TemplateOptions(), effort),
         budget=budget,
         effort=effort,
+        effort_field="reasoning.effort",
         form=_form(body),
         max_tokens=body.max_output_tokens,
         sampling={name: value for name, value in given.items() if value is not None},

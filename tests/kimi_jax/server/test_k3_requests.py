@@ -2,13 +2,22 @@
 
 import json
 
+import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from kimi_jax.server.anthropic_request import messages_request
+from kimi_jax.server.anthropic_schema import MessagesRequest, OutputConfig
 from kimi_jax.server.backend import Backend, Prompt
 from kimi_jax.server.errors import RequestError
 from kimi_jax.server.generation import Chat, prepare
 from kimi_jax.server.masks import Masks
+from kimi_jax.server.openai_request import chat_request
+from kimi_jax.server.openai_schema import ChatRequest
+from kimi_jax.server.responses_request import responses_request
+from kimi_jax.server.responses_schema import Reasoning, ResponsesRequest
 from kimi_jax.text import Tokenizer, chat
 from kimi_jax.text.grammar import content_rule
 from kimi_jax.text.tiny import K3_SLOTS, write_tiny_tokenizer
@@ -37,11 +46,17 @@ def tok(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ask(tok):
-    """Returns a function from the fields of a request to what would be generated."""
+def served(tok):
+    """Returns a function from a request to what would be generated."""
     backend = PromptsOnly(tok)
     masks = Masks(backend.tokenizer, backend.vocab_size, backend.stop_ids)
-    return lambda **fields: prepare(backend, masks, Chat(**({"messages": MESSAGES} | fields)), "open", thinks=True)
+    return lambda request: prepare(backend, masks, request, "open", thinks=True)
+
+
+@pytest.fixture(scope="module")
+def ask(served):
+    """Returns a function from the fields of a request to what would be generated."""
+    return lambda **fields: served(Chat(**({"messages": MESSAGES} | fields)))
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -114,11 +129,27 @@ def test_an_effort_stands_in_the_prompt(ask, tok, effort, shown):
     assert f"invoked with `thinking_effort={shown}`" in tok.decode(ask(effort=effort).prompt.ids)
 
 
-def test_an_effort_that_the_template_does_not_know_is_refused(ask):
-    message = r"the effort of thinking is 'medium', expected none, low, high, max"
-    with pytest.raises(RequestError, match=message) as found:
-        ask(effort="medium")
-    assert found.value.param == "reasoning_effort"
+def openai():
+    return chat_request(ChatRequest(model="m", messages=MESSAGES, reasoning_effort="medium"))
+
+
+def responses():
+    return responses_request(ResponsesRequest(model="m", input="Hello", reasoning=Reasoning(effort="medium")))
+
+
+def anthropic():
+    config = OutputConfig(effort="medium")
+    return messages_request(MessagesRequest(model="m", messages=MESSAGES, max_tokens=9, output_config=config))
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [(openai, "reasoning_effort"), (responses, "reasoning.effort"), (anthropic, "output_config.effort")],
+)
+def test_an_effort_that_the_template_does_not_know_is_refused(served, asked, field):
+    with pytest.raises(RequestError, match=rf"^{field} is 'medium', expected none, low, high, max$") as found:
+        served(asked())
+    assert found.value.param == field.split(".")[0]
 
 
 def test_no_call_is_made_with_tool_choice_none(ask, tok):
@@ -139,3 +170,67 @@ def test_an_answer_goes_on_from_what_is_there(ask, tok):
 def test_content_without_thinking_keeps_its_form(ask):
     (settings,) = ask(content='"yes"', thinking=False).settings
     assert settings.mask_provider.forced([])
+
+
+NAMES = st.text(st.sampled_from('ab_.-é"&<>= '), min_size=1, max_size=6)
+TEXTS = st.text(st.sampled_from('ab"&<>\\\n é{}'), max_size=6)
+LEAVES = st.one_of(
+    st.just({"type": "boolean"}),
+    st.just({"type": "null"}),
+    st.integers(-9, 9).map(lambda least: {"type": "integer", "minimum": least, "maximum": least + 20}),
+    st.integers(0, 4).map(lambda most: {"type": "string", "maxLength": most}),
+    st.lists(TEXTS | st.integers(-9, 9) | st.none(), min_size=1, max_size=3).map(lambda one: {"enum": one}),
+    TEXTS.map(lambda one: {"const": one}),
+    st.just({"type": ["integer", "null"], "minimum": 0, "maximum": 9}),
+)
+
+
+def object_of(values):
+    """Returns a strategy of schemas of objects with properties of these schemas, some of them required."""
+
+    def of(properties):
+        required = st.lists(st.sampled_from(sorted(properties)), unique=True) if properties else st.just([])
+        fixed = {"type": "object", "properties": properties, "additionalProperties": False}
+        return required.map(lambda names: fixed | {"required": names})
+
+    return st.dictionaries(NAMES, values, max_size=3).flatmap(of)
+
+
+OBJECTS = object_of(
+    st.recursive(
+        LEAVES,
+        lambda one: object_of(one) | one.map(lambda items: {"type": "array", "items": items, "maxItems": 2}),
+        max_leaves=3,
+    )
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(NAMES, OBJECTS, min_size=1, max_size=2), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_any_forced_call_is_read_back_as_its_schema_has_it(ask, tok, tools, thinking, named, seed):
+    declared = [
+        {"type": "function", "function": {"name": name, "parameters": schema, "strict": True}}
+        for name, schema in tools.items()
+    ]
+    name = next(iter(tools))
+    choice = {"type": "function", "function": {"name": name}} if named else "required"
+    fields = {"tools": declared, "tool_choice": choice, "parallel": False, "thinking": thinking, "budget": 3}
+    (found,) = ask(**fields, max_tokens=600).settings
+    ids = answered(tok, found.mask_provider, "one two three" if thinking else "", seed, most=600)
+    said = chat.parse(tok, ids, thinking, declared, "k3")
+    (call,) = said.tool_calls
+    assert call["function"]["name"] in ([name] if named else tools) and not said.content
+    schema = tools[call["function"]["name"]]
+    jsonschema.Draft202012Validator(schema).validate(json.loads(call["function"]["arguments"]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(OBJECTS, st.booleans(), st.integers(0, 99))
+def test_any_form_is_read_back_as_its_schema_has_it(ask, tok, schema, thinking, seed):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    fields = {"content": content_rule(form), "form": form, "thinking": thinking, "budget": 3}
+    (found,) = ask(**fields, max_tokens=600).settings
+    ids = answered(tok, found.mask_provider, "one two three" if thinking else "", seed, most=600)
+    said = chat.parse(tok, ids, thinking, None, "k3")
+    assert not said.tool_calls
+    jsonschema.Draft202012Validator(schema).validate(json.loads(said.content))
