@@ -173,7 +173,7 @@ def _memory(kda: KDA, h: Hidden, context: Context) -> Memory:
         jnp.zeros((rows, kda.heads, kda.head_dim, kda.head_dim), jnp.float32),
     )
     _, state = kda(h, context.valid, empty)
-    assert state is not None
+    assert isinstance(state, KDAState)
     return Memory(jnp.exp(g), beta, state.S)
 
 

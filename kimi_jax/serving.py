@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kimi_jax.engine.engine import Engine, Stats
+from kimi_jax.engine.engine import Engine
 from kimi_jax.engine.requests import QueueFullError, Request
+from kimi_jax.engine.stats import Stats
 from kimi_jax.printable import printable
 from kimi_jax.processor import Processor
 from kimi_jax.runtime.sampling import Sampling

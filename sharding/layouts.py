@@ -127,11 +127,13 @@ class ReplicatedStream(StreamLayout):
         return all_reduce(y, self.partition.mesh_axes).reshape(*like.shape[:-1], -1).astype(like.dtype)
 
 
-def choose_layout(partition: Partition, rows: int, tokens: int, width: int = 0, chosen: int = 0) -> StreamLayout:
+def choose_layout(
+    partition: Partition, rows: int, tokens: int, width: int = 0, chosen: int = 0, decodes: bool | None = None
+) -> StreamLayout:
     """Chooses the layout for a call of `rows` rows with `tokens` tokens each.
 
     An axis is sharded only where it divides. `width` of the hidden vectors and `chosen` experts of a token decide
-    whether tokens travel to experts.
+    whether tokens travel to experts. `decodes` is True for a decode step, None where one token of each row says so.
     """
     row_axes = partition.axis_names("batch", rows)
     token_axes = partition.axis_names("tokens", tokens)
@@ -139,6 +141,6 @@ def choose_layout(partition: Partition, rows: int, tokens: int, width: int = 0, 
         token_axes = ()
     copies = partition.devices // partition.num_devices(row_axes + token_axes)
     dispatches = chosen > 0 and dispatch_pays(rows * tokens, width, chosen, partition.devices, copies)
-    if tokens == 1 and not dispatches:
+    if (tokens == 1 if decodes is None else decodes) and not dispatches:
         return ReplicatedStream(partition, row_axes, token_axes)
     return StreamLayout(partition, row_axes, token_axes, dispatches)

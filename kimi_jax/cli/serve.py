@@ -77,6 +77,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most tokens of prompts beside a step: less is smoother, more begins answers sooner (default 512)",
     )
     parser.add_argument(
+        "--draft",
+        choices=["prompt-lookup"],
+        help="verify several tokens of an answer at a time: those that followed where its last ones occurred before "
+        "(default: one at a time)",
+    )
+    parser.add_argument(
+        "--draft-tokens", type=whole(1, 7), default=4, metavar="N", help="most drafts at a time, 1 to 7 (default 4)"
+    )
+    parser.add_argument(
         "--max-queue", type=whole(1), default=1024, metavar="N", help="requests that may wait (default 1024)"
     )
     parser.add_argument(
@@ -233,6 +242,7 @@ def _load(arguments: argparse.Namespace, service: Any, links: Any) -> Any:
     import checkpoints
     from kimi_jax.engine import Engine
     from kimi_jax.processor import Processor
+    from kimi_jax.runtime.drafts import PromptLookup
     from kimi_jax.serving import EngineBackend
 
     began, kept = time.perf_counter(), keep_programs(arguments)
@@ -263,6 +273,8 @@ def _load(arguments: argparse.Namespace, service: Any, links: Any) -> Any:
         tokenizer=processor.tokenizer,
         max_waiting=arguments.max_queue,
         progress=note_program,
+        draft=PromptLookup if arguments.draft else None,
+        draft_tokens=arguments.draft_tokens,
         links=links,
     )
     stats = engine.stats()

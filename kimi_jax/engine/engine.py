@@ -6,7 +6,6 @@ what cannot be served is refused in words when it is submitted, and a row whose 
 
 import asyncio
 import collections
-import dataclasses
 import functools
 import itertools
 import queue
@@ -18,46 +17,27 @@ from typing import Any
 
 import numpy as np
 
+from kimi_jax.engine.dispatched import Dispatched
 from kimi_jax.engine.hosts import LeadingRunner, common_memory
 from kimi_jax.engine.job import Job, make_job, placeholders, prompt_ids
 from kimi_jax.engine.mailbox import Mailbox
 from kimi_jax.engine.mask_provider import MaskError
 from kimi_jax.engine.pages import PagePool
-from kimi_jax.engine.requests import (
-    Event,
-    FinishReason,
-    QueueFullError,
-    Request,
-    Result,
-    Times,
-    TokenLogprobs,
-    Usage,
-)
-from kimi_jax.engine.runner import PACKED, Dispatched, Runner
+from kimi_jax.engine.requests import Event, FinishReason, QueueFullError, Request, Result, Times, Usage, collect
+from kimi_jax.engine.runner import PACKED, Runner
 from kimi_jax.engine.scheduler import Scheduler
 from kimi_jax.engine.sequence import Sequence, Status, Step
 from kimi_jax.engine.shard import Shard
 from kimi_jax.engine.sizes import pool_sizes
 from kimi_jax.engine.snapshots import SnapshotPool
+from kimi_jax.engine.stats import Stats
 from kimi_jax.engine.stream import Stream
 from kimi_jax.links import Links
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media, media_index
 from kimi_jax.runtime.batch import Finish
+from kimi_jax.runtime.drafts import DRAFT_TOKENS, Drafter, check_draft_tokens
 from kimi_jax.text import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """Counts of the moment. Pages that no sequence uses are free, whether or not they are kept for their content."""
-
-    compiled_programs: int
-    pages: int
-    free_pages: int
-    slots: int
-    free_slots: int
-    waiting: int
-    running: int
 
 
 class Engine:
@@ -72,9 +52,12 @@ class Engine:
     tokenizer: makes text of tokens, for requests with stop strings.
     max_waiting: requests that wait at most; more are refused with `QueueFullError`.
     progress: is given the name of each program before it is compiled.
+    draft, draft_tokens: makes a drafter for each request, such as `PromptLookup`, which proposes at most so many tokens
+        at a time, 1 to 7; None drafts nothing. Answers are the same.
     links: connect this process, number 0 of several with one mesh, with the others; these call `follow`.
 
-    Raises ValueError where the mesh's data axis does not divide `slots`, or the memory holds no sequence.
+    Raises ValueError where the mesh's data axis does not divide `slots`, the memory holds no sequence, or
+    `draft_tokens` is out of range.
     """
 
     def __init__(
@@ -88,10 +71,15 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         max_waiting: int = 1024,
         progress: Callable[[str], Any] | None = None,
+        draft: Callable[[], Drafter] | None = None,
+        draft_tokens: int = DRAFT_TOKENS,
         links: Links | None = None,
     ):
         self.model, self.config = model, model.config
         self.links = links
+        check_draft_tokens(draft_tokens)
+        self.draft, self.draft_tokens = draft, 0 if draft is None else draft_tokens
+        self._drafted = self._accepted = 0
         if links is not None:
             cache_memory = common_memory(links, cache_memory)
         self.sizes = pool_sizes(model, slots, cache_memory, prefill_chunk, max_length)
@@ -104,6 +92,7 @@ class Engine:
             row_pages=sizes.row_pages,
             chunks=sizes.chunks,
             decode_rows=sizes.decode_rows,
+            draft_tokens=self.draft_tokens,
         )
         data, sequence = self.runner.program.data, self.runner.program.sequence
         shards = [
@@ -133,16 +122,8 @@ class Engine:
         """Waits for a request's whole answer. Raises what `submit` raises."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         job = self._enqueue(request, events.put)
-        tokens: list[int] = []
-        logprobs: list[TokenLogprobs] = []
         try:
-            while True:
-                event = events.get()
-                tokens += event.tokens
-                logprobs += event.logprobs
-                if event.finish_reason is not None:
-                    assert event.usage is not None and event.times is not None
-                    return Result(tokens, event.finish_reason, event.usage, event.times, event.error, logprobs)
+            return collect(events.get)
         finally:
             self._cancel(job)
 
@@ -175,6 +156,8 @@ class Engine:
                 free_slots=sum(len(shard.slots) for shard in shards),
                 waiting=len(self.scheduler.waiting) + len(self._inbox),
                 running=len(self.scheduler.running),
+                drafted_tokens=self._drafted,
+                accepted_tokens=self._accepted,
             )
 
     def prefix_ready(self, tokens: Any, media: Media | None = None) -> bool:
@@ -262,17 +245,19 @@ class Engine:
             self._inbox.clear()
 
     def _mostly_stepwise(self) -> bool:
-        """Returns whether at least half of the running rows wait for their token before they go on. Beside other rows
-        they are part of every second step, while those are always a step ahead; from here on that would lose more than
-        reading each step before the next."""
+        """Returns whether at least half of the running rows wait for their token before they go on: a mask depends on
+        it, or drafts follow it. Beside other rows they are part of every second step, while those are always a step
+        ahead; from here on that would lose more than reading each step before the next."""
         running = self.scheduler.running
-        return 2 * sum(sequence.stepwise for sequence in running) >= len(running) > 0
+        return 2 * sum(sequence.stepwise or bool(sequence.draft) for sequence in running) >= len(running) > 0
 
     def _take_in(self) -> None:
         """Gives the scheduler what has come."""
         while self._inbox:
             with self._lock:
                 job = self._inbox.popleft()
+                if self.draft is not None and job.may_draft:
+                    job.drafter = self.draft()
                 self._jobs[job.sequence] = job
                 self.scheduler.add(job.sequence)
             self._guide(job)
@@ -286,6 +271,7 @@ class Engine:
                 self.scheduler.finish(job.sequence)
                 self._end(job, "cancelled", late)
         step = self.scheduler.plan()
+        self._drafted += sum(map(len, step.drafts.values()))
         for sequence in step.admitted:
             job = self._jobs[sequence]
             try:
@@ -314,20 +300,26 @@ class Engine:
         """Waits for a step, and hands its tokens out."""
         results, going = list(dispatched.read()), []
         with self._lock:
-            for sequence, token, finish, logprobs in results:
+            for sequence, tokens, finish, logprobs in results:
                 if sequence.status is Status.DONE:
                     continue
                 job = self._jobs[sequence]
+                *right, last = tokens
+                self._accepted += len(right)
                 if finish == Finish.NOT_FINITE:
-                    self.scheduler.finish(sequence, sound=False)
-                    self._end(job, "error", f"the logits after {job.generated} new tokens are not finite")
+                    if all(self._hand_out(job, token, Finish.NOT_YET) for token in right):
+                        self.scheduler.finish(sequence, sound=False)
+                        self._end(job, "error", f"the logits after {job.generated} new tokens are not finite")
                     continue
-                self.scheduler.read(sequence, token)
+                self.scheduler.read(sequence, *tokens)
                 job.take_logprobs(logprobs)
-                if self._hand_out(job, token, finish):
+                goes_on = all(self._hand_out(job, token, Finish.NOT_YET) for token in right)
+                if goes_on and self._hand_out(job, last, finish):
                     going.append(job)
         for job in going:
             self._guide(job)
+            if job.drafter is not None and job.sequence.status is Status.DECODE:
+                job.sequence.draft = tuple(job.drafter.propose(job.sequence.tokens, self.draft_tokens))
 
     def _hand_out(self, job: Job, token: int, finish: int) -> bool:
         """Hands a new token out, and ends the answer where it is the last. Returns whether the answer goes on."""

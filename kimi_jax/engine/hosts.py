@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
 
+from kimi_jax.engine.dispatched import Dispatched
 from kimi_jax.engine.pages import Page
-from kimi_jax.engine.runner import Dispatched, Runner
+from kimi_jax.engine.runner import Runner
 from kimi_jax.engine.sequence import Piece, Sequence, Snapshot, Step
 from kimi_jax.engine.sizes import free_memory, parse_bytes
 from kimi_jax.links import Links
@@ -84,6 +85,10 @@ class LeadingRunner(Runner):
 
     def run(self, step: Step) -> Dispatched:
         decode = [(one.number, one.dispatched, one.pages[(one.dispatched - 1) // PAGE].number) for one in step.decode]
+        drafts = np.full((len(step.decode), self.draft_tokens), -1, np.int32)
+        for row, one in enumerate(step.decode):
+            draft = step.drafts.get(one, ())
+            drafts[row, : len(draft)] = draft
         pages = [page.number for piece in step.pieces for page in piece.sequence.pages[_pages(piece.first, piece.stop)]]
         masks = [(one.number, mask) for one in step.choosing if (mask := self.masks.get(one.number)) is not None]
         tokens = [token for piece in step.pieces for token in piece.sequence.tokens[piece.first : piece.stop]]
@@ -92,6 +97,7 @@ class LeadingRunner(Runner):
             {
                 "loads": _rows(2, [(load.sequence.number, load.place) for load in step.loads]),
                 "decode": _rows(3, decode),
+                "drafts": drafts,
                 "pieces": _rows(4, [(one.sequence.number, one.first, one.stop, one.last) for one in step.pieces]),
                 "pages": np.array(pages, np.int32),
                 "tokens": np.array(tokens, np.int32),
@@ -184,6 +190,7 @@ class _Follower:
         self,
         loads: np.ndarray,
         decode: np.ndarray,
+        drafts: np.ndarray,
         pieces: np.ndarray,
         pages: np.ndarray,
         tokens: np.ndarray,
@@ -204,6 +211,11 @@ class _Follower:
         step = Step(
             loads=self._snapshots(loads),
             decode=tuple(self.sequences[number] for number in decode[:, 0].tolist()),
+            drafts={
+                self.sequences[number]: tuple(draft[draft >= 0].tolist())
+                for number, draft in zip(decode[:, 0].tolist(), drafts, strict=True)
+                if (draft >= 0).any()
+            },
             pieces=tuple(
                 Piece(self.sequences[number], first, stop, bool(last)) for number, first, stop, last in pieces.tolist()
             ),

@@ -22,7 +22,8 @@ from kimi_jax.model.splice import Media, media_index, tokens_per_item
 from kimi_jax.model.token_ids import integers, token_ids
 from kimi_jax.runtime.batch import BANNED, STOP_IDS
 from kimi_jax.runtime.choose import MOST_LOGPROBS
-from kimi_jax.runtime.sampling import Sampling, checked_seeds
+from kimi_jax.runtime.drafts import Drafter
+from kimi_jax.runtime.sampling import NO_PENALTIES, Sampling, checked_seeds
 from kimi_jax.text import StreamDecoder, Tokenizer
 
 # Ends of messages that are known beginnings: the first ones are of the system prompt and tools, the last of the turn.
@@ -45,6 +46,7 @@ class Job:
     submitted: float
     stop_strings: StopStrings | None
     guide: Guide | None = None
+    drafter: Drafter | None = None
     first_token: float | None = None
     generated: int = 0
     cancelled: bool = False
@@ -53,6 +55,14 @@ class Job:
     @property
     def deadline(self) -> float:
         return math.inf if self.request.timeout is None else self.submitted + self.request.timeout
+
+    @property
+    def may_draft(self) -> bool:
+        """True where a token is chosen by nothing that a token before it changes: with penalties, masks and logprobs
+        the tokens of a step depend on one another."""
+        request = self.request
+        plain = request.mask_provider is None and request.top_logprobs is None
+        return plain and request.sampling.penalties == NO_PENALTIES
 
     def take(self, token: int) -> tuple[int, ...]:
         """Takes a new token, and returns those that are part of the answer by now."""

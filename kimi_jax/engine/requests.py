@@ -1,7 +1,7 @@
 """Requests to an engine and its answers: tokens in, events out."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from kimi_jax.axes import AnyArray
@@ -103,6 +103,19 @@ class Result:
     times: Times
     error: str | None = None
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+
+
+def collect(next_event: Callable[[], Event]) -> Result:
+    """Takes events up to the last one, and returns them as one result."""
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    while True:
+        event = next_event()
+        tokens += event.tokens
+        logprobs += event.logprobs
+        if event.finish_reason is not None:
+            assert event.usage is not None and event.times is not None
+            return Result(tokens, event.finish_reason, event.usage, event.times, event.error, logprobs)
 
 
 class QueueFullError(RuntimeError):

@@ -7,22 +7,22 @@ for penalties. All are compiled by `warm`; nothing that a request chooses compil
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kimi_jax.engine.requests import TokenLogprobs
+from kimi_jax.engine.dispatched import Dispatched
 from kimi_jax.engine.sequence import Piece, Snapshot, Step
 from kimi_jax.engine.sequence import Sequence as Running
 from kimi_jax.model.context import PAGE
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media
-from kimi_jax.runtime.batch import BANNED, CHOSEN_BEFORE, STOP_IDS, Batch, Chosen
+from kimi_jax.runtime.batch import BANNED, STOP_IDS, Batch, Chosen
 from kimi_jax.runtime.cache import states_alone
-from kimi_jax.runtime.choose import Logprobs, occurred
+from kimi_jax.runtime.choose import occurred
 from kimi_jax.runtime.program import Program
 from kimi_jax.runtime.sampling import NO_PENALTIES, Sampling, SamplingRows, sampling_rows
 
@@ -38,29 +38,10 @@ class MediaTokens:
     index: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Dispatched:
-    """A step on its way: for each of its programs, the sequences that it chooses tokens for, their rows, `Chosen`,
-    whose `logprobs` are None where no sequence asks for them."""
-
-    parts: tuple[tuple[tuple[Running, ...], tuple[int, ...], Chosen], ...]
-
-    def read(self) -> Iterator[tuple[Running, int, int, TokenLogprobs | None]]:
-        """Waits for the step: each sequence, its token, its `Finish`, and logprobs of as many tokens as there are."""
-        for sequences, rows, chosen in self.parts:
-            at = list(rows)
-            tokens, finish = np.asarray(chosen.tokens)[at].tolist(), np.asarray(chosen.finish)[at].tolist()
-            found: list[TokenLogprobs | None] = [None] * len(at)
-            if chosen.logprobs is not None:
-                logprobs = jax.tree.map(np.asarray, chosen.logprobs)
-                found = [_token_logprobs(logprobs, row) for row in at]
-            yield from zip(sequences, tokens, finish, found, strict=True)
-
-
 class Runner:
     """`slots` sequences over all data shards, `pages` and `places` (for snapshots) as well; a sequence has at most
     `row_pages` pages. `chunks` are the lengths of a step's prefill, ascending, `decode_rows` the numbers of rows of a
-    decode step, ascending, of which the last is `slots`."""
+    decode step, ascending, of which the last is `slots`. `draft_tokens` is the most drafts of a sequence in a step."""
 
     def __init__(
         self,
@@ -72,9 +53,10 @@ class Runner:
         row_pages: int,
         chunks: Sequence[int],
         decode_rows: Sequence[int],
+        draft_tokens: int = 0,
     ):
         self.model, self.program = model, Program(model)
-        self.chunks, self.decode_rows = tuple(chunks), tuple(decode_rows)
+        self.chunks, self.decode_rows, self.draft_tokens = tuple(chunks), tuple(decode_rows), draft_tokens
         self.packed_chunks = self.chunks[1:]  # in the shortest there is hardly room for two
         self.data, self.slots = self.program.data, slots
         self.cache = self.program.cache(pages, slots)
@@ -148,7 +130,7 @@ class Runner:
     def _run(self, step: Step) -> Dispatched:
         for load in step.loads:
             self._copy_states(load, into_slot=True)
-        parts = [self._decode(step.decode)] if step.decode else []
+        parts = [self._decode(step.decode, drafts=step.drafts or None)] if step.decode else []
         if step.pieces:
             shards = {piece.sequence.shard for piece in step.pieces}
             run = self._prefill if len(shards) == len(step.pieces) else self._prefill_packed
@@ -156,8 +138,8 @@ class Runner:
         for save in step.saves:
             self._copy_states(save, into_slot=False)
         self._count_chosen([self.slot_number(sequence) for sequence in step.choosing])
-        for _, _, chosen in parts:
-            for array in jax.tree.leaves(chosen):
+        for _, _, result in parts:
+            for array in jax.tree.leaves(result):
                 array.copy_to_host_async()
         return Dispatched(tuple(parts))
 
@@ -167,6 +149,10 @@ class Runner:
             self.compiled += 1
             yield f"decode, {rows} rows"
             self._decode((), rows)
+            if self.draft_tokens:
+                self.compiled += 1
+                yield f"verification of drafts, {rows} rows"
+                self._decode((), rows, drafts={})
         for tokens in self.chunks:
             for media in (False, True) if self.model.config.vision is not None else (False,):
                 self.compiled += 1
@@ -216,11 +202,15 @@ class Runner:
     def _all_words(self, rows: int) -> np.ndarray:
         return np.full((rows, -(-self.model.config.text.vocab_size // 32)), 2**32 - 1, np.uint32)
 
-    def _step(self, batch: Batch, sequences: Sequence[Running], places: Sequence[int]) -> Chosen:
-        """Runs a step that chooses for these sequences in these rows. Returns `Chosen`, with logprobs if one asks."""
-        mask = self._mask(sequences, places, len(batch.ends))
-        self.cache, chosen = self.program.step(self.cache, dataclasses.replace(batch, mask=mask))
+    def _step(self, batch: Batch, sequences: Sequence[Running], places: Sequence[int]) -> Any:
+        """Runs a step that chooses for these sequences in these rows. Returns `Chosen`, or `Verified` of drafts, with
+        logprobs if one asks."""
+        batch = dataclasses.replace(batch, mask=self._mask(sequences, places, len(batch.ends)))
         asked = any(self.logprobs[self.slot_number(sequence)] for sequence in sequences)
+        if batch.phase == "verify":
+            self.cache, verified = self.program.verify(self.cache, batch)
+            return verified if asked else verified._replace(chosen=verified.chosen._replace(logprobs=None))
+        self.cache, chosen = self.program.step(self.cache, batch)
         return chosen if asked else chosen._replace(logprobs=None)
 
     def _cached(self) -> int:
@@ -236,8 +226,14 @@ class Runner:
         for index in range(piece.first // PAGE, -(-piece.stop // PAGE)):
             self._enter_page(self.slot_number(piece.sequence), piece.sequence, index)
 
-    def _decode(self, sequences: tuple[Running, ...], rows: int | None = None) -> Any:
-        """Dispatches a token of each sequence. All slots are rows where there are many, else rows are gathered."""
+    def _decode(
+        self,
+        sequences: tuple[Running, ...],
+        rows: int | None = None,
+        drafts: Mapping[Running, Sequence[int]] | None = None,
+    ) -> Any:
+        """Dispatches a token of each sequence, and where there are `drafts`, those after it. All slots are rows where
+        there are many, else rows are gathered."""
         numbers = [self.slot_number(sequence) for sequence in sequences]
         rows = rows or next(count for count in self.decode_rows if count >= len(sequences))
         for slot, sequence in zip(numbers, sequences, strict=True):
@@ -249,19 +245,20 @@ class Runner:
         places = numbers if full else list(range(len(numbers)))
         positions = np.full(rows, -1, np.int32)
         positions[places] = [sequence.dispatched - 1 for sequence in sequences]
-        batch = dataclasses.replace(
-            self._rows(slots),
-            tokens=np.full((rows, 1), CHOSEN_BEFORE, np.int32),
-            positions=positions[:, None],
-            choosing=positions >= 0,
-            previous=self.chosen if full else self.take(self.chosen, slots),
-            slots=None if full else self._local(slots),
-            phase="decode",
-        )
-        chosen = self._step(batch, sequences, places)
-        plain = chosen._replace(logprobs=None)
+        batch = dataclasses.replace(self._rows(slots), slots=None if full else self._local(slots))
+        previous = self.chosen if full else self.take(self.chosen, slots)
+        if drafts is None:
+            batch = batch.next_token(positions, previous)
+        else:
+            proposed = np.full((rows, self.draft_tokens), -1, np.int32)
+            for sequence, place in zip(sequences, places, strict=True):
+                draft = drafts.get(sequence, ())
+                proposed[place, : len(draft)] = draft
+            batch = batch.verification(positions, proposed, previous)
+        result = self._step(batch, sequences, places)
+        plain = (result if drafts is None else result.chosen)._replace(logprobs=None)
         self.chosen = plain if full else self.place(self.chosen, plain, slots)
-        return sequences, tuple(places), chosen
+        return sequences, tuple(places), result
 
     def _prefill(self, pieces: tuple[Piece, ...], tokens: int | None = None, media: bool = False) -> Any:
         """Dispatches a piece of each data shard that has one; row i is data shard i's."""
@@ -378,11 +375,6 @@ class Runner:
             self.cache = self.program.copy_slots(self.cache, places, slots, origin=self.snapshots)
         else:
             self.snapshots = self.program.copy_slots(self.snapshots, slots, places, origin=self.cache)
-
-
-def _token_logprobs(logprobs: Logprobs, row: int) -> TokenLogprobs:
-    top = zip(logprobs.top_tokens[row].tolist(), logprobs.top[row].tolist(), strict=True)
-    return TokenLogprobs(float(logprobs.chosen[row]), tuple(top))
 
 
 def _slice(embeddings: jax.Array, start: jax.Array | int, tokens: int) -> jax.Array:

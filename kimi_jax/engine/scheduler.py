@@ -40,20 +40,23 @@ class Scheduler:
         decode = self._grow()
         admitted, loads = self._admit()
         pieces = self._cut_pieces()
+        drafts = {sequence: draft for sequence in decode if (draft := _usable_draft(sequence))}
         for sequence in decode:
             sequence.dispatched += 1
         moved = (*decode, *(piece.sequence for piece in pieces))
         saves = [save for one in moved if (save := self.shards[one.shard].copy_place(one)) is not None]
-        step = Step(tuple(admitted), tuple(loads), tuple(decode), tuple(pieces), tuple(saves))
+        step = Step(tuple(admitted), tuple(loads), tuple(decode), drafts, tuple(pieces), tuple(saves))
         for sequence in step.choosing:
             sequence.unread += 1
         return step
 
-    def read(self, sequence: Sequence, token: int) -> None:
-        """Takes the token that a step chose for a sequence; steps are read in the order in which they were planned."""
+    def read(self, sequence: Sequence, *tokens: int) -> None:
+        """Takes the tokens that a step chose for a sequence, several where drafts were right; steps are read in the
+        order in which they were planned."""
         sequence.unread -= 1
-        sequence.tokens.append(token)
+        sequence.tokens += tokens
         if sequence.status is Status.DECODE:
+            sequence.dispatched += len(tokens) - 1
             if sequence.computed % PAGE == 0:
                 self.shards[sequence.shard].publish(sequence)
         elif sequence.status is Status.LEAVING and not sequence.unread:
@@ -102,7 +105,7 @@ class Scheduler:
             for sequence in sorted(shard.running, key=self.urgency):
                 if sequence.status is not Status.DECODE or not sequence.has_more:
                     continue
-                if sequence.stepwise and sequence.unread:
+                if sequence.unread and (sequence.stepwise or sequence.draft):
                     continue
                 while sequence.status is Status.DECODE and sequence.dispatched // PAGE >= len(sequence.pages):
                     if (page := shard.pages.allocate(len(sequence.pages))) is not None:
@@ -115,7 +118,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.shards[sequence.shard].release(sequence)
-        sequence.dispatched = 0
+        sequence.dispatched, sequence.draft = 0, ()
         if sequence.unread:
             sequence.status = Status.LEAVING
         else:
@@ -194,3 +197,10 @@ class Scheduler:
         if stop == sequence.prefill:
             sequence.status = Status.DECODE
         return Piece(sequence, first, stop, stop == sequence.prefill)
+
+
+def _usable_draft(sequence: Sequence) -> tuple[int, ...]:
+    """Returns those of a sequence's drafts that its next step verifies: with all of them it is neither full nor at the
+    end of a page, where its state may have to be copied, and is computed by a step without drafts."""
+    first = sequence.dispatched
+    return sequence.draft[: max(0, min(PAGE - 2 - first % PAGE, sequence.ends - 2 - first))]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 
 from kimi_jax.engine.pages import Key, Page, Placeholders, extend_keys
 from kimi_jax.model.context import PAGE
@@ -46,6 +47,8 @@ class Sequence:
     keys: list[Key] = dataclasses.field(default_factory=list)
     # Where prefill pieces end so that the state can be copied: True where the place has a meaning, False for a guess
     cuts: dict[int, bool] = dataclasses.field(default_factory=dict)
+    # Proposed tokens after the known ones; with any the next step waits until all known tokens are read
+    draft: tuple[int, ...] = ()
     # Places of copies made while decoding, by the number of tokens before, until these are read
     unpublished: dict[int, int] = dataclasses.field(default_factory=dict)
 
@@ -103,11 +106,13 @@ class Snapshot:
 @dataclasses.dataclass(frozen=True)
 class Step:
     """Work of the device, in this order: fill slots from snapshots, decode one token of each of `decode`, the
-    pieces of prefill, and copy the states after them. `admitted` have new slots and pages."""
+    pieces of prefill, and copy the states after them. `admitted` have new slots and pages. Some of `decode` have
+    `drafts`, which are verified: what is right of them is computed and chosen too."""
 
     admitted: tuple[Sequence, ...] = ()
     loads: tuple[Snapshot, ...] = ()
     decode: tuple[Sequence, ...] = ()
+    drafts: Mapping[Sequence, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     pieces: tuple[Piece, ...] = ()
     saves: tuple[Snapshot, ...] = ()
 
@@ -126,6 +131,7 @@ class Step:
             tuple(one for one in self.admitted if one is not sequence),
             tuple(load for load in self.loads if load.sequence is not sequence),
             tuple(one for one in self.decode if one is not sequence),
+            {one: draft for one, draft in self.drafts.items() if one is not sequence},
             tuple(piece for piece in self.pieces if piece.sequence is not sequence),
             tuple(save for save in self.saves if save.sequence is not sequence),
         )

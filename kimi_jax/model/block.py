@@ -45,7 +45,8 @@ class Block(nnx.Module):
     def __call__(
         self, x: ResidualStream, context: Context, cache: LayerCache | None = None, layout: StreamLayout = ONE_DEVICE
     ) -> tuple[ResidualStream, LayerCache | None]:
-        """Maps the stream to one of the same shape and dtype, and returns the cache with the call's tokens in it."""
+        """Maps the stream to one of the same shape and dtype, and returns the cache with the call's tokens in it, or
+        beside it in a verification."""
         x, cache = self.mix_tokens(x, context, cache, layout)
         return self.feed_forward(x, layout), cache
 
@@ -86,14 +87,14 @@ class Block(nnx.Module):
         """Adds the token mixer's part to the stream. KDA takes a device's tokens, MLA its rows' tokens."""
         h, dtype = self.mixer_input(x, layout), x.prefix.dtype
         if isinstance(self.self_attn, KDA):
-            assert not isinstance(cache, MLACache)
+            assert cache is None or isinstance(cache, KDAState)
             state = None if cache is None else read_slots(cache, context)
             valid = layout.slice_rows(context.valid)
             segments = None if context.segments is None else layout.slice_rows(context.segments)
-            y, state = self.self_attn(h, valid, state, context.phase, layout.token_axes, segments, context.num_segments)
-            cache = None if cache is None or state is None else write_slots(cache, state, context)
-            return self.add_mixed(x, layout.reduce_local(y, "kda_heads", dtype)), cache
-        assert not isinstance(cache, KDAState)
+            y, new = self.self_attn(h, valid, state, context.phase, layout.token_axes, segments, context.num_segments)
+            after = write_slots(cache, new, context) if cache is not None and isinstance(new, KDAState) else new
+            return self.add_mixed(x, layout.reduce_local(y, "kda_heads", dtype)), after
+        assert cache is None or isinstance(cache, MLACache)
         y, cache = self.self_attn(layout.gather_rows(h), context, cache, layout.partition)
         return self.add_mixed(x, layout.reduce_rows(y, "heads", dtype)), cache
 

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from kimi_jax.axes import Array, Float, Float32, Int32, PageTable, Positions
-from sharding import Partition
+from sharding import Partition, StreamLayout
 
 # Tokens of a page: what the TPU kernels read at once, and a multiple of every chunk of the delta rule.
 PAGE = 128
 
-# A decode step takes one token of each sequence, in the forms that read a cache least; prefill takes any number.
-Phase = Literal["prefill", "decode"]
+# A decode step takes one token of each sequence, in the forms that read a cache least; prefill takes any number. A
+# verification is a decode step of a few tokens of each sequence, of which the last may turn out not to be its own.
+Phase = Literal["prefill", "decode", "verify"]
 
 
 class MLACache(NamedTuple):
@@ -36,7 +37,19 @@ class KDAState(NamedTuple):
     S: Float32[Array, "slots h k v"]
 
 
-LayerCache = MLACache | KDAState
+class KDADraft(NamedTuple):
+    """Holds what a verification's tokens would change a state by: `raw` as in `KDAState.tail`, and the arguments of the
+    delta rule. The state stays as it was until it is known which of the tokens are right (`kda.take_in`)."""
+
+    raw: Float[Array, "b t channels"]
+    k: Float[Array, "b t h k"]
+    v: Float[Array, "b t h v"]
+    g: Float32[Array, "b t h k"]
+    beta: Float32[Array, "b t h"]
+
+
+# A verification returns a `KDADraft` for each `KDAState` that it is given.
+LayerCache = MLACache | KDAState | KDADraft
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +66,7 @@ class Context:
         that states are used in place.
     segments: int32 [rows, t], the sequence (0 to n - 1, in order) of each token of a packed row, -1 for padding. None:
         a row is one sequence, its padding last.
-    phase: "decode" promises t = 1 and no segments.
+    phase: "decode" promises t = 1 and no segments, "verify" no segments and no token at position 0.
     num_segments: n, the sequences of each packed row, where nothing is cached.
     """
 
@@ -102,7 +115,7 @@ def read_slots(pool: KDAState, context: Context) -> KDAState:
     rows, slots = pool, context.slots
     if slots is not None:
         rows = jax.tree.map(lambda x: x.at[jnp.maximum(slots, 0)].get(mode="clip"), pool)
-    if context.phase == "decode":
+    if context.phase != "prefill":
         return rows
     begins = context.starts() == 0
     return jax.tree.map(lambda x: jnp.where(begins.reshape(-1, *(1,) * (x.ndim - 1)), 0, x), rows)
@@ -123,3 +136,9 @@ def cache_specs(layers: tuple[LayerCache | None, ...], partition: Partition) -> 
     kda: Any = KDAState(("batch", None, "kda_heads"), ("batch", "kda_heads", None, None))  # type: ignore[arg-type]
     axes = tuple(None if cached is None else mla if isinstance(cached, MLACache) else kda for cached in layers)
     return partition.tree_specs(layers, axes)
+
+
+def draft_spec(layout: StreamLayout) -> Any:
+    """Returns the PartitionSpec of every array of a `KDADraft`."""
+    channels, heads = layout.row_spec(None, "kda_heads"), layout.row_spec(None, "kda_heads", None)
+    return KDADraft(channels, heads, heads, heads, channels)  # type: ignore[arg-type]

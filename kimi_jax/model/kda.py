@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from kimi_jax.axes import Float32, Hidden, Positions, Valid
+from kimi_jax.axes import Float32, Hidden, Int32, Positions, Valid
 from kimi_jax.config import TextConfig
-from kimi_jax.model.context import KDAState, Phase
+from kimi_jax.model.context import KDADraft, KDAState, Phase
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, Linear
 from pallas_kernels import kda, kda_step
@@ -75,8 +75,9 @@ class KDA(nnx.Module):
         token_axes: tuple[str, ...] = (),
         segments: Positions | None = None,
         num_segments: int = 1,
-    ) -> tuple[Float32[jax.Array, "b t d"], KDAState | None]:
-        """Mixes x [b, t, d]: returns this device's heads' part of the sum for the stream, and the state after the call.
+    ) -> tuple[Float32[jax.Array, "b t d"], KDAState | KDADraft | None]:
+        """Mixes x [b, t, d]: returns this device's heads' part of the sum for the stream, and the state after the call;
+        in a verification, whose tokens may turn out not to be the sequence's, what they would change it by.
 
         `valid` tokens come first in each row. The rows' tokens are sharded over the mesh axes `token_axes`. `segments`
         are those of `Context`, with the states of all sequences, [b * n, ...], or with `num_segments`, which all begin
@@ -94,6 +95,11 @@ class KDA(nnx.Module):
         q, k, v = (rearrange(part, "b t (h k) -> b t h k", k=self.head_dim) for part in jnp.split(mixed, 3, axis=-1))
         g, beta = self.gates(x, valid)
         scale = self.head_dim**-0.5
+        if state is not None and phase == "verify":
+            # In float32 as `kda_step` is, so that the outputs are those of decode steps
+            wide_q, wide_k, wide_v = (array.astype(jnp.float32) for array in (q, k, v))
+            o, _ = kda(wide_q, wide_k, wide_v, g, beta, initial_state=state.S, normalize_qk=True, scale=scale)
+            return self.gated_output(o.astype(v.dtype), x), KDADraft(raw, k, v, g, beta)
         if state is not None and phase == "decode":
             o, S = kda_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], state.S, normalize_qk=True, scale=scale)
             o = o[:, None]
@@ -205,3 +211,15 @@ class KDA(nnx.Module):
         normed = self.o_norm(o.astype(jnp.promote_types(x.dtype, self.o_norm.weight.dtype)))
         y = normed.astype(jnp.float32) * jax.nn.sigmoid(z.astype(jnp.float32))
         return self.o_proj(rearrange(y.astype(x.dtype), "b t h v -> b t (h v)"), dtype=jnp.float32)
+
+
+def take_in(state: KDAState, draft: KDADraft, counts: Int32[jax.Array, "b"]) -> KDAState:
+    """Returns the states of rows after the first `counts` tokens of their drafts: 0 leaves a state as it is."""
+    taken = jnp.arange(draft.raw.shape[1]) < counts[:, None]
+    # No decay and no step: such a token leaves the state as it is, to the bit
+    g, beta = jnp.where(taken[:, :, None, None], draft.g, 0), jnp.where(taken[:, :, None], draft.beta, 0)
+    k, v = draft.k.astype(jnp.float32), draft.v.astype(jnp.float32)
+    _, S = kda(k, k, v, g, beta, initial_state=state.S, normalize_qk=True)
+    padded = jnp.concatenate([state.tail, draft.raw.astype(state.tail.dtype)], axis=1)
+    columns = counts[:, None] + jnp.arange(state.tail.shape[1])
+    return KDAState(jnp.take_along_axis(padded, columns[:, :, None], axis=1), S)

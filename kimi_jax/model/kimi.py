@@ -129,11 +129,14 @@ class Kimi(nnx.Module):
         run = partition.shard_map(on_device, in_specs, layout.row_spec(None, "vocab"))
         return run(params, tokens, positions, index, media_tokens)
 
-    def stream_layout(self, partition: Partition, rows: int, tokens: int) -> StreamLayout:
-        """Chooses the layout of the residual stream of a call of `rows` rows with `tokens` tokens each."""
+    def stream_layout(
+        self, partition: Partition, rows: int, tokens: int, *, decodes: bool | None = None
+    ) -> StreamLayout:
+        """Chooses the layout of the residual stream of a call of `rows` rows with `tokens` tokens each. `decodes` is as
+        for `choose_layout`."""
         text = self.config.text
         chosen = text.num_experts_per_tok if text.n_routed_experts else 0
-        return choose_layout(partition, rows, tokens, text.expert_width, chosen)
+        return choose_layout(partition, rows, tokens, text.expert_width, chosen, decodes)
 
     def extend(
         self,
@@ -143,12 +146,12 @@ class Kimi(nnx.Module):
         index: Int32[jax.Array, "b t"] | None,
         media_tokens: MediaTokens | None,
         layout: StreamLayout,
-    ) -> tuple[Float32[jax.Array, "sequences words"], tuple[LayerCache, ...]]:
+    ) -> tuple[Float32[jax.Array, "... words"], tuple[LayerCache, ...]]:
         """Continues from the caches with the tokens that `context` describes; all arrays are this device's shards.
 
         (`runtime.program` calls it on every device of a mesh.)
         Returns the logits after each sequence's last token (meaningless where it has none), float32 [sequences, words],
-        and the caches with the tokens in them.
+        in a verification after each token, [b, t, words]; and the caches with the tokens in them.
         """
         logits, after, _ = self.extend_with_aux(caches, tokens, context, index, media_tokens, layout, ())
         return logits, after
@@ -162,7 +165,7 @@ class Kimi(nnx.Module):
         media_tokens: MediaTokens | None,
         layout: StreamLayout,
         aux_layers: tuple[int, ...],
-    ) -> tuple[Float32[jax.Array, "sequences words"], tuple[LayerCache, ...], Hidden | None]:
+    ) -> tuple[Float32[jax.Array, "... words"], tuple[LayerCache, ...], Hidden | None]:
         """Continues as `extend` does, and also returns the outputs of `aux_layers`, counted from 0, of all tokens of
         this device's rows: [b, t, n * d], side by side in the order of `aux_layers`, which a draft head takes; None
         where there are no `aux_layers`."""
@@ -170,6 +173,8 @@ class Kimi(nnx.Module):
         x, after, outputs = self.model.with_aux(embeds, context, caches, layout, aux_layers)
         assert after is not None
         aux = layout.gather_rows(layout.take_local(jnp.concatenate(outputs, axis=-1))) if outputs else None
+        if context.phase == "verify":
+            return self.logits(layout.gather_rows(layout.take_local(x)), layout.partition), after, aux
         if context.segments is None:
             return self.logits(layout.take_token(x, context.last()), layout.partition), after, aux
         rows, columns = len(tokens), context.last().reshape(len(tokens), -1)

@@ -78,9 +78,8 @@ class MLA(nnx.Module):
         if cache is None or table is None:
             q, latents = self.project(x, context.positions, partition)
             return self.output(self.within(q, latents, context)[0], x), None
-        if context.phase == "decode":
-            out, cache = self.absorbed(x[:, 0], context.positions[:, 0], cache, table, partition)
-            return out[:, None], cache
+        if context.phase != "prefill":
+            return self.absorbed(x, context.positions, cache, table, partition)
         q, latents = self.project(x, context.positions, partition)
         cache = MLACache(mla_write(cache.pages, latents, *self.places(context, table, partition)))
         return self.output(self.with_history(q, latents, context, cache, table, partition), x), cache
@@ -232,14 +231,15 @@ class MLA(nnx.Module):
 
     def absorbed(
         self,
-        x: Float[jax.Array, "b i"],
-        positions: Int32[jax.Array, "b"],
+        x: Inputs,
+        positions: Positions,
         cache: MLACache,
         page_table: PageTable,
         partition: Partition,
-    ) -> tuple[Float32[jax.Array, "b d"], MLACache]:
-        """Writes one token of each row into the cache, and attends to it and to those before it."""
-        config, (q_a, kv) = self.config, self.low_ranks(x, partition)
+    ) -> tuple[Float32[jax.Array, "b t d"], MLACache]:
+        """Writes a few tokens of each row into the cache, and attends from each to it and to those before it."""
+        rows, flat, at = len(x), rearrange(x, "b t i -> (b t) i"), positions.reshape(-1)
+        config, (q_a, kv) = self.config, self.low_ranks(flat, partition)
         q_b, norm = (
             (self.q_proj, None) if config.q_lora_rank is None else (self.q_b_proj, self.q_a_layernorm.weight[...])
         )
@@ -247,7 +247,7 @@ class MLA(nnx.Module):
         q_latent, q_rope, latents = mla_query(
             q_a,
             kv,
-            rope.rotation(positions, config),
+            rope.rotation(at, config),
             norm,
             self.kv_a_layernorm.weight[...],
             q_b.weight[...],
@@ -255,12 +255,14 @@ class MLA(nnx.Module):
             heads=kv_b.shape[0] // (config.qk_nope_head_dim + config.v_head_dim),
             eps=config.mla_inner_norm_eps,
         )
-        own = local_positions(positions[:, None], PAGE, partition)
-        cache = MLACache(mla_write(cache.pages, latents[:, None], page_table, own))
-        q_latent, q_rope = jnp.split(
-            gather_pages(jnp.concatenate([q_latent, q_rope], -1), partition), [config.kv_lora_rank], axis=-1
-        )
-        scale, lengths = rope.softmax_scale(config), local_lengths(positions + 1, PAGE, partition)
+        own = local_positions(positions, PAGE, partition)
+        cache = MLACache(mla_write(cache.pages, latents.reshape(*own.shape, -1), page_table, own))
+        queries = rearrange(jnp.concatenate([q_latent, q_rope], -1), "(b t) h c -> b (h t) c", b=rows)
+        queries = rearrange(gather_pages(queries, partition), "b (h t) c -> b h t c", t=own.shape[1])
+        q_latent, q_rope = jnp.split(queries, [config.kv_lora_rank], axis=-1)
+        scale, lengths = rope.softmax_scale(config), local_lengths(at + 1, PAGE, partition).reshape(own.shape)
         o, lse = mla_decode(q_latent, q_rope, cache.pages, page_table, lengths, scale=scale, return_lse=True)
-        gate = None if self.g_proj is None else self.g_proj(x)
-        return mla_output(merge_shards(o, lse, partition), kv_b, self.o_proj.weight[...], gate), cache
+        o = merge_shards(rearrange(o, "b h t c -> b (h t) c"), lse.reshape(rows, -1), partition)
+        o = rearrange(o, "b (h t) c -> (b t) h c", t=own.shape[1])
+        gate = None if self.g_proj is None else self.g_proj(flat)
+        return mla_output(o, kv_b, self.o_proj.weight[...], gate).reshape(*own.shape, -1), cache

@@ -21,6 +21,10 @@ STOP_IDS = 16
 BANNED = 4
 
 
+# The most tokens of a sequence in a verification, its own and the drafts after it.
+MOST_VERIFIED = 8
+
+
 class Finish(enum.IntEnum):
     """Says why a sequence ended, or that it has not ended."""
 
@@ -97,6 +101,19 @@ class Batch:
             media_index=None,
             media_tokens=None,
             phase="decode",
+        )
+
+    def verification(self, positions: np.ndarray, drafts: np.ndarray, previous: Chosen | None) -> "Batch":
+        """Returns the step that runs each sequence's token in `previous` at `positions` [b], -1 running none, and after
+        it the sequence's `drafts`, int32 [b, k], which are padded with -1."""
+        before = [(0, 0), (1, 0)]
+        present = np.pad(drafts >= 0, before, constant_values=True) & (positions >= 0)[:, None]
+        at = positions[:, None] + np.arange(1 + drafts.shape[1])
+        return dataclasses.replace(
+            self.next_token(positions, previous),
+            tokens=np.pad(np.maximum(drafts, 0), before, constant_values=CHOSEN_BEFORE).astype(np.int32),
+            positions=np.where(present, at, -1).astype(np.int32),
+            phase="verify",
         )
 
 

@@ -39,15 +39,23 @@ def choose(logits: LastLogits, batch: Batch, data: int = 1) -> Chosen:
         penalties=jnp.where(choosing[:, None], sampling.penalties, jnp.array(NO_PENALTIES)),
     )
     token = sample(_allowed(logits, batch, sampling.penalties, data), sampling, last_positions(batch) + 1)
-    finish = jnp.where(last_positions(batch) + 2 >= batch.ends, Finish.LENGTH, Finish.NOT_YET)
-    finish = jnp.where((token[:, None] == batch.stop_ids).any(axis=1), Finish.STOP, finish)
-    finish = jnp.where(finite, finish, Finish.NOT_FINITE).astype(jnp.int32)
+    finish = finish_of(token[:, None], last_positions(batch)[:, None], finite[:, None], batch)[:, 0]
     found = None if batch.logprobs is None else logprobs(logits, token, choosing & batch.logprobs)
     if batch.previous is None:
         return Chosen(token, finish, found)
     chooses = choosing & (batch.previous.finish == Finish.NOT_YET)
     tokens = jnp.where(chooses, token, batch.previous.tokens)
     return Chosen(tokens, jnp.where(chooses, finish, batch.previous.finish), found)
+
+
+def finish_of(
+    tokens: Int32[Array, "b t"], positions: Int32[Array, "b t"], finite: Bool[Array, "b t"], batch: Batch
+) -> Int32[jax.Array, "b t"]:
+    """Returns the `Finish` of each token that is chosen after the one at its position, from logits that were
+    `finite`."""
+    finish = jnp.where(positions + 2 >= batch.ends[:, None], Finish.LENGTH, Finish.NOT_YET)
+    finish = jnp.where((tokens[:, :, None] == batch.stop_ids[:, None]).any(axis=-1), Finish.STOP, finish)
+    return jnp.where(finite, finish, Finish.NOT_FINITE).astype(jnp.int32)
 
 
 def last_positions(batch: Batch) -> Int32[jax.Array, "b"]:

@@ -15,14 +15,16 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 
 from kimi_jax.axes import AnyArray, Int32, LastLogits
 from kimi_jax.config import KimiConfig
-from kimi_jax.model.context import Phase
+from kimi_jax.model import kda
+from kimi_jax.model.context import Context, KDAState, Phase, draft_spec, read_slots, write_slots
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.param import weight_specs
 from kimi_jax.runtime import cache as caches
-from kimi_jax.runtime.batch import BANNED, CHOSEN_BEFORE, STOP_IDS, Batch, Chosen, Finish
+from kimi_jax.runtime.batch import BANNED, CHOSEN_BEFORE, MOST_VERIFIED, STOP_IDS, Batch, Chosen, Finish
 from kimi_jax.runtime.cache import Cache
 from kimi_jax.runtime.choose import choose, count_tokens
 from kimi_jax.runtime.sampling import SamplingRows
+from kimi_jax.runtime.verify import Verified, verify
 from sharding import REPLICATED, Partition, choose_layout
 
 
@@ -48,6 +50,12 @@ class Program:
         Give the next step's `previous` without the logprobs."""
         self.check(batch)
         return self.jitted.step(self.arrays, cache, batch)
+
+    def verify(self, cache: Cache, batch: Batch) -> tuple[Cache, Verified]:
+        """Runs each sequence's token and the drafts after it (`Batch.verification`), and takes in those that are what
+        steps of one token would have chosen. Returns the cache as those steps would leave it, and `Verified`."""
+        self.check(batch)
+        return self.jitted.verify(self.arrays, cache, batch)
 
     def logits(self, cache: Cache, batch: Batch) -> tuple[Cache, LastLogits]:
         """Runs the batch's tokens. Returns the cache, and float32 logits [b, vocab_size] after each sequence's last
@@ -148,11 +156,12 @@ class Program:
     def compiled(self) -> int:
         """The number of programs compiled so far for models of this structure: steps, copies of states, counts."""
         jitted = self.jitted
-        steps = jitted.step, jitted.logits, jitted.copy_slots
+        steps = jitted.step, jitted.verify, jitted.logits, jitted.copy_slots
         return sum(function._cache_size() for function in (*steps, jitted.count_tokens, jitted.set_counts))
 
     def check(self, batch: Batch) -> None:
-        """Raises ValueError for a batch that the mesh does not divide, and for a decode step of several tokens each."""
+        """Raises ValueError for a batch that the mesh does not divide, for a decode step of several tokens each, and
+        for a verification of one or of more than MOST_VERIFIED."""
         rows, tokens = batch.tokens.shape
         if rows % self.data:
             raise ValueError(f"a batch of {rows} rows cannot be sharded over a data axis of {self.data}")
@@ -163,6 +172,8 @@ class Program:
             )
         if batch.phase == "decode" and (tokens != 1 or batch.segments is not None):
             raise ValueError(f"a decode step has rows of {tokens} tokens, expected one token and no segments")
+        if batch.phase == "verify" and not 2 <= tokens <= MOST_VERIFIED:
+            raise ValueError(f"a verification has rows of {tokens} tokens, expected 2 to {MOST_VERIFIED}")
 
 
 class _Jitted:
@@ -181,16 +192,18 @@ class _Jitted:
             counts = NamedSharding(mesh, _counts_spec(self.partition))
         options: Any = {"donate_argnames": "cache", "compiler_options": dict(compiler_options)}
         self.step: Any = jax.jit(self.run_and_choose, out_shardings=(None, everywhere), **options)
+        self.verify: Any = jax.jit(self.run_and_verify, out_shardings=(None, everywhere), **options)
         self.logits: Any = jax.jit(self.run, **options)
         self.copy_slots: Any = jax.jit(self.copy, donate_argnames="cache")
         self.count_tokens: Any = jax.jit(count_tokens, donate_argnames="counts", out_shardings=counts)
         self.set_counts: Any = jax.jit(_set_row, donate_argnames="array", out_shardings=counts)
 
-    def run(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, LastLogits]:
+    def run(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, jax.Array]:
         model = jax.tree.unflatten(self.tree, arrays)
         batch = _with_tokens(batch)
         partition = self.partition
-        layout = model.stream_layout(partition, *batch.tokens.shape)
+        decodes = None if batch.phase == "prefill" else True
+        layout = model.stream_layout(partition, *batch.tokens.shape, decodes=decodes)
         if batch.segments is not None:
             # A short convolution reads earlier tokens of its own sequence, which must be on its own device
             layout = dataclasses.replace(layout, token_axes=())
@@ -204,7 +217,12 @@ class _Jitted:
         rows, layers = layout.row_spec(), caches.specs(cache, partition).layers
         context_specs = [layout.row_spec("row_pages") if array is batch.page_table else rows for array in context]
         in_specs = (weight_specs(params, partition), layers, rows, context_specs, rows, REPLICATED)
-        run = partition.shard_map(run_local, in_specs, (layout.row_spec("vocab"), layers))
+        logits_spec, after = layout.row_spec("vocab"), layers
+        if batch.phase == "verify":
+            drafted = draft_spec(layout)
+            after = tuple(drafted if isinstance(spec, KDAState) else spec for spec in layers)
+            logits_spec = layout.row_spec(None, "vocab")
+        run = partition.shard_map(run_local, in_specs, (logits_spec, after))
         inputs = (batch.tokens, context, batch.media_index, batch.media_tokens)
         logits, new_layers = run(params, cache.layers, *inputs)
         return Cache(new_layers), logits
@@ -212,6 +230,32 @@ class _Jitted:
     def run_and_choose(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, Chosen]:
         cache, logits = self.run(arrays, cache, batch)
         return cache, choose(logits, batch, self.partition.num_shards("batch"))
+
+    def run_and_verify(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, Verified]:
+        with_drafts, logits = self.run(arrays, cache, batch)
+        verified = verify(logits, _with_tokens(batch), self.partition.num_shards("batch"))
+        return self.take_in(cache, with_drafts, verified.counts, batch.slots), verified
+
+    def take_in(self, before: Cache, with_drafts: Cache, counts: jax.Array, slots: jax.Array | None) -> Cache:
+        """Returns the cache with the first `counts` tokens of each sequence's drafts in its states. Pages have all
+        drafts: what is not taken is written over before a token sees it."""
+        partition = self.partition
+        layout = choose_layout(partition, len(counts), 1)
+        states, drafts = before.layers, with_drafts.layers
+
+        def take_in_local(states: Any, drafts: Any, counts: jax.Array, slots: jax.Array | None) -> Any:
+            context = Context(counts[:, None], None, slots, phase="verify")
+            return tuple(
+                write_slots(state, kda.take_in(read_slots(state, context), draft, counts), context)
+                if isinstance(state, KDAState)
+                else draft
+                for state, draft in zip(states, drafts, strict=True)
+            )
+
+        rows, specs, drafted = layout.row_spec(), caches.specs(before, partition).layers, draft_spec(layout)
+        after = tuple(drafted if isinstance(spec, KDAState) else spec for spec in specs)
+        run = partition.shard_map(take_in_local, (specs, after, rows, rows), specs)
+        return Cache(run(states, drafts, counts, slots))
 
     def copy(self, cache: Cache, source: jax.Array, target: jax.Array, origin: Cache | None) -> Cache:
         specs = caches.specs(cache, self.partition)

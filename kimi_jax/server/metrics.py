@@ -49,6 +49,8 @@ class Metrics:
             ("requests_running", "Requests that are computed", "running"),
             ("pages", "Pages of the cache", "pages"),
             ("pages_free", "Pages that no request uses", "free_pages"),
+            ("drafted_tokens", "Drafts of tokens that were verified since the start", "drafted_tokens"),
+            ("accepted_tokens", "Drafts of tokens that were right since the start", "accepted_tokens"),
             ("compiled_programs", "Programs compiled since the start", "compiled_programs"),
         ):
             gauge = Gauge(f"kimi_jax_{name}", text, registry=registry)

@@ -93,56 +93,68 @@ def mla_prefill(
 
 @checks_arguments
 def mla_decode(
-    q_latent: Float[Array, "B H L"],
-    q_rope: Float[Array, "B H R"],
+    q_latent: Float[Array, "B H L"] | Float[Array, "B H T L"],
+    q_rope: Float[Array, "B H R"] | Float[Array, "B H T R"],
     cache: Float[Array, "pages width page"],
     page_table: Int32[Array, "B max_pages"],
-    lengths: Int32[Array, "B"],
+    lengths: Int32[Array, "B"] | Int32[Array, "B T"],
     *,
     scale: float,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
-    """Attends from one query per sequence to its cached latents: softmax(scale * (q_latent . c + q_rope . k_rope)) c.
+    """Attends from the newest tokens of each sequence to its cached latents: softmax(scale * (q_latent . c + q_rope .
+    k_rope)) c.
 
     Args:
-      q_latent: [B, H, L], queries already multiplied into the latent space (L = 512); q_rope: [B, H, R] (64).
+      q_latent: [B, H, L], queries already multiplied into the latent space (L = 512); q_rope: [B, H, R] (64). With
+        several tokens of a sequence, to verify drafts, [B, H, T, L] and [B, H, T, R]: all of them read a cached latent
+        once.
       cache: [pages, L + R, page], latents first.
       page_table: int32 [B, max_pages]; entry i of a row is the page of that sequence's tokens [i * page, (i + 1) *
         page).
-      lengths: int32 [B], tokens of each sequence, the newest included.
+      lengths: int32 [B], tokens of each sequence, the newest included; or [B, T], the tokens that each query sees.
       scale, return_lse, implementation: as in `mla_prefill`; there is also "triton" (L, R and page powers of two).
 
     Returns:
-      [B, H, L] in q_latent's dtype (softmax and accumulation in float32), and with `return_lse` float32 [B, H]. A
-      sequence of length 0 gets zeros and -inf. Table entries and cache past a sequence's length may hold anything. Not
-      differentiable.
+      An array like q_latent (softmax and accumulation in float32), and with `return_lse` float32 [B, H] or [B, H, T]. A
+      query that sees no token gets zeros and -inf. Table entries, and cache past what a sequence's queries see, may
+      hold anything. Not differentiable.
 
     Raises:
       ValueError: shapes or dtypes other than these, or (where the values are known) a length below 0 or beyond the
         table, or a page out of range.
     """
     op = "mla_decode"
-    sizes = bind_shapes(op, q_latent=(q_latent, "B H L"), q_rope=(q_rope, "B H R"))
+    axes, rows = ("B H", "B") if jnp.ndim(q_latent) == 3 else ("B H T", "B T")
+    sizes = bind_shapes(op, q_latent=(q_latent, f"{axes} L"), q_rope=(q_rope, f"{axes} R"), lengths=(lengths, rows))
     bind_shapes(
         op,
         cache=(cache, f"pages {sizes['L'] + sizes['R']} page"),
         page_table=(page_table, f"{sizes['B']} max_pages"),
-        lengths=(lengths, f"{sizes['B']}"),
     )
     for name, array in (("q_latent", q_latent), ("q_rope", q_rope), ("cache", cache)):
         check_dtype(op, name, array, jnp.floating)
     for name, array in (("page_table", page_table), ("lengths", lengths)):
         check_dtype(op, name, array, jnp.integer)
-    _check_pages(op, cache, page_table, known(lengths))
-    operands = tuple(map(jnp.asarray, (q_latent, q_rope, cache, page_table, lengths)))
+    seen = known(lengths)
+    _check_pages(op, cache, page_table, seen if seen is None else seen.reshape(sizes["B"], -1).max(axis=1, initial=0))
+    operands = tuple(map(jnp.asarray, (_by_sequence(q_latent), _by_sequence(q_rope), cache, page_table, lengths)))
+    if sizes.get("T") == 1:
+        operands = (*operands[:4], operands[4][:, 0])
     backends = (
         Backend("mosaic_tpu", partial(mosaic_tpu.mla_decode, scale=scale), ("tpu",), mosaic_tpu.unsupported),
         Backend("triton", partial(triton.mla_decode, scale=scale), ("cuda",), triton.unsupported),
         Backend("xla", partial(xla.mla_decode, scale=scale)),
     )
     out, lse = choose(op, implementation, backends, *operands)(*operands)
+    out, lse = out.reshape(jnp.shape(q_latent)), lse.reshape(jnp.shape(q_latent)[:-1])
     return (out, lse) if return_lse else out
+
+
+def _by_sequence(q: Array) -> Array:
+    """Returns queries as rows of their sequence, [B, H * T, width], of which row r is of token r modulo T."""
+    return jnp.asarray(q) if jnp.ndim(q) == 3 else jnp.reshape(q, (len(q), -1, jnp.shape(q)[-1]))
 
 
 @checks_arguments

@@ -1,4 +1,5 @@
-"""Attention from one query per sequence to its paged latents, as one TPU kernel (`mosaic_prefill` has many queries).
+"""Attention from the newest tokens of each sequence to its paged latents, as one TPU kernel (`mosaic_prefill` is for
+prompts).
 
 FlashDecoding over pages (arXiv 2205.14135; paged caches: arXiv 2309.06180), absorbed heads (arXiv 2405.04434).
 
@@ -11,6 +12,9 @@ page by page, into the other half of the buffer; after a sequence's last block t
 so that short sequences hide their reads too. Only pages that a sequence has are read. Tokens past its length in the
 buffer (old ones, or anything) are set to zero before use, since 0 * NaN is NaN.
 
+Several tokens of a sequence (drafts to verify) are more rows H of q, each token with a length of its own: row r is of
+token r modulo T. A latent is read once for all of them.
+
 Blocks hold 1,024 tokens: the chain product, maximum, exponential, product then takes less time than the block's bytes
 on v5e and v6e, and no more than 1.25 of it at 64 heads on v5p (1.65 for short sequences on tpu7x). bf16 operands
 multiply as they are, weights rounded to bf16; float32 operands at HIGHEST. Softmax and sums are float32.
@@ -19,6 +23,7 @@ Spills: with 64 heads the float32 scores of a block (as many vectors as there ar
 maximum and exponential, 60 to 310 stores and loads a block; an explicit buffer for them instead costs 7 % more bundles.
 """
 
+import functools
 import math
 from functools import partial
 
@@ -60,12 +65,15 @@ def mla_decode(
     q_rope: Float[Array, "B H R"],
     cache: Float[Array, "pages width page"],
     page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, "B"] | Int[Array, "B T"],
     *,
     scale: float,
     interpret: bool | pltpu.InterpretParams,
 ) -> tuple[Float[Array, "B H L"], Float[Array, "B H"]]:
-    """See `api.mla_decode`; returns the output in q_latent's dtype and the float32 log-sum-exp."""
+    """See `api.mla_decode`; returns the output in q_latent's dtype and the float32 log-sum-exp.
+
+    With lengths [B, T], row r of H is a query of token r modulo T.
+    """
     (batch, heads, latent), (_, width, page) = q_latent.shape, cache.shape
     pages = block_pages(page, page_table.shape[1])
     if not interpret:
@@ -76,7 +84,7 @@ def mla_decode(
         return pl.BlockSpec((1, *shape), lambda b, *_: (b, 0, 0))
 
     out, lse = pl.pallas_call(
-        partial(_decode_kernel, scale=scale, pages=pages),
+        partial(_decode_kernel, scale=scale, pages=pages, new_tokens=lengths.size // batch),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch,),
@@ -104,23 +112,50 @@ def mla_decode(
         ),
         interpret=interpret,
         name="mla_decode",
-    )(page_table.reshape(-1), lengths, q_latent, q_rope, cache)
+    )(page_table.reshape(-1), lengths.reshape(-1), q_latent, q_rope, cache)
     return out, lse[:, 0]
 
 
 def _decode_kernel(
-    table, lengths, q_latent, q_rope, cache, out, lse, buffer, arrived, side, top, total, acc, *, scale, pages
+    table,
+    lengths,
+    q_latent,
+    q_rope,
+    cache,
+    out,
+    lse,
+    buffer,
+    arrived,
+    side,
+    top,
+    total,
+    acc,
+    *,
+    scale,
+    pages,
+    new_tokens,
 ):
-    sequence, page, batch = pl.program_id(0), cache.shape[2], lengths.shape[0]
+    sequence, page, batch = pl.program_id(0), cache.shape[2], lengths.shape[0] // new_tokens
     max_pages = table.shape[0] // batch
-    length = lengths[sequence]
+
+    def longest(row):
+        return functools.reduce(jnp.maximum, (lengths[row * new_tokens + t] for t in range(new_tokens)))
+
+    length = seen = longest(sequence)
+    if new_tokens > 1:
+        token = lax.rem(lax.broadcasted_iota(jnp.int32, top.shape, 0), new_tokens)
+        seen = functools.reduce(
+            lambda column, t: jnp.where(token == t, lengths[sequence * new_tokens + t], column),
+            range(new_tokens),
+            jnp.zeros_like(token),
+        )
     # An empty sequence has one block of no pages: the reads ahead then need not look for the next that is not empty.
     blocks = jnp.maximum(pl.cdiv(length, pages * page), 1)
 
     def for_pages(sequence, block, half, act):
         """Calls `act` with the copy of every page that the block has."""
         row = jnp.minimum(sequence, batch - 1)
-        present = jnp.where(sequence < batch, pl.cdiv(lengths[row], page), 0) - block * pages
+        present = jnp.where(sequence < batch, pl.cdiv(longest(row), page), 0) - block * pages
         for i in range(pages):
 
             @pl.when(i < present)
@@ -151,7 +186,8 @@ def _decode_kernel(
             return _
 
         lax.fori_loop(jnp.minimum(within // page, pages), pages, blank, None)
-        _attend(q_latent[0], q_rope[0], buffer.at[half], within, top, total, acc, scale)
+        visible = within if new_tokens == 1 else seen - block * pages * page
+        _attend(q_latent[0], q_rope[0], buffer.at[half], visible, top, total, acc, scale)
         return 1 - half
 
     side[0] = lax.fori_loop(0, blocks, attend_block, side[0])
@@ -159,8 +195,14 @@ def _decode_kernel(
     @pl.when(length > 0)
     def _():
         weight = jnp.sum(total[...], axis=1, keepdims=True)
-        out[0] = (acc[...] / weight).astype(out.dtype)
-        column = math.log(2) * top[...] + jnp.log(weight)
+        if new_tokens == 1:
+            out[0] = (acc[...] / weight).astype(out.dtype)
+            column = math.log(2) * top[...] + jnp.log(weight)
+        else:  # a token may see nothing, while others of its sequence do
+            sees = weight > 0
+            weight = jnp.where(sees, weight, 1)
+            out[0] = (acc[...] / weight).astype(out.dtype)
+            column = jnp.where(sees, math.log(2) * top[...] + jnp.log(weight), -jnp.inf)
         # A column becomes a row: each head keeps its own lane of a square, and the square's rows are added up.
         square = (column.shape[0],) * 2
         own = lax.broadcasted_iota(jnp.int32, square, 0) == lax.broadcasted_iota(jnp.int32, square, 1)
@@ -173,8 +215,8 @@ def _decode_kernel(
 
 
 def _attend(q_latent, q_rope, tokens, within, top, total, acc, scale):
-    """Adds the block `tokens` [width, tokens], of which the query sees the first `within`; scores are in powers of
-    two."""
+    """Adds the block `tokens` [width, tokens], of which each query sees the first `within`, a number or a column;
+    scores are in powers of two."""
     latent = q_latent.shape[1]
     scores = _dot(q_latent, tokens[:latent], 0) + _dot(q_rope, tokens[latent:], 0)
     token = lax.broadcasted_iota(jnp.int32, scores.shape, 1)

@@ -35,7 +35,14 @@ def mla_decode(
     lengths: np.ndarray,
     scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns output [B, H, latent] and log-sum-exp [B, H], float64, one sequence after another."""
+    """Returns output and log-sum-exp like those of `api.mla_decode`, float64, one sequence after another."""
+    if lengths.ndim == 2:
+        each = [
+            mla_decode(q_latent[:, :, t], q_rope[:, :, t], cache, page_table, lengths[:, t], scale)
+            for t in range(lengths.shape[1])
+        ]
+        outs, lses = zip(*each, strict=True)
+        return np.stack(outs, axis=2), np.stack(lses, axis=2)
     q = np.concatenate([q_latent, q_rope], axis=-1).astype(np.float64)
     batch, heads, latent = q_latent.shape
     out, lse = np.zeros((batch, heads, latent)), np.full((batch, heads), -np.inf)

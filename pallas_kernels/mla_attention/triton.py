@@ -1,4 +1,5 @@
-"""Attention from one query per sequence over the paged cache, as two Pallas kernels for NVIDIA GPUs (Triton compiles).
+"""Attention from the newest tokens of each sequence over the paged cache, as two Pallas kernels for NVIDIA GPUs (Triton
+compiles). Several tokens of a sequence (drafts to verify) are more rows of heads, row r of token r modulo T.
 
 A sequence's tokens are divided evenly among several programs, for one sequence alone would keep few multiprocessors
 busy. The first kernel attends to a share of the tokens with up to 32 heads at once, which read each latent once, for
@@ -42,7 +43,7 @@ def mla_decode(
     q_rope: Float[Array, "B H R"],
     cache: Float[Array, "pages width page"],
     page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, "B"] | Int[Array, "B T"],
     *,
     scale: float,
     interpret: bool = False,
@@ -54,7 +55,13 @@ def mla_decode(
     wanted = min(-(-PROGRAMS // (batch * blocks)), -(-page_table.shape[1] * page // SHARE))
     shares = 1 << (wanted - 1).bit_length()
     out, lse = pl.pallas_call(
-        partial(_attend, scale=scale, together=together, tokens=min(MOST_TOKENS, page)),
+        partial(
+            _attend,
+            scale=scale,
+            together=together,
+            tokens=min(MOST_TOKENS, page),
+            new_tokens=lengths.size // batch,
+        ),
         grid=(blocks, shares, batch),
         out_shape=(
             jax.ShapeDtypeStruct((batch, shares, heads, latent), jnp.float32),
@@ -97,6 +104,7 @@ def _attend(
     scale: float,
     together: int,
     tokens: int,
+    new_tokens: int,
 ) -> None:
     share, b = pl.program_id(1), pl.program_id(2)
     (_, heads, latent), rope, page = q_latent_ref.shape, q_rope_ref.shape[2], cache_ref.shape[2]
@@ -111,7 +119,8 @@ def _attend(
     dtype = q_latent.dtype
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
     multiply = partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
-    length = lengths_ref[b]
+    seen = lengths_ref[b] if new_tokens == 1 else plgpu.load(lengths_ref.at[b, head % new_tokens])
+    length = seen if new_tokens == 1 else jnp.max(seen)
     each = pl.cdiv(pl.cdiv(length, tokens), pl.num_programs(1))
     first, end = share * each, jnp.minimum((share + 1) * each, pl.cdiv(length, tokens))
 
@@ -127,9 +136,13 @@ def _attend(
 
         c = load(0, latent)
         scores = scale * (multiply(q_latent, c) + multiply(q_rope, load(latent, rope)))
-        scores = jnp.where(within[None, :], scores, -jnp.inf)
+        visible = within[None, :]
+        if new_tokens > 1:
+            visible = i * tokens + jnp.arange(tokens, dtype=jnp.int32)[None, :] < seen[:, None]
+        scores = jnp.where(visible, scores, -jnp.inf)
         new = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights, keep = jnp.exp(scores - new[:, None]), jnp.exp(top - new)
+        finite = new if new_tokens == 1 else jnp.where(new == -jnp.inf, 0, new)  # a token may see nothing here
+        weights, keep = jnp.exp(scores - finite[:, None]), jnp.exp(top - finite)
         return (
             new,
             keep * total + jnp.sum(weights, axis=1),

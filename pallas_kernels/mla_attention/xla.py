@@ -106,25 +106,32 @@ def mla_decode(
     q_rope: Float[Array, "B H R"],
     cache: Float[Array, "pages width page"],
     page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, "B"] | Int[Array, "B T"],
     *,
     scale: float,
 ) -> tuple[Float[Array, "B H L"], Float[Array, "B H"]]:
-    """See `api.mla_decode`; returns the output in q_latent's dtype and the float32 log-sum-exp."""
+    """See `api.mla_decode`; returns the output in q_latent's dtype and the float32 log-sum-exp.
+
+    With lengths [B, T], row r of H is a query of token r modulo T.
+    """
     (batch, heads, latent), page = q_latent.shape, cache.shape[2]
     q = jnp.concatenate([q_latent, q_rope.astype(q_latent.dtype)], axis=-1)
+    longest = lengths if lengths.ndim == 1 else jnp.max(lengths, axis=1)
 
     # A page at a time: both products then contract contiguous pages, without a copy.
     def attend_page(i: Array, running: RunningSoftmax) -> RunningSoftmax:
         chosen = lax.dynamic_index_in_dim(page_table, i, axis=1, keepdims=False)
-        within = i * page + jnp.arange(page) < lengths[:, None]
+        token = i * page + jnp.arange(page)
+        within = token < longest[:, None]
         # Tokens past a length, or in a page that the table should not name, can hold anything: 0 * NaN is NaN.
         tokens = jnp.where(within[:, None], cache.at[chosen].get(mode="clip"), 0).astype(q.dtype)
         scores = scale * jnp.einsum(
             "bhc,bcp->bhp", q, tokens, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
         )
-        scores = jnp.where(within[:, None], scores, -jnp.inf)
-        return attend(running, scores, tokens[:, :latent], "bhp,blp->bhl")
+        seen = within[:, None]
+        if lengths.ndim == 2:
+            seen = token < jnp.tile(lengths, (1, heads // lengths.shape[1]))[:, :, None]
+        return attend(running, jnp.where(seen, scores, -jnp.inf), tokens[:, :latent], "bhp,blp->bhl")
 
     pages = -(-jnp.max(lengths, initial=0) // page)
     out, lse = finish(lax.fori_loop(0, pages, attend_page, empty((batch, heads), latent)))

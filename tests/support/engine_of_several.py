@@ -37,6 +37,13 @@ def requests(config):
     ]
 
 
+class Echo:
+    """Drafts the last two tokens, which is hardly ever right: every step verifies drafts."""
+
+    def propose(self, tokens, count):
+        return tokens[-2:]
+
+
 def answers(model, **options):
     """Returns the tokens of each request, all at once, then the first pages that the longest finds; and the counts
     that no request may change."""
@@ -61,7 +68,7 @@ def main(folder, shape, coordinator, processes, process):
         model = kimi_jax.load(folder, dtype=jnp.float32, mesh=make_mesh(shape))
         if not links.first:
             return follow(model, links)
-        print("\n" + json.dumps(answers(model, links=links)))
+        print("\n" + json.dumps(answers(model, links=links, draft=Echo)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ found under a wrong key gives another answer, or ends the test at once.
 import itertools
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kimi_jax.engine.sequence import Sequence, Step
 from kimi_jax.model.context import PAGE
@@ -45,8 +45,8 @@ class FakeDevice:
         self.snapshots: dict[tuple[int, int], list[int]] = {}
         self.chosen: dict[tuple[int, int], tuple[int, bool]] = {}
 
-    def run(self, step: Step) -> list[tuple[Sequence, int, bool]]:
-        """Returns each sequence's token, and whether it is the last."""
+    def run(self, step: Step) -> list[tuple[Sequence, list[int], bool]]:
+        """Returns each sequence's tokens, and whether they are the last."""
         found = []
         for load in step.loads:
             shard = load.sequence.shard
@@ -54,22 +54,36 @@ class FakeDevice:
         for sequence in step.decode:
             at = sequence.shard, sequence.slot
             token, finished = self.chosen[at]
-            if not finished:
-                self._compute(sequence, sequence.dispatched - 1, [token])
-                self.chosen[at] = self._choose(sequence, sequence.dispatched)
-            found.append((sequence, *self.chosen[at]))
+            if finished:
+                found.append((sequence, [token], finished))
+            else:
+                found.append((sequence, *self._verify(sequence, token, step.drafts.get(sequence, ()))))
         alone = len({piece.sequence.shard for piece in step.pieces}) == len(step.pieces)
         for piece in step.pieces:
             sequence = piece.sequence
             assert alone or not sequence.media, "a step with several pieces of a shard carries no embeddings"
             self._compute(sequence, piece.first, sequence.tokens[piece.first : piece.stop])
             if piece.last:
-                self.chosen[sequence.shard, sequence.slot] = self._choose(sequence, piece.stop)
-                found.append((sequence, *self.chosen[sequence.shard, sequence.slot]))
+                token, finished = self._choose(sequence, piece.stop)
+                self.chosen[sequence.shard, sequence.slot] = token, finished
+                found.append((sequence, [token], finished))
         for save in step.saves:
             shard = save.sequence.shard
             self.snapshots[shard, save.place] = list(self.states[shard, save.sequence.slot])
         return found
+
+    def _verify(self, sequence: Sequence, token: int, draft: Iterable[int]) -> tuple[list[int], bool]:
+        """Computes a token and what is right of its draft, all of which is written to the pages."""
+        first, new = sequence.dispatched - 1, []
+        self._write(sequence, first, [token, *draft])
+        for guess in (*draft, None):
+            self._compute(sequence, first + len(new), [token])
+            token, finished = self._choose(sequence, first + len(new) + 1)
+            new.append(token)
+            if finished or token != guess:
+                break
+        self.chosen[sequence.shard, sequence.slot] = token, finished
+        return new, finished
 
     def _compute(self, sequence: Sequence, first: int, tokens: list[int]) -> None:
         at = sequence.shard, sequence.slot
@@ -78,6 +92,9 @@ class FakeDevice:
         if self.recurrent:
             assert self.states[at] == self._history(sequence, first), "a state of another sequence, or another place"
             self.states[at] = self.states[at] + tokens
+        self._write(sequence, first, tokens)
+
+    def _write(self, sequence: Sequence, first: int, tokens: list[int]) -> None:
         for position, token in enumerate(tokens, first):
             page = sequence.pages[position // PAGE]
             assert page.users == 1, "a shared page is written"

@@ -29,9 +29,10 @@ def make_scheduler(pages=8, slots=3, shards=1, parts=1, places=None, packed=1):
 
 
 class Run:
-    """A scheduler and its device, read one step behind, as the engine does it."""
+    """A scheduler and its device, read one step behind, as the engine does it, which drafts by `guess`es if any."""
 
-    def __init__(self, scheduler):
+    def __init__(self, scheduler, guess=None):
+        self.guess = guess
         self.scheduler, self.device = scheduler, FakeDevice(scheduler.shards[0].snapshots is not None)
         self.before, self.ended = [], []
 
@@ -39,14 +40,22 @@ class Run:
         step = self.scheduler.plan()
         now = self.device.run(step)
         self.check()
-        for sequence, token, finished in self.before:
+        for sequence, tokens, finished in self.before:
             if sequence.status is not Status.DONE:
-                self.scheduler.read(sequence, token)
+                self.scheduler.read(sequence, *tokens)
                 if finished:
                     self.scheduler.finish(sequence, ended=True)
                     self.ended.append(sequence)
+                elif self.guess is not None and sequence.status is Status.DECODE:
+                    sequence.draft = self.draft(sequence.tokens)
         self.before = now
         return step
+
+    def draft(self, tokens):
+        """Returns up to four of the next tokens, of which one may be wrong."""
+        count, wrong = self.guess.choice([0, 0, 1, 4]), self.guess.randrange(8)
+        answer = whole_answer(tokens, len(tokens) + count)[len(tokens) :]
+        return tuple(39 if number == wrong else token for number, token in enumerate(answer))
 
     def check(self):
         """Asserts that a page is free or owned as often as it counts users, and a slot free or of one sequence."""
@@ -75,11 +84,15 @@ def sequence(number, length, new, prefix=0, priority=0):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from([(1, 1, None), (1, 1, 5), (2, 2, 2), (1, 3, None), (2, 1, 0)]))
-def test_any_requests_in_any_order(seed, shape):
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([(1, 1, None), (1, 1, 5), (2, 2, 2), (1, 3, None), (2, 1, 0)]),
+    st.booleans(),
+)
+def test_any_requests_in_any_order(seed, shape, drafts):
     random, (shards, parts, places) = Random(seed), shape
     scheduler = make_scheduler(9 if parts == 1 else 4, 3, shards, parts, places, packed=random.choice([1, 2]))
-    run, asked, cancelled = Run(scheduler), [], set()
+    run, asked, cancelled = Run(scheduler, Random(seed) if drafts else None), [], set()
     room = (9 if parts == 1 else 4 * parts) * PAGE
     for number in range(14):
         length = random.choice([1, 5, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 300, 420])

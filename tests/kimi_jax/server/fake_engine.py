@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from kimi_jax.engine.engine import Engine, Stats
+from kimi_jax.engine.engine import Engine
 from kimi_jax.engine.job import make_job
 from kimi_jax.engine.requests import Event, QueueFullError, Times, TokenLogprobs, Usage
+from kimi_jax.engine.stats import Stats
 
 
 class FakeStream:

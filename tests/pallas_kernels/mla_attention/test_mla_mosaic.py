@@ -81,6 +81,26 @@ def test_decode_of_two_halves_merged(dtype, tolerance, implementation):
     np.testing.assert_allclose(lse, expected_lse, atol=1e-5, rtol=1e-5)
 
 
+NEWEST = ((1021, 1022, 1023, 1024, 1025), (0, 0, 0, 0, 0), (127, 128, 129, 0, 0), (1, 0, 0, 0, 0))
+
+
+@pytest.mark.parametrize("implementation", [*DECODES, "xla"])
+@pytest.mark.parametrize("dtype,tolerance", TOLERANCES)
+def test_decode_of_several_tokens(dtype, tolerance, implementation):
+    # Given five new tokens of each sequence, some of them padding, across the ends of pages and of a block
+    _, _, *cached, _ = paged(tuple(map(max, NEWEST)), dtype)
+    queries = (normal(at, len(NEWEST), HEADS, 5, width) for at, width in ((1, LATENT), (2, ROPE)))
+    arguments = (*(jnp.asarray(q, dtype) for q in queries), *cached, jnp.array(NEWEST, jnp.int32))
+
+    # Then each token attends to those up to itself, and padding to nothing
+    out, lse = jax.jit(partial(DECODE, implementation=implementation))(*arguments)
+    expected, expected_lse = expected_decode(arguments)
+    assert out.shape == (len(NEWEST), HEADS, 5, LATENT) and out.dtype == dtype
+    assert relative_rmse(out, expected) <= tolerance
+    assert not np.asarray(out)[2, :, 3:].any()
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-5, rtol=1e-5)
+
+
 def test_decode_races_with_nothing_and_stays_in_bounds():
     arguments = paged((130, 0, 300), max_pages=3)
     strict = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
