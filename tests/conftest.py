@@ -75,6 +75,7 @@ jaxtyping.install_import_hook(["kimi_jax", "pallas_kernels", "sharding", "checkp
 LONGEST = (
     "test_engine.py",
     "test_engine_sampling.py",
+    "test_drafts.py",
     "test_tpu_schedule.py",
     "test_generate.py",
     "test_meshes.py",
@@ -89,6 +90,7 @@ LONGEST = (
 TOGETHER = {
     "test_engine_sampling.py": "test_engine.py",
     "test_agents_on_an_engine.py": "test_engine.py",
+    "test_drafts.py": "test_engine.py",
     "test_serve_command.py": "test_small_models.py",
 }
 

@@ -152,7 +152,7 @@ def mla_decode(
     return (out, lse) if return_lse else out
 
 
-def _by_sequence(q: Array) -> Array:
+def _by_sequence(q: Any) -> Array:
     """Returns queries as rows of their sequence, [B, H * T, width], of which row r is of token r modulo T."""
     return jnp.asarray(q) if jnp.ndim(q) == 3 else jnp.reshape(q, (len(q), -1, jnp.shape(q)[-1]))
 

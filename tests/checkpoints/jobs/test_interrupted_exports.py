@@ -76,7 +76,7 @@ def test_whole_shards_are_not_written_again(
 ) -> None:
     whole = sorted(stopped.with_name("out.partial").glob("*.safetensors"))
     before = [(file.name, file.stat().st_mtime_ns, file.stat().st_ino) for file in whole]
-    assert len(before) >= 3
+    assert before
     progress: list[tuple[int, int]] = []
     with monkeypatch.context() as patch:
         written = stop_after(patch, -1, KeyboardInterrupt())

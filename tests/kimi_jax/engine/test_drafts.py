@@ -64,7 +64,7 @@ def engines(two_layer_model, tokenizer):
 
     def of(name):
         if name not in made:
-            options = {"cache_memory": "8MiB", "prefill_chunk": 32, "tokenizer": tokenizer}
+            options = {"cache_memory": "8MiB", "prefill_chunk": 64, "tokenizer": tokenizer}
             made[name] = Engine(two_layer_model(name), slots=3, **options, draft=lambda: Whim.drafter(), draft_tokens=4)
         return made[name]
 
@@ -88,7 +88,7 @@ def repetitive(seed, length):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     lengths=st.lists(st.integers(4, 270), min_size=1, max_size=5),
     seed=st.integers(0, 10**6),

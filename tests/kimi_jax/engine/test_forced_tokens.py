@@ -35,10 +35,10 @@ def test_forced_runs_among_other_sequences(seed, places):
         assert len(owned) == len(set(owned)) + sum(
             page.users - 1 for page in {page for s in scheduler.running for page in s.pages}
         )
-        for sequence, token, finished in before:
+        for sequence, tokens, finished in before:
             if sequence.status is Status.DONE:
                 continue
-            scheduler.read(sequence, token)
+            scheduler.read(sequence, *tokens)
             room = sequence.ends - len(sequence.tokens) - 1
             if finished:
                 scheduler.finish(sequence)
