@@ -137,8 +137,9 @@ def mla_decode(
         check_dtype(op, name, array, jnp.floating)
     for name, array in (("page_table", page_table), ("lengths", lengths)):
         check_dtype(op, name, array, jnp.integer)
-    seen = known(lengths)
-    _check_pages(op, cache, page_table, seen if seen is None else seen.reshape(sizes["B"], -1).max(axis=1, initial=0))
+    if (seen := known(lengths)) is not None and seen.ndim == 2:  # of each sequence the most, or what is below 0
+        seen = np.where((seen < 0).any(axis=1), seen.min(axis=1, initial=0), seen.max(axis=1, initial=0))
+    _check_pages(op, cache, page_table, seen)
     operands = tuple(map(jnp.asarray, (_by_sequence(q_latent), _by_sequence(q_rope), cache, page_table, lengths)))
     if sizes.get("T") == 1:
         operands = (*operands[:4], operands[4][:, 0])

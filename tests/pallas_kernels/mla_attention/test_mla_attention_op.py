@@ -146,6 +146,7 @@ def test_bad_arguments_are_refused():
     cache, table = normal(1, 4, 12, 4), np.array([[0, 3]], np.int32)
     prefill = partial(mla_prefill, q, q_positions=positions, kv_positions=positions, scale=1.0)
     decode = partial(mla_decode, normal(2, 1, 2, 8), scale=1.0)
+    of_two = partial(mla_decode, normal(2, 1, 2, 2, 8), normal(3, 1, 2, 2, 4), cache, table, scale=1.0)
     for message, call in (
         (r"k has shape \(1, 3, 2, 7\), expected \[B=1, T, H=2, D=8\]", lambda: prefill(q[..., :7], q)),
         (r"v is bfloat16, expected float32", lambda: prefill(q, jnp.asarray(q, jnp.bfloat16))),
@@ -157,6 +158,7 @@ def test_bad_arguments_are_refused():
          lambda: decode(normal(3, 1, 2, 4), cache, table, np.int32([9]))),
         (r"a sequence has -1 tokens, expected 0 or more",
          lambda: decode(normal(3, 1, 2, 4), cache, table, np.int32([-1]))),
+        (r"a sequence has -2 tokens, expected 0 or more", lambda: of_two(np.int32([[5, -2]]))),
         (r"page_table is float32, expected",
          lambda: decode(normal(3, 1, 2, 4), cache, np.float32(table), np.int32([5]))),
         (r"page_table names pages 0 to 4, expected 0 to 3",
