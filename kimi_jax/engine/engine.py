@@ -287,9 +287,7 @@ class Engine:
     def _admit(self, job: Job) -> None:
         sequence, request = job.sequence, job.request
         asked = request.top_logprobs is not None
-        self.runner.admit(
-            sequence, request.sampling, request.seed, job.stop_ids, banned=sorted(set(request.banned)), logprobs=asked
-        )
+        self.runner.admit(sequence, request.sampling, request.seed, job.stop_ids, banned=job.banned, logprobs=asked)
         if job.index is None or not any(item.stop > sequence.begin for item in sequence.media):
             return  # no picture, or none that is not in the pages found
         if request.media is not None and sequence.number not in self.runner.media:

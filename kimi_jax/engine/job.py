@@ -41,6 +41,7 @@ class Job:
     request: Request
     sequence: Sequence
     stop_ids: tuple[int, ...]
+    banned: tuple[int, ...]
     index: np.ndarray | None
     deliver: Callable[[Event], Any]
     submitted: float
@@ -100,18 +101,9 @@ def make_job(
             f"{max_length} in all"
         )
     (seed,) = checked_seeds(request.seed, 1)
-    if not isinstance(request.stop_ids, Iterable | None):
-        raise ValueError(f"stop_ids is {request.stop_ids!r}, expected token ids, or None")
-    stops = sorted(set(config.stop_ids if request.stop_ids is None else request.stop_ids))
-    if stops and not 0 <= integers("stop_ids", stops).min() <= max(stops) < vocab:
-        raise ValueError(f"stop_ids are {stops}, expected token ids from 0 to {vocab - 1}")
-    if len(stops) > STOP_IDS:
-        raise ValueError(f"{len(stops)} stop_ids, expected at most {STOP_IDS}")
-    banned = sorted(set(request.banned))
-    if banned and not 0 <= integers("banned", banned).min() <= max(banned) < vocab:
-        raise ValueError(f"banned are {banned}, expected token ids from 0 to {vocab - 1}")
-    if len(banned) > BANNED:
-        raise ValueError(f"{len(banned)} banned tokens, expected at most {BANNED}")
+    wanted = config.stop_ids if request.stop_ids is None else request.stop_ids
+    stops = _ids("stop_ids", wanted, STOP_IDS, vocab)
+    banned = _ids("banned", request.banned, BANNED, vocab)
     strings = check_stop_strings(request.stop_strings)
     if strings and tokenizer is None:
         raise ValueError("stop_strings need an engine with a tokenizer")
@@ -144,7 +136,8 @@ def make_job(
     return Job(
         dataclasses.replace(request, seed=int(seed)),
         sequence,
-        tuple(map(int, stops)),
+        stops,
+        banned,
         None if index is None else index[0],
         deliver,
         time.monotonic(),
@@ -183,6 +176,18 @@ def _whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise ValueError(f"{name} is {value!r}, expected a whole number")
     return int(value)
+
+
+def _ids(name: str, given: Any, most: int, vocab: int) -> tuple[int, ...]:
+    """Returns the token ids of a request's field, each once, ascending. Raises ValueError naming the field."""
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{name} is {given!r}, expected token ids")
+    ids = sorted(set(given))
+    if ids and not 0 <= integers(name, ids).min() <= max(ids) < vocab:
+        raise ValueError(f"{name} are {ids}, expected token ids from 0 to {vocab - 1}")
+    if len(ids) > most:
+        raise ValueError(f"{len(ids)} {name}, expected at most {most}")
+    return tuple(map(int, ids))
 
 
 def message_ends(tokens: Iterable[int], stop_ids: Iterable[int]) -> tuple[int, ...]:

@@ -18,5 +18,5 @@ class Stats:
     free_slots: int
     waiting: int
     running: int
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
+    drafted_tokens: int
+    accepted_tokens: int

@@ -140,5 +140,6 @@ def cache_specs(layers: tuple[LayerCache | None, ...], partition: Partition) -> 
 
 def draft_spec(layout: StreamLayout) -> Any:
     """Returns the PartitionSpec of every array of a `KDADraft`."""
-    channels, heads = layout.row_spec(None, "kda_heads"), layout.row_spec(None, "kda_heads", None)
-    return KDADraft(channels, heads, heads, heads, channels)  # type: ignore[arg-type]
+    channels: Any = layout.row_spec(None, "kda_heads")
+    heads: Any = layout.row_spec(None, "kda_heads", None)
+    return KDADraft(channels, heads, heads, heads, channels)

@@ -1,5 +1,6 @@
 """Translates the bodies of Anthropic's API into the server's one form of request."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,19 @@ from kimi_jax.text.json_rules import json_rule
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
+def prompt_request(body: CountRequest) -> Chat:
+    """Returns what of a request its prompt depends on. Raises `RequestError` naming the field that is wrong."""
+    return Chat(
+        read_messages(body),
+        read_tools(body.tools),
+        _tool_choice(body.tool_choice),
+        thinking=thinks(body),
+        effort=None if body.output_config is None else body.output_config.effort,
+        effort_field="output_config.effort",
+        form=_form(body),
+    )
+
+
 def messages_request(body: MessagesRequest) -> Chat:
     """Returns the request of a message to answer. Raises `RequestError` naming the field that is wrong."""
     if body.max_tokens < 1:
@@ -22,17 +36,11 @@ def messages_request(body: MessagesRequest) -> Chat:
     if budget is not None and budget < 0:
         raise invalid(f"thinking.budget_tokens is {budget}, expected at least 0", "thinking")
     given = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k}
-    return Chat(
-        read_messages(body),
-        read_tools(body.tools),
-        _tool_choice(body.tool_choice),
-        not (body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use),
-        _content(body),
-        thinks(body),
+    return dataclasses.replace(
+        prompt_request(body),
+        parallel=not (body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use),
+        content=_content(body),
         budget=budget,
-        effort=None if body.output_config is None else body.output_config.effort,
-        effort_field="output_config.effort",
-        form=_form(body),
         max_tokens=body.max_tokens,
         sampling={name: value for name, value in given.items() if value is not None},
         stop=stops(body.stop_sequences),
@@ -181,7 +189,7 @@ def _tool_choice(choice: ToolChoice | None) -> Any:
     return _CHOICES[choice.type]
 
 
-def _form(body: MessagesRequest) -> dict[str, Any] | None:
+def _form(body: CountRequest) -> dict[str, Any] | None:
     """Returns the form of the content as OpenAI's chat completions have it."""
     form = None if body.output_config is None else body.output_config.format
     if form is None:
@@ -191,6 +199,6 @@ def _form(body: MessagesRequest) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": form["schema"]}}
 
 
-def _content(body: MessagesRequest) -> str | None:
+def _content(body: CountRequest) -> str | None:
     form = _form(body)
     return None if form is None else json_rule(form["json_schema"]["schema"])

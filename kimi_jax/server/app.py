@@ -176,8 +176,8 @@ class Service:
         """Counts a conversation's tokens in Anthropic's API."""
         backend, body = await self._read(request, CountRequest)
         self._check_model(body.model)
-        wanted = Chat(anthropic_request.read_messages(body), anthropic_request.read_tools(body.tools))
-        thinking = self._thinks and anthropic_request.thinks(body)
+        wanted = anthropic_request.prompt_request(body)
+        thinking = self._thinks and wanted.thinking is not False
         async with self.pictures.fetched(wanted) as wanted:
             prompt = await asyncio.to_thread(write_prompt, backend, wanted, thinking)
         return JSONResponse({"input_tokens": len(prompt.ids)})

@@ -103,6 +103,8 @@ class Stats(Protocol):
     free_slots: int
     waiting: int
     running: int
+    drafted_tokens: int
+    accepted_tokens: int
 
 
 @runtime_checkable

@@ -54,7 +54,7 @@ def answers(model, **options):
     async def everybody(engine):
         return await asyncio.gather(*(read(engine, request) for request in requests(model.config)))
 
-    with kimi_jax.Engine(model, slots=4, cache_memory="400KiB", prefill_chunk=64, **options) as engine:
+    with kimi_jax.Engine(model, slots=4, cache_memory="600KiB", prefill_chunk=64, **options) as engine:
         programs = engine.stats().compiled_programs
         tokens = asyncio.run(everybody(engine))
         again = engine.answer(requests(model.config)[2])

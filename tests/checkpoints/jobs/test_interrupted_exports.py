@@ -49,9 +49,10 @@ def exported(converted: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def stopped(converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stops an export halfway, as a kill would, and returns its destination."""
+    """Stops an export, as a kill would, and returns its destination. Of 124 blocks 110 are written: of nine shards at
+    least six are begun, and three at most not finished."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(patch, 100, KeyboardInterrupt())
+        stop_after(patch, 110, KeyboardInterrupt())
         export(converted["k2.5"], tmp_path / "out", shard_bytes=SHARD)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     return tmp_path / "out"
@@ -76,7 +77,7 @@ def test_whole_shards_are_not_written_again(
 ) -> None:
     whole = sorted(stopped.with_name("out.partial").glob("*.safetensors"))
     before = [(file.name, file.stat().st_mtime_ns, file.stat().st_ino) for file in whole]
-    assert before
+    assert len(before) >= 3
     progress: list[tuple[int, int]] = []
     with monkeypatch.context() as patch:
         written = stop_after(patch, -1, KeyboardInterrupt())

@@ -209,7 +209,7 @@ def test_a_provider_that_fails_ends_its_own_request_alone(engine, method, answer
         ({"top_logprobs": 21}, "top_logprobs is 21, expected 0 to 20, or None"),
         ({"top_logprobs": -1}, "top_logprobs is -1"),
         ({"banned": (-1, 5)}, r"banned are \[-1, 5\], expected token ids from 0 to"),
-        ({"banned": (1, 2, 3, 4, 5)}, "5 banned tokens, expected at most 4"),
+        ({"banned": (1, 2, 3, 4, 5)}, "5 banned, expected at most 4"),
         ({"top_logprobs": True}, "top_logprobs is True, expected a whole number"),
     ],
 )

@@ -104,7 +104,8 @@ class FakeEngine(Engine):
         return FakeStream(self, request, job, written if self.answer is None else self.answer(request))
 
     def stats(self):
-        return Stats(compiled_programs=3, pages=8, free_pages=6, slots=4, free_slots=3, waiting=0, running=1)
+        counts = {"drafted_tokens": 9, "accepted_tokens": 5}
+        return Stats(compiled_programs=3, pages=8, free_pages=6, slots=4, free_slots=3, waiting=0, running=1, **counts)
 
     def fail(self, failure):
         self.error, self._closed = f"the engine has failed: {failure}", True

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_jax.server.anthropic_request import messages_request
-from kimi_jax.server.anthropic_schema import MessagesRequest, OutputConfig
+from kimi_jax.server.anthropic_request import messages_request, prompt_request
+from kimi_jax.server.anthropic_schema import CountRequest, MessagesRequest, OutputConfig, ToolChoice
 from kimi_jax.server.backend import Backend, Prompt
 from kimi_jax.server.errors import RequestError
 from kimi_jax.server.generation import Chat, prepare
 from kimi_jax.server.masks import Masks
 from kimi_jax.server.openai_request import chat_request
-from kimi_jax.server.openai_schema import ChatRequest
+from kimi_jax.server.openai_schema import ChatRequest, Thinking
 from kimi_jax.server.responses_request import responses_request
 from kimi_jax.server.responses_schema import Reasoning, ResponsesRequest
 from kimi_jax.text import Tokenizer, chat
@@ -150,6 +150,16 @@ def test_an_effort_that_the_template_does_not_know_is_refused(served, asked, fie
     with pytest.raises(RequestError, match=rf"^{field} is 'medium', expected none, low, high, max$") as found:
         served(asked())
     assert found.value.param == field.split(".")[0]
+
+
+def test_a_count_is_of_the_prompt_that_a_message_has():
+    asked = {"model": "m", "messages": MESSAGES, "thinking": Thinking("enabled"), "tool_choice": ToolChoice("any")}
+    asked |= {"tools": [{"name": "f", "input_schema": {"type": "object"}}]}
+    asked |= {"output_config": OutputConfig({"type": "json_schema", "schema": SCHEMA}, "low")}
+    sent, counted = messages_request(MessagesRequest(**asked, max_tokens=9)), prompt_request(CountRequest(**asked))
+    fields = ("messages", "tools", "tool_choice", "thinking", "effort", "effort_field", "form")
+    assert [getattr(counted, name) for name in fields] == [getattr(sent, name) for name in fields]
+    assert (counted.effort, counted.tool_choice, counted.thinking) == ("low", "required", True) and counted.form
 
 
 def test_no_call_is_made_with_tool_choice_none(ask, tok):
