@@ -112,8 +112,16 @@ def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]
     return [dict(tool) for tool in tools] if tools else None
 
 
-def wants_thinking(thinking: Thinking | None, options: TemplateOptions, effort: str | None = None) -> bool | None:
-    """Returns whether a request wants thinking, in whichever way it says so, None where it does not say."""
+def wants_thinking(
+    thinking: Thinking | None,
+    options: TemplateOptions,
+    effort: str | None = None,
+    effort_field: str = "reasoning_effort",
+) -> bool | None:
+    """Returns whether a request wants thinking, in whichever way it says so, None where it does not say.
+
+    Raises `RequestError` where its fields differ; the effort's is `effort_field`.
+    """
     said: dict[str, bool] = {}
     if thinking is not None and thinking.type is not None:
         if thinking.type not in ("enabled", "disabled"):
@@ -123,7 +131,7 @@ def wants_thinking(thinking: Thinking | None, options: TemplateOptions, effort: 
         if (value := getattr(options, name)) is not None:
             said[f"chat_template_kwargs.{name}"] = value
     if effort == "none":
-        said["reasoning_effort"] = False
+        said[effort_field] = False
     if len(set(said.values())) > 1:
         raise invalid(f"{' and '.join(said)} differ, expected one answer on thinking", "thinking")
     return next(iter(said.values()), None)

@@ -31,7 +31,7 @@ def responses_request(body: ResponsesRequest) -> Chat:
     budget = None if body.thinking is None else body.thinking.budget_tokens
     if budget is not None and budget < 0:
         raise invalid(f"thinking.budget_tokens is {budget}, expected at least 0", "thinking")
-    effort = None if body.reasoning is None else body.reasoning.effort
+    effort, field = None if body.reasoning is None else body.reasoning.effort, "reasoning.effort"
     given = {"temperature": body.temperature, "top_p": body.top_p}
     return Chat(
         _messages(body),
@@ -39,10 +39,10 @@ def responses_request(body: ResponsesRequest) -> Chat:
         _tool_choice(body.tool_choice),
         body.parallel_tool_calls is not False,
         _content(body),
-        wants_thinking(body.thinking, body.chat_template_kwargs or TemplateOptions(), effort),
+        wants_thinking(body.thinking, body.chat_template_kwargs or TemplateOptions(), effort, field),
         budget=budget,
         effort=effort,
-        effort_field="reasoning.effort",
+        effort_field=field,
         form=_form(body),
         max_tokens=body.max_output_tokens,
         sampling={name: value for name, value in given.items() if value is not None},

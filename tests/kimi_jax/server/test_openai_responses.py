@@ -139,3 +139,8 @@ def test_an_engine_that_fails_ends_the_stream_with_an_error_event(served):
     assert (last.type, last.code) == ("error", "internal_error") and "/secret" not in last.message
     with pytest.raises(openai.InternalServerError, match="failed to answer"):
         ask(served)
+
+
+def test_wishes_about_thinking_that_differ_are_named_as_this_interface_names_them(served):
+    with pytest.raises(openai.BadRequestError, match=r"thinking and reasoning\.effort differ"):
+        ask(served, reasoning={"effort": "none"}, extra_body={"thinking": {"type": "enabled"}})
