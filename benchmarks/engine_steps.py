@@ -54,8 +54,8 @@ class InstantProgram(Program):
 class InstantRunner(Runner):
     """Runs steps on an `InstantProgram`; notes the CPU time of the engine's thread and the rows of each step."""
 
-    def __init__(self, model: Any, **sizes: Any):
-        super().__init__(model, **sizes)
+    def __init__(self, model: Any, drafter: Any = None, **sizes: Any):
+        super().__init__(model, drafter, **sizes)
         self.program, self.times = InstantProgram(model), []
         self.place = lambda chosen, new, slots: chosen
 

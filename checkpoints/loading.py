@@ -33,7 +33,7 @@ from checkpoints.stored.names import Leaf, variable_path
 from checkpoints.stored.source import Source, open_source, plan_reads
 from kimi_jax.config import KimiConfig
 from kimi_jax.config_json import fit_target
-from kimi_jax.model.eagle import EagleHead
+from kimi_jax.model.eagle import EagleHead, check_head
 from kimi_jax.model.kimi import Kimi, check_heads
 from pallas_kernels.formats import Dense, Weight
 from sharding import SERVE, Partition, Rules
@@ -94,13 +94,15 @@ def load_head(
     """Loads the Eagle3 draft head in `path`, converted or published, for a model of the configuration `target`.
 
     `mesh`, `dtype`, `verify` and `progress` are those of `load`. Raises what `load` raises, ConfigError for a head that
-    was made for another model, and CheckpointError for a checkpoint that is no head.
+    was made for another model, CheckpointError for a checkpoint that is no head, and ValueError where `mesh` does not
+    divide its heads.
     """
     source = _open(path, verify)
     head = source.contents.model
     if not isinstance(head, EagleHead):
         raise CheckpointError(f"{source.folder}: is a model, not a draft head; checkpoints.load loads it")
     config = fit_target(head.config, target, str(source.folder / "config.json"))
+    check_head(config, Partition(mesh, SERVE))
     paths = {path for path, _ in nnx.to_flat_state(nnx.state(head))}  # not that of `t2d`
     leaves = [leaf for leaf in source.contents.leaves if variable_path(leaf.path) in paths]
     head = _fill(source, head, leaves, mesh, dtype, SERVE, progress)

@@ -76,6 +76,7 @@ LONGEST = (
     "test_engine.py",
     "test_engine_sampling.py",
     "test_drafts.py",
+    "test_head_drafts.py",
     "test_tpu_schedule.py",
     "test_generate.py",
     "test_meshes.py",

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from kimi_jax import json_reader
+from kimi_jax.cli.models import PROMPT_LOOKUP
 from kimi_jax.printable import printable
 
 FORMS = ("int4", "mxfp4", "fp8", "bf16")
@@ -193,6 +194,21 @@ def sampling_of(arguments: argparse.Namespace, folder: Path | str, thinking: boo
 
     default = Sampling.from_folder(folder, Sampling.recommended(thinking))
     return dataclasses.replace(default, **given_sampling(arguments))
+
+
+def add_draft(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of drafts: see `starting.load_draft`."""
+    parser.add_argument(
+        "--draft",
+        type=lambda text: text if text == PROMPT_LOOKUP else place(text),
+        metavar=f"HEAD|{PROMPT_LOOKUP}",
+        help="verify several tokens of an answer at a time, without changing it: those that an Eagle3 head drafts, in "
+        f"a folder or at a URL, or with {PROMPT_LOOKUP} those that followed where the last ones occurred before "
+        "(default: one at a time)",
+    )
+    parser.add_argument(
+        "--draft-tokens", type=whole(1, 7), default=4, metavar="N", help="most drafts at a time, 1 to 7 (default 4)"
+    )
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from kimi_jax import json_reader
 from kimi_jax.cli.arguments import (
     SEED_MAX,
+    add_draft,
     add_mesh,
     add_processes,
     add_sampling,
@@ -22,8 +23,8 @@ from kimi_jax.cli.arguments import (
     sampling_of,
     whole,
 )
-from kimi_jax.cli.models import check_folder
-from kimi_jax.cli.starting import add_compile_cache, compiling, keep_programs, load_model
+from kimi_jax.cli.models import check_draft, check_folder
+from kimi_jax.cli.starting import add_compile_cache, compiling, keep_programs, load_draft, load_model
 from kimi_jax.cli.terminal import for_stdout
 from kimi_jax.printable import printable
 
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=whole(0, SEED_MAX), default=0, metavar="N", help="seed of the sampling (default 0)"
     )
+    add_draft(parser)
     add_mesh(parser)
     add_processes(parser)
     parser.add_argument(
@@ -112,6 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.out or arguments.in_order or arguments.cache_memory or arguments.part != (0, 1)
     ):
         raise ValueError("--out, --in-order, --cache-memory and --part go with --prompts")
+    check_draft(arguments.draft)
     with joined(arguments) as links:
         answer(arguments, links)
 
@@ -124,6 +127,7 @@ def _answer(arguments: argparse.Namespace, links: Any) -> None:
     from kimi_jax.cli.console import console
     from kimi_jax.processor import Processor
     from kimi_jax.runtime.batch import Finish
+    from kimi_jax.runtime.drafts import DraftCounts
     from kimi_jax.runtime.generate import stream
 
     aloud = links is None or links.first
@@ -134,7 +138,9 @@ def _answer(arguments: argparse.Namespace, links: Any) -> None:
     prompt = processor(thinking=arguments.thinking, **conversation)
     max_new_tokens = checked_max_new_tokens(processor.config, prompt, arguments.max_new_tokens)
     sampling = sampling_of(arguments, arguments.path, arguments.thinking)
-    model = load_model(arguments, mesh_of(arguments.mesh, processor.config), verify=arguments.verify)
+    mesh = mesh_of(arguments.mesh, processor.config)
+    draft, draft_counts = load_draft(arguments, processor.config, mesh), DraftCounts()
+    model = load_model(arguments, mesh, verify=arguments.verify)
     log.print(f"loaded in {time.perf_counter() - began:.1f} s; the prompt has {prompt.tokens.shape[1]} tokens")
     show, end = _printer(processor, prompt, arguments.thinking, conversation.get("tools"), log)
     times = [time.perf_counter()]
@@ -145,6 +151,9 @@ def _answer(arguments: argparse.Namespace, links: Any) -> None:
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seed=arguments.seed,
+        draft=draft,
+        draft_tokens=arguments.draft_tokens,
+        draft_counts=draft_counts,
     )
     with compiling(log, kept):
         first = next(columns)
@@ -158,6 +167,16 @@ def _answer(arguments: argparse.Namespace, links: Any) -> None:
         end()
     rate = f", then {(len(times) - 3) / (times[-1] - times[2]):.1f} tokens per second" if len(times) > 3 else ""
     log.print(f"{len(times) - 1} tokens; the first after {times[1] - times[0]:.1f} s, compilation included{rate}")
+    if draft is not None:
+        log.print(_drafted(draft_counts))
+
+
+def _drafted(counts: Any) -> str:
+    """Returns what `DraftCounts` say."""
+    return (
+        f"{counts.accepted} of {counts.tokens} drafted tokens were right ({counts.rate:.0%}), "
+        f"{counts.length:.2f} of each of {counts.drafts} drafts"
+    )
 
 
 def _printer(processor: Any, prompt: Any, thinking: bool, tools: Any, log: Any) -> tuple[Any, Any]:
@@ -194,8 +213,10 @@ def _follow_file(arguments: argparse.Namespace, links: Any) -> None:
 
     if links.receive() == [b""]:
         return  # process 0 has no prompt to answer
-    mesh = mesh_of(arguments.mesh, Processor.from_folder(arguments.path).config)
-    follow(load_model(arguments, mesh, verify=arguments.verify), links)
+    config = Processor.from_folder(arguments.path).config
+    mesh = mesh_of(arguments.mesh, config)
+    draft = load_draft(arguments, config, mesh)
+    follow(load_model(arguments, mesh, verify=arguments.verify), links, draft)
 
 
 def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
@@ -245,6 +266,7 @@ def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
                 arguments.prompts.parent,
             )
             mesh = mesh_of(arguments.mesh, processor.config)
+            draft = load_draft(arguments, processor.config, mesh)
             model = load_model(arguments, mesh, verify=arguments.verify)
             with compiling(log, keep_programs(arguments)) as name:
                 engine = Engine(
@@ -253,12 +275,16 @@ def _answer_file(arguments: argparse.Namespace, links: Any) -> None:
                     cache_memory=arguments.cache_memory,
                     prefill_chunk=arguments.prefill_chunk,
                     progress=name,
+                    draft=draft,
+                    draft_tokens=arguments.draft_tokens,
                     links=links,
                 )
             stack.enter_context(engine)
             began = time.perf_counter()
             asyncio.run(write(engine, processor, itertools.chain([first], lines), defaults, out))
             seconds = time.perf_counter() - began
+            if draft is not None:
+                log.print(_drafted(engine.draft_counts))
     rate = f"; {counts['tokens'] / seconds:.1f} tokens per second" if seconds else ""
     left_out = f", {len(done)} were there already" if done else ""
     log.print(f"{counts['answered']} answered, {counts['failed']} refused{left_out}{rate}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from kimi_jax.printable import printable
 
+PROMPT_LOOKUP = "prompt-lookup"  # where the folder of a draft head may be named
 SMALL = "k25-digits"  # the small trained Kimi that one talks to where no other is named
 
 
@@ -28,6 +29,12 @@ def check_folder(path: Path | str) -> None:
     """
     if isinstance(path, Path) and not path.is_dir():
         raise FileNotFoundError(f"{printable(path)}: no such folder")
+
+
+def check_draft(draft: Path | str | None) -> None:
+    """Raises FileNotFoundError where a draft head's folder on this machine is not there."""
+    if isinstance(draft, Path) and not draft.is_dir():
+        raise FileNotFoundError(f"--draft {printable(draft)}: no such folder; expected a head's, or {PROMPT_LOOKUP}")
 
 
 def nearest(name: str, names: "tuple[str, ...] | list[str]") -> str:

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from kimi_jax.cli.arguments import add_mesh, add_processes, joined, local, mesh_of, number, whole
-from kimi_jax.cli.models import check_folder
-from kimi_jax.cli.starting import add_compile_cache, keep_programs
+from kimi_jax.cli.arguments import add_draft, add_mesh, add_processes, joined, local, mesh_of, number, whole
+from kimi_jax.cli.models import check_draft, check_folder
+from kimi_jax.cli.starting import add_compile_cache, keep_programs, load_draft
 from kimi_jax.printable import printable
 
 NAME = "serve"
@@ -76,15 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most tokens of prompts beside a step: less is smoother, more begins answers sooner (default 512)",
     )
-    parser.add_argument(
-        "--draft",
-        choices=["prompt-lookup"],
-        help="verify several tokens of an answer at a time: those that followed where its last ones occurred before "
-        "(default: one at a time)",
-    )
-    parser.add_argument(
-        "--draft-tokens", type=whole(1, 7), default=4, metavar="N", help="most drafts at a time, 1 to 7 (default 4)"
-    )
+    add_draft(parser)
     parser.add_argument(
         "--max-queue", type=whole(1), default=1024, metavar="N", help="requests that may wait (default 1024)"
     )
@@ -123,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check_folder(arguments.path)
+    check_draft(arguments.draft)
     try:
         from kimi_jax.server import Limits, Listener, Service
     except ModuleNotFoundError as error:
@@ -198,8 +191,10 @@ def _follow(arguments: argparse.Namespace, links: Any) -> None:
     before = [signal.signal(one, signal.SIG_IGN) for one in signals]
     try:
         keep_programs(arguments)
-        mesh = mesh_of(arguments.mesh, Processor.from_folder(arguments.path).config)
-        follow(checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype), links)
+        config = Processor.from_folder(arguments.path).config
+        mesh = mesh_of(arguments.mesh, config)
+        draft = load_draft(arguments, config, mesh)
+        follow(checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype), links, draft)
     finally:
         for one, handler in zip(signals, before, strict=True):
             signal.signal(one, handler)
@@ -242,7 +237,6 @@ def _load(arguments: argparse.Namespace, service: Any, links: Any) -> Any:
     import checkpoints
     from kimi_jax.engine import Engine
     from kimi_jax.processor import Processor
-    from kimi_jax.runtime.drafts import PromptLookup
     from kimi_jax.serving import EngineBackend
 
     began, kept = time.perf_counter(), keep_programs(arguments)
@@ -257,6 +251,7 @@ def _load(arguments: argparse.Namespace, service: Any, links: Any) -> Any:
             show(done, total)
 
         mesh = mesh_of(arguments.mesh, processor.config)
+        draft = load_draft(arguments, processor.config, mesh)
         model = checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, progress=progress)
     _note(f"loaded {loaded / 2**20:,.1f} MiB in {time.perf_counter() - began:.1f} s")
     compiling = time.perf_counter()
@@ -273,7 +268,7 @@ def _load(arguments: argparse.Namespace, service: Any, links: Any) -> Any:
         tokenizer=processor.tokenizer,
         max_waiting=arguments.max_queue,
         progress=note_program,
-        draft=PromptLookup if arguments.draft else None,
+        draft=draft,
         draft_tokens=arguments.draft_tokens,
         links=links,
     )

@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from kimi_jax.cli.models import PROMPT_LOOKUP
+
 # Seconds of compilation from which a program is kept: reading one takes some hundredths.
 KEPT_FROM_S = 0.3
 
@@ -67,6 +69,21 @@ def load_model(arguments: argparse.Namespace, mesh: Any, **options: Any) -> Any:
 
     with checkpoints.progress_bar("loading") as show:
         return checkpoints.load(arguments.path, mesh=mesh, dtype=arguments.dtype, progress=show, **options)
+
+
+def load_draft(arguments: argparse.Namespace, config: Any, mesh: Any) -> Any:
+    """Returns what `--draft` names, for the `draft` of an engine: a head, loaded for the model of a `KimiConfig`, or
+    `PromptLookup`; None without the flag. Called before the model is loaded, it refuses a head of another model first.
+    """
+    if arguments.draft is None:
+        return None
+    import checkpoints
+    from kimi_jax.runtime.drafts import PromptLookup
+
+    if arguments.draft == PROMPT_LOOKUP:
+        return PromptLookup
+    with checkpoints.progress_bar("loading the draft head") as show:
+        return checkpoints.load_head(arguments.draft, config, mesh, arguments.dtype, progress=show)
 
 
 @contextmanager

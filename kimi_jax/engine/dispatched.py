@@ -20,9 +20,9 @@ class Dispatched:
 
     parts: tuple[tuple[tuple[Sequence, ...], tuple[int, ...], Chosen | Verified], ...]
 
-    def read(self) -> Iterator[tuple[Sequence, list[int], int, TokenLogprobs | None]]:
-        """Waits for the step: each sequence, its tokens, the `Finish` of the last, and logprobs where they are asked
-        for, of one token."""
+    def read(self) -> Iterator[tuple[Sequence, list[int], int, TokenLogprobs | None, list[int]]]:
+        """Waits for the step: each sequence, its tokens, the `Finish` of the last, logprobs where they are asked for,
+        of one token, and what a draft head drafts after them."""
         for sequences, rows, result in self.parts:
             at = list(rows)
             chosen = result.chosen if isinstance(result, Verified) else result
@@ -34,7 +34,10 @@ class Dispatched:
             if chosen.logprobs is not None:
                 logprobs = jax.tree.map(np.asarray, chosen.logprobs)
                 found = [_token_logprobs(logprobs, row) for row in at]
-            yield from zip(sequences, tokens, finish, found, strict=True)
+            drafts: list[list[int]] = [[] for _ in at]
+            if chosen.drafts is not None:
+                drafts = [row[row >= 0].tolist() for row in np.asarray(chosen.drafts)[at]]
+            yield from zip(sequences, tokens, finish, found, drafts, strict=True)
 
 
 def _token_logprobs(logprobs: Logprobs, row: int) -> TokenLogprobs:

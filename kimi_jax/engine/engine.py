@@ -33,10 +33,12 @@ from kimi_jax.engine.snapshots import SnapshotPool
 from kimi_jax.engine.stats import Stats
 from kimi_jax.engine.stream import Stream
 from kimi_jax.links import Links
+from kimi_jax.model.eagle import EagleHead
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media, media_index
 from kimi_jax.runtime.batch import Finish
-from kimi_jax.runtime.drafts import DRAFT_TOKENS, Drafter, check_draft_tokens
+from kimi_jax.runtime.drafts import DRAFT_TOKENS, Draft, DraftCounts, check_draft_tokens
+from kimi_jax.runtime.eagle import EagleDrafter
 from kimi_jax.text import Tokenizer
 
 
@@ -52,12 +54,12 @@ class Engine:
     tokenizer: makes text of tokens, for requests with stop strings.
     max_waiting: requests that wait at most; more are refused with `QueueFullError`.
     progress: is given the name of each program before it is compiled.
-    draft, draft_tokens: makes a drafter for each request, such as `PromptLookup`, which proposes at most so many tokens
-        at a time, 1 to 7; None drafts nothing. Answers are the same.
+    draft, draft_tokens: makes a drafter for each request, such as `PromptLookup`, or is a head from `load_head`; it
+        proposes at most so many tokens at a time, 1 to 7. None drafts nothing. Answers are the same.
     links: connect this process, number 0 of several with one mesh, with the others; these call `follow`.
 
     Raises ValueError where the mesh's data axis does not divide `slots`, the memory holds no sequence, or
-    `draft_tokens` is out of range.
+    `draft_tokens` is out of range, and ConfigError for a head that was made for another model.
     """
 
     def __init__(
@@ -71,21 +73,23 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         max_waiting: int = 1024,
         progress: Callable[[str], Any] | None = None,
-        draft: Callable[[], Drafter] | None = None,
+        draft: Draft | None = None,
         draft_tokens: int = DRAFT_TOKENS,
         links: Links | None = None,
     ):
         self.model, self.config = model, model.config
         self.links = links
         check_draft_tokens(draft_tokens)
+        drafter = EagleDrafter(draft, model) if isinstance(draft, EagleHead) else None
         self.draft, self.draft_tokens = draft, 0 if draft is None else draft_tokens
-        self._drafted = self._accepted = 0
+        self.draft_counts = DraftCounts()
         if links is not None:
             cache_memory = common_memory(links, cache_memory)
-        self.sizes = pool_sizes(model, slots, cache_memory, prefill_chunk, max_length)
+        self.sizes = pool_sizes(model, slots, cache_memory, prefill_chunk, max_length, drafter)
         sizes, self.max_waiting, self.tokenizer = self.sizes, max_waiting, tokenizer
         self.runner = (Runner if links is None else functools.partial(LeadingRunner, links))(
             model,
+            drafter,
             slots=slots,
             pages=sizes.pages,
             places=sizes.places,
@@ -147,7 +151,7 @@ class Engine:
     def stats(self) -> Stats:
         """Returns counts of pages, slots, requests and programs."""
         with self._lock:
-            shards = self.scheduler.shards
+            shards, drafts = self.scheduler.shards, self.draft_counts
             return Stats(
                 compiled_programs=self.runner.compiled,
                 pages=sum(shard.pages.pages for shard in shards),
@@ -156,8 +160,11 @@ class Engine:
                 free_slots=sum(len(shard.slots) for shard in shards),
                 waiting=len(self.scheduler.waiting) + len(self._inbox),
                 running=len(self.scheduler.running),
-                drafted_tokens=self._drafted,
-                accepted_tokens=self._accepted,
+                drafts=drafts.drafts,
+                drafted_tokens=drafts.tokens,
+                accepted_tokens=drafts.accepted,
+                acceptance_rate=drafts.rate,
+                accepted_length=drafts.length,
             )
 
     def prefix_ready(self, tokens: Any, media: Media | None = None) -> bool:
@@ -256,7 +263,7 @@ class Engine:
         while self._inbox:
             with self._lock:
                 job = self._inbox.popleft()
-                if self.draft is not None and job.may_draft:
+                if job.may_draft and not (self.draft is None or isinstance(self.draft, EagleHead)):
                     job.drafter = self.draft()
                 self._jobs[job.sequence] = job
                 self.scheduler.add(job.sequence)
@@ -271,7 +278,8 @@ class Engine:
                 self.scheduler.finish(job.sequence)
                 self._end(job, "cancelled", late)
         step = self.scheduler.plan()
-        self._drafted += sum(map(len, step.drafts.values()))
+        self.draft_counts.drafts += len(step.drafts)
+        self.draft_counts.tokens += sum(map(len, step.drafts.values()))
         for sequence in step.admitted:
             job = self._jobs[sequence]
             try:
@@ -298,12 +306,12 @@ class Engine:
         """Waits for a step, and hands its tokens out."""
         results, going = list(dispatched.read()), []
         with self._lock:
-            for sequence, tokens, finish, logprobs in results:
+            for sequence, tokens, finish, logprobs, drafts in results:
                 if sequence.status is Status.DONE:
                     continue
                 job = self._jobs[sequence]
                 *right, last = tokens
-                self._accepted += len(right)
+                self.draft_counts.accepted += len(right)
                 if finish == Finish.NOT_FINITE:
                     if all(self._hand_out(job, token, Finish.NOT_YET) for token in right):
                         self.scheduler.finish(sequence, sound=False)
@@ -313,11 +321,12 @@ class Engine:
                 job.take_logprobs(logprobs)
                 goes_on = all(self._hand_out(job, token, Finish.NOT_YET) for token in right)
                 if goes_on and self._hand_out(job, last, finish):
-                    going.append(job)
-        for job in going:
+                    going.append((job, drafts))
+        for job, drafts in going:
             self._guide(job)
-            if job.drafter is not None and job.sequence.status is Status.DECODE:
-                job.sequence.draft = tuple(job.drafter.propose(job.sequence.tokens, self.draft_tokens))
+            if job.may_draft and job.sequence.status is Status.DECODE:
+                found = drafts if job.drafter is None else job.drafter.propose(job.sequence.tokens, self.draft_tokens)
+                job.sequence.draft = tuple(found)
 
     def _hand_out(self, job: Job, token: int, finish: int) -> bool:
         """Hands a new token out, and ends the answer where it is the last. Returns whether the answer goes on."""

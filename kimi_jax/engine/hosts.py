@@ -22,8 +22,11 @@ from kimi_jax.engine.sequence import Piece, Sequence, Snapshot, Step
 from kimi_jax.engine.sizes import free_memory, parse_bytes
 from kimi_jax.links import Links
 from kimi_jax.model.context import PAGE
+from kimi_jax.model.eagle import EagleHead
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media
+from kimi_jax.runtime.drafts import Draft
+from kimi_jax.runtime.eagle import EagleDrafter
 from kimi_jax.runtime.sampling import NO_PENALTIES, Sampling
 
 
@@ -35,12 +38,13 @@ def common_memory(links: Links, cache_memory: int | str | None) -> int:
 
 
 class LeadingRunner(Runner):
-    """The runner of process 0. The others have the same model, and call `follow`; `sizes` are those of `Runner`."""
+    """The runner of process 0. The others have the same model and draft head, and call `follow`; `sizes` are those of
+    `Runner`."""
 
-    def __init__(self, links: Links, model: Kimi, **sizes: Any):
+    def __init__(self, links: Links, model: Kimi, drafter: EagleDrafter | None = None, **sizes: Any):
         self._links, self._released = links, False
         self._call("begin", {name: list(size) if isinstance(size, tuple) else size for name, size in sizes.items()})
-        super().__init__(model, **sizes)
+        super().__init__(model, drafter, **sizes)
 
     def admit(
         self,
@@ -91,7 +95,7 @@ class LeadingRunner(Runner):
             drafts[row, : len(draft)] = draft
         pages = [page.number for piece in step.pieces for page in piece.sequence.pages[_pages(piece.first, piece.stop)]]
         masks = [(one.number, mask) for one in step.choosing if (mask := self.masks.get(one.number)) is not None]
-        tokens = [token for piece in step.pieces for token in piece.sequence.tokens[piece.first : piece.stop]]
+        tokens = [token for piece in step.pieces for token in piece.sequence.tokens[piece.first : piece.known]]
         self._call(
             "run",
             {
@@ -118,13 +122,15 @@ class LeadingRunner(Runner):
         self._links.send(msgpack_serialize({"call": call, "arguments": arguments}))
 
 
-def follow(model: Kimi, links: Links) -> None:
+def follow(model: Kimi, links: Links, draft: Draft | None = None) -> None:
     """Does what the engine of process 0 does on its devices, until that engine is closed.
 
-    model: like that of process 0, on the same mesh.
+    model, draft: like those of process 0, on the same mesh. Where `draft` is no head it does nothing here: process 0
+        sends what is drafted.
     """
+    drafter = EagleDrafter(draft, model) if isinstance(draft, EagleHead) else None
     links.send(msgpack_serialize(free_memory()))
-    follower = _Follower(Runner(model, **_receive(links)["arguments"]))
+    follower = _Follower(Runner(model, drafter, **_receive(links)["arguments"]))
     calls: dict[str, Any] = {
         "admit": follower.admit,
         "encode": follower.encode,
@@ -202,12 +208,14 @@ class _Follower:
             sequence = self.sequences[number]
             sequence.dispatched = dispatched
             _put(sequence.pages, (dispatched - 1) // PAGE, [Page(part=0, number=page)])
-        for number, first, stop, _ in pieces.tolist():
-            sequence, here = self.sequences[number], _pages(first, stop)
+        cut = []
+        for number, first, stop, last in pieces.tolist():
+            piece, here = Piece(self.sequences[number], first, stop, bool(last)), _pages(first, stop)
+            cut.append(piece)
             count = here.stop - here.start
-            _put(sequence.tokens, first, tokens[: stop - first].tolist())
-            _put(sequence.pages, here.start, _as_pages(pages[:count]))
-            tokens, pages = tokens[stop - first :], pages[count:]
+            _put(piece.sequence.tokens, first, tokens[: piece.known - first].tolist())
+            _put(piece.sequence.pages, here.start, _as_pages(pages[:count]))
+            tokens, pages = tokens[piece.known - first :], pages[count:]
         step = Step(
             loads=self._snapshots(loads),
             decode=tuple(self.sequences[number] for number in decode[:, 0].tolist()),
@@ -216,9 +224,7 @@ class _Follower:
                 for number, draft in zip(decode[:, 0].tolist(), drafts, strict=True)
                 if (draft >= 0).any()
             },
-            pieces=tuple(
-                Piece(self.sequences[number], first, stop, bool(last)) for number, first, stop, last in pieces.tolist()
-            ),
+            pieces=tuple(cut),
             saves=self._snapshots(saves),
         )
         self.runner.masks = dict(zip(masked, masks, strict=True))

@@ -20,9 +20,10 @@ from kimi_jax.engine.sequence import Sequence as Running
 from kimi_jax.model.context import PAGE
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media
-from kimi_jax.runtime.batch import BANNED, STOP_IDS, Batch, Chosen
+from kimi_jax.runtime.batch import BANNED, CHOSEN_HERE, STOP_IDS, Batch, Chosen
 from kimi_jax.runtime.cache import states_alone
 from kimi_jax.runtime.choose import occurred
+from kimi_jax.runtime.eagle import EagleDrafter
 from kimi_jax.runtime.program import Program
 from kimi_jax.runtime.sampling import NO_PENALTIES, Sampling, SamplingRows, sampling_rows
 
@@ -41,11 +42,13 @@ class MediaTokens:
 class Runner:
     """`slots` sequences over all data shards, `pages` and `places` (for snapshots) as well; a sequence has at most
     `row_pages` pages. `chunks` are the lengths of a step's prefill, ascending, `decode_rows` the numbers of rows of a
-    decode step, ascending, of which the last is `slots`. `draft_tokens` is the most drafts of a sequence in a step."""
+    decode step, ascending, of which the last is `slots`. `draft_tokens` is the most drafts of a sequence in a step;
+    with a `drafter` each step takes its tokens in there too."""
 
     def __init__(
         self,
         model: Kimi,
+        drafter: EagleDrafter | None = None,
         *,
         slots: int,
         pages: int,
@@ -55,7 +58,7 @@ class Runner:
         decode_rows: Sequence[int],
         draft_tokens: int = 0,
     ):
-        self.model, self.program = model, Program(model)
+        self.model, self.program = model, Program(model, drafter, draft_tokens)
         self.chunks, self.decode_rows, self.draft_tokens = tuple(chunks), tuple(decode_rows), draft_tokens
         self.packed_chunks = self.chunks[1:]  # in the shortest there is hardly room for two
         self.data, self.slots = self.program.data, slots
@@ -256,7 +259,7 @@ class Runner:
                 proposed[place, : len(draft)] = draft
             batch = batch.verification(positions, proposed, previous)
         result = self._step(batch, sequences, places)
-        plain = (result if drafts is None else result.chosen)._replace(logprobs=None)
+        plain = (result if drafts is None else result.chosen).plain
         self.chosen = plain if full else self.place(self.chosen, plain, slots)
         return sequences, tuple(places), result
 
@@ -264,12 +267,13 @@ class Runner:
         """Dispatches a piece of each data shard that has one; row i is data shard i's."""
         longest = max((piece.stop - piece.first for piece in pieces), default=0)
         tokens = tokens or next(count for count in self.chunks if count >= longest)
-        ids, positions = np.zeros((self.data, tokens), np.int32), np.full((self.data, tokens), -1, np.int32)
+        ids, following = np.zeros((2, self.data, tokens), np.int32)
+        positions = np.full((self.data, tokens), -1, np.int32)
         index, slots = np.full((self.data, tokens), -1, np.int32), np.full(self.data, -1, np.int32)
         choosing, embeddings = np.zeros(self.data, bool), {}
         for piece in pieces:
             sequence, row, count = piece.sequence, piece.sequence.shard, piece.stop - piece.first
-            ids[row, :count] = sequence.tokens[piece.first : piece.stop]
+            ids[row, :count], following[row, :count] = _tokens(piece)
             positions[row, :count] = np.arange(piece.first, piece.stop)
             slots[row], choosing[row] = self.slot_number(sequence), piece.last
             self._enter_pages(piece)
@@ -285,6 +289,7 @@ class Runner:
         batch = dataclasses.replace(
             self._rows(slots),
             tokens=ids,
+            following=following if self.program.drafter is not None else None,
             positions=positions,
             choosing=choosing,
             slots=self._local(slots),
@@ -295,7 +300,7 @@ class Runner:
         places = tuple(sequence.shard for sequence in chosen_for)
         chosen = self._step(batch, chosen_for, places)
         last = np.where(choosing, slots, -1)
-        self.chosen = self.place(self.chosen, chosen._replace(logprobs=None), last)
+        self.chosen = self.place(self.chosen, chosen.plain, last)
         return chosen_for, places, chosen
 
     def _prefill_packed(self, pieces: tuple[Piece, ...], tokens: int | None = None) -> Any:
@@ -307,14 +312,15 @@ class Runner:
             rows[piece.sequence.shard].append(piece)
         longest = max(sum(piece.stop - piece.first for piece in row) for row in rows)
         tokens = tokens or next(count for count in self.packed_chunks if count >= longest)
-        ids, positions = np.zeros((self.data, tokens), np.int32), np.full((self.data, tokens), -1, np.int32)
+        ids, following = np.zeros((2, self.data, tokens), np.int32)
+        positions = np.full((self.data, tokens), -1, np.int32)
         segments, slots = np.full((self.data, tokens), -1, np.int32), np.full((self.data, PACKED), -1, np.int32)
         choosing, chosen_for, places = np.zeros((self.data, PACKED), bool), [], []
         for number, row in enumerate(rows):
             begin = 0
             for nth, piece in enumerate(row):
                 end = begin + piece.stop - piece.first
-                ids[number, begin:end] = piece.sequence.tokens[piece.first : piece.stop]
+                ids[number, begin:end], following[number, begin:end] = _tokens(piece)
                 positions[number, begin:end] = np.arange(piece.first, piece.stop)
                 segments[number, begin:end] = nth
                 slots[number, nth], choosing[number, nth] = self.slot_number(piece.sequence), piece.last
@@ -326,14 +332,14 @@ class Runner:
         batch = dataclasses.replace(
             self._rows(slots.reshape(-1)),
             tokens=ids,
+            following=following if self.program.drafter is not None else None,
             positions=positions,
             segments=segments,
             choosing=choosing.reshape(-1),
             slots=self._local(slots.reshape(-1)),
         )
         chosen = self._step(batch, chosen_for, places)
-        plain = chosen._replace(logprobs=None)
-        self.chosen = self.place(self.chosen, plain, np.where(choosing, slots, -1).reshape(-1))
+        self.chosen = self.place(self.chosen, chosen.plain, np.where(choosing, slots, -1).reshape(-1))
         return tuple(chosen_for), tuple(places), chosen
 
     def _side_by_side(self, embeddings: dict[int, jax.Array], tokens: int) -> jax.Array:
@@ -375,6 +381,12 @@ class Runner:
             self.cache = self.program.copy_slots(self.cache, places, slots, origin=self.snapshots)
         else:
             self.snapshots = self.program.copy_slots(self.snapshots, slots, places, origin=self.cache)
+
+
+def _tokens(piece: Piece) -> tuple[list[int], list[int]]:
+    """Returns a piece's tokens, and the one after each of them."""
+    tokens = piece.sequence.tokens[piece.first : piece.stop + 1]
+    return tokens[: piece.stop - piece.first], [*tokens[1:], *[CHOSEN_HERE] * piece.last]
 
 
 def _slice(embeddings: jax.Array, start: jax.Array | int, tokens: int) -> jax.Array:

@@ -94,6 +94,12 @@ class Piece:
     stop: int
     last: bool
 
+    @property
+    def known(self) -> int:
+        """The number of the sequence's tokens that the step reads: the one after a piece too, which a draft head takes,
+        but for the last one's."""
+        return self.stop + (not self.last)
+
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 
 from kimi_jax.model.kimi import Kimi
+from kimi_jax.runtime.eagle import EagleDrafter
 from kimi_jax.runtime.pools import HEADROOM, pools_within, row_pages
 from kimi_jax.runtime.program import Program
 from sharding import Partition
@@ -39,14 +40,21 @@ def parse_bytes(size: int | str) -> int:
 
 
 def pool_sizes(
-    model: Kimi, slots: int, cache_memory: int | str | None, prefill_chunk: int, max_length: int | None
+    model: Kimi,
+    slots: int,
+    cache_memory: int | str | None,
+    prefill_chunk: int,
+    max_length: int | None,
+    drafter: EagleDrafter | None = None,
 ) -> Sizes:
-    """Returns the sizes of an engine's pools. Raises ValueError where arguments do not fit the mesh or the memory."""
+    """Returns the sizes of an engine's pools, which have room for a draft head's cache too. Raises ValueError where
+    arguments do not fit the mesh or the memory."""
     program = Program(model)
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
     memory = free_memory() if cache_memory is None else parse_bytes(cache_memory)
-    pools = pools_within(model.config, memory, slots, program.dtype, program.mesh, max_length)
+    head_page = 0 if drafter is None else drafter.page_bytes
+    pools = pools_within(model.config, memory, slots, program.dtype, program.mesh, max_length, head_page)
     return Sizes(
         pools.pages,
         pools.places,

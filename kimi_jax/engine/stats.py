@@ -7,8 +7,9 @@ import dataclasses
 class Stats:
     """Counts of the moment. Pages that no sequence uses are free, whether or not they are kept for their content.
 
-    `drafted_tokens` and `accepted_tokens` count from the engine's beginning: drafts that were verified, and those of
-    them that were right.
+    `drafts` counts from the engine's beginning the drafts that were verified, each of some tokens after one sequence's
+    last, `drafted_tokens` their tokens, and `accepted_tokens` those that were right; `acceptance_rate` is the share of
+    right ones, and `accepted_length` their mean number in a draft.
     """
 
     compiled_programs: int
@@ -18,5 +19,8 @@ class Stats:
     free_slots: int
     waiting: int
     running: int
+    drafts: int
     drafted_tokens: int
     accepted_tokens: int
+    acceptance_rate: float
+    accepted_length: float

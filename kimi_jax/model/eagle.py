@@ -116,3 +116,11 @@ class EagleHead(nnx.Module):
 def abstract_head(config: EagleConfig, dtype: jax.typing.DTypeLike | None = None) -> EagleHead:
     """Makes the head's tree with shapes and dtypes for values; nothing is allocated."""
     return nnx.eval_shape(lambda: EagleHead(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def check_head(config: EagleConfig, partition: Partition) -> None:
+    """Raises ValueError where the mesh does not divide the heads of keys and values, though it may divide a matrix of
+    all of them."""
+    shards, heads = partition.num_shards("heads"), config.num_key_value_heads
+    if heads % shards:
+        raise ValueError(f"draft head: {heads} heads of keys and values do not divide over {shards} devices")

@@ -15,6 +15,8 @@ from kimi_jax.runtime.sampling import Sampling, SamplingRows, sampling_rows
 
 # In `Batch.tokens`, stands for the token that the previous step chose, which the host need not know.
 CHOSEN_BEFORE = -1
+# In `Batch.following`, stands for the token that this step chooses.
+CHOSEN_HERE = -1
 # The least width of `Batch.stop_ids`, and the engine's: with one width both may run the same programs.
 STOP_IDS = 16
 # The width of `Batch.banned`.
@@ -35,12 +37,19 @@ class Finish(enum.IntEnum):
 
 
 class Chosen(NamedTuple):
-    """A step's result for each of its sequences: the last token chosen, and its `Finish`, int32 [b] each; and
-    `choose.Logprobs` where the batch has `logprobs`."""
+    """A step's result for each of its sequences: the last token chosen, and its `Finish`, int32 [b] each;
+    `choose.Logprobs` where the batch has `logprobs`; and what a draft head drafts after the token, int32 [b, k], padded
+    with -1."""
 
     tokens: Any
     finish: Any
     logprobs: Any = None
+    drafts: Any = None
+
+    @property
+    def plain(self) -> "Chosen":
+        """Returns the tokens and `Finish` alone, which the next step takes."""
+        return Chosen(self.tokens, self.finish)
 
 
 @jax.tree_util.register_dataclass
@@ -55,12 +64,14 @@ class Batch:
     stop_ids: int32 [b, n], padded with -1.
     ends: int32 [b], the number of tokens, prompt included, at which a sequence is finished.
     choosing: bool [b], False where this step has no token to choose: a prompt with more tokens to come, or no tokens.
-    previous: the last step's `Chosen`, on the device; None where all tokens are given and no sequence is finished.
+    previous: the last step's `Chosen.plain`, on the device; None where all tokens are given and no sequence has ended.
     mask: uint32 [b, words / 32], a bit for each token that may be chosen, the lowest first; None allows all.
     banned: int32 [b, BANNED], tokens that are never chosen, padded with -1; None bans none.
     counts: int32 [slots, words] on the device, for penalties: how often each token was generated in the sequence of
         each slot, and `choose.IN_PROMPT` more for those in its prompt; None applies no penalties.
     logprobs: bool [b], True for sequences that ask for `Chosen.logprobs`; None computes them for nobody.
+    following: int32 [rows, t], the token after each one of a prefill, which a draft head takes; CHOSEN_HERE stands for
+        the one that this step chooses.
     media_index, media_tokens: int32 [rows, t] and [m, d], from `splice.media_index` and `Kimi.encode_media_padded`.
 
     On a mesh rows and sequences are sharded over `data`, which must divide their numbers. A program is compiled for
@@ -81,6 +92,7 @@ class Batch:
     banned: Any = None
     counts: Any = None
     logprobs: Any = None
+    following: Any = None
     media_index: Any = None
     media_tokens: Any = None
     phase: Phase = dataclasses.field(default="prefill", metadata={"static": True})
@@ -98,6 +110,7 @@ class Batch:
             choosing=positions >= 0,
             previous=previous,
             segments=None,
+            following=None,
             media_index=None,
             media_tokens=None,
             phase="decode",
@@ -157,16 +170,20 @@ def prompts(
     stop_ids: np.ndarray,
     media_index: np.ndarray | None = None,
     media_tokens: jax.Array | None = None,
+    following: bool = False,
 ) -> Iterator[Batch]:
     """Yields the prefill steps of prompts, int32 [b, t] right-padded, `chunk` tokens at a time; row i has slot i.
 
-    A row of length 0 runs no tokens. The caller fills in `previous`, the result of the step before.
+    A row of length 0 runs no tokens. Batches have the tokens `following` where they are asked for. The caller fills in
+    `previous`, the result of the step before.
     """
     chunk = min(chunk, bucket(tokens.shape[1], 16))
     padding = [(0, 0), (0, -tokens.shape[1] % chunk)]
     tokens = np.pad(tokens, padding)
     index = None if media_index is None else np.pad(media_index, padding, constant_values=-1)
     values = sampling_rows(sampling, seeds)
+    after = np.pad(tokens[:, 1:], [(0, 0), (0, 1)])
+    after[np.arange(len(after)), lengths - 1] = CHOSEN_HERE
     for first in range(0, tokens.shape[1], chunk):
         columns = np.arange(first, first + chunk, dtype=np.int32)
         yield Batch(
@@ -177,6 +194,7 @@ def prompts(
             stop_ids=stop_ids,
             ends=(lengths + max_new_tokens).astype(np.int32),
             choosing=(first < lengths) & (lengths <= first + chunk),
+            following=after[:, first : first + chunk] if following else None,
             media_index=None if index is None else index[:, first : first + chunk],
             media_tokens=media_tokens,
         )

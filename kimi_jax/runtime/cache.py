@@ -17,9 +17,11 @@ from sharding import Partition
 
 class Cache(NamedTuple):
     """Holds each layer's pool: `MLACache` [pages, channels, PAGE], or `KDAState` [slots, ...]. All MLA layers have the
-    same number of pages and all KDA layers of slots, so one page table and one slot serve a sequence in every layer."""
+    same number of pages and all KDA layers of slots, so one page table and one slot serve a sequence in every layer.
+    `head` is the pool of a draft head, with as many pages; None without one."""
 
     layers: tuple[LayerCache, ...]
+    head: MLACache | None = None
 
     @property
     def pages(self) -> int:
@@ -54,7 +56,7 @@ def states_alone(cache: Cache) -> Cache:
 
 
 def specs(cache: Cache, partition: Partition) -> Any:
-    """Returns the PartitionSpec of every array of a cache.
+    """Returns the PartitionSpec of every array of a cache's layers.
 
     Raises ValueError where the mesh's axes do not divide a pool.
     """

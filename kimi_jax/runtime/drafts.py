@@ -3,9 +3,11 @@
 A drafter may be wrong as often as it likes: answers are the same. It must be deterministic (`verify` says why).
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+from kimi_jax.model.eagle import EagleHead
 from kimi_jax.runtime.batch import MOST_VERIFIED
 
 # Drafts of a sequence at a time, unless another number is given: acceptance falls with each further one.
@@ -25,6 +27,30 @@ class Drafter(Protocol):
     def propose(self, tokens: Sequence[int], count: int) -> Sequence[int]:
         """Returns at most `count` tokens that may follow `tokens`, the sequence's prompt and answer so far."""
         ...
+
+
+# What `draft=` takes: makes a drafter for each sequence, or is a head that drafts for all of them on the device.
+Draft = Callable[[], Drafter] | EagleHead
+
+
+@dataclasses.dataclass
+class DraftCounts:
+    """Counts what was drafted: `drafts`, each of some `tokens` after one sequence's, that a step verified, and how many
+    of their tokens were `accepted`."""
+
+    drafts: int = 0
+    tokens: int = 0
+    accepted: int = 0
+
+    @property
+    def rate(self) -> float:
+        """The share of drafted tokens that were accepted, 0 where there were none."""
+        return self.accepted / max(self.tokens, 1)
+
+    @property
+    def length(self) -> float:
+        """The mean number of tokens that were accepted of a draft, 0 where there was none."""
+        return self.accepted / max(self.drafts, 1)
 
 
 # The fewest tokens that have to recur: two recur by chance in most texts.

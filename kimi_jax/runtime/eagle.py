@@ -5,6 +5,7 @@ What it caches of its own drafts is not what it would cache of them once the tar
 writes over it. Nothing is rolled back: a step's positions say how much is valid.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,10 +17,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from kimi_jax.axes import AnyArray, Float, Int32, PageTable, Positions, Tokens
 from kimi_jax.config_json import fit_target
 from kimi_jax.model.context import PAGE, Context, MLACache, Phase
-from kimi_jax.model.eagle import EagleHead
+from kimi_jax.model.eagle import EagleHead, check_head
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.param import weight_specs
-from kimi_jax.runtime.program import compiler_options
+from kimi_jax.runtime.batch import MOST_VERIFIED
+from kimi_jax.runtime.placement import as_returned, compiler_options
 from sharding import Partition, StreamLayout
 
 
@@ -46,17 +48,22 @@ class EagleDrafter:
         self.dtype, self.placement = head.dtype, head.fc.weight.get_value().sharding
         mesh = self.placement.mesh if isinstance(self.placement, NamedSharding) else None
         self.jitted = _jitted(graph, tree, mesh, self.config.form, compiler_options(self.placement))
-        shards, heads = self.jitted.partition.num_shards("heads"), self.config.num_key_value_heads
-        if heads % shards:
-            raise ValueError(f"draft head: {heads} heads of keys and values do not divide over {shards} devices")
+        check_head(self.config, self.jitted.partition)
 
     def cache(self, pages: int) -> MLACache:
         """Allocates an empty cache of `pages` pages, as many as the target's cache has."""
         shape = (pages, self.config.cache_width, PAGE)
         placement = self.placement
         if isinstance(placement, NamedSharding):
-            placement = NamedSharding(placement.mesh, self.jitted.cache_spec(shape))
+            placement = NamedSharding(placement.mesh, as_returned(self.jitted.cache_spec(shape)))
         return MLACache(jnp.zeros(shape, self.dtype, device=placement))
+
+    @property
+    def page_bytes(self) -> int:
+        """The bytes of a page of the cache on each device that has it."""
+        partition = self.jitted.partition
+        shape = (partition.num_shards("pages"), self.config.cache_width, PAGE)
+        return partition.local_size(shape, self.jitted.cache_spec(shape)) * self.dtype.itemsize
 
     def extend(
         self,
@@ -83,12 +90,12 @@ class EagleDrafter:
 
         aux: [b, t, n * d], the target's outputs of `aux_layers` at `positions`.
         tokens: [b, t], the token *after* each position, the last of which the target has just chosen.
-        positions: [b, t], -1 for padding, which is last in a row; a row of padding alone drafts nothing of meaning.
+        positions: [b, t], -1 for padding, which is last in a row.
         page_table: [b, row_pages], with room for `count` - 1 tokens after each row's last position.
 
-        Returns the cache, and the drafts as ids of the target's, int32 [b, count]. A program is compiled for each
-        combination of shapes and `count`. Raises ValueError for a `count` below 1, and for rows and pages that the mesh
-        does not divide.
+        Returns the cache, and the drafts as ids of the target's, int32 [b, count], -1 for a row of padding. A program
+        is compiled for each combination of shapes and `count`. Raises ValueError for a `count` below 1, and for rows
+        and pages that the mesh does not divide.
         """
         if count < 1:
             raise ValueError(f"count is {count}, expected at least 1 token to draft")
@@ -101,8 +108,9 @@ class EagleDrafter:
                 raise ValueError(f"draft head: {size} {what} do not divide over {shards} devices")
 
 
-class _Jitted:
-    """Holds the jitted functions of all heads of one structure, one object for each: `jit` compares identities."""
+class HeadProgram:
+    """Runs all heads of one structure, one object for each: `jit` compares identities. `extend` and `propose` are
+    jitted; `take_in` and `draft`, which they are, are also called inside the target's steps."""
 
     def __init__(
         self,
@@ -132,30 +140,40 @@ class _Jitted:
         page_table: PageTable,
         phase: Phase,
         combines: bool,
+        segments: Positions | None = None,
     ) -> tuple[MLACache, jax.Array, jax.Array]:
         """Runs the head on the target's outputs (`combines`) or on vectors of its own. Returns the cache, and of each
-        row's last token the logits [b, words] and the vector for the next draft [b, d]."""
+        row's last token the logits [b, words] and the vector for the next draft [b, d]; with `segments`, packed rows
+        as in `Context`, those of a row's last token are of no use."""
         partition = self.partition
         layout = StreamLayout(partition, partition.axis_names("batch", len(tokens)))
 
-        def on_device(params: Any, cache: Any, vectors: Any, tokens: Any, positions: Any, table: Any) -> Any:
+        def on_device(params: Any, cache: Any, vectors: Any, tokens: Any, positions: Any, table: Any, own: Any) -> Any:
             head = nnx.merge(self.graph, params)
             hidden = head.combine(vectors, partition) if combines else vectors
-            context = Context(positions, table, phase=phase)
+            context = Context(positions, table, segments=own, phase=phase)
             normed, following, cache = head(hidden, tokens, context, cache, layout)
-            last = context.last()
+            last = dataclasses.replace(context, segments=None).last()
             return cache, head.logits(layout.take_token(normed, last)), layout.take_token(following, last)
 
         rows, pages = layout.row_spec(), MLACache(self.cache_spec(cache.pages.shape))
-        in_specs = (weight_specs(params, partition), pages, rows, rows, rows, layout.row_spec("row_pages"))
+        in_specs = (weight_specs(params, partition), pages, rows, rows, rows, layout.row_spec("row_pages"), rows)
         compute = partition.shard_map(on_device, in_specs, (pages, layout.row_spec("vocab"), rows))
-        return compute(params, cache, vectors, tokens, positions, page_table)
+        return compute(params, cache, vectors, tokens, positions, page_table, segments)
 
     def take_in(
-        self, arrays: list[jax.Array], cache: MLACache, aux: Any, tokens: Any, positions: Any, page_table: Any
+        self,
+        arrays: list[jax.Array],
+        cache: MLACache,
+        aux: Any,
+        tokens: Any,
+        positions: Any,
+        page_table: Any,
+        segments: Any = None,
     ) -> MLACache:
+        """Returns the cache with the tokens in it. Their rows may be packed, with `segments` as in `Context`."""
         params = jax.tree.unflatten(self.tree, arrays)
-        return self.run(params, cache, aux, tokens, positions, page_table, "prefill", True)[0]
+        return self.run(params, cache, aux, tokens, positions, page_table, "prefill", True, segments)[0]
 
     def draft(
         self,
@@ -166,7 +184,11 @@ class _Jitted:
         positions: Any,
         page_table: Any,
         count: int,
+        room: Any = None,
     ) -> tuple[MLACache, jax.Array]:
+        """Returns the cache with the tokens in it, and the drafts. `room`, int32 [b], is the number of tokens that each
+        row's pages hold, None where they hold all drafts: those that would be drafted of more are -1, and so are those
+        of a row of padding."""
         params = jax.tree.unflatten(self.tree, arrays)
         head = nnx.merge(self.graph, params)
 
@@ -175,18 +197,20 @@ class _Jitted:
 
         def next_draft(carry: Any, _: None) -> Any:
             cache, token, vector, position = carry
-            position = jnp.where(position < 0, -1, position + 1)
+            fits = (position >= 0) if room is None else (position >= 0) & (position + 1 < room)
+            position = jnp.where(fits, position + 1, -1)
             inputs = vector[:, None], token[:, None], position[:, None]
             cache, logits, vector = self.run(params, cache, *inputs, page_table, "decode", False)
-            token = choose(logits)
+            token = jnp.where(fits, choose(logits), -1)
             return (cache, token, vector, position), token
 
-        phase: Phase = "decode" if tokens.shape[1] == 1 else "prefill"
+        phase: Phase = "decode" if tokens.shape[1] == 1 else "verify" if tokens.shape[1] <= MOST_VERIFIED else "prefill"
         cache, logits, vector = self.run(params, cache, aux, tokens, positions, page_table, phase, True)
-        first = choose(logits)
-        start: Any = (cache, first, vector, jnp.max(positions, axis=-1))
+        last = jnp.max(positions, axis=-1)
+        first = jnp.where(last >= 0, choose(logits), -1)
+        start: Any = (cache, first, vector, last)
         (cache, *_), rest = jax.lax.scan(next_draft, start, None, length=count - 1)
         return cache, jnp.concatenate([first[None], rest]).T
 
 
-_jitted = functools.lru_cache(maxsize=16)(_Jitted)
+_jitted = functools.lru_cache(maxsize=16)(HeadProgram)

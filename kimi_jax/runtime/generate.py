@@ -2,7 +2,7 @@
 verification step for each few tokens, where a drafter proposes some."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kimi_jax.config import KimiConfig
+from kimi_jax.model.eagle import EagleHead
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.splice import Media, media_index
 from kimi_jax.model.token_ids import integers, token_ids
 from kimi_jax.runtime.batch import Batch, Chosen, Finish, padded_stop_ids, pages_in_order, prompts
 from kimi_jax.runtime.cache import Cache
 from kimi_jax.runtime.choose import occurred
-from kimi_jax.runtime.drafts import DRAFT_TOKENS, Drafter, check_draft_tokens
+from kimi_jax.runtime.drafts import DRAFT_TOKENS, Draft, DraftCounts, check_draft_tokens
+from kimi_jax.runtime.eagle import EagleDrafter
 from kimi_jax.runtime.program import Program
 from kimi_jax.runtime.sampling import NO_PENALTIES, Sampling, checked_seeds
 
@@ -38,7 +40,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     prefill_chunk: int = PREFILL_CHUNK,
-    draft: Callable[[], Drafter] | None = None,
+    draft: Draft | None = None,
     draft_tokens: int = DRAFT_TOKENS,
 ) -> np.ndarray:
     """Continues prompts, token ids [b, t] right-padded, and returns the new tokens, int32 [b, max_new_tokens].
@@ -52,13 +54,14 @@ def generate(
     sampling: how tokens are drawn; None is greedy. `temperature`, `top_k`, `top_p` and `min_p` are short for a
         `Sampling` of these values.
     prefill_chunk: the most tokens of a row in a prefill step.
-    draft, draft_tokens: makes a drafter for each row, such as `PromptLookup`, which proposes at most so many tokens at
-        a time, 1 to 7. The answer is the same, in fewer steps where drafts are right. With penalties nobody drafts.
+    draft, draft_tokens: makes a drafter for each row, such as `PromptLookup`, or is a head from `load_head`; it
+        proposes at most so many tokens at a time, 1 to 7. The answer is the same, in fewer steps where drafts are
+        right. With penalties nobody drafts.
 
-    Raises ValueError for a `sampling` beside values of another, tokens that are no integers of the vocabulary, lengths
-    that do not fit `tokens`, media that do not match the placeholders, prompts that leave no room for `max_new_tokens`
-    within `max_position_embeddings`, and (at the end) for rows whose logits were not finite; `stream` yields the tokens
-    of the other rows all the same.
+    Raises ConfigError for a head that was made for another model, and ValueError for a `sampling` beside values of
+    another, tokens that are no integers of the vocabulary, lengths that do not fit `tokens`, media that do not match
+    the placeholders, prompts that leave no room for `max_new_tokens` within `max_position_embeddings`, and (at the end)
+    for rows whose logits were not finite; `stream` yields the tokens of the other rows all the same.
     """
     values = Sampling(temperature, top_k, top_p, min_p)
     if sampling is not None and values != Sampling():
@@ -105,19 +108,24 @@ def stream(
     stop_ids: Iterable[int] | None = None,
     seed: int | ArrayLike = 0,
     prefill_chunk: int = PREFILL_CHUNK,
-    draft: Callable[[], Drafter] | None = None,
+    draft: Draft | None = None,
     draft_tokens: int = DRAFT_TOKENS,
+    draft_counts: DraftCounts | None = None,
 ) -> Iterator[Column]:
-    """Yields a column of new tokens for each place until every row is finished. Its arguments are those of `generate`.
+    """Yields a column of new tokens for each place until every row is finished. Its arguments are those of `generate`;
+    to `draft_counts` is added what was drafted.
 
     Raises `generate`'s errors for arguments at once, before the first column is asked for.
     """
-    config, program = model.config, Program(model)
+    if sampling.penalties != NO_PENALTIES:
+        draft = None
+    check_draft_tokens(draft_tokens)
+    drafter = EagleDrafter(draft, model) if isinstance(draft, EagleHead) else None
+    config, program = model.config, Program(model, drafter, draft_tokens)
     ids = token_ids(tokens, config.text.vocab_size)
     lengths = checked_lengths(config, ids, lengths, max_new_tokens)
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
-    check_draft_tokens(draft_tokens)
     index = media_index(np.where(np.arange(ids.shape[1]) < lengths[:, None], ids, -1), media, config)
     rows, padding = len(ids), -len(ids) % program.data  # rows without tokens, so that `data` divides the batch
     seeds = np.pad(checked_seeds(seed, rows), (0, padding))
@@ -134,15 +142,17 @@ def stream(
         stop_ids=stops,
         media_index=None if index is None else np.pad(index, [(0, padding), (0, 0)], constant_values=-1),
         media_tokens=None if media is None else model.encode_media_padded(media),
+        following=drafter is not None,
     )
     counts = None
     if sampling.penalties != NO_PENALTIES:
         counts = program.counts(rows + padding)
         for row, (prompt, length) in enumerate(zip(ids, lengths, strict=True)):
             counts = program.set_counts(counts, row, occurred(prompt[:length], (), config.text.vocab_size))
-    if draft is not None and counts is None:
+    if draft is not None:
         known = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
-        return _columns_with_drafts(program, steps, table, known, max_new_tokens, draft, draft_tokens)
+        made = DraftCounts() if draft_counts is None else draft_counts
+        return _columns_with_drafts(program, steps, table, known, max_new_tokens, draft, draft_tokens, made)
     return _columns(program, steps, table, lengths, max_new_tokens, counts)
 
 
@@ -178,20 +188,23 @@ def _columns_with_drafts(
     table: np.ndarray,
     known: list[list[int]],
     max_new_tokens: int,
-    draft: Callable[[], Drafter],
+    draft: Draft,
     draft_tokens: int,
+    draft_counts: DraftCounts,
 ) -> Iterator[Column]:
     """Yields columns as `_columns` does. `known` has the tokens of each row, to which the new ones are added; rows that
     are ahead wait for the others."""
     cache, chosen = program.cache(table.size, len(table)), program.nothing_chosen(len(table))
     for batch in steps:
         cache, chosen = program.step(cache, dataclasses.replace(batch, previous=chosen))
-    pad, drafters, lengths = program.config.text.pad_token_id, [draft() for _ in known], [len(row) for row in known]
+    pad, lengths = program.config.text.pad_token_id, [len(row) for row in known]
+    drafters = None if isinstance(draft, EagleHead) else [draft() for _ in known]
     ends = np.zeros(len(known), np.int32)
     new, counts = np.asarray(chosen.tokens)[:, None], np.ones(len(table), np.int32)
     for i in range(max_new_tokens):
         while any(not end and len(row) == length + i for row, length, end in zip(known, lengths, ends, strict=True)):
             finish = np.asarray(chosen.finish)
+            guessed = None if chosen.drafts is None else np.asarray(chosen.drafts)  # (a prefill drafts nothing)
             for row, tokens in enumerate(known):
                 tokens += new[row, : counts[row]].tolist()
                 ends[row] = finish[row]
@@ -199,13 +212,20 @@ def _columns_with_drafts(
             positions = np.full(len(table), -1, np.int32)
             for row in np.flatnonzero(ends == Finish.NOT_YET).tolist():
                 room = lengths[row] + max_new_tokens - len(known[row]) - 1
-                proposed = drafters[row].propose(known[row], min(draft_tokens, room)) if room > 0 else ()
-                drafts[row, : len(proposed)], positions[row] = proposed, len(known[row]) - 1
+                count, positions[row] = max(0, min(draft_tokens, room)), len(known[row]) - 1
+                if drafters is not None:
+                    proposed = drafters[row].propose(known[row], count) if count else ()
+                    drafts[row, : len(proposed)] = proposed
+                elif guessed is not None:
+                    drafts[row, :count] = guessed[row, :count]
             if (drafts >= 0).any():
-                cache, verified = program.verify(cache, batch.verification(positions, drafts, chosen))
+                cache, verified = program.verify(cache, batch.verification(positions, drafts, chosen.plain))
                 chosen, new, counts = verified.chosen, np.asarray(verified.tokens), np.asarray(verified.counts)
+                draft_counts.drafts += int((drafts[:, 0] >= 0).sum())
+                draft_counts.tokens += int((drafts >= 0).sum())
+                draft_counts.accepted += int(np.maximum(counts - 1, 0).sum())
             elif (positions >= 0).any():
-                cache, chosen = program.step(cache, batch.next_token(positions, chosen))
+                cache, chosen = program.step(cache, batch.next_token(positions, chosen.plain))
                 new, counts = np.asarray(chosen.tokens)[:, None], (positions >= 0).astype(np.int32)
         last = np.array([len(row) - length - 1 for row, length in zip(known, lengths, strict=True)])
         token = [row[length + i] if at >= i else pad for row, length, at in zip(known, lengths, last, strict=True)]

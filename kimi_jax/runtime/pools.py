@@ -67,13 +67,15 @@ def pages_within(
     slots: int,
     dtype: jax.typing.DTypeLike,
     mesh: Mesh | AbstractMesh | None = None,
+    head_page: int = 0,
 ) -> int:
-    """Returns how many pages, over all devices, a cache of `slots` slots can have within `nbytes` of each device.
+    """Returns how many pages, over all devices, a cache of `slots` slots can have within `nbytes` of each device, where
+    a draft head has `head_page` bytes in each page.
 
     Raises ValueError where not even one page on every device fits.
     """
     partition = Partition(mesh)
-    parts, page = partition.num_shards("pages"), pool_bytes(config, jnp.dtype(dtype), partition).page
+    parts, page = partition.num_shards("pages"), pool_bytes(config, jnp.dtype(dtype), partition).page + head_page
     fixed = cache_bytes(config, 0, slots, jnp.dtype(dtype), partition)
     count = (nbytes - fixed) // page if page else 0
     if count < 1:
@@ -102,9 +104,10 @@ def pools_within(
     dtype: jax.typing.DTypeLike,
     mesh: Mesh | AbstractMesh | None = None,
     longest: int | None = None,
+    head_page: int = 0,
 ) -> Pools:
     """Returns the pools of an engine of `slots` sequences, of `longest` tokens each (None: the model's longest) or as
-    many as one data shard has pages for, within `memory` bytes of each device.
+    many as one data shard has pages for, within `memory` bytes of each device; `head_page` is that of `pages_within`.
 
     Raises ValueError where the mesh's data axis does not divide `slots`, or the memory holds no page beside them.
     """
@@ -119,10 +122,10 @@ def pools_within(
         places = max(FEWEST_PLACES, min(int(memory * SNAPSHOT_SHARE) // slot, slots * 16))
     pages = parts
     if "mla" in text.layer_kinds:
-        pages = pages_within(config, memory - places * slot, slots, dtype, mesh)
+        pages = pages_within(config, memory - places * slot, slots, dtype, mesh, head_page)
         pages = min(pages, slots * row_pages(longest, partition))
         longest = min(longest, pages // data * PAGE)
-    nbytes = cache_bytes(config, pages, slots + places * data, dtype, partition)
+    nbytes = cache_bytes(config, pages, slots + places * data, dtype, partition) + pages // parts * head_page
     return Pools(pages, slots, places * data, nbytes, longest)
 
 

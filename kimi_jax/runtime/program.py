@@ -16,13 +16,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from kimi_jax.axes import AnyArray, Int32, LastLogits
 from kimi_jax.config import KimiConfig
 from kimi_jax.model import kda
-from kimi_jax.model.context import Context, KDAState, Phase, draft_spec, read_slots, write_slots
+from kimi_jax.model.context import PAGE, Context, KDAState, Phase, draft_spec, read_slots, write_slots
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.param import weight_specs
 from kimi_jax.runtime import cache as caches
-from kimi_jax.runtime.batch import BANNED, CHOSEN_BEFORE, MOST_VERIFIED, STOP_IDS, Batch, Chosen, Finish
+from kimi_jax.runtime.batch import BANNED, CHOSEN_BEFORE, CHOSEN_HERE, MOST_VERIFIED, STOP_IDS, Batch, Chosen, Finish
 from kimi_jax.runtime.cache import Cache
 from kimi_jax.runtime.choose import choose, count_tokens
+from kimi_jax.runtime.eagle import EagleDrafter, HeadProgram
+from kimi_jax.runtime.placement import as_returned, compiler_options
 from kimi_jax.runtime.sampling import SamplingRows
 from kimi_jax.runtime.verify import Verified, verify
 from sharding import REPLICATED, Partition, choose_layout
@@ -32,30 +34,37 @@ class Program:
     """Runs steps of one model. Every cache given to a step is donated: keep only the one that it returns.
 
     `config`, `dtype` and `mesh` are the model's. `data` must divide a batch's rows, and `sequence` the width of its
-    page table.
+    page table. With a `drafter` each step runs its head too, whose cache is part of the steps' cache, and
+    `Chosen.drafts` of decode steps and verifications are `draft_tokens` guesses of what comes next.
     """
 
-    def __init__(self, model: Kimi):
+    def __init__(self, model: Kimi, drafter: EagleDrafter | None = None, draft_tokens: int = 0):
+        """Raises ValueError for a drafter whose head is on other devices than the model."""
         self.config, self.dtype = model.config, model.dtype
         self.arrays, tree = jax.tree.flatten(model)  # (in a tenth of the time that `nnx.split` takes)
         self.placement: Sharding = model.model.embed_tokens.weight.get_value().sharding
         self.mesh = self.placement.mesh if isinstance(self.placement, NamedSharding) else None
-        self.jitted = _jitted(tree, self.mesh, compiler_options(self.placement))
+        self.drafter = drafter
+        if drafter is not None and drafter.jitted.partition != Partition(self.mesh):
+            raise ValueError("the draft head is on other devices than its target; load it with the same mesh")
+        head = () if drafter is None else (drafter.jitted, drafter.aux_layers, draft_tokens)
+        self.head_arrays = None if drafter is None else drafter.arrays
+        self.jitted = _jitted(tree, self.mesh, compiler_options(self.placement), *head)
         shape = {"data": 1, "sequence": 1} if self.mesh is None else self.mesh.shape
         self.data, self.sequence = shape["data"], shape["sequence"]
 
     def step(self, cache: Cache, batch: Batch) -> tuple[Cache, Chosen]:
         """Runs the batch's tokens and chooses the next ones. Returns the cache, and tokens and `Finish`, int32 [b]
         each, on every device. A sequence that chooses nothing, or is finished, keeps its values of `batch.previous`.
-        Give the next step's `previous` without the logprobs."""
+        The next step takes `Chosen.plain`."""
         self.check(batch)
-        return self.jitted.step(self.arrays, cache, batch)
+        return self.jitted.step(self.arrays, cache, batch, self.head_arrays)
 
     def verify(self, cache: Cache, batch: Batch) -> tuple[Cache, Verified]:
         """Runs each sequence's token and the drafts after it (`Batch.verification`), and takes in those that are what
         steps of one token would have chosen. Returns the cache as those steps would leave it, and `Verified`."""
         self.check(batch)
-        return self.jitted.verify(self.arrays, cache, batch)
+        return self.jitted.verify(self.arrays, cache, batch, self.head_arrays)
 
     def logits(self, cache: Cache, batch: Batch) -> tuple[Cache, LastLogits]:
         """Runs the batch's tokens. Returns the cache, and float32 logits [b, vocab_size] after each sequence's last
@@ -68,24 +77,29 @@ class Program:
     ) -> Cache:
         """Calls `cache.copy_slots` on every device: on a mesh the numbers are split over `data`, a part for each part
         of the pool. `cache` is donated, `origin` is not."""
-        return self.jitted.copy_slots(cache, source, target, origin)
+        if origin is not None:
+            origin = origin._replace(head=None)
+        # (a draft head has no states)
+        copied = self.jitted.copy_slots(cache._replace(head=None), source, target, origin)
+        return copied._replace(head=cache.head)
 
     def cache(self, pages: int, slots: int) -> Cache:
         """Allocates an empty cache on the model's own devices. Raises ValueError where `data * sequence` does not
         divide `pages`, or `data` does not divide `slots`."""
         shardings = jax.tree.map(lambda x: x.sharding, self.cache_shapes(pages, slots))
         leaves, tree = jax.tree.flatten(shardings)
-        return _empty(self.config, pages, slots, self.dtype, tuple(leaves), tree)()
+        cache: Cache = _empty(self.config, pages, slots, self.dtype, tuple(leaves), tree)()
+        return cache if self.drafter is None else cache._replace(head=self.drafter.cache(pages))
 
     def cache_shapes(self, pages: int, slots: int) -> Cache:
-        """Returns the shapes, dtypes and shardings of the arrays that `cache` allocates."""
+        """Returns the shapes, dtypes and shardings of the arrays that `cache` allocates for the model's layers."""
         shapes = jax.eval_shape(functools.partial(caches.empty, self.config, pages, slots, self.dtype))
         if self.mesh is None:
             shardings = jax.tree.map(lambda _: self.placement, shapes)
         else:
             mesh = self.mesh
             specs = caches.specs(shapes, Partition(mesh))
-            shardings = jax.tree.map(lambda spec: NamedSharding(mesh, _as_returned(spec)), specs)
+            shardings = jax.tree.map(lambda spec: NamedSharding(mesh, as_returned(spec)), specs)
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
         )
@@ -161,7 +175,8 @@ class Program:
 
     def check(self, batch: Batch) -> None:
         """Raises ValueError for a batch that the mesh does not divide, for a decode step of several tokens each, and
-        for a verification of one or of more than MOST_VERIFIED."""
+        for a verification of one or of more than MOST_VERIFIED, and for a prefill that does not say which tokens follow
+        where a draft head has to know."""
         rows, tokens = batch.tokens.shape
         if rows % self.data:
             raise ValueError(f"a batch of {rows} rows cannot be sharded over a data axis of {self.data}")
@@ -174,6 +189,8 @@ class Program:
             raise ValueError(f"a decode step has rows of {tokens} tokens, expected one token and no segments")
         if batch.phase == "verify" and not 2 <= tokens <= MOST_VERIFIED:
             raise ValueError(f"a verification has rows of {tokens} tokens, expected 2 to {MOST_VERIFIED}")
+        if batch.phase == "prefill" and self.drafter is not None and batch.following is None:
+            raise ValueError("a prefill for a draft head has no `following`, expected the token after each")
 
 
 class _Jitted:
@@ -184,8 +201,12 @@ class _Jitted:
         tree: jax.tree_util.PyTreeDef,
         mesh: Mesh | AbstractMesh | None,
         compiler_options: tuple[tuple[str, int], ...],
+        head: HeadProgram | None = None,
+        aux_layers: tuple[int, ...] = (),
+        draft_tokens: int = 0,
     ):
         self.tree, self.partition = tree, Partition(mesh)
+        self.head, self.aux_layers, self.draft_tokens = head, aux_layers, draft_tokens
         everywhere = counts = None
         if mesh is not None:
             everywhere = NamedSharding(mesh, PartitionSpec())
@@ -193,12 +214,18 @@ class _Jitted:
         options: Any = {"donate_argnames": "cache", "compiler_options": dict(compiler_options)}
         self.step: Any = jax.jit(self.run_and_choose, out_shardings=(None, everywhere), **options)
         self.verify: Any = jax.jit(self.run_and_verify, out_shardings=(None, everywhere), **options)
-        self.logits: Any = jax.jit(self.run, **options)
+        self.logits: Any = jax.jit(self.run_alone, **options)
         self.copy_slots: Any = jax.jit(self.copy, donate_argnames="cache")
         self.count_tokens: Any = jax.jit(count_tokens, donate_argnames="counts", out_shardings=counts)
         self.set_counts: Any = jax.jit(_set_row, donate_argnames="array", out_shardings=counts)
 
-    def run(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, jax.Array]:
+    def run_alone(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, jax.Array]:
+        cache, logits, _ = self.run(arrays, cache, batch)
+        return cache, logits
+
+    def run(
+        self, arrays: list[jax.Array], cache: Cache, batch: Batch, aux_layers: tuple[int, ...] = ()
+    ) -> tuple[Cache, jax.Array, jax.Array | None]:
         model = jax.tree.unflatten(self.tree, arrays)
         batch = _with_tokens(batch)
         partition = self.partition
@@ -211,8 +238,9 @@ class _Jitted:
         graph, params = nnx.split(model)
         context, tree = jax.tree.flatten(batch.context)
 
-        def run_local(params: Any, layers: Any, tokens: Any, context: Any, *media: Any) -> tuple[Any, Any]:
-            return nnx.merge(graph, params).extend(layers, tokens, jax.tree.unflatten(tree, context), *media, layout)
+        def run_local(params: Any, layers: Any, tokens: Any, context: Any, *media: Any) -> tuple[Any, Any, Any]:
+            model, described = nnx.merge(graph, params), jax.tree.unflatten(tree, context)
+            return model.extend_with_aux(layers, tokens, described, *media, layout, aux_layers)
 
         rows, layers = layout.row_spec(), caches.specs(cache, partition).layers
         context_specs = [layout.row_spec("row_pages") if array is batch.page_table else rows for array in context]
@@ -222,19 +250,57 @@ class _Jitted:
             drafted = draft_spec(layout)
             after = tuple(drafted if isinstance(spec, KDAState) else spec for spec in layers)
             logits_spec = layout.row_spec(None, "vocab")
-        run = partition.shard_map(run_local, in_specs, (logits_spec, after))
+        run = partition.shard_map(run_local, in_specs, (logits_spec, after, rows))
         inputs = (batch.tokens, context, batch.media_index, batch.media_tokens)
-        logits, new_layers = run(params, cache.layers, *inputs)
-        return Cache(new_layers), logits
+        logits, new_layers, aux = run(params, cache.layers, *inputs)
+        return cache._replace(layers=new_layers), logits, aux
 
-    def run_and_choose(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, Chosen]:
-        cache, logits = self.run(arrays, cache, batch)
-        return cache, choose(logits, batch, self.partition.num_shards("batch"))
+    def run_and_choose(
+        self, arrays: list[jax.Array], cache: Cache, batch: Batch, head: list[jax.Array] | None = None
+    ) -> tuple[Cache, Chosen]:
+        cache, logits, aux = self.run(arrays, cache, batch, self.aux_layers)
+        chosen = choose(logits, batch, self.partition.num_shards("batch"))
+        if head is None:
+            return cache, chosen
+        following = chosen.tokens[:, None]
+        if batch.phase == "prefill":
+            following = jnp.where(batch.following == CHOSEN_HERE, _of_tokens(batch, chosen.tokens), batch.following)
+        cache, drafts = self.draft(head, cache, batch, aux, following, _with_tokens(batch).positions)
+        return cache, chosen._replace(drafts=drafts)
 
-    def run_and_verify(self, arrays: list[jax.Array], cache: Cache, batch: Batch) -> tuple[Cache, Verified]:
-        with_drafts, logits = self.run(arrays, cache, batch)
-        verified = verify(logits, _with_tokens(batch), self.partition.num_shards("batch"))
-        return self.take_in(cache, with_drafts, verified.counts, batch.slots), verified
+    def run_and_verify(
+        self, arrays: list[jax.Array], cache: Cache, batch: Batch, head: list[jax.Array] | None = None
+    ) -> tuple[Cache, Verified]:
+        with_drafts, logits, aux = self.run(arrays, cache, batch, self.aux_layers)
+        batch = _with_tokens(batch)
+        verified = verify(logits, batch, self.partition.num_shards("batch"))
+        cache = self.take_in(cache, with_drafts, verified.counts, batch.slots)
+        if head is None:
+            return cache, verified
+        right = jnp.arange(batch.tokens.shape[1]) < verified.counts[:, None]
+        positions = jnp.where(right, batch.positions, -1)
+        cache, drafts = self.draft(head, cache, batch, aux, verified.tokens, positions)
+        return cache, verified._replace(chosen=verified.chosen._replace(drafts=drafts))
+
+    def draft(
+        self,
+        head: list[jax.Array],
+        cache: Cache,
+        batch: Batch,
+        aux: jax.Array | None,
+        following: jax.Array,
+        positions: jax.Array,
+    ) -> tuple[Cache, jax.Array | None]:
+        """Lets the draft head take in the tokens at `positions`, each with the one `following` it, and but for prefill
+        draft what comes after them: no further than the head's own writes stay in the page of a row's last token, since
+        the row may not have the next page yet."""
+        assert self.head is not None and cache.head is not None
+        inputs = (head, cache.head, aux, following, positions, batch.page_table)
+        if batch.phase == "prefill":
+            return cache._replace(head=self.head.take_in(*inputs, batch.segments)), None
+        room = (jnp.max(positions, axis=1) // PAGE + 1) * PAGE
+        pages, drafts = self.head.draft(*inputs, self.draft_tokens, room)
+        return cache._replace(head=pages), drafts
 
     def take_in(self, before: Cache, with_drafts: Cache, counts: jax.Array, slots: jax.Array | None) -> Cache:
         """Returns the cache with the first `counts` tokens of each sequence's drafts in its states. Pages have all
@@ -255,7 +321,7 @@ class _Jitted:
         rows, specs, drafted = layout.row_spec(), caches.specs(before, partition).layers, draft_spec(layout)
         after = tuple(drafted if isinstance(spec, KDAState) else spec for spec in specs)
         run = partition.shard_map(take_in_local, (specs, after, rows, rows), specs)
-        return Cache(run(states, drafts, counts, slots))
+        return with_drafts._replace(layers=run(states, drafts, counts, slots))
 
     def copy(self, cache: Cache, source: jax.Array, target: jax.Array, origin: Cache | None) -> Cache:
         specs = caches.specs(cache, self.partition)
@@ -270,18 +336,6 @@ def _set_row(array: jax.Array, number: jax.Array, row: jax.Array) -> jax.Array:
 
 
 _jitted = functools.lru_cache(maxsize=16)(_Jitted)
-
-
-def compiler_options(placement: Sharding) -> tuple[tuple[str, int], ...]:
-    """Returns what a step for the placement's devices is compiled with.
-
-    For GPUs XLA makes one product of several with the same operand, for which it copies their weights side by side at
-    each step: a limit of no megabytes stops it.
-    """
-    # Shapes may be on an abstract mesh, which has no devices
-    devices: Any = () if isinstance(getattr(placement, "mesh", None), AbstractMesh) else placement.device_set
-    on_gpus = any(device.platform in ("gpu", "cuda") for device in devices)
-    return (("xla_gpu_dot_merger_threshold_mb", 0),) if on_gpus else ()
 
 
 @functools.lru_cache(maxsize=64)
@@ -303,28 +357,21 @@ def _counts_spec(partition: Partition) -> PartitionSpec:
     return PartitionSpec(*(partition.axis_names(axis) or None for axis in ("batch", "vocab")))
 
 
-def _as_returned(spec: PartitionSpec) -> PartitionSpec:
-    """Returns a spec as that of a step's result: without None at its end. In another spelling the first step's cache
-    would compile the second step again."""
-    axes = list(spec)
-    while axes and axes[-1] is None:
-        axes.pop()
-    return PartitionSpec(*axes)
-
-
 def _with_tokens(batch: Batch) -> Batch:
     """Returns the batch with the tokens of `previous` in place of CHOSEN_BEFORE, and positions -1 (padding) for the
     tokens of finished sequences."""
     if batch.previous is None:
         return batch
-    token, finish = batch.previous.tokens, batch.previous.finish
-    if batch.segments is None:
-        token, finish = token[:, None], finish[:, None]
-    else:
-        rows, owner = len(batch.tokens), jnp.maximum(batch.segments, 0)
-        token, finish = (jnp.take_along_axis(x.reshape(rows, -1), owner, axis=1) for x in (token, finish))
+    token, finish = (_of_tokens(batch, x) for x in (batch.previous.tokens, batch.previous.finish))
     return dataclasses.replace(
         batch,
         tokens=jnp.where(batch.tokens == CHOSEN_BEFORE, token, batch.tokens),
         positions=jnp.where(finish == Finish.NOT_YET, batch.positions, -1),
     )
+
+
+def _of_tokens(batch: Batch, values: Int32[jax.Array, "b"]) -> Int32[jax.Array, "rows t"]:
+    """Returns each token's value among those of the sequences; [rows, 1] where a row is one sequence."""
+    if batch.segments is None:
+        return values[:, None]
+    return jnp.take_along_axis(values.reshape(len(batch.tokens), -1), jnp.maximum(batch.segments, 0), axis=1)

@@ -103,8 +103,11 @@ class Stats(Protocol):
     free_slots: int
     waiting: int
     running: int
+    drafts: int
     drafted_tokens: int
     accepted_tokens: int
+    acceptance_rate: float
+    accepted_length: float
 
 
 @runtime_checkable

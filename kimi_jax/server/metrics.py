@@ -49,8 +49,11 @@ class Metrics:
             ("requests_running", "Requests that are computed", "running"),
             ("pages", "Pages of the cache", "pages"),
             ("pages_free", "Pages that no request uses", "free_pages"),
-            ("drafted_tokens", "Drafts of tokens that were verified since the start", "drafted_tokens"),
-            ("accepted_tokens", "Drafts of tokens that were right since the start", "accepted_tokens"),
+            ("drafts", "Drafts of one answer's next tokens that were verified since the start", "drafts"),
+            ("drafted_tokens", "Tokens of drafts that were verified since the start", "drafted_tokens"),
+            ("accepted_tokens", "Tokens of drafts that were right since the start", "accepted_tokens"),
+            ("draft_acceptance_rate", "Share of drafted tokens that were right since the start", "acceptance_rate"),
+            ("draft_accepted_length", "Mean number of right tokens in a draft since the start", "accepted_length"),
             ("compiled_programs", "Programs compiled since the start", "compiled_programs"),
         ):
             gauge = Gauge(f"kimi_jax_{name}", text, registry=registry)

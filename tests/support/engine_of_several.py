@@ -1,6 +1,6 @@
 """Runs an engine as one of several processes, and writes the answers to `requests` as JSON, for
 test_engine_on_hosts.py. Arguments: the checkpoint's folder, a mesh, the coordinator, the number of processes and this
-one's."""
+one's, and perhaps the folder of a draft head."""
 
 import asyncio
 import json
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kimi_jax
+from checkpoints import load_head
 from kimi_jax.engine import follow
 from kimi_jax.model.splice import tokens_per_item
 from kimi_jax.processes import joined
@@ -64,12 +65,14 @@ def answers(model, **options):
     return [*tokens, again.tokens], again.usage.cached_tokens
 
 
-def main(folder, shape, coordinator, processes, process):
+def main(folder, shape, coordinator, processes, process, head=None):
     with joined(coordinator, int(processes), int(process)) as links:
-        model = kimi_jax.load(folder, dtype=jnp.float32, mesh=make_mesh(shape))
+        mesh = make_mesh(shape)
+        model = kimi_jax.load(folder, dtype=jnp.float32, mesh=mesh)
+        draft = Echo if head is None else load_head(head, model.config, mesh, jnp.float32)
         if not links.first:
-            return follow(model, links)
-        print("\n" + json.dumps(answers(model, links=links, draft=Echo)))
+            return follow(model, links, draft)
+        print("\n" + json.dumps(answers(model, links=links, draft=draft)))
 
 
 if __name__ == "__main__":

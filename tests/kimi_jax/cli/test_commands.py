@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import cases
 import jax
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from safetensors.numpy import load_file
 
 import checkpoints
 import kimi_jax
+from checkpoints.toy import write_toy
 from kimi_jax import config_json
 from kimi_jax.cli import COMMANDS, GROUPS, command_parser, main, starting
 from kimi_jax.cli.console import console
@@ -126,6 +128,30 @@ def test_reasoning_goes_to_a_terminal_and_the_answer_to_the_pipe(published, load
     assert generate(published, "--prompt", "Hello") == 0
     out, err = capsys.readouterr()
     assert out == "It is so.\n" and "│ I think." in re.sub(r"\x1b\[[0-9;]*m", "", err) and "It is so" not in err
+
+
+# With a head each step is another program
+@pytest.mark.parametrize("draft", ["prompt-lookup", pytest.param("head", marks=pytest.mark.slow)])
+def test_generate_with_drafts(published, kimi, loads, tmp_path, capsys, monkeypatch, draft):
+    monkeypatch.chdir(tmp_path)
+    assert main(["make-toy", "head", "--head-for", str(published), "--head", "eagle3-llama"]) == 0
+    capsys.readouterr()
+    options = ("--prompt", "Hello", "--dtype", "float32", "--max-new-tokens", 6, "--greedy")
+    assert generate(published, *options, "--draft", draft, "--draft-tokens", 3) == 0
+    out, err = capsys.readouterr()
+    said = re.search(r"(\d+) of (\d+) drafted tokens were right \(\d+%\), [0-9.]+ of each of (\d+) drafts", err)
+    assert out == answer(kimi, published, user("Hello"), max_new_tokens=6)[0] and said is not None
+    assert draft != "head" or (int(said[3]) >= 2 and int(said[2]) > int(said[3]))
+
+
+def test_generate_refuses_a_head_of_another_model_before_it_loads_its_own(published, loads, tmp_path, capsys):
+    other = write_toy(tmp_path / "other", cases.eagle_config("eagle3-mla"))
+    for draft, line in (
+        (other, f"{other}/config.json: vocab_size is 288, but that of its target is "),
+        (published, f"{published}: is a model, not a draft head"),
+    ):
+        assert line in refused(capsys, generate(published, "--prompt", "Hello", "--draft", draft))
+    assert not loads
 
 
 def test_generate_stops_at_a_stop_id(published, kimi, monkeypatch, capsys):
@@ -324,6 +350,7 @@ def test_a_refusal_comes_before_anything_heavy_is_imported(tmp_path):
         ["generate", "gone", "--prompt", "a"],
         ["generate", "model", "--prompt", "a", "--image", "gone.png"],
         ["generate", "model", "--prompts", "gone.jsonl"],
+        ["generate", "model", "--prompt", "a", "--draft", "gone"],
         ["chat", "gone"],
         ["agent", "gone", "--prompt", "a"],
         ["agent", "model", "--prompt", "a", "--tool", "gone.py"],
@@ -332,6 +359,7 @@ def test_a_refusal_comes_before_anything_heavy_is_imported(tmp_path):
         ["inspect", "gone"],
         ["verify", "gone"],
         ["serve", "gone"],
+        ["serve", "model", "--draft", "gone"],
         ["train", "gone", "--data", "x", "--out", "y"],
         ["demo", "--image", "gone.png"],
     ):

@@ -104,7 +104,8 @@ class FakeEngine(Engine):
         return FakeStream(self, request, job, written if self.answer is None else self.answer(request))
 
     def stats(self):
-        counts = {"drafted_tokens": 9, "accepted_tokens": 5}
+        counts = {"drafts": 4, "drafted_tokens": 9, "accepted_tokens": 5}
+        counts |= {"acceptance_rate": 5 / 9, "accepted_length": 1.25}
         return Stats(compiled_programs=3, pages=8, free_pages=6, slots=4, free_slots=3, waiting=0, running=1, **counts)
 
     def fail(self, failure):

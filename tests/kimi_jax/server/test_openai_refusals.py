@@ -213,6 +213,8 @@ def test_metrics_count_answers(served):
         "kimi_jax_pages_free 6.0",
         "kimi_jax_drafted_tokens 9.0",
         "kimi_jax_accepted_tokens 5.0",
+        "kimi_jax_draft_acceptance_rate 0.555",
+        "kimi_jax_draft_accepted_length 1.25",
         "kimi_jax_time_to_first_token_seconds_bucket",
         'kimi_jax_responses_total{path="/v1/chat/completions",status="200"}',
     ):
