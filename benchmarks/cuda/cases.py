@@ -31,6 +31,18 @@ def _decode(rows: int, heads: int) -> Call:
     return partial(ops.mla_decode, scale=0.1), (BF16((rows, heads, 512)), BF16((rows, heads, 64)), *cache)
 
 
+def _prefill(tokens: int, heads: int, width: int, values: int) -> Call:
+    positions = INT32((1, tokens))
+
+    def prefill(*arrays: Any) -> Any:
+        q, k, v, q_positions, kv_positions = arrays
+        marks = {"q_positions": q_positions, "kv_positions": kv_positions}
+        return ops.mla_prefill(q, k, v, **marks, scale=0.1, return_lse=True)
+
+    key = BF16((1, tokens, heads, width))
+    return prefill, (key, key, BF16((1, tokens, heads, values)), positions, positions)
+
+
 def _step(rows: int) -> Call:
     key = BF16((rows, 32, 128))
     state = F32((rows, 32, 128, 128))
@@ -51,6 +63,8 @@ CASES = (
     KernelCase("mixture of 48 experts of K2 in INT4, 64 tokens", partial(_mixture, 64, *K2, True)),
     KernelCase("mla_decode of 4 rows, 32 heads", partial(_decode, 4, 32)),
     KernelCase("mla_decode of 64 rows, 8 heads", partial(_decode, 64, 8)),
+    KernelCase("mla_prefill of 2,048 tokens", partial(_prefill, 2048, 32, 192, 128)),
+    KernelCase("mla_prefill of 4,096 patches", partial(_prefill, 4096, 16, 72, 72)),
     KernelCase("kda_step of 4 rows", partial(_step, 4)),
     KernelCase("kda of 2,048 tokens", partial(_prompt, 2048)),
 )

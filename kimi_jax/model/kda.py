@@ -138,10 +138,21 @@ class KDA(nnx.Module):
         t, reach = raw.shape[1], w.shape[-1] - 1
         before = jnp.zeros((raw.shape[0], reach, raw.shape[2]), raw.dtype) if state is None else state.tail
         before = shift_right(raw[:, -reach:].astype(before.dtype), before, token_axes)
-        padded = jnp.concatenate([before.astype(raw.dtype), raw], axis=1)
-        y = sum(padded[:, j : j + t].astype(jnp.float32) * w[:, j] for j in range(reach + 1))
+        before_raw = before.astype(raw.dtype)
+
+        def raw_before(distance: int) -> jax.Array:
+            """Returns the raw values so many tokens before each, b t c."""
+            own = jnp.pad(raw, ((0, 0), (distance, 0), (0, 0)))[:, :t]
+            carried = jnp.pad(before_raw[:, reach - distance :], ((0, 0), (0, t), (0, 0)))[:, :t]
+            return jnp.where((jnp.arange(t) >= distance)[:, None], own, carried)
+
+        y = sum(raw_before(reach - j).astype(jnp.float32) * w[:, j] for j in range(reach + 1))
         counts = jnp.sum(valid, axis=1, dtype=jnp.int32)
-        tail = jnp.take_along_axis(padded, (counts[:, None] + jnp.arange(reach))[:, :, None], axis=1)
+        # The last `reach` of `before` and the tokens after it
+        place = (counts[:, None] + jnp.arange(reach))[:, :, None]
+        own = jnp.take_along_axis(raw, jnp.maximum(place - reach, 0), axis=1)
+        carried = jnp.take_along_axis(before_raw, jnp.minimum(place, reach - 1), axis=1)
+        tail = jnp.where(place >= reach, own, carried)
         return jax.nn.silu(y).astype(raw.dtype), select_last(tail.astype(before.dtype), counts, t, token_axes)
 
     def convolve_segments(self, raw: jax.Array, segments: Positions) -> jax.Array:

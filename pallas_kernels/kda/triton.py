@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, Int32
 
-from pallas_kernels.kda.triton_chunk import CHUNK, chunk_parts, make_dot
+from pallas_kernels.kda.triton_chunk import CHUNK, chunk_parts, take_columns
+from pallas_kernels.triton_products import make_dot
 
 # Value columns of a program; a matrix product has 16 at least.
 COLUMNS = 32
@@ -54,19 +55,19 @@ def kda(
     ids = jnp.zeros((batch, tokens), jnp.int32) if segment_ids is None else segment_ids
     order, first, count, own_first, own_count = jax.vmap(partial(_list_chunks, segments=segments))(ids)
     parts = chunk_parts(
-        (q, k, v, g, beta), order, first, count, normalize_qk=normalize_qk, scale=scale, interpret=interpret
+        (q, k, g, beta), order, first, count, normalize_qk=normalize_qk, scale=scale, interpret=interpret
     )
     square = pl.BlockSpec((None, None, None, keys, COLUMNS), lambda n, h, b: (b, n % segments, h, 0, n // segments))
     o, after = pl.pallas_call(
         partial(_advance, segments=segments, interpret=interpret),
         grid=(segments * values // COLUMNS, heads, batch),
-        in_specs=[pl.no_block_spec] * 11 + [square],
+        in_specs=[pl.no_block_spec] * 12 + [square],
         out_specs=[pl.no_block_spec, square],
         out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(states.shape, states.dtype)],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         name="kda_states",
         interpret=interpret,
-    )(order, first, count, own_first, own_count, *parts, states)
+    )(order, first, count, own_first, own_count, v, *parts, states)
     # No program writes the outputs of padding
     return o if segment_ids is None else jnp.where((ids >= 0)[..., None, None], o, 0), after
 
@@ -96,9 +97,10 @@ def _advance(
     count_ref: Any,
     own_first_ref: Any,
     own_count_ref: Any,
-    U_ref: Any,
-    W_ref: Any,
+    v_ref: Any,
+    T_ref: Any,
     Aqk_ref: Any,
+    since_ref: Any,
     read_ref: Any,
     written_ref: Any,
     total_ref: Any,
@@ -111,19 +113,19 @@ def _advance(
 ) -> None:
     dot = make_dot(interpret)
     program, h, b = (pl.program_id(axis) for axis in range(3))
-    segment, dtype = program % segments, W_ref.dtype
-    columns = pl.ds(program // segments * COLUMNS, COLUMNS)
+    segment, dtype = program % segments, T_ref.dtype
     column = program // segments * COLUMNS + jnp.arange(COLUMNS, dtype=jnp.int32)
     number = jnp.arange(CHUNK, dtype=jnp.int32)
 
     def chunk(i: Array, S: Array) -> Array:
         c = own_first_ref[b, segment] + i
-        pseudo = U_ref[b, c, h, :, columns].astype(jnp.float32) - dot(W_ref[b, c, h], S, dtype)
-        o = dot(read_ref[b, c, h], S, dtype) + dot(Aqk_ref[b, c, h], pseudo, dtype)
         is_token = number < count_ref[b, c]
         place = jnp.where(is_token, first_ref[b, c] + number, 0)
         # Past the end where there is no token: the interpreter writes there too
         token = plgpu.load(order_ref.at[b, place], mask=is_token, other=o_ref.shape[1])
+        v = take_columns(v_ref, b, token, h, column, is_token)
+        pseudo = dot(T_ref[b, c, h], v - dot(since_ref[b, c, h], S, dtype), dtype)
+        o = dot(read_ref[b, c, h], S, dtype) + dot(Aqk_ref[b, c, h], pseudo, dtype)
         at = o_ref.at[b, token[:, None], h, column[None, :]]
         plgpu.store(at, o.astype(o_ref.dtype), mask=is_token[:, None])
         return total_ref[b, c, h][:, None] * S + dot(written_ref[b, c, h].T, pseudo, dtype)

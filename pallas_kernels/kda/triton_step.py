@@ -57,9 +57,9 @@ def kda_step(
     )(q, k, v, g, beta, state)
 
 
-def normalized(x: Array) -> Array:
-    """Divides vectors along the last axis by sqrt(sum of squares + 1e-6)."""
-    return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+def norm_factor(x: Array) -> Array:
+    """Returns 1 / sqrt(sum of squares + 1e-6) of vectors along the last axis."""
+    return lax.rsqrt(jnp.sum(x * x, axis=-1) + 1e-6)
 
 
 def _step(
@@ -77,7 +77,7 @@ def _step(
 ) -> None:
     q, k = (ref[...].astype(jnp.float32) for ref in (q_ref, k_ref))
     if normalize_qk:
-        q, k = normalized(q), normalized(k)
+        q, k = norm_factor(q) * q, norm_factor(k) * k
     state = jnp.exp(g_ref[...].astype(jnp.float32))[:, None] * state_ref[...]
     read = jnp.sum(k[:, None] * state, axis=0)
     update = beta_ref[...].astype(jnp.float32) * (v_ref[...].astype(jnp.float32) - read)

@@ -1,8 +1,8 @@
 """A mixture of experts for NVIDIA GPUs: two grouped kernels, between which the activation's values are in memory.
 
 Pairs of a token and one of its experts are sorted by expert, as numbers; the kernels read each pair's token where it is
-and write its result at its place, so that no rows are sorted. A token's results are then added up. The experts that
-some token chose are read once for up to 128 of their rows, and others not at all.
+and write its result, rounded to the tokens' dtype, at its place, so that no rows are sorted. A token's results are then
+added up in float32. The experts that some token chose are read once for up to 128 of their rows, and others not at all.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from pallas_kernels.formats import Weight
 from pallas_kernels.grouped_matmul import triton as grouped
 from pallas_kernels.grouped_matmul.triton_visits import group_visits, rows_of_a_visit
 
-# The most pairs whose results, of float32, exist at one time: those of 2,048 tokens in Kimi's models.
+# The most pairs whose results exist at one time: those of 2,048 tokens in Kimi's models.
 BLOCK = 16384
 
 
@@ -104,9 +104,9 @@ def _block(
         target=order,
         share=weights.reshape(-1)[order],
         combine=lambda y: y,
-        dtype=jnp.float32,
+        dtype=x.dtype,
         name="mixture_down",
     )
     # No program writes the results of other devices' experts
     y = jnp.where(is_local[:, None], y, 0)
-    return jnp.sum(y.reshape(tokens, choices, -1), axis=1)
+    return jnp.sum(y.reshape(tokens, choices, -1).astype(jnp.float32), axis=1)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.checks import bind_shapes, check_dtype, checks_arguments, known
 from pallas_kernels.dispatch import Backend, choose
-from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu, mosaic_write, triton, xla
+from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu, mosaic_write, triton, triton_prefill, xla
 
 _WRITE = (
     Backend("mosaic_tpu", mosaic_write.mla_write, ("tpu",), mosaic_write.unsupported),
@@ -48,7 +48,7 @@ def mla_prefill(
       scale: multiplies the scores before the softmax.
       return_lse: also returns the natural log-sum-exp of the scores, by which partial attentions can be merged.
       return_max: also returns, last, the largest scaled score of each head.
-      implementation: "mosaic_tpu", "xla", or None for the best that the platform has.
+      implementation: "mosaic_tpu", "triton" (D and Dv at most 256), "xla", or None for the best that the platform has.
 
     Returns:
       [B, S, H, Dv] in v's dtype (softmax and accumulation in float32), and with `return_lse` float32 [B, S, H], of the
@@ -83,6 +83,7 @@ def mla_prefill(
     options: dict[str, Any] = {"scale": scale, "return_max": return_max}
     backends = (
         Backend("mosaic_tpu", partial(mosaic_prefill.mla_prefill, **options), ("tpu",), mosaic_prefill.unsupported),
+        Backend("triton", partial(triton_prefill.mla_prefill, **options), ("cuda",), triton_prefill.unsupported),
         Backend("xla", partial(xla.mla_prefill, **options)),
     )
     out, lse, *top = choose(op, implementation, backends, *operands)(*operands)
@@ -114,7 +115,7 @@ def mla_decode(
       page_table: int32 [B, max_pages]; entry i of a row is the page of that sequence's tokens [i * page, (i + 1) *
         page).
       lengths: int32 [B], tokens of each sequence, the newest included; or [B, T], the tokens that each query sees.
-      scale, return_lse, implementation: as in `mla_prefill`; there is also "triton" (L, R and page powers of two).
+      scale, return_lse, implementation: as in `mla_prefill`; for "triton", L, R and page are powers of two.
 
     Returns:
       An array like q_latent (softmax and accumulation in float32), and with `return_lse` float32 [B, H] or [B, H, T]. A

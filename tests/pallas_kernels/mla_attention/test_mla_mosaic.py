@@ -136,6 +136,7 @@ def test_decode_says_why_it_cannot_serve(change, reason):
 
 PREFILL = partial(mla_prefill, scale=SCALE, return_lse=True, implementation="mosaic_tpu")
 PREFILL_JIT = jax.jit(PREFILL)
+PREFILLS = {"mosaic_tpu": PREFILL_JIT, "triton": jax.jit(partial(PREFILL, implementation="triton"))}
 WIDTHS = {"q": 192, "k": 192, "v": 128}
 
 
@@ -173,17 +174,25 @@ def close_to(found, expected, tolerance):
 
 
 @pytest.mark.parametrize(
-    "queries,keys,heads,dtype,tolerance",
-    [(200, 500, 2, *TOLERANCES[0]), (200, 500, 2, *TOLERANCES[1]), (1, 1, 1, *TOLERANCES[0])],
+    "implementation,queries,keys,heads,dtype,tolerance",
+    [
+        ("mosaic_tpu", 200, 500, 2, *TOLERANCES[0]),
+        ("mosaic_tpu", 200, 500, 2, *TOLERANCES[1]),
+        ("mosaic_tpu", 1, 1, 1, *TOLERANCES[0]),
+        pytest.param("triton", 200, 500, 2, *TOLERANCES[0], marks=pytest.mark.slow),
+        ("triton", 200, 500, 2, *TOLERANCES[1]),
+        ("triton", 1, 1, 1, *TOLERANCES[0]),
+    ],
 )
-def test_prefill(queries, keys, heads, dtype, tolerance):
+def test_prefill(implementation, queries, keys, heads, dtype, tolerance):
     arrays, marks = prompt(dtype, queries, keys, heads)
-    out, lse = PREFILL_JIT(*arrays, **marks)
+    out, lse = PREFILLS[implementation](*arrays, **marks)
     assert out.dtype == dtype and lse.dtype == jnp.float32
     close_to((out, lse), expected_prefill(arrays, marks), tolerance)
 
 
-def test_prefill_without_segments_of_a_later_chunk():
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", pytest.param("triton", marks=pytest.mark.slow)])
+def test_prefill_without_segments_of_a_later_chunk(implementation):
     # Given queries that see the first block whole, parts of the next, and nothing of the last
     (q, k, v), marks = prompt(jnp.bfloat16, 256, 2100)
     k, v = (jnp.nan_to_num(array) for array in (k, v))
@@ -191,7 +200,7 @@ def test_prefill_without_segments_of_a_later_chunk():
 
     # When keys after the last query are arbitrary
     unseen = jnp.asarray(marks["kv_positions"] > positions["q_positions"].max())[..., None, None]
-    found = PREFILL_JIT(q, jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v), **positions)
+    found = PREFILLS[implementation](q, jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v), **positions)
 
     # Then it is causal attention
     zeros = {name.replace("positions", "segments"): np.zeros_like(marks) for name, marks in positions.items()}
@@ -200,20 +209,22 @@ def test_prefill_without_segments_of_a_later_chunk():
     close_to(found, expected_prefill((q, k, v), {name: marks[name] for name in order}), 5e-3)
 
 
-def test_prefill_of_widths_that_fill_vectors_and_of_large_scores():
-    q, k, v = (10 * normal(i, 1, 130, 3, 128) for i in range(3))
+@pytest.mark.parametrize("implementation,width", [("mosaic_tpu", 128), ("triton", 72)])
+def test_prefill_of_other_widths_and_of_large_scores(implementation, width):
+    q, k, v = (10 * normal(i, 1, 130, 3, width) for i in range(3))
     positions = np.zeros((1, 130), np.int32)  # bidirectional
-    found = PREFILL_JIT(*map(jnp.asarray, (q, k, v)), q_positions=positions, kv_positions=positions)
+    found = PREFILLS[implementation](*map(jnp.asarray, (q, k, v)), q_positions=positions, kv_positions=positions)
     close_to(found, reference.mla_prefill(q, k, v, *[positions] * 4, SCALE), 1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype,tolerance", TOLERANCES)
-def test_prefill_of_two_halves_merged(dtype, tolerance):
+def test_prefill_of_two_halves_merged(dtype, tolerance, implementation):
     arrays, marks = prompt(dtype, 120, 120)
     q, k, v = (jnp.nan_to_num(array) for array in arrays)
     positions = marks["q_positions"]
     parts = [
-        PREFILL_JIT(q, k[:, s], v[:, s], q_positions=positions, kv_positions=positions[:, s])
+        PREFILLS[implementation](q, k[:, s], v[:, s], q_positions=positions, kv_positions=positions[:, s])
         for s in (np.s_[:60], np.s_[60:])
     ]
     zeros = np.zeros_like(positions)
@@ -222,7 +233,7 @@ def test_prefill_of_two_halves_merged(dtype, tolerance):
     close_to(merge_partials(*parts), expected, tolerance)
 
 
-@pytest.mark.parametrize("implementation", ["mosaic_tpu", "xla"])
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", pytest.param("triton", marks=pytest.mark.slow), "xla"])
 def test_prefill_returns_the_largest_score_of_each_head(implementation):
     # Given a row without any visible key beside one whose queries see some
     arrays, marks = prompt(jnp.float32, 30, 90, 2, 2)
@@ -255,16 +266,15 @@ def test_prefill_races_with_nothing_and_stays_in_bounds():
     assert not interpret_pallas_call.races.races_found
 
 
-def test_prefill_gradients_are_those_of_the_plain_form():
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", pytest.param("triton", marks=pytest.mark.slow)])
+def test_prefill_gradients_are_those_of_the_plain_form(implementation):
     arrays, marks = prompt(jnp.float32, 30, 90, 1)
 
     def loss(implementation, arrays):
         out = mla_prefill(*arrays, **marks, scale=SCALE, implementation=implementation)
         return jnp.sum(jnp.sin(out))
 
-    found, expected = (
-        jax.jit(jax.grad(partial(loss, implementation)))(arrays) for implementation in ("mosaic_tpu", "xla")
-    )
+    found, expected = (jax.jit(jax.grad(partial(loss, which)))(arrays) for which in (implementation, "xla"))
     for one, other in zip(found, expected, strict=True):
         assert relative_rmse(one, other) <= 1e-5
 
