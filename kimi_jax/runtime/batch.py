@@ -182,8 +182,8 @@ def prompts(
     tokens = np.pad(tokens, padding)
     index = None if media_index is None else np.pad(media_index, padding, constant_values=-1)
     values = sampling_rows(sampling, seeds)
-    after = np.pad(tokens[:, 1:], [(0, 0), (0, 1)])
-    after[np.arange(len(after)), lengths - 1] = CHOSEN_HERE
+    is_last = np.arange(tokens.shape[1]) == lengths[:, None] - 1
+    after = np.where(is_last, CHOSEN_HERE, np.pad(tokens[:, 1:], [(0, 0), (0, 1)])).astype(np.int32)
     for first in range(0, tokens.shape[1], chunk):
         columns = np.arange(first, first + chunk, dtype=np.int32)
         yield Batch(
