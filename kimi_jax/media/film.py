@@ -107,8 +107,12 @@ class Film(Sequence[Image.Image]):
                 f"{self.name}: a film, which needs a decoder: pip install 'kimi-jax[video]', or give a GIF, an "
                 "animated WebP or PNG, or a folder of frames"
             ) from None
+        # A title in another encoding is no fault of the film; PyAV 19 and newer always take it
+        lenient: dict[str, Any] = (
+            {"metadata_errors": "replace"} if hasattr(av.container.Container, "metadata_errors") else {}
+        )
         try:
-            with av.open(io.BytesIO(self._data), format=demuxer(self._data), metadata_errors="replace") as container:
+            with av.open(io.BytesIO(self._data), format=demuxer(self._data), **lenient) as container:
                 video = container.streams.video
                 if not video or video[0].codec_context is None:
                     raise ValueError(f"{self.name}: a film without video that can be decoded")

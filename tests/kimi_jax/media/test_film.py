@@ -24,6 +24,7 @@ def written(stamps, pixels, kind="mp4", codec="mpeg4", **options):
     """Returns the bytes of a film with frames at `stamps`, thousandths of a second."""
     out = io.BytesIO()
     with av.open(out, "w", format=kind) as container:
+        container.metadata.update({"title": options.pop("title")} if "title" in options else {})
         stream = container.add_stream(codec, rate=1000)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, options.pop("pix_fmt", "yuv420p")
         stream.bit_rate = 4_000_000
@@ -130,6 +131,13 @@ def test_damage_anywhere_is_a_value_error_or_none(kind):
             list(frames)
         except ValueError as error:
             assert str(error).startswith("the bytes given: ") and "\n" not in str(error)
+
+
+def test_a_title_in_another_encoding_is_no_damage():
+    data = written(range(0, 500, 100), greys(5), "matroska", title="Caf\u00e9")
+    assert data.count("Caf\u00e9".encode()) == 1
+    frames, _ = open_video(data.replace("Caf\u00e9".encode(), b"Caf\xe9!"))
+    assert len(frames) == 5
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch):

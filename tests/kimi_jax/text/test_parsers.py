@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from pathlib import Path
 
 import answer_cases as ac
@@ -230,14 +229,3 @@ def test_no_length_is_too_much(raw):
         parser.feed(piece)
     assert parser.feed(" .") is not None
     assert chat.parse_text(long).tool_calls[0]["function"]["arguments"] == "1" + " " * 200_000 + "2"
-
-
-def test_the_python_of_the_documentation_runs_as_it_stands(tiny_tokenizer_dir, tmp_path, monkeypatch, capsys):
-    text = (Path(__file__).parents[3] / "docs" / "chat.md").read_text(encoding="utf-8")
-    code, more = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "toy").symlink_to(tiny_tokenizer_dir)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code + more, "chat.md", "exec"), {})
-    out = capsys.readouterr().out
-    assert out.startswith("I need data. One moment. tool_calls\n[{'id': 'functions.weather:0',")
-    assert "start: section\n" in out and "start: content\n" in out
