@@ -148,11 +148,8 @@ class KDA(nnx.Module):
 
         y = sum(raw_before(reach - j).astype(jnp.float32) * w[:, j] for j in range(reach + 1))
         counts = jnp.sum(valid, axis=1, dtype=jnp.int32)
-        # The last `reach` of `before` and the tokens after it
-        place = (counts[:, None] + jnp.arange(reach))[:, :, None]
-        own = jnp.take_along_axis(raw, jnp.maximum(place - reach, 0), axis=1)
-        carried = jnp.take_along_axis(before_raw, jnp.minimum(place, reach - 1), axis=1)
-        tail = jnp.where(place >= reach, own, carried)
+        padded = jnp.concatenate([before_raw, raw], axis=1)
+        tail = jnp.take_along_axis(padded, (counts[:, None] + jnp.arange(reach))[:, :, None], axis=1)
         return jax.nn.silu(y).astype(raw.dtype), select_last(tail.astype(before.dtype), counts, t, token_axes)
 
     def convolve_segments(self, raw: jax.Array, segments: Positions) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Which blocks of keys a block of queries takes in the prefill kernel for GPUs, and what the kernel refuses."""
+"""The blocks of keys that a block of queries takes in the prefill kernel for GPUs, and what the kernel refuses."""
 
 import jax
 import jax.numpy as jnp
