@@ -54,8 +54,8 @@ def mixture(
         `grouped_matmul`), "xla", or None for the best that the platform has.
 
     Returns:
-      float32 of x's shape: products accumulated in float32, silu(gate x) * up x rounded to x's dtype between the two; "triton"
-      also rounds each expert's weighted result to it, before these are added up in float32.
+      float32 of x's shape: products accumulated in float32, silu(gate x) * up x rounded to x's dtype between the two.
+      "triton" also rounds each expert's weighted result to it, before these are added up in float32.
       Differentiable with respect to x, weights and dense matrices; the parts of quantised ones are constants.
 
     Raises:
