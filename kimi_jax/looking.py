@@ -5,6 +5,7 @@ forms, are computed a second time from the layer's own queries and keys.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from flax import nnx
 from numpy.typing import ArrayLike
 
 from kimi_jax.axes import Float, Float32, Hidden, Int32, MediaTokens
@@ -118,7 +118,7 @@ def look(
     return Look(hidden, last, router, attention, kda, seen, embeds)
 
 
-@nnx.jit(static_argnums=(4, 5))
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _run(
     model: Kimi,
     tokens: jax.Array,
@@ -197,7 +197,7 @@ def _look_at_media(model: Kimi, media: Media, layers: Sequence[int]) -> dict[int
     return _run_tower(model, patches, jax.tree.map(jnp.asarray, where), tuple(layers))
 
 
-@nnx.jit(static_argnums=3)
+@functools.partial(jax.jit, static_argnums=3)
 def _run_tower(model: Kimi, patches: jax.Array, where: PatchLayout, layers: tuple[int, ...]) -> dict[int, Seen]:
     assert model.vision_tower is not None
     x, found = model.vision_tower.patch_embed(patches, where), {}

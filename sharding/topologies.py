@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pallas_kernels.hardware import CHIPS, GPUS, Chip, Gpu
 
@@ -34,6 +34,11 @@ class Topology(NamedTuple):
     def is_gpu(self) -> bool:
         """Tells whether the slice is of GPUs: each sends to any other directly, and some may stay idle."""
         return isinstance(self.chip, Gpu)
+
+    @property
+    def platform(self) -> Literal["tpu", "cuda"]:
+        """JAX's name of the platform that its programs are lowered for."""
+        return "cuda" if self.is_gpu else "tpu"
 
     @property
     def chips(self) -> int:

@@ -14,7 +14,8 @@ from kimi_jax.cli.console import console
 NAME = "plan"
 SUMMARY = (
     "Plan a job on slices of TPUs or GPUs: does the model fit, with how much context and batch, and how many tokens a "
-    "second are there at most? Compiles the step for a TPU slice where libtpu is installed; needs no TPU."
+    "second are there at most? Compiles the step where a compiler is installed (libtpu, or kimi-jax[gpu-compile]); "
+    "needs neither TPU nor GPU."
 )
 EXAMPLE = (
     "kimi-jax plan --model k2.5 --topology v5p:4x4x4 --batch 64 --context 32768 --plot plan.png\n"
@@ -88,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the step, minutes for each slice; or plan by arithmetic and traces, in seconds, without libtpu "
-        "(default: compile TPU slices that are named, and none of `all`)",
+        help="compile the step, minutes for each slice; or plan by arithmetic and traces, in seconds, without a "
+        "compiler (default: compile slices that are named, and none of `all`)",
     )
     parser.add_argument(
         "--price",
@@ -122,15 +123,15 @@ def run(arguments: argparse.Namespace) -> None:
     slices = topologies() if arguments.topology == ["all"] else [topology(name) for name in arguments.topology]
     sizes = None if arguments.mesh is None else mesh_sizes(arguments.mesh)
     log = console(stderr=True)
-    compile_step = _compiler(arguments, slices, log)
-    make = (_training if arguments.train else _inference)(arguments, model, config, sizes, compile_step)
+    compiles = _compiled_slices(arguments, slices, log)
+    make = (_training if arguments.train else _inference)(arguments, model, config, sizes)
 
     plans, records = [], []
     with log.status("") as status:  # a terminal has a line for it, a pipe nothing
         for done, slice_ in enumerate(slices):
             status.update(f"planning {slice_.name} ({done} of {len(slices)} done)")
             try:
-                plans.append(make(slice_))
+                plans.append(make(slice_, _compiler(arguments, log) if slice_ in compiles else None))
             except ValueError as error:
                 if len(slices) == 1:
                     raise
@@ -163,16 +164,22 @@ def _drawing(arguments: argparse.Namespace) -> Callable[[Any, Path], None]:
     return plot.save
 
 
-def _compiler(arguments: argparse.Namespace, slices: Sequence[Any], log: Console) -> Callable[[Any], Any] | None:
-    """Returns the function that compiles a job and says so; None where nothing is to be compiled."""
+def _compiled_slices(arguments: argparse.Namespace, slices: Sequence[Any], log: Console) -> list[Any]:
+    """Returns the slices whose steps are compiled; says of others once why they are not."""
     from kimi_jax import plan as planning
 
     wanted = arguments.topology != ["all"] if arguments.compile is None else arguments.compile
-    if not wanted or all(slice_.is_gpu for slice_ in slices):
-        return None
-    if not planning.available():
-        log.print("libtpu is not installed (Linux x86-64: pip install libtpu): arithmetic")
-        return None
+    if not wanted:
+        return []
+    reasons = {slice_: planning.missing(slice_, training=arguments.train) for slice_ in slices}
+    for reason in dict.fromkeys(filter(None, reasons.values())):
+        log.print(f"{reason}: arithmetic", markup=False, highlight=False, soft_wrap=True)
+    return [slice_ for slice_, reason in reasons.items() if reason is None]
+
+
+def _compiler(arguments: argparse.Namespace, log: Console) -> Callable[[Any], Any]:
+    """Returns the function that compiles a job and says so."""
+    from kimi_jax import plan as planning
 
     def compile_step(job: Any) -> Any:
         if arguments.train:
@@ -185,33 +192,29 @@ def _compiler(arguments: argparse.Namespace, slices: Sequence[Any], log: Console
     return compile_step
 
 
-def _inference(
-    arguments: argparse.Namespace, model: str, config: Any, sizes: Any, compile_step: Callable[[Any], Any] | None
-) -> Callable[[Any], Any]:
-    """Returns the function that plans a step of inference on a slice."""
+def _inference(arguments: argparse.Namespace, model: str, config: Any, sizes: Any) -> Callable[[Any, Any], Any]:
+    """Returns the function that plans a step of inference on a slice, with a compiler or None."""
     from kimi_jax import plan as planning
     from kimi_jax.runtime.generate import PREFILL_CHUNK
 
     chunk = 1 if arguments.phase == "decode" else arguments.chunk or min(PREFILL_CHUNK, arguments.context)
 
-    def make(slice_: Any) -> planning.Plan:
+    def make(slice_: Any, compile_step: Any) -> planning.Plan:
         job = planning.Job(config, slice_, (), arguments.phase, arguments.batch or 1, arguments.context, chunk)
         return planning.plan(model, job, sizes=sizes, compile_step=compile_step)
 
     return make
 
 
-def _training(
-    arguments: argparse.Namespace, model: str, config: Any, sizes: Any, compile_step: Callable[[Any], Any] | None
-) -> Callable[[Any], Any]:
-    """Returns the function that plans a step of training on a slice."""
+def _training(arguments: argparse.Namespace, model: str, config: Any, sizes: Any) -> Callable[[Any, Any], Any]:
+    """Returns the function that plans a step of training on a slice, with a compiler or None."""
     from kimi_jax.plan.train_job import TrainJob
     from kimi_jax.plan.train_plan import TrainPlan, train_plan
 
     if arguments.phase != "decode" or arguments.chunk is not None:
         raise ValueError("--train goes without --plot, --phase and --chunk")
 
-    def make(slice_: Any) -> TrainPlan:
+    def make(slice_: Any, compile_step: Any) -> TrainPlan:
         job = TrainJob(config, slice_, sizes or (), arguments.batch or slice_.devices, arguments.tokens)
         return train_plan(model, job, compile_step=compile_step)
 

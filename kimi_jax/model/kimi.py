@@ -4,6 +4,7 @@ Attribute names are those of the published tensors (without the `language_model.
 is a name in a checkpoint.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -182,14 +183,14 @@ class Kimi(nnx.Module):
         return self.logits(last.reshape(rows * columns.shape[1], -1), layout.partition), after, aux
 
 
-@nnx.jit(static_argnums=4)
+@functools.partial(jax.jit, static_argnums=4)
 def _logits(
     model: Kimi, tokens: jax.Array, index: jax.Array | None, media_tokens: jax.Array | None, partition: Partition
 ) -> jax.Array:
     return model.forward(tokens, index, media_tokens, partition)
 
 
-@nnx.jit(static_argnums=3)
+@functools.partial(jax.jit, static_argnums=3)
 def _encode(model: Kimi, patches: jax.Array, where: PatchLayout, partition: Partition) -> jax.Array:
     assert model.vision_tower is not None and model.mm_projector is not None
     graph, weights = nnx.split(nnx.List([model.vision_tower, model.mm_projector]))

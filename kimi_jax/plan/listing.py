@@ -1,6 +1,6 @@
 """The list of slices that plans are made for."""
 
-from pallas_kernels.hardware import CHIPS, GPUS
+from pallas_kernels.hardware import CHIPS, GPUS, Gpu
 from sharding.topologies import SHAPES
 
 
@@ -10,7 +10,7 @@ def lines() -> list[str]:
     for name, shapes in SHAPES.items():
         chip = (CHIPS | GPUS)[name]
         devices = "" if chip.devices == 1 else f", {chip.devices} a chip"
-        how = "compiled by libtpu" if name in CHIPS else "in arithmetic"
+        how = "in arithmetic" if isinstance(chip, Gpu) and chip.facts is None else "compiled"
         found += [
             f"{name}: {chip.memory / 1e9:.0f} GB, {chip.hbm * chip.cores / 1e9:,.0f} GB/s, "
             f"{chip.bf16 * chip.cores / 1e12:,.0f} TFLOP/s a device{devices}; {how}",

@@ -71,7 +71,7 @@ class Plan:
             "mesh": job.mesh,
             "why": self.why,
             "from": "arithmetic" if compiled is None else "compiled",
-            "versions": versions(compiled=compiled is not None),
+            "versions": versions(None if compiled is None else job.topology),
             "phase": job.phase,
             "batch": job.batch,
             "context": job.context,
@@ -95,14 +95,12 @@ def plan(model: str, job: Job, *, sizes: Sizes | None = None, compile_step: Comp
     """Plans `job` on a mesh of `sizes`, the best one where None; `model` is its name in the report.
 
     `compile_step` (`compile.compiled`) is called for the job and once more for the largest batch; None leaves out what
-    only a compiler knows. No compiler is asked for GPUs.
+    only a compiler knows.
     Raises ValueError where the mesh does not multiply to the devices or does not divide the job, and TooSmallError
     where the model does not fit, by how much and what would do.
     """
     _check(job)
     found = candidates(job)
-    if job.topology.is_gpu:
-        compile_step = None
     if sizes is None:
         if not found:
             raise ValueError(f"no mesh of {job.topology.name}'s {job.topology.devices} devices divides {model}")
@@ -236,11 +234,14 @@ def _alternatives(job: Job, found: list[Candidate]) -> list[Alternative]:
 
 
 def _warnings(memory: Memory, made: Compiled) -> list[str]:
-    said = [
-        f"{'a gather' if moved.how != 'copy' else 'a copy in HBM'} of weights: {moved.how} {moved.instruction} of "
-        f"{moved.nbytes / 1e6:.1f} MB"
-        for moved in made.moved
-    ]
+    alike: dict[tuple[str, int], list[str]] = {}
+    for moved in made.moved:
+        alike.setdefault((moved.how, moved.nbytes), []).append(moved.instruction)
+    said = []
+    for (how, size), (first, *rest) in alike.items():
+        what = "a gather" if how != "copy" else "a copy in HBM"
+        more = f" and {len(rest)} more, each" if rest else ""
+        said.append(f"{what} of weights: {how} {first}{more} of {size / 1e6:.1f} MB")
     counted = memory.weights + memory.cache
     if abs(made.arguments - counted) > 0.03 * counted:
         said.append(f"the compiler counts {made.arguments:,} bytes of weights and cache, this plan {counted:,}")

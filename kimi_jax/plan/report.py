@@ -91,6 +91,8 @@ def _show_step(console: Console, plan: Plan) -> None:
     table.add_row("longest of these", _ms(step.longest_seconds), "")
     if compiled is None:
         table.add_row("small operations", "", "not known: nothing is compiled")
+    elif plan.job.topology.is_gpu:
+        table.add_row("small operations", "", "not known: the compiler for GPUs does not say")
     else:
         table.add_row(
             "small operations",
@@ -119,14 +121,13 @@ def _show_source(console: Console, plan: Plan) -> None:
         console.print(
             "Not compiled: temporaries are estimates, messages those of the step before a compiler merges any."
         )
-        if plan.job.topology.is_gpu:
-            console.print("On GPUs everything runs in plain JAX, which may take far longer than these bounds.")
         return
+    program = f", {compiled.program / 1e6:.1f} MB of program" if compiled.program else ""
     console.print(
         f"Compiled in {compiled.seconds:.0f} s ({compiled.cpu_seconds:.0f} s of CPU time), not run: "
         f"{compiled.arguments / GB:.3f} GB of arguments ({(plan.memory.weights + plan.memory.cache) / GB:.3f} "
-        f"itemised above), {compiled.temporaries / 1e6:.1f} MB of temporaries, {compiled.program / 1e6:.1f} MB of "
-        f"program; {compiled.hbm_bytes / 1e9:.3f} GB go to and from HBM",
+        f"itemised above), {compiled.temporaries / 1e6:.1f} MB of temporaries{program}; "
+        f"{compiled.hbm_bytes / 1e9:.3f} GB go to and from HBM",
         highlight=False,
     )
 

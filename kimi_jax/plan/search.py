@@ -32,7 +32,7 @@ class Candidate:
     @functools.cached_property
     def sent(self) -> tuple[Collective, ...]:
         """The messages of the step."""
-        return messages(self.job, "cuda" if self.job.topology.is_gpu else "tpu")
+        return messages(self.job, self.job.topology.platform)
 
     @functools.cached_property
     def step(self) -> StepBound:

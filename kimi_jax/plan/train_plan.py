@@ -101,7 +101,7 @@ class TrainPlan:
             "mesh": job.mesh,
             "why": self.why,
             "from": "compiled" if self.compiled else "traced",
-            "versions": versions(compiled=bool(self.compiled)),
+            "versions": versions(self.job.topology if self.compiled else None),
             "rows": job.rows,
             "tokens": job.tokens,
             "parameters": {

@@ -45,6 +45,14 @@ def test_a_decode_step_moves_little_more_than_it_needs_and_no_expert(form):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@compiles
+@pytest.mark.slow
+def test_the_vision_tower_has_no_buffer_of_all_scores():
+    done = run("gpu_compile.py", "--check", "--vision")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4,096 patches" in done.stdout
+
+
 def test_a_target_has_what_the_data_sheet_says():
     text = gpu_target.target_config(GPUS["h100"])
     for part in ("core_count: 132 ", "memory_bandwidth: 3350000000000 ", "major: 9 minor: 0", "NVIDIA H100 80GB HBM3"):

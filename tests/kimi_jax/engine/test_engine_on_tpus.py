@@ -15,7 +15,7 @@ from checkpoints.toy import toy_config
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed (Linux x86-64 only)"
 )
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "engine_tpu.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "engine_compile.py"
 SMALL = {
     "num_hidden_layers": 2, "hidden_size": 1024, "intermediate_size": 1024, "moe_intermediate_size": 512,
     "n_routed_experts": 16, "num_attention_heads": 8, "num_key_value_heads": 8, "kv_lora_rank": 512,

@@ -1,6 +1,7 @@
 """The grid arithmetic of the vision tower: against torch's bicubic filter and MoonViT's rules in float64."""
 
 import cases
+import jax
 import numpy as np
 import pytest
 
@@ -173,3 +174,11 @@ def test_items_encoded_together_equal_items_encoded_alone(model):
     assert [len(part) for part in single] == [6, 2, 1]
     np.testing.assert_allclose(packed, np.concatenate(single), rtol=0, atol=1e-5)
     assert np.abs(packed).mean() > 0.01
+
+
+def test_no_weight_is_copied_to_encode_media(model):
+    # A call that hands the model's state back makes every weight anew: of K2.5, more than a device has room for
+    kimi, grid = model("k2.5"), grids((1, 2, 2))
+    before = jax.tree.leaves(kimi)
+    kimi.encode_media(kimi_jax.Media(cases.media(grid[0]), grid))
+    assert all(after is weight for after, weight in zip(jax.tree.leaves(kimi), before, strict=True))

@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
+import subprocess
 
 import pytest
 from rich.console import Console
@@ -12,7 +14,7 @@ from rich.console import Console
 from checkpoints.toy import toy_config
 from kimi_jax import config_json, plan
 from kimi_jax.cli import main
-from kimi_jax.plan import analytic, report, search
+from kimi_jax.plan import analytic, gpu_target, report, search
 from kimi_jax.plan.compile import Compiled, DoesNotFitError
 from kimi_jax.plan.messages import messages
 from kimi_jax.plan.traffic import MovedWeight
@@ -170,10 +172,11 @@ def test_what_the_compiler_says_is_told():
     assert math.isclose(planned.step.lower_bound_seconds, alone + 2e-3) and planned.step.bound_by == "HBM"
     assert planned.tokens_per_second == 64 / planned.step.lower_bound_seconds
     # and a notice says so where its count differs from the plan's
-    copies = (MovedWeight("copy", "c.1", 2**22),)
+    copies = (MovedWeight("copy", "c.1", 2**22), MovedWeight("copy", "c.2", 2**23), MovedWeight("copy", "c.3", 2**22))
     miscounted = dataclasses.replace(compiled, arguments=int(1.04 * compiled.arguments), moved=copies)
     notices = plan.plan("K2.5", wanted, sizes=sizes, compile_step=fake(miscounted)).warnings
-    assert notices[0] == "a copy in HBM of weights: copy c.1 of 4.2 MB" and "the compiler counts" in notices[1]
+    assert notices[0] == "a copy in HBM of weights: copy c.1 and 1 more, each of 4.2 MB"
+    assert notices[1] == "a copy in HBM of weights: copy c.2 of 8.4 MB" and "the compiler counts" in notices[2]
     with pytest.raises(ValueError, match="should fit on v6e:8x8 with mesh data=8,tensor=8, but the compiler says: Ran"):
         plan.plan("K2.5", dataclasses.replace(wanted, batch=128), sizes=sizes, compile_step=fake(compiled))
 
@@ -254,6 +257,52 @@ def test_what_is_refused(arguments, reason, capsys):
     assert main(["plan", *model, *arguments, "--no-compile"]) == 1
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and err.startswith("kimi-jax: ") and reason in err, err
+
+
+# --- compilers --------------------------------------------------------------------------------------------------------
+
+
+def test_slices_without_a_compiler_are_planned_by_arithmetic(capsys, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(toy_config("k2", **TOY)))
+    monkeypatch.setattr(gpu_target, "toolkit", lambda: None)
+    monkeypatch.setattr(plan.compile, "available", lambda: False)
+    slices = ["--topology", "v6e:2x2", "--topology", "h100:1", "--topology", "h200:2"]
+    assert main(["plan", "--model", str(tmp_path), *slices, "--batch", "8", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [one["from"] for one in json.loads(out)] == ["arithmetic"] * 3
+    # and each reason is said once, with what to install
+    assert err.splitlines() == [
+        "libtpu is not installed (Linux x86-64: pip install libtpu): arithmetic",
+        "the compiler for NVIDIA GPUs is not installed (pip install 'kimi-jax[gpu-compile]'): arithmetic",
+    ]
+    # Where it is, GPUs that it has no description of and training steps remain
+    monkeypatch.setattr(gpu_target, "toolkit", lambda: tmp_path)
+    assert plan.missing(topology("h100:8")) is None
+    assert "expected a GPU that is described to the compiler" in plan.missing(topology("gb200:8"))
+    assert plan.missing(topology("h100:8"), training=True) == "training steps are not compiled for GPUs"
+
+
+def test_a_gpus_program_that_is_larger_than_its_memory_does_not_fit(monkeypatch, tmp_path):
+    # Given a compiler that says how much a program takes, and does not compare it with the GPU's memory
+    said = {
+        "arguments": 80 * 10**9, "results": 2, "in_place": 1, "temporaries": 5 * 10**9, "program": 0, "hbm_bytes": 1,
+        "accessed": 0.0, "small_cycles": 0, "collectives": [], "moved": [], "seconds": 1.0, "cpu_seconds": 1.0,
+    }  # fmt: skip
+    monkeypatch.setattr(gpu_target, "toolkit", lambda: tmp_path)
+    started = []
+
+    def run(command, **options):
+        started.append(options["env"])
+        return subprocess.CompletedProcess(command, 0, json.dumps(said).encode(), b"")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert plan.compiled(job(K25, "h100:1", "1x1")).beside_arguments == 5 * 10**9 + 1
+    # it starts with the assembler in its path, and without other flags than its own
+    assert started[0]["PATH"].split(os.pathsep)[0] == str(tmp_path / "bin")
+    assert started[0]["XLA_FLAGS"] == f"--xla_gpu_cuda_data_dir={tmp_path} --xla_gpu_autotune_level=0"
+    said["temporaries"] += 10**9
+    with pytest.raises(DoesNotFitError, match=r"Ran out of memory: 86\.00 GB of 85\.52"):
+        plan.compiled(job(K25, "h100:1", "1x1"))
 
 
 # --- compiled for a TPU that is not here ------------------------------------------------------------------------------

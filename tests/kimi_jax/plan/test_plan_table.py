@@ -87,9 +87,6 @@ def test_gpus_that_no_mesh_divides_the_model_by_stay_idle():
     # Given 72 GPUs, by which no number of experts of a Kimi divides
     asked = Job(LINEAR, topology("gb200:72"), (), "decode", 64, 8192)
     assert {one.job.partition.devices for one in search.candidates(asked)} == {64}
-    # and no compiler is asked, which knows no GPUs
-    alone = dataclasses.replace(asked, topology=topology("h200:1"), batch=1)
-    assert plan("kimi-linear", alone, compile_step=lambda job: pytest.fail("compiled")).compiled is None
     # On a TPU slice all devices are in the mesh
     with pytest.raises(ValueError, match="asks for 4 devices, v5e:2x4 has 8"):
         plan("kimi-linear", Job(LINEAR, topology("v5e:2x4"), (), "decode", 1, 128), sizes=(1, 1, 4, 1))

@@ -1,12 +1,13 @@
-"""Compares the engine's programs with those of `generate`, compiled for TPUs that this machine does not have.
+"""Compares the engine's programs with those of `generate`, compiled for TPUs or GPUs that this machine does not have.
 
-    python benchmarks/engine_tpu.py --topology v6e:8x8 --mesh data=8,sequence=8 [--layers 3] [--only decode]
+    python benchmarks/engine_compile.py --topology v6e:8x8 --mesh data=8,sequence=8 [--layers 3] [--only decode]
+    python benchmarks/engine_compile.py --model kimi-linear-48b --experts int4 --topology h100:1 --mesh 1x1 --slots 32
 
 The steps are the ones that `Engine` warms and `generate` runs, sampling included: both are run over shapes up to the
 call of the jitted program, whose arguments are compiled. Columns are a device's: bytes of arguments (weights, cache,
-tokens), of which in place, temporaries, bytes that go to and from HBM (`kimi_jax.plan.hbm`), messages and the bytes
+tokens), of which in place, temporaries, bytes that go to and from HBM (`kimi_jax.plan.compile`), messages and the bytes
 that they send at least. A program that is the same as one before it, to the letter, is not compiled again. Compiled,
-not run. Needs libtpu (`pip install -e .[test]` on Linux).
+not run. Needs libtpu (`pip install -e .[test]` on Linux), or for GPUs the extra `gpu-compile`.
 """
 
 import argparse
@@ -27,20 +28,22 @@ os.environ.pop("XLA_FLAGS", None)
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kimi_jax import config_json
 from kimi_jax.engine.runner import Runner
 from kimi_jax.model.kimi import Kimi, abstract
-from kimi_jax.plan.hbm import hbm_bytes
+from kimi_jax.plan import compile as compilers
+from kimi_jax.plan import gpu_target
 from kimi_jax.plan.hlo import parse
+from kimi_jax.plan.planner import with_experts
 from kimi_jax.plan.traffic import collectives
 from kimi_jax.runtime import generate
 from kimi_jax.runtime.batch import Batch, Chosen
 from kimi_jax.runtime.cache import Cache
 from kimi_jax.runtime.program import Program
 from sharding import make_mesh
+from sharding.topologies import Topology, topology
 
 HEADINGS = ("program", "arguments", "in place", "temporaries", "through HBM", "messages", "bytes sent", "seconds")
 
@@ -140,12 +143,12 @@ def engine_steps(model: Kimi, slots: int, tokens: int, context: int, cache: Cach
     return dict(zip(list(runner.warm())[: len(noted.steps)], noted.steps, strict=True))
 
 
-def lowered(program: Program, step: tuple[Cache, Batch]) -> Any:
-    """Traces and lowers a step for TPUs."""
-    return program.jitted.step.trace(program.arrays, *step).lower(lowering_platforms=("tpu",))
+def lowered(program: Program, step: tuple[Cache, Batch], platform: str) -> Any:
+    """Traces and lowers a step for TPUs or GPUs."""
+    return program.jitted.step.trace(program.arrays, *step).lower(lowering_platforms=(platform,))
 
 
-def measure(side: str, name: str, step: Any, mesh: Mapping[str, int]) -> Row:
+def measure(side: str, name: str, step: Any, mesh: Mapping[str, int], slice_: Topology) -> Row:
     """Compiles a lowered step and reads its numbers."""
     began = time.perf_counter()
     compiled = step.compile()
@@ -158,7 +161,7 @@ def measure(side: str, name: str, step: Any, mesh: Mapping[str, int]) -> Row:
         arguments=memory.argument_size_in_bytes,
         in_place=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        hbm_bytes=hbm_bytes(hlo),
+        hbm_bytes=compilers.traffic(hlo, slice_),
         messages=sum(one.count for one in sent),
         sent=int(sum(one.sent for one in sent)),
         kinds={kind: sum(one.count for one in sent if one.kind == kind) for kind in sorted({one.kind for one in sent})},
@@ -178,17 +181,17 @@ def all_steps(model: Kimi, slots: int, tokens: int, context: int) -> dict[tuple[
     return dict(sorted(steps.items(), key=lambda step: (step[0][1], step[0][0] == "engine")))
 
 
-def compare(model: Kimi, steps: Mapping[tuple[str, str], tuple[Cache, Batch]]) -> Iterator[Row]:
+def compare(model: Kimi, steps: Mapping[tuple[str, str], tuple[Cache, Batch]], slice_: Topology) -> Iterator[Row]:
     """Compiles steps, those with the same text once, and yields their rows."""
     program = Program(model)
     assert program.mesh is not None
     known: dict[str, Row] = {}
     for (side, name), step in steps.items():
-        text = (found := lowered(program, step)).as_text()
+        text = (found := lowered(program, step, slice_.platform)).as_text()
         if text in known:
             yield dataclasses.replace(known[text], side=side, program=name, seconds=0.0)
         else:
-            known[text] = measure(side, name, found, program.mesh.shape)
+            known[text] = measure(side, name, found, program.mesh.shape, slice_)
             yield known[text]
 
 
@@ -202,6 +205,7 @@ def main(arguments: list[str]) -> None:
     """Compiles and prints what the flags ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="kimi-k2.5", help="preset, or folder with a config.json")
+    parser.add_argument("--experts", choices=["int4", "bf16"], help="format of routed experts (default: as published)")
     parser.add_argument("--topology", default="v6e:8x8", metavar="SLICE")
     parser.add_argument("--mesh", default="data=8,sequence=8", metavar="AXIS=N,...")
     parser.add_argument("--slots", type=int, default=64, help="rows of a decode step")
@@ -217,12 +221,19 @@ def main(arguments: list[str]) -> None:
     # A text step has no use for the vision tower
     text = dataclasses.replace(config.text, num_hidden_layers=layers)
     config = dataclasses.replace(config, text=text, vision=None)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices
-    model = abstract(config, mesh=make_mesh(options.mesh, devices))
+    if options.experts:
+        config = with_experts(config, options.experts)
+    slice_ = topology(options.topology)
+    if reason := compilers.missing(slice_):
+        sys.exit(f"{Path(__file__).name}: {reason}")
+    if slice_.is_gpu:
+        os.environ |= gpu_target.environment()  # XLA reads it when it starts, at the first look for devices
+    model = abstract(config, mesh=make_mesh(options.mesh, compilers.devices(slice_)))
     steps = all_steps(model, options.slots, options.tokens, options.context)
     rows = []
     print(" | ".join(HEADINGS))
-    for row in compare(model, {name: step for name, step in steps.items() if name[1].startswith(options.only)}):
+    chosen = {name: step for name, step in steps.items() if name[1].startswith(options.only)}
+    for row in compare(model, chosen, slice_):
         show(row)
         rows.append(row)
     if options.json:
