@@ -259,4 +259,6 @@ def test_the_python_for_several_processes_runs_on_two(toy, tmp_path):
             process.kill()
             process.wait()
     assert [process.returncode for process in running] == [0, 0]
-    assert len(json.loads(outputs[0])) == 24 and outputs[1] == ""
+    # the last line, after what the processes' network (Gloo) prints
+    assert len(ast.literal_eval(outputs[0].splitlines()[-1])) == 24
+    assert not outputs[1].rstrip().endswith("]")
