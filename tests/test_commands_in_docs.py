@@ -68,6 +68,7 @@ APART = {
     "kimi-jax generate ~/models/kimi-linear-48b ": "98 GB, as are those of /models and DIR",
     "kimi-jax generate /models/": "98 GB and more",
     "kimi-jax generate DIR ": "98 GB and more",
+    "kimi-jax generate ~/models/kimi-k3 --draft ": "tests/kimi_jax/cli/test_commands.py",
     "kimi-jax generate ~/models/kimi-k2.5-orbax ": "tests/kimi_jax/test_processes.py",
     "kimi-jax generate ~/models/k2.5 --distributed": "tests/kimi_jax/test_processes.py",
     "kimi-jax generate FOLDER --prompt Hello --mesh 1x8 --distributed": "tests/kimi_jax/test_processes.py",
@@ -168,7 +169,7 @@ def begins(command: Command, begin: str) -> bool:
 
 def appended(command: Command) -> list[str] | None:
     """Returns what is appended to a command that is run, None for one that is not."""
-    begin = max((begin for table in (RUN, APART) for begin in table if begins(command, begin)), key=len)
+    begin = max((begin for table in (RUN, APART) for begin in table if begins(command, begin)), key=len, default="")
     return RUN[begin].split() if begin in RUN else None
 
 
