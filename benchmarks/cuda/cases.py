@@ -54,6 +54,13 @@ def _prompt(tokens: int) -> Call:
     return partial(ops.kda, normalize_qk=True), (key, key, key, F32(key.shape), BF16((1, tokens, 32)))
 
 
+# Quick in plain JAX on a CPU
+TOYS = (
+    KernelCase("mixture, 4 tokens", partial(_mixture, 4, 64, 32, 16, False)),
+    KernelCase("mixture in INT4, 4 tokens", partial(_mixture, 4, 64, 32, 16, True)),
+    KernelCase("mla_decode of a row, 2 heads", partial(_decode, 1, 2)),
+    KernelCase("kda_step of a row", partial(_step, 1)),
+)
 LINEAR, K2 = (2304, 1024, 256), (7168, 2048, 48)
 CASES = (
     KernelCase("mixture of Kimi Linear, 4 tokens", partial(_mixture, 4, *LINEAR, False)),
