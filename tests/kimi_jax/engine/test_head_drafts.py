@@ -151,6 +151,7 @@ def same(found, expected):
         assert one.usage.completion_tokens == other.usage.completion_tokens
 
 
+@pytest.mark.slow  # the next test has the same engine's answers, with drafts that are right and wrong
 @pytest.mark.parametrize(("name", "kind"), ENGINES)
 @settings(max_examples=1, deadline=None)
 @example(lengths=[250, 250, 126], seed=1, new=NEW, temperature=0.0)  # which outgrow the pages together
