@@ -67,8 +67,8 @@ class Row:
 class Noted(Program):
     """A program that notes the arguments of its steps, and runs none."""
 
-    def __init__(self, model: Kimi):
-        super().__init__(model)
+    def __init__(self, model: Kimi, *drafting: Any):
+        super().__init__(model, *drafting)
         self.steps: list[tuple[Cache, Batch]] = []
 
     def cache(self, pages: int, slots: int) -> Cache:
@@ -113,7 +113,7 @@ def generate_steps(model: Kimi, rows: int, tokens: int, context: int) -> dict[st
             raise NotedError
         return result
 
-    with mock.patch.object(noted, "step", until_decode), mock.patch.object(generate, "Program", lambda _: noted):
+    with mock.patch.object(noted, "step", until_decode), mock.patch.object(generate, "Program", lambda *_: noted):
         try:
             prompts = np.zeros((rows, tokens), np.int32)
             list(generate.stream(model, prompts, max_new_tokens=context - tokens, prefill_chunk=tokens))

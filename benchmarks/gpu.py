@@ -7,7 +7,7 @@ Three parts. `goldens`: logits and greedy tokens of the toy checkpoints in float
 with the exit code 1 where they differ by more than the tests allow. `kernels`: of the calls in `cuda/cases.py` the
 least time, and the bytes that they have to move in that time as a share of the GPU's memory bandwidth. `decode`: tokens
 a second of Kimi Linear with four layers at full width and random weights in bf16, beside transformers' on the same
-device where torch is installed.
+device where torch is installed (whose own kernels are in flash-linear-attention and causal-conv1d).
 """
 
 import argparse

@@ -55,7 +55,7 @@ from sharding.topologies import topology  # noqa: E402
 # The most that a step may move over what it needs, and the most temporaries. Of the tower, whose attention is plain
 # JAX, temporaries alone are held; one layer's scores of all patches would take 537 MB in bf16.
 LIMIT = {"decode": 1.3, "prefill": 1.3}
-TEMPORARIES = {"decode": 200e6, "prefill": 1e9, "vision": 400e6}
+TEMPORARIES = {"decode": 200e6, "prefill": 1e9, "vision": 200e6}
 SIDE = 64  # patches of the image's height, and of its width
 
 
