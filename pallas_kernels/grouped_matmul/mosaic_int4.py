@@ -18,8 +18,8 @@ unit's work. (Fewer rows at a time leave it idle for longer.) So do large parts 
 loads in loops of thousands of bundles: parts are so large because every part begins and ends with idle units.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ from pallas_kernels.grouped_matmul.int4_product import (
     add_products,
     scale_rows,
 )
-from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, window_size
+from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, every_block, window_size
 from pallas_kernels.hardware import LANES, VMEM_LIMIT, chip
 
 # A part's scales must fill a tile of memory: 16 rows of 32 inputs each.
@@ -109,7 +109,12 @@ def grouped_matmul(
     interpret: Any = False,
 ) -> Float[Array, "T N"]:
     """See `api.grouped_matmul`."""
-    return _call(x, [weight], group_sizes, group_offset, lambda y: y, name="grouped_matmul", interpret=interpret)
+    return _call(x, [weight], (group_sizes, group_offset), lambda y: y, name="grouped_matmul", interpret=interpret)
+
+
+def matmul(x: Float[Array, "T K"], weight: Packed, *, interpret: Any = False) -> Float[Array, "T N"]:
+    """See `matmul.api.matmul`; `weight` is [1, K, N], a single group of all rows."""
+    return _call(x, [weight], None, lambda y: y, name="grouped_matmul", interpret=interpret)
 
 
 def grouped_glu(
@@ -123,14 +128,13 @@ def grouped_glu(
     interpret: Any = False,
 ) -> Float[Array, "T N"]:
     """See `api.grouped_glu`."""
-    return _call(x, [gate, up], group_sizes, group_offset, activation, name="grouped_glu", interpret=interpret)
+    return _call(x, [gate, up], (group_sizes, group_offset), activation, name="grouped_glu", interpret=interpret)
 
 
 def _call(
     x: Float[Array, "T K"],
     weights: list[Packed],
-    group_sizes: Int32[Array, "all"],
-    group_offset: Int[Array, ""],
+    groups: tuple[Int32[Array, "all"], Int[Array, ""]] | None,
     combine: Callable[..., Array],
     *,
     name: str,
@@ -142,10 +146,15 @@ def _call(
     tile = tiles(tokens, K, N, num_local, x.dtype)
     blocks = -(-tokens // tile.block)
     few, dtype = uses_block_diagonal(tile, x.dtype, is_mxfp4), x.dtype
+    few &= groups is not None or tokens <= FEW_ROWS
+    more = not few or tokens > FEW_ROWS
     x = mxfp4_product.order_inputs(x) if is_mxfp4 else x
     # Windows of 8 rows of float32 may begin at any multiple of 8; those of bf16 could not.
-    x = jnp.pad(x, [(0, blocks * tile.block - tokens), (0, 0)]).astype(jnp.float32 if few else dtype)
-    visit = block_visits(group_sizes, group_offset, num_local, blocks, tile.block)
+    x = x.astype(jnp.float32 if few and more else dtype)
+    if groups is None:
+        visit = every_block(tokens, blocks, tile.block)
+    else:
+        visit = block_visits(*groups, num_local, blocks, tile.block)
 
     def weight(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, rows, tile.N), lambda n, v, block, group, *_: (group[v], 0, n))
@@ -160,13 +169,13 @@ def _call(
         transcendentals=0,
         bytes_accessed=sum(weight.nbytes for weight in weights) + tokens * (K + N) * dtype.itemsize,
     )
-    out = pl.pallas_call(
-        functools.partial(
+    return pl.pallas_call(
+        partial(
             _kernel,
             tile=tile,
             code=code,
             few=few,
-            more=not few or tokens > FEW_ROWS,
+            more=more,
             dtype=dtype,
             combine=combine,
             bf16=bf16,
@@ -185,7 +194,8 @@ def _call(
                 *[mxfp4_product.scale_numbers(tile.N, K) if is_mxfp4 else scale_rows(tile, bf16)] * len(weights),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((blocks * tile.block, N), dtype),
+        # The last block may end beyond the rows; what it has there belongs to no group.
+        out_shape=jax.ShapeDtypeStruct((tokens, N), dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
@@ -193,7 +203,6 @@ def _call(
         name=f"{'mxfp4' if is_mxfp4 else 'int4'}_{name}",
         interpret=interpret,
     )(*visit, x, *jax.tree.leaves(weights))
-    return out[:tokens]
 
 
 def _kernel(
@@ -243,12 +252,14 @@ def _kernel(
 
     low = start // tile.rows
     high = jnp.where(end > start, pl.cdiv(end, tile.rows), low)
-    first_few = pl.multiple_of(start // FEW_ROWS * FEW_ROWS, FEW_ROWS)
+    first_few = pl.multiple_of(start // FEW_ROWS * FEW_ROWS, FEW_ROWS) if more else 0
 
     def take_rows(first: Array, count: int, inputs: Any) -> Array:
         """Returns the group's rows of a window, with zeros for rows of other groups."""
         number = first + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
-        return jnp.where((number >= start) & (number < end), x_ref[pl.ds(first, count), inputs], 0)
+        rows = x_ref[pl.ds(first, count), inputs]
+        rows = rows.astype(jnp.float32) if few else rows
+        return jnp.where((number >= start) & (number < end), rows, 0)
 
     rows = GroupRows(take_rows, low, high, first_few, (end > start) & (end - first_few <= FEW_ROWS))
     add_products(rows, operands, scaled_ref, tile, code, few=few, more=more, dtype=dtype, bf16=bf16)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.grouped_matmul import mosaic_int4 as grouped
@@ -16,6 +15,5 @@ def unsupported(x: Array, weight: grouped.Packed) -> str | None:
 
 def matmul(x: Float[Array, "M K"], weight: grouped.Packed, *, interpret: Any = False) -> Float[Array, "M N"]:
     """See `api.matmul`."""
-    every_row = jnp.full(1, x.shape[0], jnp.int32)
     only_group = jax.tree.map(lambda array: array[None], weight)
-    return grouped.grouped_matmul(x, only_group, every_row, jnp.int32(0), interpret=interpret)
+    return grouped.matmul(x, only_group, interpret=interpret)

@@ -7,15 +7,16 @@ neighbour's lanes, which are multiplied by zeros in the query.
 A grid step is a group of heads and a block of queries. Within it a loop runs over the blocks of keys from the first to
 the last that any of the queries sees; while one block is worked on, the next is fetched, and after the last block the
 first of the next step. Which keys a block of queries sees follows from the smallest and largest position and segment of
-each block, in scalar memory: where all queries see all keys nothing is masked; else smaller parts of the block are
-taken, and left out where no query sees a key. Keys that no query of a block sees are set to zero, since they may hold
-anything and 0 * NaN is NaN.
+each block, in scalar memory, and is found once for all groups of heads: where all queries see all keys of a block
+nothing is masked; else smaller parts of the block are taken, of which those that are seen whole are not masked either,
+and left out where no query sees a key. Values of keys that no query of a block sees are set to zero, since they may
+hold anything and 0 * NaN is NaN.
 
 The outermost grid axis halves the heads for chips whose two cores share a kernel.
 
 Spills: a whole block's scores, 2,048 vectors, pass through 64 registers while the scores of one head and the softmax of
-another overlap: some 750 stores and loads in 4,940 bundles on v6e, and 1,200 in 12,400 on v5e, where the matrix unit is
-96 % taken. Blocks a quarter as large spill 36, and take 40 % more bundles a score on v6e.
+another overlap: some 1,900 stores and loads in 4,130 bundles on v6e. Strips of 256 queries instead of 512 spill 740,
+and take 20 % more bundles; blocks of half as many keys 13 % more. On v5e the matrix unit is 98 % taken.
 """
 
 import math
@@ -40,6 +41,7 @@ from pallas_kernels.mla_attention.mosaic_prefill_block import (
     finish,
     mark_visible,
     scratch_shapes,
+    set_ones,
 )
 
 LARGEST = 2**31 - 1
@@ -137,7 +139,9 @@ def _forward(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *, sca
                 pltpu.VMEM((2, size.keys, size.heads * width), k.dtype),
                 pltpu.VMEM((2, size.keys, size.heads * values), v.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SMEM((3,), jnp.int32),
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SMEM((batch * q_blocks,), jnp.int32),
+                pltpu.SMEM((batch * q_blocks,), jnp.int32),
                 *scratch_shapes(*size, width, values, q.dtype),
             ],
         ),
@@ -209,21 +213,21 @@ class Seen(NamedTuple):
 def _prefill_kernel(*refs, scale, size, width, outputs):
     """Works on one group of heads and one block of queries.
 
-    `state` holds the half of the buffers k and v that receives the step's first block, that block's number, and the
-    number after the last block's.
+    `half_ref` holds the half of the buffers k and v that receives the step's first block; `first_ref` and `end_ref`
+    hold, for each block of queries, the number of the first block of keys that it sees and the one after its last.
     """
     seen = Seen(refs[:4], refs[4:8])
     q_positions, q_segments, kv_positions, kv_segments, q, k_hbm, v_hbm = refs[8:15]
     out, *found = refs[15 : 15 + outputs]
-    k, v, arrived, state, *rest = refs[15 + outputs :]
+    k, v, arrived, half_ref, first_ref, end_ref, *rest = refs[15 + outputs :]
     work = PrefillScratch(*rest)
     core, batch, group, q_block = (pl.program_id(i) for i in range(4))
     batches, groups, q_blocks = (pl.num_programs(i) for i in range(1, 4))
     tokens, parts = k_hbm.shape[1], size.keys // size.part
     kv_blocks = pl.cdiv(tokens, size.keys)
 
-    def span(row):
-        """Returns the first block that a block of queries sees and the one after its last.
+    def find_span(row, nothing):
+        """Finds the blocks that a block of queries sees.
 
         There is at least one, so that every step has a block that is fetched during the step before.
         """
@@ -233,8 +237,9 @@ def _prefill_kernel(*refs, scale, size, width, outputs):
             first = jnp.where(some & (ends[1] == 0), block, ends[0])
             return first, jnp.where(some, block + 1, ends[1])
 
-        first, end = lax.fori_loop(0, kv_blocks * parts, widen, (0, 0))
-        return first, jnp.maximum(end, 1)
+        first_ref[row], end = lax.fori_loop(0, kv_blocks * parts, widen, (0, 0))
+        end_ref[row] = jnp.maximum(end, 1)
+        return nothing
 
     def fetch(batch, group, block, half, act):
         """Calls `act` with the copies of a block's keys and values; the last block may be short."""
@@ -250,18 +255,23 @@ def _prefill_kernel(*refs, scale, size, width, outputs):
                 ]
                 act(pltpu.make_async_copy(place, target.at[half, pl.ds(0, rows)], arrived.at[half]))
 
+        if not (short := tokens % size.keys):
+            copy(size.keys)
+            return
         if kv_blocks > 1:
             pl.when(block < kv_blocks - 1)(lambda: copy(size.keys))
-        pl.when(block == kv_blocks - 1)(lambda: copy(tokens - (kv_blocks - 1) * size.keys))
+        pl.when(block == kv_blocks - 1)(lambda: copy(short))
 
     @pl.when((batch == 0) & (group == 0) & (q_block == 0))
     def _():
-        state[0] = 0
-        state[1], state[2] = span(0)
-        fetch(0, 0, state[1], 0, lambda copy: copy.start())
+        half_ref[0] = 0
+        set_ones(work)
+        lax.fori_loop(0, batches * q_blocks, find_span, None)
+        fetch(0, 0, first_ref[0], 0, lambda copy: copy.start())
 
     begin(work, q.at[0], width)
-    row, first, end = batch * q_blocks + q_block, state[1], state[2]
+    row = batch * q_blocks + q_block
+    end = end_ref[row]
 
     def attend_block(block, half):
         last = block + 1 == end
@@ -279,8 +289,8 @@ def _prefill_kernel(*refs, scale, size, width, outputs):
 
             @pl.when(next_batch < batches)
             def _():
-                state[1], state[2] = span(next_batch * q_blocks + jnp.where(wraps, 0, q_block + 1))
-                fetch(next_batch, next_group, state[1], 1 - half, lambda copy: copy.start())
+                next_row = next_batch * q_blocks + jnp.where(wraps, 0, q_block + 1)
+                fetch(next_batch, next_group, first_ref[next_row], 1 - half, lambda copy: copy.start())
 
         fetch(batch, group, block, half, lambda copy: copy.wait())
         part = (batch * kv_blocks + block) * parts
@@ -288,30 +298,32 @@ def _prefill_kernel(*refs, scale, size, width, outputs):
         for i in range(1, parts):
             whole &= seen.all(row, part + i)
 
-        # A loop of one turn or none instead of a branch: a schedule then shows how much of it is whole blocks.
-        lax.fori_loop(
-            0,
-            whole.astype(jnp.int32),
-            lambda *_: attend(work, k.at[half], v.at[half], width, scale, hidden=False),
-            None,
-        )
+        # Loops of one turn or none instead of branches: a schedule then shows how often each is taken.
+        def once(condition, act):
+            lax.fori_loop(0, condition.astype(jnp.int32), lambda *_: act(), None)
+
+        once(whole, lambda: attend(work, k.at[half], v.at[half], width, scale, hidden=False))
 
         def attend_part(i, nothing):
-            @pl.when(seen.some(row, part + i))
-            def _():
-                at = pl.multiple_of(i * size.part, LANES)
-                keys, rows = pl.ds(pl.multiple_of(block * size.keys + at, LANES), size.part), pl.ds(at, size.part)
+            at = pl.multiple_of(i * size.part, LANES)
+            keys, rows = pl.ds(pl.multiple_of(block * size.keys + at, LANES), size.part), pl.ds(at, size.part)
+            add = partial(attend, work, k.at[half, rows], v.at[half, rows], width, scale)
+            all_seen = seen.all(row, part + i)
+
+            def add_shown():
                 mark_visible(
                     work,
                     (q_positions.at[0], q_segments.at[0]),
                     (kv_positions.at[0, :, keys], kv_segments.at[0, :, keys]),
                 )
-                attend(work, k.at[half, rows], v.at[half, rows], width, scale, hidden=True)
+                add(hidden=True)
 
+            once(all_seen, partial(add, hidden=False))
+            once(seen.some(row, part + i) & ~all_seen, add_shown)
             return nothing
 
         lax.fori_loop(0, jnp.where(whole, 0, parts), attend_part, None)
         return 1 - half
 
-    state[0] = lax.fori_loop(first, end, attend_block, state[0])
+    half_ref[0] = lax.fori_loop(first_ref[row], end, attend_block, half_ref[0])
     finish(work, out.at[0], *(array.at[0, 0] for array in found))

@@ -5,7 +5,8 @@ the query while keys stream by, and then the weights while v^T does (128 rows; p
 empty). Rows of ones under v^T sum the weights in that product, rounded like the weights of the values.
 
 Heads and strips of queries follow each other so that the scores of one are multiplied while the softmax of the one
-before is computed, through two buffers.
+before is computed, through two buffers. A strip has 512 queries: each of two matrix units then holds half of them while
+all keys of the block stream by both.
 """
 
 import math
@@ -13,13 +14,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.hardware import LANES
 
-STRIP, ONES = 256, 16
+STRIP, ONES = 512, 16
 # Below every score, yet finite: the difference to a score of -inf is then no NaN.
 LOWEST = -1e37
 
@@ -34,8 +34,8 @@ class PrefillScratch(NamedTuple):
 
     q: Ref  # [heads, queries, lanes], each head with its neighbours' lanes set to zero
     v_rows: Ref  # [heads, values + ONES, keys], the values of the block as rows, ones below
-    shown: Ref  # [keys, queries], 1 where the query sees the key, of a block with hidden ones
-    used: Ref  # [keys, LANES], 1 where any query sees the key
+    shown: Ref  # [keys, queries], 1 where the query sees the key, of a part with hidden ones
+    used: Ref  # [words of keys, LANES], int32: all bits of the keys that any query sees
     scores: Ref  # [2, keys, strip], in powers of two
     keep: Ref  # [2, 1, strip], factor of the earlier sums under the new maximum
     top: Ref  # [heads, 1, queries], largest score
@@ -52,7 +52,7 @@ def scratch_shapes(
         q=pltpu.VMEM((heads, queries, spread), dtype),
         v_rows=pltpu.VMEM((heads, values + ONES, keys), dtype),
         shown=pltpu.VMEM((part, queries), jnp.float32),
-        used=pltpu.VMEM((part, LANES), jnp.float32),
+        used=pltpu.VMEM((part * jnp.dtype(dtype).itemsize // 4, LANES), jnp.int32),
         scores=pltpu.VMEM((2, keys, strip), jnp.float32),
         keep=pltpu.VMEM((2, 1, strip), jnp.float32),
         top=pltpu.VMEM((heads, 1, queries), jnp.float32),
@@ -60,9 +60,15 @@ def scratch_shapes(
     )
 
 
+def set_ones(work: PrefillScratch) -> None:
+    """Sets the rows of ones, which stay for all steps."""
+    ones = work.v_rows.at[:, work.acc.shape[1] - ONES :]
+    ones[...] = jnp.ones(ones.shape, ones.dtype)
+
+
 def begin(work: PrefillScratch, q: Ref, width: int) -> None:
     """Loads the queries q [queries, heads * width] and empties the running sums."""
-    heads, values = work.q.shape[0], work.acc.shape[1] - ONES
+    heads = work.q.shape[0]
     for head in range(heads):
         lanes, first = _place(head, heads, width)
         for at in range(lanes.start, lanes.stop, LANES):
@@ -75,7 +81,6 @@ def begin(work: PrefillScratch, q: Ref, width: int) -> None:
                 words = jnp.where((lane >= first) & (lane < first + width), words, 0)
                 lanes_of_q = pltpu.bitcast(words, q.dtype)
             work.q[head, :, at - lanes.start : to - lanes.start] = lanes_of_q
-    work.v_rows[:, values:] = jnp.ones((heads, ONES, work.v_rows.shape[2]), work.v_rows.dtype)
     work.top[...] = jnp.full_like(work.top, LOWEST)
     work.acc[...] = jnp.zeros_like(work.acc)
 
@@ -83,8 +88,9 @@ def begin(work: PrefillScratch, q: Ref, width: int) -> None:
 def mark_visible(work: PrefillScratch, q_marks: Marks, k_marks: Marks) -> None:
     """Marks the keys that the queries see, from references to positions and segments of each."""
 
-    def some_keys(i, _):
-        keys = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
+    parts, words = work.shown.shape[0] // LANES, work.used.shape[0]
+    for part in range(parts):
+        keys = slice(part * LANES, (part + 1) * LANES)
         position, segment = (jnp.broadcast_to(mark[:, keys], (LANES, LANES)).T for mark in k_marks)
         segment = jnp.where(segment < 0, -2, segment)  # which no query then has
         used = jnp.zeros((LANES, LANES), jnp.float32)
@@ -94,10 +100,17 @@ def mark_visible(work: PrefillScratch, q_marks: Marks, k_marks: Marks) -> None:
             seen = (position <= q_position) & (segment == jnp.maximum(q_segment, -1))
             work.shown[keys, queries] = seen.astype(jnp.float32)
             used = jnp.maximum(used, seen.astype(jnp.float32))
-        work.used[keys] = jnp.broadcast_to(jnp.max(used, axis=1, keepdims=True), used.shape)
-        return _
+        used = jnp.broadcast_to(jnp.max(used, axis=1, keepdims=True), used.shape)
+        work.used[part * words // parts : (part + 1) * words // parts] = _all_bits(used.astype(work.q.dtype))
 
-    lax.fori_loop(0, work.shown.shape[0] // LANES, some_keys, None)
+
+def _all_bits(flags: Array) -> Array:
+    """Returns words of 32 bits, all of those of a flag 1 set and none of those of a flag 0, of float32 or bf16."""
+    words = pltpu.bitcast(flags, jnp.int32)
+    if flags.dtype == jnp.float32:
+        return -(words >> 29)
+    ones = (words >> 13) & 0x10001
+    return (ones << 16) - ones
 
 
 def attend(work: PrefillScratch, k: Ref, v: Ref, width: int, scale: float, hidden: bool) -> None:
@@ -124,8 +137,8 @@ def attend(work: PrefillScratch, k: Ref, v: Ref, width: int, scale: float, hidde
         if columns.start == 0:
             own = v[:, head * values : (head + 1) * values]
             if hidden:
-                seen = jnp.tile(work.used[...], (1, values // LANES)) > 0
-                own = jnp.where(seen, own.astype(jnp.float32), 0).astype(own.dtype)
+                words = pltpu.bitcast(own, jnp.int32) & jnp.tile(work.used[...], (1, values // LANES))
+                own = pltpu.bitcast(words, own.dtype)
             work.v_rows[head, :values, :keys] = own.T
         weights = jnp.exp2(work.scores[turn % 2, :keys] - work.top[head, :, columns])
         added = _dot(work.v_rows[head, :, :keys], weights.astype(v.dtype), 0)
@@ -146,7 +159,7 @@ def finish(work: PrefillScratch, out: Ref, lse: Ref, largest: Ref | None = None)
         weight = work.acc[head, values : values + 1]
         seen = weight > 0
         weight = jnp.where(seen, weight, 1)
-        out[:, head * values : (head + 1) * values] = (work.acc[head, :values] / weight).T.astype(out.dtype)
+        out[:, head * values : (head + 1) * values] = (work.acc[head, :values] / weight).astype(out.dtype).T
         lse[head : head + 1] = jnp.where(seen, math.log(2) * work.top[head] + jnp.log(weight), -jnp.inf)
         if largest is not None:
             largest[head : head + 1] = jnp.where(seen, math.log(2) * work.top[head], -jnp.inf)

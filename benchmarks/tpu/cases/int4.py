@@ -30,20 +30,23 @@ def _mxfp4_arguments(K: int, N: int, rows: int, groups: int) -> tuple[Any, Mxfp4
     return jax.ShapeDtypeStruct((rows * groups, K), jnp.bfloat16), Mxfp4(codes, scales)
 
 
-def _trips(K: int, N: int, rows: int, groups: int, matrices: int, is_mxfp4: bool = False) -> tuple[int, ...]:
+def _trips(K: int, N: int, rows: int, groups: int | None, matrices: int, is_mxfp4: bool = False) -> tuple[int, ...]:
     """Returns the trips of the kernel's loops.
 
     The loops are: the grid; windows of a block to zero; parts of a step for a group of few rows, by their number; parts
     for a group within one window; parts for a group in several windows, and those windows; windows of a block to write.
     A group's rows begin at a multiple of their number here, so that all visits are of one kind.
     """
+    few_rows = groups is not None or rows <= FEW_ROWS
+    groups = groups or 1
     tile = mosaic_int4.tiles(rows * groups, K, N, groups, jnp.bfloat16)
     columns, blocks = N // tile.N, -(-rows * groups // tile.block)
     steps, block_windows = columns * max(groups, blocks), columns * blocks * tile.block // tile.rows
     parts, shared_parts = steps * K // tile.K_part, steps * K // tile.K_shared
     few_parts, parts = (parts, shared_parts) if is_mxfp4 else (shared_parts, parts)
     windows = min(rows, tile.block) // tile.rows
-    few = [few_parts * (rows <= FEW_ROWS)] if mosaic_int4.uses_block_diagonal(tile, jnp.bfloat16, is_mxfp4) else []
+    few_rows &= mosaic_int4.uses_block_diagonal(tile, jnp.bfloat16, is_mxfp4)
+    few = [few_parts * (rows <= FEW_ROWS)] if few_rows else []
     if few and rows * groups <= FEW_ROWS:
         return (steps, block_windows, *few, block_windows)
     one, shared = (0, 0) if any(few) else (parts, 0) if windows <= 1 else (0, shared_parts)
@@ -67,7 +70,7 @@ def _case(op: Callable[..., Any], name: str, K: int, N: int, rows: int, groups: 
         name=name,
         kernel="int4_grouped_glu" if op is grouped_glu else "int4_grouped_matmul",
         build=build,
-        trips=lambda: _trips(K, N, rows, groups or 1, of_a_group),
+        trips=lambda: _trips(K, N, rows, groups, of_a_group),
         units=matrices * K * N * 0.5625 / 1024,
         unit="KiB of weights",
         hbm_bytes=matrices * K * N * 0.5625,

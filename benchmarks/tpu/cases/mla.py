@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mla_decode, mla_prefill, mla_write
-from pallas_kernels.hardware import LANES
 from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu
 from tpu.case import Case
 
@@ -75,22 +74,26 @@ def _prefill(heads: int, queries: int, keys: int) -> Case:
         size = mosaic_prefill.choose_blocks(bf16((1, queries, heads, width)), bf16((1, keys, heads, width)))
         groups, q_blocks = heads // size.heads, -(-queries // size.queries)
         blocks, parts = -(-keys // size.keys), size.keys // size.part
-        whole = masked = masked_parts = 0
+        whole = divided = whole_parts = masked_parts = 0
         for first in range(keys - queries, keys, size.queries):
             wholly_seen, last = (first + 1) // size.keys, first + size.queries
             whole += wholly_seen
-            masked += -(-last // size.keys) - wholly_seen
-            masked_parts += -(-last // size.part) - wholly_seen * parts
+            divided += -(-last // size.keys) - wholly_seen
+            parts_seen = (first + 1) // size.part - wholly_seen * parts
+            whole_parts += parts_seen
+            masked_parts += -(-last // size.part) - wholly_seen * parts - parts_seen
         return (
-            # Grid steps, with two to fill and drain the pipeline; the span of the first step; blocks of all steps.
+            # Grid steps, with two to fill and drain the pipeline; once, blocks of queries and parts of keys; blocks of
+            # keys of all steps.
             groups * q_blocks + 2,
-            blocks * parts,
-            groups * (whole + masked),
-            # In a step: the span of the next step; whole blocks; parts of other blocks, and the rows of their masks.
-            groups * q_blocks * blocks * parts,
+            q_blocks,
+            q_blocks * blocks * parts,
+            groups * (whole + divided),
+            # In a step: whole blocks; parts of other blocks; those that are seen whole, and those that are not.
             groups * whole,
+            groups * divided * parts,
+            groups * whole_parts,
             groups * masked_parts,
-            groups * masked_parts * size.part // LANES,
         )
 
     pairs = queries * (keys - queries) + queries * (queries + 1) / 2

@@ -284,7 +284,7 @@ def test_prefill_products_of_float32_are_full_and_of_bf16_single(dtype):
     arrays, marks = prompt(dtype, 30, 90, 1)
     run = partial(mosaic_prefill._forward, scale=SCALE, interpret=True)
     found = list(dots(jax.make_jaxpr(run)(*arrays, *map(jnp.asarray, marks.values()))))
-    assert len(found) == 4  # scores and values, of whole blocks and of parts
+    assert len(found) == 6  # scores and values, of whole blocks, whole parts, and parts with hidden keys
     wanted = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     for dot in found:
         assert {operand.aval.dtype for operand in dot.invars} == {jnp.dtype(dtype)}
