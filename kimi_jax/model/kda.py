@@ -140,13 +140,14 @@ class KDA(nnx.Module):
         before = shift_right(raw[:, -reach:].astype(before.dtype), before, token_axes)
         before_raw = before.astype(raw.dtype)
 
-        def raw_before(distance: int) -> jax.Array:
-            """Returns the raw values so many tokens before each, b t c."""
-            own = jnp.pad(raw, ((0, 0), (distance, 0), (0, 0)))[:, :t]
-            carried = jnp.pad(before_raw[:, reach - distance :], ((0, 0), (0, t), (0, 0)))[:, :t]
-            return jnp.where((jnp.arange(t) >= distance)[:, None], own, carried)
+        def taken(values: jax.Array, count: int) -> jax.Array:
+            """Returns the sums of `count` tokens, b t c, of their values and those of the `reach` before them."""
+            return sum(values[:, j : j + count].astype(jnp.float32) * w[:, j] for j in range(reach + 1))
 
-        y = sum(raw_before(reach - j).astype(jnp.float32) * w[:, j] for j in range(reach + 1))
+        # The first tokens reach back to `before`; the others' values lie in `raw`, which is not copied behind it
+        y = taken(jnp.concatenate([before_raw, raw[:, :reach]], axis=1), min(reach, t))
+        if t > reach:
+            y = jnp.concatenate([y, taken(raw, t - reach)], axis=1)
         counts = jnp.sum(valid, axis=1, dtype=jnp.int32)
         padded = jnp.concatenate([before_raw, raw], axis=1)
         tail = jnp.take_along_axis(padded, (counts[:, None] + jnp.arange(reach))[:, :, None], axis=1)

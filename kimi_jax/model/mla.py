@@ -227,7 +227,14 @@ class MLA(nnx.Module):
             return merge_partials(merged, self.expanded(q, history, context, at, owner))
 
         pieces = -(-longest_length(start.reshape(-1), partition) // (span * devices * PAGE))
-        return jax.lax.fori_loop(0, pieces, piece, self.within(q, latents, context))[0]
+        # Where all pages are one piece, XLA makes its keys and values before the loop, also of a loop of no turns.
+        merged = jax.lax.cond(
+            pieces > 0,
+            lambda merged: jax.lax.fori_loop(0, pieces, piece, merged),
+            lambda merged: merged,
+            self.within(q, latents, context),
+        )
+        return merged[0]
 
     def absorbed(
         self,
