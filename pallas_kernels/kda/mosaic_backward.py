@@ -2,7 +2,8 @@
 
 The forward kernel saves the state S before each visit. A grid step takes a visit again (decays, products, the inverse
 T) and the gradient dS' of the state after it, which stays in vector memory for all visits of a segment. With the
-formulas of `mosaic_tpu`, K' = exp(G) K, Q' = exp(G) Q, K" = exp(G_C - G) K, and V' = T beta (V - K' S):
+decays and products of `mosaic_tpu`, K' = exp(G) K, Q' = exp(G) Q, K" = exp(G_C - G) K, T = (I + beta A)^-1, where beta
+scales rows, and V' = T beta (V - K' S):
     dV' = Aqk^T dO + K" dS';   Y = T^T dV';   dV = beta Y;   N = -beta Y;
     dAqk = dO V'^T;   d(k k^T) = N V'^T, both below the diagonal;   dbeta = rowsum(Y * (V - K' S - (k k^T) V'));
     dQ' = dO S^T;   dK' = N S^T;   dK" = V' dS'^T;   dS = exp(G_C) dS' + Q'^T dO + K'^T N.
@@ -14,7 +15,7 @@ Precision is the forward kernel's: products are of bf16 operands if q, k and v a
 float32; T is computed to float32, and so is everything outside of products. Gradients of exponents are summed in
 float32, of one bf16 part (bf16) or three (float32).
 
-Spills: as in the forward kernel the compiler begins many packs at once (some 1,800 stores and loads per head on v6e).
+Spills: as in the forward kernel the compiler begins many packs at once (some 1,750 stores and loads per head on v6e).
 """
 
 from functools import partial
@@ -36,13 +37,14 @@ from pallas_kernels.kda.mosaic_backward_parts import (
     add_level_gradients,
     write_gradients,
     write_product_gradients,
+    write_products,
     write_scores,
     write_state_gradients,
     write_value_gradients,
     write_values,
 )
 from pallas_kernels.kda.mosaic_blocks import CHUNK
-from pallas_kernels.kda.mosaic_chunk import KdaTiling, heads_per_step, marks, write_operands, write_products
+from pallas_kernels.kda.mosaic_chunk import KdaTiling, heads_per_step, marks, stagger, write_segments
 from pallas_kernels.kda.mosaic_inverse import invert
 from pallas_kernels.kda.visits import chunk_visits
 
@@ -204,10 +206,10 @@ def _kernel(
     @pl.when(live)
     def _advance() -> None:
         work, dtype = GradientScratch(*scratch), q.dtype
-        write_operands(own, q, k, g, marks, weights, work, tiling)
-        write_products(work, tiling, dtype)
+        write_segments(marks, work, tiling)
+        stagger([write_products(p, own, q, k, g, weights, work, tiling) for p in range(tiling.packs)])
         write_scores(own, marks, codes, work, tiling, dtype)
-        invert(work.A, work.T, tiling.pack)
+        invert(work.A, work.T)
         write_values(own, v, do, marks, saved, work, tiling)
         write_value_gradients(own, opens, marks, dstate, dv, dbeta, work, tiling)
         write_product_gradients(work, tiling)

@@ -1,5 +1,6 @@
 """The parts of a visit in the gradient kernel, each for all packs of heads; formulas in `mosaic_backward`."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pallas_kernels.kda.mosaic_chunk import (
     beta_columns,
     betas,
     keep_segment,
+    read_operands,
     segment_rows,
     side_by_side,
 )
@@ -41,6 +43,16 @@ class GradientScratch(NamedTuple):
     dk: Any
     dq: Any
     exponents: Any
+
+
+def write_products(p: int, own, q, k, g, weights, work: GradientScratch, tiling: KdaTiling) -> Iterator[None]:
+    """Writes a pack's keys, queries, decay factors and decayed products to scratch."""
+    work.k[p], work.q[p], decay = read_operands(p, own, q, k, g, work, tiling)
+    sums = scores.decay_sums(decay, weights[...])
+    yield
+    work.factors[p] = scores.decay_factors(sums, tiling.base)
+    yield
+    work.products[p] = scores.products(work.k[p], work.q[p], work.factors[p], tiling.base, tiling.pack, q.dtype)
 
 
 def write_scores(own, marks, codes, work: GradientScratch, tiling: KdaTiling, dtype: Any) -> None:

@@ -27,19 +27,6 @@ def _dot(a: Array, b: Array, contracted: int) -> Array:
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def dot_in_three(a: Float[Array, "m PC"], b: Float[Array, "C PC"], pack: int) -> Float[Array, "m PC"]:
-    """Multiplies a b for each head of a pack in three bf16 passes, exact to about 2^-17: hi hi + hi lo + lo hi."""
-    rows, columns = a.shape
-    head = lax.broadcasted_iota(jnp.int32, b.shape, 1) // CHUNK
-
-    def diagonal(part: Array) -> Array:
-        return jnp.concatenate([jnp.where(head == h, part, jnp.zeros_like(part)) for h in range(pack)], axis=0)
-
-    right = jnp.concatenate([diagonal(part) for part in split_bf16(b, 2)], axis=1)
-    products = dot(jnp.concatenate(split_bf16(a, 2), axis=0), right)
-    return products[:rows, :columns] + (products[:rows, columns:] + products[rows:, :columns])
-
-
 def split_bf16(x: Float[Array, "m n"], parts: int) -> list[Float[Array, "m n"]]:
     """Splits float32 into bf16 parts that add up to it: two hold 16 bits of its significand, three all 24."""
     out = []

@@ -4,6 +4,8 @@ A visit is a chunk of 64 tokens and one of the segments in it (`visits`). Tokens
 as zeros, with which a chunk leaves the state as it is.
 """
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,7 +13,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hardware import LANES
-from pallas_kernels.kda import mosaic_scores as scores
 from pallas_kernels.kda.mosaic_blocks import CHUNK, split_heads
 
 
@@ -57,21 +58,30 @@ def marks(
     return jnp.concatenate([betas, ids], axis=3).reshape(batch, groups, chunks, -1, tiling.pack * CHUNK)
 
 
-def write_operands(own: Array, q: Any, k: Any, g: Any, marks: Any, weights: Any, work: Any, tiling: KdaTiling) -> None:
-    """Writes each token's segment, keys, queries and decay factors to scratch."""
+def write_segments(marks: Any, work: Any, tiling: KdaTiling) -> None:
+    """Writes each token's segment to scratch."""
     work.ids[...] = jnp.broadcast_to(marks[tiling.packs :], (LANES, marks.shape[1])).T[:CHUNK]
-    for p in range(tiling.packs):
-        keys, queries, decay = (segment_rows(ref, p, own, work, tiling) for ref in (k, q, g))
-        if tiling.normalize_qk:
-            keys, queries = (_normalized(array, tiling.pack) for array in (keys, queries))
-        work.k[p], work.q[p] = keys, tiling.scale * queries
-        work.factors[p] = scores.decay_factors(decay, weights[...], tiling.base)
 
 
-def write_products(work: Any, tiling: KdaTiling, dtype: Any) -> None:
-    """Writes the products of `mosaic_scores` to scratch, of operands rounded to `dtype`."""
-    for p in range(tiling.packs):
-        work.products[p] = scores.products(work.k[p], work.q[p], work.factors[p], tiling.base, tiling.pack, dtype)
+def read_operands(
+    p: int, own: Array, q: Any, k: Any, g: Any, work: Any, tiling: KdaTiling
+) -> tuple[Float[Array, "64 PD"], Float[Array, "64 PD"], Float[Array, "64 PD"]]:
+    """Returns a pack's keys, queries and log decays."""
+    keys, queries, decay = (segment_rows(ref, p, own, work, tiling) for ref in (k, q, g))
+    if tiling.normalize_qk:
+        keys, queries = (_normalized(array, tiling.pack) for array in (keys, queries))
+    return keys, tiling.scale * queries, decay
+
+
+def stagger(packs: list[Iterator[None]]) -> None:
+    """Runs the packs' parts, from one yield to the next, each pack a part behind the one before it.
+
+    A part's products then have the time of other packs' parts to come back, and few packs are begun at once.
+    """
+    waiting, done = iter(packs), object()
+    begun: list[Iterator[None]] = []
+    while (new := [*islice(waiting, 1)]) or begun:
+        begun = [pack for pack in new + begun if next(pack, done) is not done]
 
 
 def beta_columns(p: int, own: Array, marks: Any, tiling: KdaTiling) -> list[Float[Array, "64 128"]]:

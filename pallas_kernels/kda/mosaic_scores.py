@@ -86,17 +86,21 @@ def num_factors(base: int) -> int:
     return len(levels(base)) + (2 if base == 1 else 4)
 
 
-def decay_factors(
-    g: Float[Array, "64 PD"], weights: Float[Array, "sums parts64"], base: int
-) -> Float[Array, "factors PD"]:
-    """Returns decay factors in sets of 64 rows.
+def decay_sums(g: Float[Array, "64 PD"], weights: Float[Array, "sums parts64"]) -> Float[Array, "sums PD"]:
+    """Returns the sums of log decays that `sum_weights` lists, in powers of two; g is split in as many bf16 parts as
+    the weights repeat."""
+    parts = split_bf16(g * (1 / math.log(2)), weights.shape[1] // CHUNK)
+    return dot(weights, jnp.concatenate(parts, axis=0))
+
+
+def decay_factors(sums: Float[Array, "sums PD"], base: int) -> Float[Array, "factors PD"]:
+    """Returns decay factors in sets of 64 rows, of the sums that `decay_sums` returns.
 
     The sets are: for base blocks of more than a token, the factors of rows and the factors of columns; for each level,
     the factors of rows (in second halves) and of columns (in first halves); the decay up to each row; the decay after
     it.
     """
-    parts = split_bf16(g * (1 / math.log(2)), weights.shape[1] // CHUNK)
-    factors = jnp.exp2(dot(weights, jnp.concatenate(parts, axis=0)))
+    factors = jnp.exp2(sums)
     since, until = factors[-2 * CHUNK : -CHUNK], factors[-CHUNK:]
     sets = [factors[: -2 * CHUNK]] if factors.shape[0] > 2 * CHUNK else []
     for size in levels(max(base, SUBLANES)):

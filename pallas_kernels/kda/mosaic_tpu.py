@@ -1,20 +1,24 @@
 """Kimi Delta Attention of many tokens as one Pallas kernel for TPUs (arXiv 2510.26692, section 3; formulas in `xla`).
 
 A grid step is a visit (`mosaic_chunk`) for up to 16 heads. Projections are read as they come, [B, T, H * D], heads
-along the lanes. The float32 state stays in vector memory, in its output block, for all visits of a segment. Every part
-of the work is done for all packs of heads (`mosaic_blocks`) before the next part, so that the matrix unit, whose
-results take some hundred cycles, always has another pack to go on with; intermediate results wait in scratch memory.
+along the lanes. The float32 state stays in vector memory for all visits of a segment, transposed, so that a channel's
+decay is a lane's. Every part of the work is done for all packs of heads (`mosaic_blocks`) before the next part, so that
+the matrix unit, whose results take some hundred cycles, always has another pack to go on with; intermediate results
+wait in scratch memory. The compiler keeps close to the order in which packs are taken (`_advance`).
 
-With S the state, G the running log decay, T = (I + A)^-1 and A, Aqk the decayed products (`mosaic_scores`):
-    V' = T beta (V - (exp(G) K) S);   O = (exp(G) Q) S + Aqk V';   S <- exp(G_C) S + (exp(G_C - G) K)^T V',
-where T is applied once, to the part of V that the state does not explain. Products are of bf16 operands if q, k and v
-are bf16, of full float32 if they are float32; T is computed to float32 in either case, and so is everything outside of
-products.
+With S the state, G the running log decay, A and Aqk the decayed products (`mosaic_scores`), and B = diag(beta),
+T = (I + A B)^-1:
+    W = T (V - (exp(G) K) S);   O = (exp(G) Q) S + Aqk B W;   S <- exp(G_C) S + (exp(G_C - G) K)^T B W,
+where T is applied once, to the part of V that the state does not explain. (B W is the V' of `xla`, where beta scales
+rows; here it only ever scales columns, along which it lies.) Products are of bf16 operands if q, k and v are bf16, of
+full float32 if they are float32; T is computed to float32 in either case, and so is everything outside of products.
 
 Spills: the compiler begins many packs at once, and values that do not fit in registers wait in memory, beside the
-scratch (some 415 stores and loads per head on v6e, in slots that nothing else uses).
+scratch (some 470 stores and loads per head on v6e, in slots that nothing else uses).
 """
 
+import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,38 +32,71 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hardware import LANES, VMEM_LIMIT
 from pallas_kernels.kda import mosaic_scores as scores
-from pallas_kernels.kda.mosaic_blocks import CHUNK, block_diagonal, dot, split_heads
+from pallas_kernels.kda.mosaic_blocks import CHUNK, block_diagonal, dot, dot_transposed, split_heads
 from pallas_kernels.kda.mosaic_chunk import (
     KdaTiling,
-    beta_columns,
     betas,
     heads_per_step,
     marks,
+    read_operands,
     segment_rows,
-    side_by_side,
-    write_operands,
-    write_products,
+    stagger,
+    write_segments,
 )
-from pallas_kernels.kda.mosaic_inverse import invert
+from pallas_kernels.kda.mosaic_inverse import STEPS, begin_inverse
 from pallas_kernels.kda.visits import chunk_visits
 
 # Key and value channels of all heads in a step: 16 heads of 128 and 128.
 MOST_CHANNELS = 4096
+# Heads whose states are transposed at a time where a segment begins or ends.
+HEADS_TRANSPOSED = 8
 
 
 class KdaScratch(NamedTuple):
-    """Scratch memory: each token's segment along its row; then for each pack the keys and queries, the decay factors
-    and products of `mosaic_scores`, A, its inverse, Aqk, and the values that queries read from the state."""
+    """Scratch memory: each token's segment along its row; then for each pack the products of `mosaic_scores`, A B, T,
+    and Aqk B; the keys and queries that read the state, the values less what the state explains, the values that
+    queries read, and W; the keys that write to the state, its decay; and the state of each head, transposed."""
 
     ids: Any
-    k: Any
-    q: Any
-    factors: Any
     products: Any
     A: Any
     T: Any
     qk: Any
+    reading: Any
+    left: Any
     read: Any
+    solved: Any
+    writing: Any
+    total: Any
+    state: Any
+
+
+class _Visit(NamedTuple):
+    """The segment of a visit, whether the visit is the first of its chunk, and what it works on: blocks of arguments
+    and results, the states before each visit (a ref or none), scratch and tiling."""
+
+    own: Any
+    opens: Any
+    weights: Any
+    codes: Any
+    q: Any
+    k: Any
+    v: Any
+    g: Any
+    marks: Any
+    o: Any
+    saved: tuple[Any, ...]
+    work: KdaScratch
+    tiling: KdaTiling
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of products' operands."""
+        return self.q.dtype
+
+    def betas(self, p: int) -> Float[Array, "1 P64"]:
+        """Returns the betas of pack p."""
+        return betas(p, self.own, self.marks, self.tiling)
 
 
 def unsupported(q: Array, k: Array, v: Array, g: Array, *others: Array | None) -> str | None:
@@ -128,14 +165,17 @@ def kda(
             out_specs=[token(Dv), state, *[at_visit] * visit_states],
             scratch_shapes=KdaScratch(
                 ids=pltpu.VMEM((CHUNK, LANES), jnp.float32),
-                k=scratch(CHUNK, tiling.pack * Dk),
-                q=scratch(CHUNK, tiling.pack * Dk),
-                factors=scratch(CHUNK * scores.num_factors(tiling.base), tiling.pack * Dk),
                 products=scratch(scores.num_products(tiling.base), lanes),
                 A=scratch(CHUNK, lanes),
                 T=scratch(CHUNK, lanes),
                 qk=scratch(CHUNK, lanes, q.dtype),
+                reading=scratch(2 * CHUNK, tiling.pack * Dk, q.dtype),
+                left=scratch(CHUNK, tiling.pack * Dv, q.dtype),
                 read=scratch(CHUNK, tiling.pack * Dv),
+                solved=scratch(CHUNK, tiling.pack * Dv),
+                writing=scratch(CHUNK, tiling.pack * Dk, q.dtype),
+                total=scratch(1, tiling.pack * Dk),
+                state=pltpu.VMEM((heads, Dv, Dk), jnp.float32),
             ),
         ),
         out_shape=[
@@ -177,62 +217,107 @@ def _kernel(
     tiling: KdaTiling,
     visit_states: bool,
 ) -> None:
-    saved, scratch = rest[:visit_states], rest[visit_states:]
+    saved, work = rest[:visit_states], KdaScratch(*rest[visit_states:])
     batch, visit = pl.program_id(0), pl.program_id(2)
-    before = jnp.maximum(visit - 1, 0)
+    before, after = jnp.maximum(visit - 1, 0), jnp.minimum(visit + 1, pl.num_programs(2) - 1)
     live = visit < total[batch]
     own = segment[batch, visit]
+    begins = (visit == 0) | (own != segment[batch, before])
+    ends = (visit == total[batch] - 1) | (own != segment[batch, after])
     opens = (visit == 0) | (chunk[batch, visit] != chunk[batch, before])
 
-    @pl.when(live & ((visit == 0) | (own != segment[batch, before])))
+    @pl.when(live & begins)
     def _begin() -> None:
-        def copy(h: Array, _: None) -> None:
-            state[h] = initial[h]
-
-        lax.fori_loop(0, tiling.heads, copy, None)
+        _transpose(initial, work.state)
 
     @pl.when(live)
-    def _advance() -> None:
-        work = KdaScratch(*scratch)
-        write_operands(own, q, k, g, marks, weights, work, tiling)
-        write_products(work, tiling, q.dtype)
-        _write_scores(own, marks, codes, work, tiling, q.dtype)
-        invert(work.A, work.T, tiling.pack)
-        _outputs(own, opens, v, marks, o, state, saved, work, tiling)
+    def _advance_state() -> None:
+        write_segments(marks, work, tiling)
+        _advance(_Visit(own, opens, weights, codes, q, k, v, g, marks, o, saved, work, tiling))
+
+    @pl.when(live & ends)
+    def _end() -> None:
+        _transpose(work.state, state)
 
 
-def _write_scores(own, marks, codes, work: KdaScratch, tiling: KdaTiling, dtype: Any) -> None:
-    """Writes A (decayed k k^T scaled by beta) and Aqk to scratch."""
-    for p in range(tiling.packs):
-        keys, queries = scores.select(work.products[p], codes[...], tiling.base)
-        work.A[p] = side_by_side(beta_columns(p, own, marks, tiling)) * keys
-        work.qk[p] = queries.astype(dtype)
+def _transpose(states: Any, out: Any) -> None:
+    """Writes the transpose of each head's state, some heads at a time."""
+    group = math.gcd(states.shape[0], HEADS_TRANSPOSED)
+
+    def transpose(at: Array, _: None) -> None:
+        for h in range(group):
+            out[at * group + h] = states[at * group + h].T
+
+    lax.fori_loop(0, states.shape[0] // group, transpose, None)
 
 
-def _outputs(own, opens, v, marks, o, state, saved, work: KdaScratch, tiling: KdaTiling) -> None:
-    """Writes the outputs, the state before the chunk into `saved` (a ref or none), and the state after it."""
-    packs, pack, dtype = range(tiling.packs), tiling.pack, v.dtype
-    left, new = [], []
+def _advance(visit: _Visit) -> None:
+    """Writes the outputs, the state before the chunk into `saved`, and the state after it.
+
+    What packs read from the state waits for nothing else: it is computed where inverses wait for their products.
+    """
+    packs, inverses = range(visit.tiling.packs), []
+    stagger([_write_products(visit, p) for p in packs])
     for p in packs:
-        since = work.factors[p, -2 * CHUNK : -CHUNK]
-        S = block_diagonal([state[p * pack + h].astype(dtype) for h in range(pack)])
-        seen = dot(jnp.concatenate([work.k[p] * since, work.q[p] * since], axis=0).astype(dtype), S)
-        left.append((segment_rows(v, p, own, work, tiling) - seen[:CHUNK]).astype(dtype))
-        work.read[p] = seen[CHUNK:]
+        _write_scores(visit, p)
+        inverses.append(begin_inverse(visit.work.A, visit.work.T, p))
+    for turn in range(STEPS * len(packs)):
+        next(inverses[turn % len(packs)], None)
+        if turn % STEPS == STEPS - 1:
+            _read_state(visit, turn // STEPS)
     for p in packs:
-        T = work.T[p] * betas(p, own, marks, tiling)
-        new.append(dot(T.astype(dtype), block_diagonal(split_heads(left[p], pack))).astype(dtype))
+        left = split_heads(visit.work.left[p], visit.tiling.pack)
+        visit.work.solved[p] = dot(visit.work.T[p].astype(visit.dtype), block_diagonal(left))
     for p in packs:
-        keys = (work.k[p] * work.factors[p, -CHUNK:]).astype(dtype)
-        written = jnp.concatenate(split_heads(keys, pack), axis=0).T
-        out = dot(jnp.concatenate([work.qk[p], written], axis=0), block_diagonal(split_heads(new[p], pack)))
-        lanes = tiling.lanes(o, p)
-        # Another segment's visit may have written other rows of the same chunk.
-        others = jnp.where(opens, 0, o[:, lanes].astype(jnp.float32))
-        o[:, lanes] = (others + work.read[p] + out[:CHUNK]).astype(o.dtype)
-        totals = split_heads(work.factors[p, -CHUNK - 1 : -CHUNK], pack)
-        for h, written_values in enumerate(split_heads(out[CHUNK:], pack)):
-            S = state[p * pack + h]
-            for before in saved:
-                before[p * pack + h] = S
-            state[p * pack + h] = jnp.broadcast_to(totals[h], S.shape[::-1]).T * S + written_values
+        _write_outputs(visit, p)
+
+
+def _write_products(visit: _Visit, p: int) -> Iterator[None]:
+    """Writes a pack's decayed products, the keys and queries that read the state, and the keys that write to it."""
+    work, tiling, dtype = visit.work, visit.tiling, visit.dtype
+    keys, queries, decay = read_operands(p, visit.own, visit.q, visit.k, visit.g, work, tiling)
+    sums = scores.decay_sums(decay, visit.weights[...])
+    yield
+    factors = scores.decay_factors(sums, tiling.base)
+    yield
+    work.products[p] = scores.products(keys, queries, factors, tiling.base, tiling.pack, dtype)
+    since, until = factors[-2 * CHUNK : -CHUNK], factors[-CHUNK:]
+    work.reading[p] = jnp.concatenate([keys * since, queries * since], axis=0).astype(dtype)
+    work.writing[p] = (keys * until).astype(dtype)
+    work.total[p] = since[-1:]
+
+
+def _write_scores(visit: _Visit, p: int) -> None:
+    """Writes a pack's A B and Aqk B."""
+    keys, queries = scores.select(visit.work.products[p], visit.codes[...], visit.tiling.base)
+    visit.work.A[p] = visit.betas(p) * keys
+    visit.work.qk[p] = (visit.betas(p) * queries).astype(visit.dtype)
+
+
+def _read_state(visit: _Visit, p: int) -> None:
+    """Writes what a pack's queries read from the state, and its values less what the state explains."""
+    work, tiling = visit.work, visit.tiling
+    heads = range(p * tiling.pack, (p + 1) * tiling.pack)
+    S = block_diagonal([work.state[h].astype(visit.dtype) for h in heads])
+    seen = dot_transposed(work.reading[p], S)
+    work.left[p] = (segment_rows(visit.v, p, visit.own, work, tiling) - seen[:CHUNK]).astype(visit.dtype)
+    work.read[p] = seen[CHUNK:]
+
+
+def _write_outputs(visit: _Visit, p: int) -> None:
+    """Writes a pack's outputs and states."""
+    work, tiling, dtype = visit.work, visit.tiling, visit.dtype
+    solved = split_heads(work.solved[p], tiling.pack)
+    out = dot(work.qk[p], block_diagonal([W.astype(dtype) for W in solved]))
+    lanes = tiling.lanes(visit.o, p)
+    # Another segment's visit may have written other rows of the same chunk.
+    others = jnp.where(visit.opens, 0, visit.o[:, lanes].astype(jnp.float32))
+    visit.o[:, lanes] = (others + work.read[p] + out).astype(visit.o.dtype)
+    values = (jnp.concatenate(solved, axis=0).T * visit.betas(p)).astype(dtype)
+    written = dot(values, block_diagonal(split_heads(work.writing[p], tiling.pack)))
+    totals = split_heads(work.total[p], tiling.pack)
+    for h, written_values in enumerate(split_heads(written, tiling.pack)):
+        S = work.state[p * tiling.pack + h]
+        for before in visit.saved:
+            before[p * tiling.pack + h] = S.T
+        work.state[p * tiling.pack + h] = totals[h] * S + written_values

@@ -45,8 +45,8 @@ def _case(lower_bound: float | None) -> Case:
         name=f"kda H={HEADS} {TOKENS // 1024}k tokens, {gate}",
         kernel="kda",
         build=build,
-        # Grid steps, with two to fill and drain the pipeline; and the heads whose states begin a segment.
-        trips=lambda: (steps + 2, HEADS),
+        # Grid steps, with two to fill and drain the pipeline; and groups of heads whose states begin and end a segment.
+        trips=lambda: (steps + 2, *[HEADS // mosaic_tpu.HEADS_TRANSPOSED] * 2),
         units=TOKENS // CHUNK * HEADS,
         unit="chunk of a head",
         hbm_bytes=TOKENS * HEADS * (WIDTH * (4 * 2 + 4) + 4) + 2 * 4 * HEADS * WIDTH * WIDTH,

@@ -156,11 +156,11 @@ def test_products_of_float32_are_full_and_of_bf16_single(dtype):
     arrays = (*rounded(tokens(1, 64, 2), dtype), jnp.asarray(states(1, 1, 2)), None)
     found = list(dots(jax.make_jaxpr(KERNEL)(*arrays)))
     operands = [{operand.aval.dtype for operand in dot.invars} for dot in found]
-    # Sums of decays, six levels of halves and the diagonal, six steps of the inverse, and three products with the
-    # state.
-    assert len(found) == 1 + 7 + 6 + 3
+    # Sums of decays, six levels of halves and the diagonal, four steps of the inverse, and what the state explains, its
+    # solution, outputs and what is written to the state.
+    assert len(found) == 1 + 7 + 4 + 4
     # In either case the sums and the inverse are over bf16 parts.
-    assert operands.count({jnp.dtype(jnp.bfloat16)}) == (7 if dtype == jnp.float32 else len(found))
+    assert operands.count({jnp.dtype(jnp.bfloat16)}) == (5 if dtype == jnp.float32 else len(found))
     for dot, types in zip(found, operands, strict=True):
         full = types == {jnp.dtype(jnp.float32)}
         assert full or types == {jnp.dtype(jnp.bfloat16)}
@@ -171,7 +171,7 @@ def test_products_of_float32_are_full_and_of_bf16_single(dtype):
 def test_sums_of_log_decays_are_exact_in_three_parts():
     g = jnp.asarray(tokens(1, 64, 1, (0.01, 0.1, 2, 20, 60))[3][0, :, 0])
     weights = jnp.asarray(np.tile(mosaic_scores.sum_weights(1), (1, 3)), jnp.bfloat16)
-    factors = mosaic_scores.decay_factors(g, weights, 1)
+    factors = mosaic_scores.decay_factors(mosaic_scores.decay_sums(g, weights), 1)
     until = np.cumsum(np.float64(g)[::-1], axis=0)[::-1] - np.float64(g)
     np.testing.assert_allclose(factors[-64:], np.exp(until), rtol=2e-5, atol=1e-37)
     assert relative_rmse(factors[-128:-64], np.exp(np.cumsum(np.float64(g), axis=0))) <= 1e-6

@@ -144,8 +144,8 @@ def test_products_of_float32_are_full_and_of_bf16_single(dtype):
     operands = [{operand.aval.dtype for operand in dot.invars} for dot in found]
     # The forward kernel's, of which two with the state and V'; four for dV' and its way through the inverse, two for
     # decayed products, four for states and their decay, six levels, and the sums of exponents.
-    assert len(found) == 1 + 7 + 6 + 2 + 4 + 2 + 4 + 6 + 1
-    assert operands.count({jnp.dtype(jnp.bfloat16)}) == (8 if dtype == jnp.float32 else len(found))
+    assert len(found) == 1 + 7 + 4 + 2 + 4 + 2 + 4 + 6 + 1
+    assert operands.count({jnp.dtype(jnp.bfloat16)}) == (6 if dtype == jnp.float32 else len(found))
     for dot, types in zip(found, operands, strict=True):
         full = types == {jnp.dtype(jnp.float32)}
         assert full or types == {jnp.dtype(jnp.bfloat16)}
