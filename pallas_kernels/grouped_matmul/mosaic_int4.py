@@ -148,7 +148,6 @@ def _call(
     few, dtype = uses_block_diagonal(tile, x.dtype, is_mxfp4), x.dtype
     few &= groups is not None or tokens <= FEW_ROWS
     more = not few or tokens > FEW_ROWS
-    x = mxfp4_product.order_inputs(x) if is_mxfp4 else x
     # Windows of 8 rows of float32 may begin at any multiple of 8; those of bf16 could not.
     x = x.astype(jnp.float32 if few and more else dtype)
     if groups is None:

@@ -1,15 +1,15 @@
 """MXFP4 weights inside a Pallas kernel: their decoding, and few rows times them in block-diagonal form.
 
-Few rows: a code with its exponent and mantissa moved to those of float8_e5m2 is that number times 2^-14, zero and 0.5
-too (which is subnormal there), and the matrix units of all TPUs from v5e on take float8_e5m2 weights beside bf16 rows.
-So a byte is decoded in eight operations on words of four, two numbers at a time, and no weight is scaled: the rows
-stand four times below each other for each 128 inputs, as in `int4_block_diagonal`, and the partial sums are scaled.
-A chip that converts float4_e2m1fn by itself (tpu7x) makes float8_e4m3fn of it, which is exact, in half the operations.
+A code with its exponent and mantissa moved to those of float8_e5m2 is that number times 2^-14, zero and 0.5 too (which
+is subnormal there). Taken for an int4 and converted to int8, a code has its sign in the byte's highest bit, and needs
+to be moved by one: six operations on words of four bytes make eight numbers. A chip that converts float4_e2m1fn by
+itself (tpu7x) makes float8_e4m3fn of it, which is exact, in four.
 
-More rows: a weight is decoded in float32, scaled, and is a bf16 number then.
+Few rows: the matrix units of all TPUs from v5e on take float8_e5m2 weights beside bf16 rows, so that no weight is
+scaled: the rows stand four times below each other for each 128 inputs, as in `int4_block_diagonal`, and the partial
+sums are scaled.
 
-Bytes hold an even input and the odd one after it, so that inputs decoded by words come in another order: 32 even ones
-of each 64, then the odd ones. `order_inputs` puts those of x in the same.
+More rows: a weight is scaled in float32, and is a bf16 number then.
 """
 
 from typing import Any
@@ -24,20 +24,10 @@ from pallas_kernels.formats.mxfp4 import CODES_PER_BYTE, GROUP_SIZE
 from pallas_kernels.grouped_matmul.int4_block_diagonal import COPIES, INPUTS
 from pallas_kernels.hardware import LANES, chip
 
-CHUNK = 64  # inputs whose bytes fill a register
 COLUMNS = 512  # outputs that few rows are multiplied by at a time: the partial sums of more spill
-_HALF = GROUP_SIZE // CODES_PER_BYTE
-# In each byte of a word: a code, shifted by one; a number that carries from bit 4 to 7; float8_e5m2's bits of a code.
-_CODES, _CARRY, _SIGNS_AND_MAGNITUDES = 0x1E1E1E1E, 0x70707070, 0x8E8E8E8E - 2**32
+# In each byte of a word: float8_e5m2's bits of a code.
+_SIGNS_AND_MAGNITUDES = 0x8E8E8E8E - 2**32
 _RAISE = 2.0**14  # takes back float8_e5m2's 2^-14
-
-
-def order_inputs(x: Float[Array, "T K"]) -> Float[Array, "T K"]:
-    """Puts the even inputs of each 64 before the odd ones, where the chip's weights are decoded by words."""
-    if chip().fp4:
-        return x
-    tokens, K = x.shape
-    return x.reshape(tokens, K // CHUNK, CHUNK // 2, 2).swapaxes(2, 3).reshape(tokens, K)
 
 
 def scale_numbers(N: int, K: int) -> Any:
@@ -54,13 +44,11 @@ def read_scales(scales: UInt8[Array, "K32 N"], numbers_ref: Any) -> None:
 
 
 def expand_rows(x: Float[Array, "rows K"]) -> list[Float[Array, "expanded 128"]]:
-    """Makes the left operands, one for each 128 inputs, from rows of bf16 values in the order of `order_inputs`."""
-    native = chip().fp4
-    place = lax.broadcasted_iota(jnp.int32, (x.shape[0], INPUTS), 1)
-    group = place // GROUP_SIZE if native else place // CHUNK * 2 + place % (CHUNK // 2) // _HALF
+    """Makes the left operands, one for each 128 inputs, from rows of bf16 values."""
+    group = lax.broadcasted_iota(jnp.int32, (x.shape[0], INPUTS), 1) // GROUP_SIZE
     left = []
     for first in range(0, x.shape[1], INPUTS):
-        rows = x[:, first : first + INPUTS] * (1 if native else _RAISE)
+        rows = x[:, first : first + INPUTS] * (1 if chip().fp4 else _RAISE)
         diagonal = jnp.concatenate([jnp.where(group == copy, rows, 0) for copy in range(COPIES)])
         left.append(diagonal.astype(jnp.bfloat16))
     return left
@@ -87,19 +75,12 @@ def multiply_codes(
 
 
 def dequantise(codes: UInt8[Array, "K2 N"], numbers_ref: Any, groups: Any, dtype: Any) -> Float[Array, "K N"]:
-    """Returns code * scale in `dtype`, inputs in the order of `order_inputs`."""
-    parts, native = [], chip().fp4
-    for i in range(codes.shape[0] * CODES_PER_BYTE // CHUNK):
-        chunk = codes[i * CHUNK // 2 : (i + 1) * CHUNK // 2]
-        scales = [groups.start + 2 * i, groups.start + 2 * i + 1]
-        if native:
-            factors = jnp.concatenate([_spread(numbers_ref, scale, GROUP_SIZE) for scale in scales])
-            parts.append(pltpu.bitcast(chunk, jnp.float4_e2m1fn).astype(jnp.float32) * factors)
-        else:
-            factors = jnp.concatenate([_spread(numbers_ref, scale, _HALF) for scale in scales])
-            both = chunk.astype(jnp.int32)
-            parts += [_to_float32(both & 15) * factors, _to_float32(both >> 4) * factors]
-    return jnp.concatenate(parts).astype(jnp.bfloat16).astype(dtype)
+    """Returns code * scale in `dtype`."""
+    wide = jnp.bfloat16 if chip().bf16_vpu else jnp.float32
+    numbers = _to_float8(codes).astype(wide)
+    numbers = numbers if chip().fp4 else numbers * jnp.asarray(_RAISE, wide)
+    spread = [_spread(numbers_ref, groups.start + i, GROUP_SIZE) for i in range(numbers.shape[0] // GROUP_SIZE)]
+    return (numbers * jnp.concatenate(spread).astype(wide)).astype(jnp.bfloat16).astype(dtype)
 
 
 def _spread(numbers_ref: Any, group: Any, rows: int, columns: slice | None = None) -> Float[Array, "rows N"]:
@@ -111,24 +92,8 @@ def _spread(numbers_ref: Any, group: Any, rows: int, columns: slice | None = Non
 
 
 def _to_float8(codes: UInt8[Array, "K2 N"]) -> Float[Array, "K N"]:
-    """Returns codes in float8_e4m3fn, or times 2^-14 in float8_e5m2, inputs in the order of `order_inputs`."""
+    """Returns codes in float8_e4m3fn, or times 2^-14 in float8_e5m2."""
     if chip().fp4:
         return pltpu.bitcast(codes, jnp.float4_e2m1fn).astype(jnp.float8_e4m3fn)
-    words = pltpu.bitcast(codes, jnp.int32)
-    # A carry takes a code's sign from bit 4 to bit 7: in four operations, one fewer than to mask it by itself.
-    even, odd = (((half & _CODES) + _CARRY) & _SIGNS_AND_MAGNITUDES for half in (words << 1, words >> 3))
-    rows = CHUNK // 8  # words that hold a chunk
-    return jnp.concatenate(
-        [
-            pltpu.bitcast(half[first : first + rows], jnp.float8_e5m2)
-            for first in range(0, words.shape[0], rows)
-            for half in (even, odd)
-        ]
-    )
-
-
-def _to_float32(codes: Array) -> Array:
-    """Returns the numbers of codes in int32, as `formats.mxfp4` computes them."""
-    normal = pltpu.bitcast(((codes & 7) << 22) + (126 << 23), jnp.float32)
-    magnitudes = pltpu.bitcast(jnp.minimum(normal, 2 * normal - 1), jnp.int32)
-    return pltpu.bitcast(magnitudes | (codes & 8) << 28, jnp.float32)
+    words = pltpu.bitcast(pltpu.bitcast(codes, jnp.int4).astype(jnp.int8), jnp.int32)
+    return pltpu.bitcast((words << 1) & _SIGNS_AND_MAGNITUDES, jnp.float8_e5m2)

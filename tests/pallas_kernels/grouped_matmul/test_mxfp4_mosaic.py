@@ -39,12 +39,11 @@ def assert_near(found, right: np.ndarray, dtype) -> None:
     assert np.abs(found - right).max() <= bound * np.abs(right).max()
 
 
-@pytest.fixture(params=["words", "native"])
+@pytest.fixture(params=["v5e", "v6e", "tpu7x"])
 def decoding(request, monkeypatch):
-    """Decodes codes by words of four bytes, or as a chip does that converts float4_e2m1fn itself."""
-    facts = CHIPS["tpu7x" if request.param == "native" else "v6e"].facts
-    monkeypatch.setattr(mxfp4_product, "chip", lambda: facts)
-    return request.param
+    """Decodes codes by words of four bytes, scales them in float32 or bf16, or decodes as a chip does that converts
+    float4_e2m1fn itself."""
+    monkeypatch.setattr(mxfp4_product, "chip", lambda: CHIPS[request.param].facts)
 
 
 @pytest.mark.usefixtures("decoding")
