@@ -18,7 +18,7 @@ class ChipFacts(NamedTuple):
 
     `bf16_vpu` tells whether the vector unit computes in bf16 (from v6e on), `vmem` is the bytes of a TensorCore's
     vector memory, and `cores` the number of TensorCores that make a device and share its kernels. `fp4` tells whether
-    it converts float4_e2m1fn.
+    it converts float4_e2m1fn and int4 to float8_e4m3fn, which its matrix unit takes.
     """
 
     bf16_vpu: bool

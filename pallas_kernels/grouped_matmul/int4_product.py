@@ -11,9 +11,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.formats.int4_codec import GROUP_SIZE
+from pallas_kernels.grouped_matmul import float8_block_diagonal, mxfp4_product
 from pallas_kernels.grouped_matmul import int4_block_diagonal as block_diagonal
-from pallas_kernels.grouped_matmul import mxfp4_product
-from pallas_kernels.hardware import LANES
+from pallas_kernels.hardware import LANES, ChipFacts
 
 FEW_ROWS = 8
 
@@ -45,17 +45,18 @@ class GroupRows(NamedTuple):
 
 
 class Code(NamedTuple):
-    """The code of a format: how many inputs a row of its codes has, whether large parts are taken for few rows instead
-    of for one window, and what is done with a part of a matrix.
+    """The code of a format: how many inputs a row of its codes has, whether large parts are taken for few rows and for
+    one window, and what is done with a part of a matrix.
 
-    `expand_rows` and `multiply_codes` multiply few rows in block-diagonal form; `dequantise(codes, scales, groups,
-    scratch, dtype, bf16)` returns the weights [inputs, N].
+    `expand_rows(rows)` and `multiply_codes(left, codes, scales, groups, scratch)` multiply few rows in block-diagonal
+    form; `dequantise(codes, scales, groups, scratch, dtype, bf16)` returns the weights [inputs, N].
     """
 
     inputs_per_row: int
     large_few: bool
+    large_window: bool
     expand_rows: Callable[[Array], Any]
-    multiply_codes: Callable[[Any, Array, Any, Any], Array]
+    multiply_codes: Callable[[Any, Array, Any, Any, Any], Array]
     dequantise: Callable[..., Array]
 
 
@@ -123,8 +124,8 @@ def add_products(
     def few_rows(inputs: Any, of_groups: Any) -> None:
         left = code.expand_rows(rows.take(rows.first_few, FEW_ROWS, inputs))
         here = pl.ds(rows.first_few, FEW_ROWS)
-        for codes, scales, total, _ in operands:
-            total[here, :] += code.multiply_codes(left, read_codes(codes, inputs), scales, of_groups)
+        for codes, scales, total, scratch in operands:
+            total[here, :] += code.multiply_codes(left, read_codes(codes, inputs), scales, of_groups, scratch)
 
     def one_window(inputs: Any, of_groups: Any, window: Any = rows.low) -> None:
         for codes, scales, total, scratch in operands:
@@ -140,7 +141,7 @@ def add_products(
 
     count = rows.high - rows.low
     is_few = rows.few & few
-    few_part, one_part = (tile.K_part, tile.K_shared) if code.large_few else (tile.K_shared, tile.K_part)
+    few_part, one_part = (tile.K_part if large else tile.K_shared for large in (code.large_few, code.large_window))
     if few:
         for_parts(is_few, few_part, few_rows)
     if more and scaled_ref is None:
@@ -161,9 +162,8 @@ def _dequantise(codes: Array, scales: Array, rows_ref: Any, dtype: Any, bf16: bo
         bits = pltpu.bitcast(wide, jnp.uint32)
         wide = bits | bits >> 16
     # A row is broadcast to all sublanes without arithmetic when it is loaded, from rows as wide as a register.
+    _write_rows(wide, rows_ref)
     columns = range(N // LANES)
-    for i in columns:
-        rows_ref[i, :groups] = wide[:, i * LANES : (i + 1) * LANES]
     spread = [
         jnp.concatenate([jnp.broadcast_to(rows_ref[i, pl.ds(g, 1)], (8, LANES)) for i in columns], axis=1)
         for g in range(groups)
@@ -177,8 +177,28 @@ def _dequantise(codes: Array, scales: Array, rows_ref: Any, dtype: Any, bf16: bo
     return product.reshape(K, N).astype(jnp.bfloat16).astype(dtype)
 
 
-def _multiply_int4(left: Any, codes: Array, scales: Any, groups: Any) -> Array:
+def _write_rows(scales: Array, rows_ref: Any) -> None:
+    for i in range(scales.shape[1] // LANES):
+        rows_ref[i, : scales.shape[0]] = scales[:, i * LANES : (i + 1) * LANES]
+
+
+def _multiply_int4(left: Any, codes: Array, scales: Any, groups: Any, rows_ref: Any) -> Array:
     return block_diagonal.multiply_codes(left, codes, scales[groups, :])
+
+
+def _multiply_int4_as_float8(left: Any, codes: Array, scales: Any, groups: Any, rows_ref: Any) -> Array:
+    """Multiplies on a chip that converts int4 to float8_e4m3fn, which holds -8 to 7."""
+    _write_rows(pltpu.bitcast(scales[groups, :].astype(jnp.float32), rows_ref.dtype), rows_ref)
+
+    def numbers(i: int, columns: slice) -> Array:
+        inputs = slice(i * block_diagonal.INPUTS, (i + 1) * block_diagonal.INPUTS)
+        return codes[inputs, columns].astype(jnp.float8_e4m3fn)
+
+    return float8_block_diagonal.multiply_codes(left, numbers, codes.shape[1], rows_ref, 0)
+
+
+def _multiply_mxfp4(left: Any, codes: Array, scales: Any, groups: Any, rows_ref: Any) -> Array:
+    return mxfp4_product.multiply_codes(left, codes, scales, groups)
 
 
 def _dequantise_int4(codes: Array, scales: Any, groups: Any, rows_ref: Any, dtype: Any, bf16: bool) -> Array:
@@ -189,5 +209,11 @@ def _dequantise_mxfp4(codes: Array, scales: Any, groups: Any, rows_ref: Any, dty
     return mxfp4_product.dequantise(codes, scales, groups, dtype)
 
 
-INT4 = Code(1, False, block_diagonal.expand_rows, _multiply_int4, _dequantise_int4)
-MXFP4 = Code(2, True, mxfp4_product.expand_rows, mxfp4_product.multiply_codes, _dequantise_mxfp4)
+INT4 = Code(1, False, True, block_diagonal.expand_rows, _multiply_int4, _dequantise_int4)
+INT4_AS_FLOAT8 = Code(1, True, True, float8_block_diagonal.expand_rows, _multiply_int4_as_float8, _dequantise_int4)
+MXFP4 = Code(2, True, False, mxfp4_product.expand_rows, _multiply_mxfp4, _dequantise_mxfp4)
+
+
+def int4_code(chip: ChipFacts) -> Code:
+    """Returns the chip's code of INT4."""
+    return INT4_AS_FLOAT8 if chip.fp4 else INT4

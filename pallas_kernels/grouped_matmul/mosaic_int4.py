@@ -10,8 +10,9 @@ visits; weights are streamed once per visit.
 
 A weight is bf16(code * scale). In bf16 arithmetic (v6e on) the product rounds to that by itself; v5 has none, and
 rounds the float32 product. Float32 x is multiplied at HIGHEST precision, bf16 x in one pass with float32 accumulation.
-Groups of at most 8 rows of bf16 are multiplied in block-diagonal form on v5 (`int4_block_diagonal`), and of MXFP4 on
-every chip (`mxfp4_product`), whose scales are read from their bytes once in a step.
+Groups of at most 8 rows of bf16 are multiplied in block-diagonal form: of INT4 on v5 (`int4_block_diagonal`) and, since
+it converts int4 to float8, on tpu7x (`float8_block_diagonal`); of MXFP4 on every chip (`mxfp4_product`), whose scales
+are read from their bytes once in a step.
 
 Windows of more than 64 rows spill: their product is larger than the register file, and the spills fit beside the matrix
 unit's work. (Fewer rows at a time leave it idle for longer.) So do large parts of few rows, up to 1,400 stores and
@@ -35,13 +36,13 @@ from pallas_kernels.grouped_matmul import int4_block_diagonal as block_diagonal
 from pallas_kernels.grouped_matmul import mxfp4_product
 from pallas_kernels.grouped_matmul.int4_product import (
     FEW_ROWS,
-    INT4,
     MXFP4,
     Code,
     GroupRows,
     MatrixOperand,
     Tiles,
     add_products,
+    int4_code,
     scale_rows,
 )
 from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, every_block, window_size
@@ -97,7 +98,7 @@ def tiles(
 def uses_block_diagonal(tile: Tiles, dtype: Any, is_mxfp4: bool = False) -> bool:
     """Tells whether groups of few rows are multiplied in block-diagonal form."""
     few = tile.rows <= 2 * FEW_ROWS and tile.K_part % block_diagonal.INPUTS == 0
-    return few and dtype == jnp.bfloat16 and (is_mxfp4 or not chip().bf16_vpu)
+    return few and dtype == jnp.bfloat16 and (is_mxfp4 or chip().fp4 or not chip().bf16_vpu)
 
 
 def grouped_matmul(
@@ -142,7 +143,7 @@ def _call(
 ) -> Float[Array, "T N"]:
     (tokens, K), (num_local, N, _) = x.shape, weights[0].shape
     is_mxfp4 = isinstance(weights[0], Mxfp4)
-    code = MXFP4 if is_mxfp4 else INT4
+    code = MXFP4 if is_mxfp4 else int4_code(chip())
     tile = tiles(tokens, K, N, num_local, x.dtype)
     blocks = -(-tokens // tile.block)
     few, dtype = uses_block_diagonal(tile, x.dtype, is_mxfp4), x.dtype

@@ -14,11 +14,11 @@ from pallas_kernels.formats.int4_codec import GROUP_SIZE
 from pallas_kernels.grouped_matmul import mosaic_int4 as int4
 from pallas_kernels.grouped_matmul.int4_product import (
     FEW_ROWS,
-    INT4,
     GroupRows,
     MatrixOperand,
     Tiles,
     add_products,
+    int4_code,
     scale_rows,
 )
 from pallas_kernels.hardware import LANES, chip
@@ -95,7 +95,8 @@ class Int4Stage:
             first_few=0,
             few=(count > 0) & (count <= FEW_ROWS),
         )
-        add_products(rows, operands, None, self.tiles, INT4, few=self.few, more=True, dtype=self.dtype, bf16=self.bf16)
+        code, how = int4_code(chip()), {"dtype": self.dtype, "bf16": self.bf16}
+        add_products(rows, operands, None, self.tiles, code, few=self.few, more=True, **how)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import Int4, Mxfp4, grouped_glu, grouped_matmul, matmul
 from pallas_kernels.grouped_matmul import mosaic_int4
-from pallas_kernels.grouped_matmul.int4_product import FEW_ROWS
+from pallas_kernels.grouped_matmul.int4_product import FEW_ROWS, MXFP4, int4_code
+from pallas_kernels.hardware import chip
 from tpu.case import Case
 
 GROUPS = 8
@@ -43,7 +44,8 @@ def _trips(K: int, N: int, rows: int, groups: int | None, matrices: int, is_mxfp
     columns, blocks = N // tile.N, -(-rows * groups // tile.block)
     steps, block_windows = columns * max(groups, blocks), columns * blocks * tile.block // tile.rows
     parts, shared_parts = steps * K // tile.K_part, steps * K // tile.K_shared
-    few_parts, parts = (parts, shared_parts) if is_mxfp4 else (shared_parts, parts)
+    code = MXFP4 if is_mxfp4 else int4_code(chip())
+    few_parts, parts = (parts if large else shared_parts for large in (code.large_few, code.large_window))
     windows = min(rows, tile.block) // tile.rows
     few_rows &= mosaic_int4.uses_block_diagonal(tile, jnp.bfloat16, is_mxfp4)
     few = [few_parts * (rows <= FEW_ROWS)] if few_rows else []

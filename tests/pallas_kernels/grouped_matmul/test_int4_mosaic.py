@@ -27,7 +27,7 @@ quantize = jax.jit(quantize_int4)  # op by op, each shape compiles sixteen progr
 GATE, UP = (Int4(*quantize(jnp.asarray(RNG.normal(size=(EXPERTS, K, N)), jnp.float32))) for _ in range(2))
 
 
-V5 = CHIPS["v5e"].facts
+V5, TPU7X = (CHIPS[name].facts for name in ("v5e", "tpu7x"))
 
 
 def rows(tokens, span, dtype, inputs=K):
@@ -84,8 +84,9 @@ def test_groups_held_elsewhere_give_zeros(first):
     check([4, 7, 0, 9, 2, 11, 3], 40, jnp.float32, 1e-5, first, experts=2)
 
 
-def test_few_rows_on_a_chip_without_bf16_arithmetic(monkeypatch):
-    monkeypatch.setattr(mosaic_tpu, "chip", lambda: V5)
+@pytest.mark.parametrize("chip", [V5, TPU7X], ids=["v5e", "tpu7x"])
+def test_few_rows_in_block_diagonal_form(monkeypatch, chip):
+    monkeypatch.setattr(mosaic_tpu, "chip", lambda: chip)
     # Never for float32, which needs the weights rounded to bf16 first.
     tile = mosaic_tpu.tiles(40, K, N, EXPERTS, jnp.float32)
     assert mosaic_tpu.uses_block_diagonal(tile, jnp.bfloat16) and not mosaic_tpu.uses_block_diagonal(tile, jnp.float32)
@@ -98,7 +99,7 @@ def test_few_rows_on_a_chip_without_bf16_arithmetic(monkeypatch):
     check([0, 2, 3, 2], 7, jnp.bfloat16, 3e-3, ops=ops)
 
 
-@pytest.mark.parametrize("chip", [V5, None])
+@pytest.mark.parametrize("chip", [V5, TPU7X, None])
 def test_a_step_in_parts_and_outputs_in_tiles(monkeypatch, chip):
     monkeypatch.setattr(mosaic_tpu, "STEP_BYTES", 2**16)
     monkeypatch.setattr(mosaic_tpu, "PART_WEIGHTS", 2**16)

@@ -23,7 +23,7 @@ MODULES = [
     for name in ("mixture.mosaic_tpu", "mixture.stages", "grouped_matmul.mosaic_int4")
 ]
 KERNEL = MODULES[0]
-V5E, V5P = (CHIPS[name].facts for name in ("v5e", "v5p"))
+V5E, V5P, TPU7X = (CHIPS[name].facts for name in ("v5e", "v5p", "tpu7x"))
 FORMS = pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])
 TOLERANCES = [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)]
 
@@ -91,11 +91,12 @@ def test_against_float64(shape, int4, dtype, tolerance):
     [
         pytest.param(V5E, jnp.bfloat16, 4e-3, True, id="v5e-int4"),
         pytest.param(V5P, jnp.bfloat16, 4e-3, True, id="v5p-int4", marks=pytest.mark.slow),
+        pytest.param(TPU7X, jnp.bfloat16, 4e-3, True, id="tpu7x-int4", marks=pytest.mark.slow),
         pytest.param(V5P, jnp.float32, 1e-6, True, id="v5p-float32-int4", marks=pytest.mark.slow),
         pytest.param(V5P, jnp.bfloat16, 4e-3, False, id="v5p-dense"),
     ],
 )
-def test_on_chips_without_bf16_arithmetic_and_with_two_cores(chip, dtype, tolerance, int4, monkeypatch):
+def test_few_rows_in_block_diagonal_form_and_two_cores(chip, dtype, tolerance, int4, monkeypatch):
     # Groups of up to 8 rows, of up to 16 and of more; an odd number of visits, and none
     on(chip, monkeypatch)
     kernel = run("mosaic_tpu")
