@@ -142,7 +142,7 @@ class KDA(nnx.Module):
 
         def taken(values: jax.Array, count: int) -> jax.Array:
             """Returns the sums of `count` tokens, b t c, of their values and those of the `reach` before them."""
-            return sum(values[:, j : j + count].astype(jnp.float32) * w[:, j] for j in range(reach + 1))
+            return jnp.asarray(sum(values[:, j : j + count].astype(jnp.float32) * w[:, j] for j in range(reach + 1)))
 
         # The first tokens reach back to `before`; the others' values lie in `raw`, which is not copied behind it
         y = taken(jnp.concatenate([before_raw, raw[:, :reach]], axis=1), min(reach, t))
