@@ -13,6 +13,7 @@ token after it. Attribute names are those of the published tensors.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 
 from kimi_jax.axes import Float, Float32, Hidden, Int32, Tokens
 from kimi_jax.config import EagleConfig
@@ -22,7 +23,7 @@ from kimi_jax.model.grouped_attention import GroupedAttention
 from kimi_jax.model.mla import MLA
 from kimi_jax.model.moe import MLP
 from kimi_jax.model.norm import RMSNorm
-from kimi_jax.model.param import Init, Linear
+from kimi_jax.model.param import Init, Linear, placed
 from sharding import Partition, StreamLayout, gather_columns
 
 
@@ -113,9 +114,13 @@ class EagleHead(nnx.Module):
         return words if self.d2t is None else words + self.d2t[...][words]
 
 
-def abstract_head(config: EagleConfig, dtype: jax.typing.DTypeLike | None = None) -> EagleHead:
-    """Makes the head's tree with shapes and dtypes for values; nothing is allocated."""
-    return nnx.eval_shape(lambda: EagleHead(config, dtype=dtype, rngs=nnx.Rngs(0)))
+def abstract_head(
+    config: EagleConfig, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | AbstractMesh | None = None
+) -> EagleHead:
+    """Makes the head's tree with shapes and dtypes for values, sharded over `mesh` where one is given; nothing is
+    allocated."""
+    head = nnx.eval_shape(lambda: EagleHead(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return head if mesh is None else placed(head, mesh)
 
 
 def check_head(config: EagleConfig, partition: Partition) -> None:

@@ -18,7 +18,7 @@ from kimi_jax.axes import Float32, Hidden, Int32, Logits, MediaTokens, Stream, T
 from kimi_jax.config import KimiConfig
 from kimi_jax.model.context import Context, LayerCache
 from kimi_jax.model.decoder import Decoder
-from kimi_jax.model.param import Init, Linear, gather_weights, weight_shardings, weight_specs
+from kimi_jax.model.param import Init, Linear, gather_weights, placed, weight_specs
 from kimi_jax.model.splice import Media, media_index, tokens_per_item
 from kimi_jax.model.token_ids import token_ids
 from kimi_jax.model.vision import Projector, VisionTower
@@ -215,14 +215,6 @@ def abstract(
     """
     model = nnx.eval_shape(lambda: Kimi(config, dtype=dtype, rngs=nnx.Rngs(0)))
     return model if mesh is None else placed(model, mesh, rules)
-
-
-def placed(model: Kimi, mesh: Mesh | AbstractMesh, rules: Rules = SERVE) -> Kimi:
-    """Returns the tree of shapes, sharded over `mesh` by `rules`."""
-    graph, params = nnx.split(model)
-    shardings = weight_shardings(params, mesh, rules)
-    placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, shardings)
-    return nnx.merge(graph, placed)
 
 
 def check_heads(config: KimiConfig, partition: Partition) -> None:

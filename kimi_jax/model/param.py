@@ -86,6 +86,14 @@ def weight_shardings(params: Any, mesh: Mesh | AbstractMesh, rules: Rules = SERV
     return map_weights(lambda _, axes, shape: NamedSharding(mesh, partition.spec(axes, shape)), params)
 
 
+def placed(module: Module, mesh: Mesh | AbstractMesh, rules: Rules = SERVE) -> Module:
+    """Returns the module of shapes, sharded over `mesh` by `rules`."""
+    graph, params = nnx.split(module)
+    shardings = weight_shardings(params, mesh, rules)
+    shapes = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, shardings)
+    return nnx.merge(graph, shapes)
+
+
 def gather_weights(module: Module, partition: Partition) -> Module:
     """Returns the module with those shards gathered that rules keep in memory only (`Rule.gathered`).
 

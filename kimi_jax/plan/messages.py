@@ -18,7 +18,7 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from kimi_jax.model.block import Block
-from kimi_jax.model.kimi import placed
+from kimi_jax.model.param import placed
 from kimi_jax.plan.job import Job, bits, pool_sizes, shortened
 from kimi_jax.plan.traffic import Collective, ragged_operand
 from kimi_jax.runtime.cache import Cache

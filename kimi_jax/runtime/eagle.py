@@ -21,7 +21,7 @@ from kimi_jax.model.eagle import EagleHead, check_head
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.param import weight_specs
 from kimi_jax.runtime.batch import MOST_VERIFIED
-from kimi_jax.runtime.placement import as_returned, compiler_options
+from kimi_jax.runtime.placement import as_returned, compiler_options, is_on_cpu
 from sharding import Partition, StreamLayout
 
 
@@ -47,16 +47,22 @@ class EagleDrafter:
         self.arrays, tree = jax.tree.flatten(params)
         self.dtype, self.placement = head.dtype, head.fc.weight.get_value().sharding
         mesh = self.placement.mesh if isinstance(self.placement, NamedSharding) else None
-        self.jitted = _jitted(graph, tree, mesh, self.config.form, compiler_options(self.placement))
+        unroll = not is_on_cpu(self.placement)
+        self.jitted = _jitted(graph, tree, mesh, self.config.form, unroll, compiler_options(self.placement))
         check_head(self.config, self.jitted.partition)
 
     def cache(self, pages: int) -> MLACache:
         """Allocates an empty cache of `pages` pages, as many as the target's cache has."""
-        shape = (pages, self.config.cache_width, PAGE)
-        placement = self.placement
+        shape = self.cache_shapes(pages).pages
+        return MLACache(jnp.zeros(shape.shape, shape.dtype, device=shape.sharding))
+
+    def cache_shapes(self, pages: int) -> Any:
+        """Returns the shape, dtype and sharding of what `cache` allocates."""
+        shape, placement = (pages, self.config.cache_width, PAGE), self.placement
         if isinstance(placement, NamedSharding):
             placement = NamedSharding(placement.mesh, as_returned(self.jitted.cache_spec(shape)))
-        return MLACache(jnp.zeros(shape, self.dtype, device=placement))
+        shapes: Any = jax.ShapeDtypeStruct(shape, self.dtype, sharding=placement)
+        return MLACache(shapes)
 
     @property
     def page_bytes(self) -> int:
@@ -110,7 +116,9 @@ class EagleDrafter:
 
 class HeadProgram:
     """Runs all heads of one structure, one object for each: `jit` compares identities. `extend` and `propose` are
-    jitted; `take_in` and `draft`, which they are, are also called inside the target's steps."""
+    jitted; `take_in` and `draft`, which they are, are also called inside the target's steps. `unroll` writes each draft
+    out: a compiler then fetches a draft's weights while the one before is computed, for which a loop has no place. On a
+    CPU that would gain nothing, and compile for longer."""
 
     def __init__(
         self,
@@ -118,9 +126,10 @@ class HeadProgram:
         tree: jax.tree_util.PyTreeDef,
         mesh: Mesh | AbstractMesh | None,
         form: str,
+        unroll: bool,
         compiler_options: tuple[tuple[str, int], ...],
     ):
-        self.graph, self.tree, self.partition, self.form = graph, tree, Partition(mesh), form
+        self.graph, self.tree, self.partition, self.form, self.unroll = graph, tree, Partition(mesh), form, unroll
         options: Any = {"donate_argnames": "cache", "compiler_options": dict(compiler_options)}
         self.extend: Any = jax.jit(self.take_in, **options)
         self.propose: Any = jax.jit(self.draft, static_argnames="count", **options)
@@ -209,7 +218,7 @@ class HeadProgram:
         last = jnp.max(positions, axis=-1)
         first = jnp.where(last >= 0, choose(logits), -1)
         start: Any = (cache, first, vector, last)
-        (cache, *_), rest = jax.lax.scan(next_draft, start, None, length=count - 1)
+        (cache, *_), rest = jax.lax.scan(next_draft, start, None, length=count - 1, unroll=self.unroll)
         return cache, jnp.concatenate([first[None], rest]).T
 
 

@@ -11,10 +11,19 @@ def compiler_options(placement: Sharding) -> tuple[tuple[str, int], ...]:
     For GPUs XLA makes one product of several with the same operand, for which it copies their weights side by side at
     each step: a limit of no megabytes stops it.
     """
-    # Shapes may be on an abstract mesh, which has no devices
-    devices: Any = () if isinstance(getattr(placement, "mesh", None), AbstractMesh) else placement.device_set
-    on_gpus = any(device.platform in ("gpu", "cuda") for device in devices)
+    on_gpus = bool(_platforms(placement) & {"gpu", "cuda"})
     return (("xla_gpu_dot_merger_threshold_mb", 0),) if on_gpus else ()
+
+
+def is_on_cpu(placement: Sharding) -> bool:
+    """Tells whether the placement's devices are CPUs."""
+    return "cpu" in _platforms(placement)
+
+
+def _platforms(placement: Sharding) -> set[str]:
+    """Returns the platforms of the placement's devices; of an abstract mesh, which has none, the empty set."""
+    devices: Any = () if isinstance(getattr(placement, "mesh", None), AbstractMesh) else placement.device_set
+    return {device.platform for device in devices}
 
 
 def as_returned(spec: PartitionSpec) -> PartitionSpec:

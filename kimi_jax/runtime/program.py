@@ -86,13 +86,13 @@ class Program:
     def cache(self, pages: int, slots: int) -> Cache:
         """Allocates an empty cache on the model's own devices. Raises ValueError where `data * sequence` does not
         divide `pages`, or `data` does not divide `slots`."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.cache_shapes(pages, slots))
+        shardings = jax.tree.map(lambda x: x.sharding, self.cache_shapes(pages, slots)._replace(head=None))
         leaves, tree = jax.tree.flatten(shardings)
         cache: Cache = _empty(self.config, pages, slots, self.dtype, tuple(leaves), tree)()
         return cache if self.drafter is None else cache._replace(head=self.drafter.cache(pages))
 
     def cache_shapes(self, pages: int, slots: int) -> Cache:
-        """Returns the shapes, dtypes and shardings of the arrays that `cache` allocates for the model's layers."""
+        """Returns the shapes, dtypes and shardings of the arrays that `cache` allocates."""
         shapes = jax.eval_shape(functools.partial(caches.empty, self.config, pages, slots, self.dtype))
         if self.mesh is None:
             shardings = jax.tree.map(lambda _: self.placement, shapes)
@@ -100,9 +100,10 @@ class Program:
             mesh = self.mesh
             specs = caches.specs(shapes, Partition(mesh))
             shardings = jax.tree.map(lambda spec: NamedSharding(mesh, as_returned(spec)), specs)
-        return jax.tree.map(
+        layers = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
         )
+        return layers if self.drafter is None else layers._replace(head=self.drafter.cache_shapes(pages))
 
     def nothing_chosen(self, sequences: int) -> Chosen:
         """Returns `Batch.previous` for a first step: no sequence has a chosen token, none is finished."""

@@ -13,15 +13,13 @@ from collections import Counter
 import eagle_cases
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kimi_jax import config_json
-from kimi_jax.model.context import PAGE, MLACache
+from kimi_jax.model.context import PAGE
 from kimi_jax.model.eagle import abstract_head
 from kimi_jax.model.kimi import abstract
-from kimi_jax.model.param import weight_shardings
 from kimi_jax.plan.hlo import parse
 from kimi_jax.plan.traffic import collectives
 from kimi_jax.runtime.eagle import EagleDrafter
@@ -34,18 +32,12 @@ def main(head: str, slice_: str, shape: str, tokens: int) -> None:
     config = config_json.eagle_from_dict(getattr(eagle_cases, head))
     target = abstract(config_json.preset("kimi-k3" if head == "K3_HEAD" else "kimi-k2.5"))
     mesh = make_mesh(shape, topologies.get_topology_desc(platform="tpu", topology_name=slice_).devices)
-    graph, params = nnx.split(abstract_head(config))
-    shapes = jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, weight_shardings(params, mesh)
-    )
-    drafter = EagleDrafter(nnx.merge(graph, shapes), target)
+    drafter = EagleDrafter(abstract_head(config, mesh=mesh), target)
 
     def array(*shape: int, dtype: jax.typing.DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
 
-    pages = (ROWS * CAPACITY // PAGE, config.cache_width, PAGE)
-    spec = NamedSharding(mesh, drafter.jitted.cache_spec(pages))
-    cache = MLACache(jax.ShapeDtypeStruct(pages, jnp.bfloat16, sharding=spec))
+    cache = drafter.cache_shapes(ROWS * CAPACITY // PAGE)
     aux = array(ROWS, tokens, config.num_aux * config.target_hidden_size, dtype=jnp.bfloat16)
     inputs = aux, array(ROWS, tokens), array(ROWS, tokens), array(ROWS, CAPACITY // PAGE)
     step = drafter.jitted.propose.trace(drafter.arrays, cache, *inputs, COUNT)
