@@ -10,6 +10,7 @@ from kimi_jax.config import KimiConfig
 from kimi_jax.model.kimi import Kimi
 from kimi_jax.processor import Processor, Prompt
 from kimi_jax.runtime.batch import Finish
+from kimi_jax.runtime.drafts import DRAFT_TOKENS, Draft
 from kimi_jax.runtime.generate import checked_lengths, stream
 from kimi_jax.runtime.sampling import Sampling
 from kimi_jax.text.messages import Messages
@@ -50,6 +51,8 @@ def answer(
     files: str | Path | None = None,
     seed: int = 0,
     processor: Processor | None = None,
+    draft: Draft | None = None,
+    draft_tokens: int = DRAFT_TOKENS,
 ) -> Answer:
     """Answers a text, or a conversation in OpenAI's schema.
 
@@ -59,6 +62,7 @@ def answer(
     max_new_tokens: None is 1,024, or as many as the model's positions leave after the prompt.
     seed: as for `generate`; the same arguments give the same answer.
     processor: the one to use for many answers of a model; None makes one of the model's folder, which takes a second.
+    draft, draft_tokens: as for `generate`; the answer is the same.
 
     Raises ValueError or OSError naming the file, message, field or argument that is wrong (before weights are read,
     where it is not in them), and ValueError where logits are not finite.
@@ -76,6 +80,8 @@ def answer(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seed=seed,
+        draft=draft,
+        draft_tokens=draft_tokens,
     )
     ids: list[int] = []
     finish = Finish.NOT_YET

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from kimi_jax.cli.arguments import add_mesh, mesh_of, place
-from kimi_jax.cli.models import SMALL, check_folder, small_model
-from kimi_jax.cli.starting import add_compile_cache, compiling, keep_programs, load_model
+from kimi_jax.cli.arguments import add_draft, add_mesh, mesh_of, place
+from kimi_jax.cli.models import SMALL, check_draft, check_folder, small_model
+from kimi_jax.cli.starting import add_compile_cache, compiling, keep_programs, load_draft, load_model
 
 # A CPU compiles each program for seconds: pieces of one length need half as many of them as longer ones.
 PREFILL_CHUNK, CPU_PREFILL_CHUNK = 512, 16
 KEY_VARIABLES = ("KIMI_JAX_API_KEY", "OPENAI_API_KEY")
 # Flags of a model in this process
-_HERE = ("mesh", "dtype", "cache_memory")
+_HERE = ("draft", "mesh", "dtype", "cache_memory")
 
 
 def add_place(parser: argparse.ArgumentParser, parse: Callable[[str], Any] = place) -> None:
@@ -34,6 +34,7 @@ def add_place(parser: argparse.ArgumentParser, parse: Callable[[str], Any] = pla
 
 def add_running(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of how a model runs here, and the key for a server."""
+    add_draft(parser)
     add_mesh(parser)
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="dtype of weights and activations (default: as stored)"
@@ -64,6 +65,7 @@ def server_of(arguments: argparse.Namespace, here: tuple[str, ...] = ()) -> str 
     if arguments.path is None:
         arguments.path = small_model(arguments.model or SMALL)
     check_folder(arguments.path)
+    check_draft(arguments.draft)
     return None
 
 
@@ -90,9 +92,19 @@ def engine_of(arguments: argparse.Namespace, slots: int = 1) -> Iterator[tuple[A
 
     log, kept = console(stderr=True), keep_programs(arguments)
     processor = Processor.from_folder(arguments.path)
-    model = load_model(arguments, mesh_of(arguments.mesh, processor.config))
+    mesh = mesh_of(arguments.mesh, processor.config)
+    draft = load_draft(arguments, processor.config, mesh)
+    model = load_model(arguments, mesh)
     chunk = CPU_PREFILL_CHUNK if jax.default_backend() == "cpu" else PREFILL_CHUNK
     with compiling(log, kept) as name:
-        engine = Engine(model, slots=slots, cache_memory=arguments.cache_memory, prefill_chunk=chunk, progress=name)
+        engine = Engine(
+            model,
+            slots=slots,
+            cache_memory=arguments.cache_memory,
+            prefill_chunk=chunk,
+            progress=name,
+            draft=draft,
+            draft_tokens=arguments.draft_tokens,
+        )
     with engine:
         yield engine, processor

@@ -14,6 +14,7 @@ from checkpoints.toy import toy_config, write_toy
 from kimi_jax import Answer, Processor, Prompt, Sampling, answer, answering
 from kimi_jax.answering import checked_max_new_tokens
 from kimi_jax.runtime.batch import Finish
+from kimi_jax.runtime.drafts import PromptLookup
 from kimi_jax.runtime.generate import Column
 from kimi_jax.runtime.generate import stream as real_stream
 from kimi_jax.runtime.program import Program
@@ -71,14 +72,15 @@ def test_every_argument_reaches_the_model(kimi, processor, monkeypatch):
     picture = np.random.RandomState(0).randint(0, 256, (56, 84, 3)).astype(np.uint8)
     drawn = Sampling(temperature=1.5, top_k=50, top_p=0.9, min_p=0.01)
     for of_prompt in ({}, {"thinking": False}, {"tools": TOOLS}, {"images": [picture]}):
-        answer(kimi, "Hello", processor=processor, sampling=drawn, seed=7, max_new_tokens=3, **of_prompt)
+        drafts = {"draft": PromptLookup, "draft_tokens": 3}
+        answer(kimi, "Hello", processor=processor, sampling=drawn, seed=7, max_new_tokens=3, **drafts, **of_prompt)
         expected, (tokens, options) = processor("Hello", **of_prompt), asked[-1]
         np.testing.assert_array_equal(tokens, expected.tokens)
         media = options.pop("media")
         assert (media is None) == (expected.media is None)
         if media is not None:
             np.testing.assert_array_equal(media.patches, expected.media.patches)
-        assert options == {"sampling": drawn, "seed": 7, "max_new_tokens": 3}
+        assert options == {"sampling": drawn, "seed": 7, "max_new_tokens": 3, **drafts}
     assert len({tokens.shape for tokens, _ in asked}) == 4
 
 

@@ -352,6 +352,7 @@ def test_a_refusal_comes_before_anything_heavy_is_imported(tmp_path):
         ["generate", "model", "--prompts", "gone.jsonl"],
         ["generate", "model", "--prompt", "a", "--draft", "gone"],
         ["chat", "gone"],
+        ["chat", "model", "--draft", "gone"],
         ["agent", "gone", "--prompt", "a"],
         ["agent", "model", "--prompt", "a", "--tool", "gone.py"],
         ["agent", "model", "--prompt", "a", "--image", "gone.png"],

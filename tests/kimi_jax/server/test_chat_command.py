@@ -27,6 +27,7 @@ from kimi_jax import agents
 from kimi_jax.cli import main, partner
 from kimi_jax.cli.dialogue.conversation import Conversation
 from kimi_jax.cli.dialogue.screen import BAR, WrappedText
+from kimi_jax.runtime.drafts import PromptLookup
 from kimi_jax.text.answers import Parsed
 
 CALL = (
@@ -49,7 +50,12 @@ def engine(processor, monkeypatch):
     engine = FakeEngine(processor)
     engine.failure, engine.close = None, lambda: None
     monkeypatch.setattr(checkpoints, "load", lambda *_, **__: None)
-    monkeypatch.setattr("kimi_jax.engine.Engine", lambda model, **options: engine)
+
+    def make(model, **options):
+        engine.options = options
+        return engine
+
+    monkeypatch.setattr("kimi_jax.engine.Engine", make)
     return engine
 
 
@@ -87,6 +93,16 @@ def test_the_mode_chooses_the_prompt_and_how_tokens_are_drawn(engine, toy_folder
     typed("One?")
     assert main(["chat", str(toy_folder), "--greedy", "--no-thinking", "--max-new-tokens", "2"]) == 0
     assert engine.requests[0].sampling.temperature == 0 and engine.requests[0].max_new_tokens == 2
+
+
+def test_drafts_are_the_engines(engine, toy_folder, typed, tmp_path, monkeypatch, capsys):
+    head = object()
+    monkeypatch.setattr(checkpoints, "load_head", lambda path, *_, **__: (path, head))
+    for draft, made in (("prompt-lookup", PromptLookup), (str(tmp_path), (tmp_path, head)), (None, None)):
+        typed("One?")
+        flags = ["--draft", draft, "--draft-tokens", "3"] if draft else []
+        assert main(["chat", str(toy_folder), *flags]) == 0
+        assert (engine.options["draft"], engine.options["draft_tokens"]) == (made, 3 if draft else 4)
 
 
 def test_a_call_is_shown_and_the_next_line_is_its_result(engine, toy_folder, typed, tmp_path, capsys):
@@ -185,8 +201,8 @@ def test_from_a_pipe_what_goes_wrong_ends_the_command(engine, toy_folder, typed,
     assert "none: no such folder" in refused(capsys, main(["chat", str(tmp_path / "none")]))
     assert "expected a folder" in refused(capsys, main(["chat", "gs://bucket/model"]))
     assert "--model goes without" in refused(capsys, main(["chat", str(toy_folder), "--model", "digits"]))
-    line = refused(capsys, main(["chat", "http://host", "--dtype", "float32", "--cache-memory", "1GiB"]))
-    assert "--dtype, --cache-memory: for a model in this process" in line
+    line = refused(capsys, main(["chat", "http://host", "--dtype", "float32", "--draft", "prompt-lookup"]))
+    assert "--draft, --dtype: for a model in this process" in line
 
 
 # --- a server -----------------------------------------------------------------------------------------------------
