@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from kimi_jax.cli.arguments import local, number, place, whole
+from kimi_jax.cli.arguments import add_draft, local, number, place, whole
 from kimi_jax.cli.console import console
+from kimi_jax.cli.models import PROMPT_LOOKUP
 
 NAME = "plan"
 SUMMARY = (
@@ -86,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of each sequence in a prefill step (default: 2,048, or the context if shorter)",
     )
+    add_draft(parser)
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -154,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _drawing(arguments: argparse.Namespace) -> Callable[[Any, Path], None]:
     """Returns the function that draws. Raises ValueError where it is not there, or draws no such plans or files."""
     if arguments.train:
-        raise ValueError("--train goes without --plot, --phase and --chunk")
+        raise ValueError("--train goes without --plot, --phase, --chunk and --draft")
     try:
         from kimi_jax.plan import plot
     except ImportError as error:
@@ -198,12 +200,36 @@ def _inference(arguments: argparse.Namespace, model: str, config: Any, sizes: An
     from kimi_jax.runtime.generate import PREFILL_CHUNK
 
     chunk = 1 if arguments.phase == "decode" else arguments.chunk or min(PREFILL_CHUNK, arguments.context)
+    draft = _draft(arguments, config)
+    chunk += 0 if draft is None else draft.tokens
 
     def make(slice_: Any, compile_step: Any) -> planning.Plan:
-        job = planning.Job(config, slice_, (), arguments.phase, arguments.batch or 1, arguments.context, chunk)
+        job = planning.Job(config, slice_, (), arguments.phase, arguments.batch or 1, arguments.context, chunk, draft)
         return planning.plan(model, job, sizes=sizes, compile_step=compile_step)
 
     return make
+
+
+def _draft(arguments: argparse.Namespace, config: Any) -> Any:
+    """Returns the `Drafting` that the flags ask for. Raises ValueError for a step that drafts nothing, and for what is
+    no head of the model."""
+    if arguments.draft is None:
+        return None
+    if arguments.phase != "decode":
+        raise ValueError("--draft goes with decode steps, without --phase prefill")
+    from kimi_jax.plan.job import Drafting
+
+    if arguments.draft == PROMPT_LOOKUP:
+        return Drafting(arguments.draft_tokens)
+    from checkpoints.files.place import locate
+    from kimi_jax import config_json
+    from kimi_jax.config import EagleConfig
+
+    folder = locate(arguments.draft)
+    head = config_json.read_config(folder)
+    if not isinstance(head, EagleConfig):
+        raise ValueError(f"--draft {folder}: is a model, not a draft head")
+    return Drafting(arguments.draft_tokens, config_json.fit_target(head, config, str(folder / "config.json")))
 
 
 def _training(arguments: argparse.Namespace, model: str, config: Any, sizes: Any) -> Callable[[Any, Any], Any]:
@@ -211,8 +237,8 @@ def _training(arguments: argparse.Namespace, model: str, config: Any, sizes: Any
     from kimi_jax.plan.train_job import TrainJob
     from kimi_jax.plan.train_plan import TrainPlan, train_plan
 
-    if arguments.phase != "decode" or arguments.chunk is not None:
-        raise ValueError("--train goes without --plot, --phase and --chunk")
+    if arguments.phase != "decode" or arguments.chunk is not None or arguments.draft is not None:
+        raise ValueError("--train goes without --plot, --phase, --chunk and --draft")
 
     def make(slice_: Any, compile_step: Any) -> TrainPlan:
         job = TrainJob(config, slice_, sizes or (), arguments.batch or slice_.devices, arguments.tokens)

@@ -125,7 +125,9 @@ def abstract_head(
 
 def check_head(config: EagleConfig, partition: Partition) -> None:
     """Raises ValueError where the mesh does not divide the heads of keys and values, though it may divide a matrix of
-    all of them."""
+    all of them, and where it splits a row of the Llama form's cache, whose shards are heads."""
+    if config.form == "llama" and (devices := partition.num_shards("row_pages")) > 1:
+        raise ValueError(f"draft head: in the Llama form it takes no mesh with a sequence axis, which is {devices}")
     shards, heads = partition.num_shards("heads"), config.num_key_value_heads
     if heads % shards:
         raise ValueError(f"draft head: {heads} heads of keys and values do not divide over {shards} devices")

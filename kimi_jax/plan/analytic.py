@@ -8,11 +8,15 @@ they take.
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
+
 from kimi_jax.model.context import PAGE
+from kimi_jax.model.eagle import check_head
 from kimi_jax.model.kimi import check_heads
-from kimi_jax.plan.job import Job, Parameter, parameters, pool_sizes
+from kimi_jax.plan.job import Job, Parameter, head_parameters, parameters, pool_sizes
 from kimi_jax.plan.traffic import Collective
 from kimi_jax.runtime import pools
+from kimi_jax.runtime.eagle import page_bytes
 
 # Programs, and what the compiler keeps beside buffers: 61 layers' kernels came to 60 to 250 MB.
 PROGRAM_BYTES = 300 * 10**6
@@ -28,13 +32,14 @@ class Memory:
     embeddings: int
     other_weights: int
     vision: int
+    draft_head: int
     cache: int
     temporaries: int
 
     @property
     def weights(self) -> int:
         """Bytes of the weights that a text step reads, without the vision tower's."""
-        return self.experts + self.attention + self.embeddings + self.other_weights
+        return self.experts + self.attention + self.embeddings + self.other_weights + self.draft_head
 
     @property
     def headroom(self) -> int:
@@ -105,6 +110,8 @@ def memory(job: Job, temporaries: int | None = None) -> Memory:
     Raises ValueError where the mesh divides the job's batch, heads or widths unevenly.
     """
     check_heads(job.config, job.partition)
+    if job.draft is not None and job.draft.head is not None:
+        check_head(job.draft.head, job.partition)
     of_kind = dict.fromkeys(("experts", "attention", "embeddings", "other weights", "vision"), 0)
     for weight, count in parameters(job.config):
         of_kind[weight.kind] += count * weight.local_bytes(job.sizes)
@@ -115,15 +122,30 @@ def memory(job: Job, temporaries: int | None = None) -> Memory:
         embeddings=of_kind["embeddings"],
         other_weights=of_kind["other weights"],
         vision=of_kind["vision"],
+        draft_head=sum(weight.local_bytes(job.sizes) for weight in _of_head(job)),
         cache=cache_bytes(job),
         temporaries=_temporaries(job) if temporaries is None else temporaries,
     )
 
 
 def cache_bytes(job: Job) -> int:
-    """Computes the bytes of all layers' caches on each device."""
+    """Computes the bytes of all layers' caches on each device, the draft head's among them."""
     pages, slots = pool_sizes(job.batch, job.context, job.partition)
-    return pools.cache_bytes(job.config, pages, slots, job.dtype, job.partition)
+    return pools.cache_bytes(job.config, pages, slots, job.dtype, job.partition) + _head_cache(job)
+
+
+def _of_head(job: Job) -> tuple[Parameter, ...]:
+    return () if job.draft is None or job.draft.head is None else head_parameters(job.draft.head)
+
+
+def _head_page(job: Job) -> int:
+    head = None if job.draft is None else job.draft.head
+    return 0 if head is None else page_bytes(head, jnp.dtype(head.layer.dtype), job.partition)
+
+
+def _head_cache(job: Job) -> int:
+    pages, _ = pool_sizes(job.batch, job.context, job.partition)
+    return pages // job.partition.num_shards("pages") * _head_page(job)
 
 
 def engine_pools(job: Job) -> EnginePools | None:
@@ -132,7 +154,8 @@ def engine_pools(job: Job) -> EnginePools | None:
     left = without_cache.available - without_cache.weights - without_cache.vision
     cache_memory = int(left * pools.HEADROOM)
     try:
-        found = pools.pools_within(job.config, cache_memory, job.batch, job.dtype, job.partition.mesh)
+        mesh, head_page = job.partition.mesh, _head_page(job)
+        found = pools.pools_within(job.config, cache_memory, job.batch, job.dtype, mesh, head_page=head_page)
     except ValueError:
         return None
     data = job.mesh["data"]
@@ -150,7 +173,12 @@ def _temporaries(job: Job) -> int:
     rows = job.tokens * text.num_experts_per_tok * share
     sorted_rows = rows * (text.expert_width * 6 + text.moe_intermediate_size * 4)
     words = text.vocab_size // partition.num_shards("vocab")
-    return int(stream + sorted_rows + job.batch / partition.num_shards("batch") * words * 8) + PROGRAM_BYTES
+    return int(stream + sorted_rows + _with_logits(job) / partition.num_shards("batch") * words * 8) + PROGRAM_BYTES
+
+
+def _with_logits(job: Job) -> int:
+    """Counts the tokens of which the step computes logits."""
+    return job.tokens if job.phase == "decode" else job.batch
 
 
 def touched(job: Job) -> float:
@@ -162,11 +190,23 @@ def touched(job: Job) -> float:
 
 
 def hbm_bytes(job: Job) -> float:
-    """Computes HBM bytes: weights once (the chosen share of experts), latents once, KDA states read and written
-    once."""
+    """Computes HBM bytes: weights once (the chosen share of experts), latents once, KDA states read and written once; a
+    draft head's once for each draft."""
     latents, states = _layer_cache(job)
     kinds = job.config.text.layer_kinds
-    return _weights_read(job, parameters(job.config)) + latents * kinds.count("mla") + 2 * states * kinds.count("kda")
+    own = latents * kinds.count("mla") + 2 * states * kinds.count("kda")
+    return _weights_read(job, parameters(job.config)) + own + _head_bytes(job)
+
+
+def _head_bytes(job: Job) -> int:
+    if job.draft is None:
+        return 0
+    runs = job.draft.tokens
+    total = runs * _head_cache(job)
+    for weight in _of_head(job):
+        if not weight.path.startswith(("embed_tokens", "d2t")):  # of which a row, or a number, per token
+            total += weight.local_bytes(job.sizes) * (1 if weight.path.startswith("fc") else runs)
+    return total
 
 
 def _layer_cache(job: Job) -> tuple[int, int]:
@@ -208,7 +248,7 @@ def flops(job: Job) -> float:
         if weight.kind == "experts":  # each expert's tokens, were they spread evenly
             total += products * job.tokens * text.num_experts_per_tok / text.n_routed_experts
         elif "lm_head" in weight.path:
-            total += products * job.batch / partition.num_devices(layout.row_axes)
+            total += products * _with_logits(job) / partition.num_devices(layout.row_axes)
         elif ".mlp.gate." in weight.path or ".mlp.routed_expert_" in weight.path:
             total += products * routed
         elif ".shared_experts." in weight.path:
@@ -218,17 +258,36 @@ def flops(job: Job) -> float:
         elif weight.kind in ("attention", "other weights"):
             total += products * (local if "kda_heads" in weight.axes else rows)
     kinds = text.layer_kinds
-    return total + kinds.count("mla") * _mla_flops(job) + kinds.count("kda") * _kda_flops(job, local)
+    own = kinds.count("mla") * _mla_flops(job) + kinds.count("kda") * _kda_flops(job, local)
+    return total + own + _head_flops(job)
+
+
+def _head_flops(job: Job) -> float:
+    """Counts what a draft head multiplies, for the tokens that it takes in and for its own drafts but the last."""
+    if job.draft is None or job.draft.head is None:
+        return 0.0
+    head, runs = job.draft.head, job.draft.tokens
+    rows = job.batch / job.partition.num_shards("batch")
+    layer, tokens = head.layer, job.chunk + runs - 1
+    total = 0.0
+    for weight in _of_head(job):
+        if len(weight.shape) == 2 and "embed_tokens" not in weight.path:
+            times = {"fc": job.chunk, "lm_head": runs}.get(weight.path.partition(".")[0], tokens)
+            total += 2 * weight.local(job.sizes) * rows * times
+    absorbed = layer.latent_dim + layer.kv_lora_rank
+    width = absorbed if head.form == "mla" else layer.qk_head_dim + layer.v_head_dim
+    heads = layer.num_attention_heads / job.partition.num_shards("heads")
+    return total + 2 * rows * tokens * job.context * heads * width
 
 
 def _mla_flops(job: Job) -> float:
-    """Counts scores and their products with values: absorbed for one token, over every head's keys and values for
+    """Counts scores and their products with values: absorbed in a decode step, over every head's keys and values for
     more."""
     text, partition = job.config.text, job.partition
     heads = text.num_attention_heads / partition.num_shards("heads")
     pairs = job.batch / partition.num_shards("batch") * job.chunk * (job.context - (job.chunk - 1) / 2)
     absorbed = text.latent_dim + text.kv_lora_rank
-    return 2 * pairs * heads * (absorbed if job.chunk == 1 else text.qk_head_dim + text.v_head_dim)
+    return 2 * pairs * heads * (absorbed if job.phase == "decode" else text.qk_head_dim + text.v_head_dim)
 
 
 def _kda_flops(job: Job, tokens: float) -> float:

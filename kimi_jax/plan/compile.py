@@ -128,7 +128,7 @@ def _compile(job: Job | TrainJob) -> Compiled:
 
         traced, weights = trace(job, mesh), EXPERTS
     else:
-        traced, weights = _trace_text_step(job, mesh), r"arrays\["
+        traced, weights = _trace_text_step(job, mesh), r"(arrays|head)\["
     made = traced.lower(lowering_platforms=(job.topology.platform,)).compile()
     seconds, cpu_seconds = time.perf_counter() - began, _cpu_seconds() - cpu
     memory, hlo = made.memory_analysis(), parse(made.as_text())
@@ -169,12 +169,11 @@ def _cpu_seconds() -> float:
 
 def _trace_text_step(job: Job, mesh: Any) -> Any:
     from kimi_jax.model.kimi import abstract
-    from kimi_jax.plan.messages import trace
-    from kimi_jax.runtime.program import Program
+    from kimi_jax.plan.messages import program_of, trace
 
     # A text step has no use for the vision tower, and XLA would drop it from the arguments.
     config = dataclasses.replace(job.config, vision=None)
-    return trace(Program(abstract(config, mesh=mesh)), job)
+    return trace(program_of(job, abstract(config, mesh=mesh), mesh), job)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from kimi_jax.config import KimiConfig
+from kimi_jax.config import EagleConfig, KimiConfig
+from kimi_jax.model.eagle import abstract_head
 from kimi_jax.model.kimi import Kimi, abstract
 from kimi_jax.runtime.pools import row_pages
 from sharding import AXES, Partition, StreamLayout
@@ -32,10 +33,24 @@ _KINDS = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Drafting:
+    """Drafts of a decode step: it verifies `tokens` of them beside each row's own token, and with a `head`, fitted to
+    the model, it makes as many for the next step."""
+
+    tokens: int
+    head: EagleConfig | None = None
+
+    @property
+    def by(self) -> str:
+        """Says in words who drafts."""
+        return "looked up" if self.head is None else f"of an Eagle3 head in the {self.head.form} form"
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """A step of `phase` for `batch` rows of `context` tokens each, on the devices of `topology` in a mesh of `sizes`.
 
-    A prefill step takes `chunk` tokens of every row, the last of its context; a decode step one.
+    A prefill step takes `chunk` tokens of every row, the last of its context; a decode step one, and its drafts.
     """
 
     config: KimiConfig
@@ -45,6 +60,7 @@ class Job:
     batch: int
     context: int
     chunk: int = 1
+    draft: Drafting | None = None
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -57,7 +73,8 @@ class Job:
     @property
     def layout(self) -> StreamLayout:
         """The layout of the residual stream in this step."""
-        return shortened(self.config).stream_layout(self.partition, self.batch, self.chunk)
+        decodes = True if self.phase == "decode" else None
+        return shortened(self.config).stream_layout(self.partition, self.batch, self.chunk, decodes=decodes)
 
     @property
     def tokens(self) -> int:
@@ -124,6 +141,20 @@ def parameters(config: KimiConfig, layer: int | None = None) -> tuple[tuple[Para
 
 
 @functools.cache
+def head_parameters(config: EagleConfig) -> tuple[Parameter, ...]:
+    """Lists the parameters of a draft head."""
+    _, params = nnx.split(abstract_head(config))
+    return tuple(
+        Parameter("draft head", _name(path), variable.get_metadata()["axes"], variable.shape, bits(variable.dtype))
+        for path, variable in nnx.to_flat_state(params)
+    )
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(part for part in path if isinstance(part, str))
+
+
+@functools.cache
 def _parameters(config: KimiConfig) -> tuple[tuple[int | None, Parameter], ...]:
     """Lists the parameters, of like layers those of the first, each with its text layer's number."""
     _, params = nnx.split(shortened(config))
@@ -131,7 +162,7 @@ def _parameters(config: KimiConfig) -> tuple[tuple[int | None, Parameter], ...]:
     for path, variable in nnx.to_flat_state(params):
         if (axes := variable.get_metadata().get("axes")) is None:
             continue
-        name = ".".join(part for part in path if isinstance(part, str))
+        name = _name(path)
         kind = next(kind for mark, kind in _KINDS if mark in name)
         layer = int(str(path[2])) if path[:2] == ("model", "layers") else None
         found.append((layer, Parameter(kind, name, axes, variable.shape, bits(variable.dtype))))

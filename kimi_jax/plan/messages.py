@@ -16,12 +16,16 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.sharding import AbstractMesh, Mesh
 
 from kimi_jax.model.block import Block
+from kimi_jax.model.context import Phase
+from kimi_jax.model.eagle import abstract_head
+from kimi_jax.model.kimi import Kimi
 from kimi_jax.model.param import placed
 from kimi_jax.plan.job import Job, bits, pool_sizes, shortened
 from kimi_jax.plan.traffic import Collective, ragged_operand
-from kimi_jax.runtime.cache import Cache
+from kimi_jax.runtime.eagle import EagleDrafter
 from kimi_jax.runtime.program import Program
 from pallas_kernels.dispatch import shapes_only
 from sharding import AXES, StreamLayout
@@ -49,9 +53,23 @@ def trace(program: Program, job: Job, layers: Sequence[int] | None = None) -> An
     pages, slots = pool_sizes(job.batch, job.context, job.partition)
     cache = program.cache_shapes(pages, slots)
     if layers is not None:
-        cache = Cache(tuple(cache.layers[number] for number in layers))
-    batch = program.batch_shapes(job.phase, job.batch, job.chunk, pages // job.batch)
-    return program.jitted.logits.trace(program.arrays, cache, batch)
+        cache = cache._replace(layers=tuple(cache.layers[number] for number in layers))
+    phase: Phase = job.phase if job.draft is None else "verify"
+    batch = program.batch_shapes(phase, job.batch, job.chunk, pages // job.batch)
+    if job.draft is None:
+        return program.jitted.logits.trace(program.arrays, cache, batch)
+    return program.jitted.verify.trace(program.arrays, cache, batch, program.head_arrays)
+
+
+def program_of(job: Job, model: Kimi, mesh: Mesh | AbstractMesh) -> Program:
+    """Returns the program of a job's steps, with shapes for the weights of its draft head. Of a model that has not all
+    layers the head takes the output of the first alone."""
+    if job.draft is None or job.draft.head is None:
+        return Program(model)
+    head = job.draft.head
+    if len(model.model.layers) < job.config.text.num_hidden_layers:
+        head = dataclasses.replace(head, aux_layers=(0,) * head.num_aux)
+    return Program(model, EagleDrafter(abstract_head(head, mesh=mesh), model), job.draft.tokens)
 
 
 def messages(job: Job, platform: str = "tpu") -> tuple[Collective, ...]:
@@ -111,7 +129,7 @@ def _messages(job: Job, platform: str) -> tuple[Collective, ...]:
     halves: Any = [_Halves(blocks[first[number]], number, {} if number else forwards) for number in range(mixers)]
     model.model.layers = nnx.List(halves)
     with shapes_only(True):
-        jaxpr = trace(Program(model), job, first[:mixers]).jaxpr
+        jaxpr = trace(program_of(job, model, mesh), job, first[:mixers]).jaxpr
     total: Counter[Collective] = Counter()
     for message, times, half in _sent(jaxpr.jaxpr, job.mesh, platform):
         total[message] += times * (1 if half is None else counts[half])

@@ -57,7 +57,8 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """The most tokens that all rows get in a second: those of a step over its lower bound."""
+        """The most tokens that all rows get in a second: those of a step, all drafts taken for right, over its lower
+        bound."""
         return self.job.tokens / self.step.lower_bound_seconds
 
     def as_json(self) -> dict[str, Any]:
@@ -76,6 +77,7 @@ class Plan:
             "batch": job.batch,
             "context": job.context,
             "chunk": job.chunk,
+            "draft": None if job.draft is None else {"tokens": job.draft.tokens, "by": job.draft.by},
             "memory": dataclasses.asdict(self.memory) | {"headroom": self.memory.headroom},
             "per_layer": dataclasses.asdict(self.per_layer),
             "step": dataclasses.asdict(self.step)
@@ -146,6 +148,11 @@ def _check(job: Job) -> None:
         raise ValueError(
             f"a batch of {job.batch} rows of {job.context} tokens: expected at least one row, "
             f"and 1 to max_position_embeddings = {room} tokens"
+        )
+    if job.draft is not None and (job.phase != "decode" or job.chunk != 1 + job.draft.tokens):
+        raise ValueError(
+            f"a {job.phase} step of {job.chunk} tokens a row and {job.draft.tokens} drafts: expected a decode step of "
+            "one token a row and its drafts"
         )
     if not 1 <= job.chunk <= job.context:
         raise ValueError(f"a chunk of {job.chunk} tokens: expected 1 to the context's {job.context}")

@@ -26,6 +26,7 @@ COLOURS = {
     "embeddings": "#90d743",
     "other weights": "#b8a9c9",
     "vision": "#8c6bb1",
+    "draft head": "#20a4a4",
     "cache": "#f9a03f",
     "temporaries": "#d1495b",
     "headroom": "#eeeeee",
@@ -98,10 +99,15 @@ def _draw_memory(axes: Axes, records: Sequence[Record]) -> None:
     axes.set_xlim(0, LONGEST if any("error" in record for record in records) else 100)
     axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     axes.set_xlabel("memory of a device")
-    handles = [matplotlib.patches.Patch(facecolor=colour, edgecolor=FAINT, linewidth=0.4, label=name)
-               for name, colour in COLOURS.items()]  # fmt: skip
-    axes.legend(handles=handles, ncols=len(COLOURS), loc="lower left", bbox_to_anchor=(0, 1), frameon=False,
+    drawn = [name for name, field in MEMORY if field != "draft_head" or any(_drafts(record) for record in records)]
+    handles = [matplotlib.patches.Patch(facecolor=COLOURS[name], edgecolor=FAINT, linewidth=0.4, label=name)
+               for name in drawn]  # fmt: skip
+    axes.legend(handles=handles, ncols=len(drawn), loc="lower left", bbox_to_anchor=(0, 1), frameon=False,
                 fontsize=8, columnspacing=1.0, handlelength=1.0)  # fmt: skip
+
+
+def _drafts(record: Record) -> bool:
+    return "error" not in record and record["memory"]["draft_head"] > 0
 
 
 def _draw_refused(axes: Axes, row: int, record: Record) -> None:

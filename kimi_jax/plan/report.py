@@ -17,6 +17,7 @@ MEMORY = (
     ("embeddings", "embeddings"),
     ("other weights", "other_weights"),
     ("vision", "vision"),
+    ("draft head", "draft_head"),
     ("cache", "cache"),
     ("temporaries", "temporaries"),
     ("headroom", "headroom"),
@@ -27,6 +28,8 @@ def title(plan: Plan) -> str:
     """Returns the plan's model and job in words, with markup escaped."""
     job = plan.job
     what = f"{printable(plan.model)}, {job.phase} of {job.batch:,} x {job.context:,} tokens"
+    if job.draft is not None:
+        what += f", {_count(job.draft.tokens, 'draft')} a row, {job.draft.by}"
     return escape(what if job.phase == "decode" else f"{what}, {job.chunk:,} at a time")
 
 
@@ -46,6 +49,8 @@ def show(console: Console, plan: Plan) -> None:
     table = _table("memory of a device", "GB", "%")
     for name, field in MEMORY:
         size = getattr(plan.memory, field)
+        if field == "draft_head" and not size:
+            continue
         table.add_row(name, f"{size / GB:.3f}", f"{100 * size / plan.memory.available:.1f}")
     table.add_row("available", f"{plan.memory.available / GB:.3f}", "100.0")
     console.print(table)
@@ -80,7 +85,7 @@ def _show_step(console: Console, plan: Plan) -> None:
     step, compiled, chip = plan.step, plan.compiled, plan.job.topology.chip
     console.print(
         f"a step is at least {_ms(step.lower_bound_seconds)} ms (lower bound, {step.bound_by}), "
-        f"{plan.tokens_per_second:,.0f} tokens/s at most",
+        f"{plan.tokens_per_second:,.0f} tokens/s at most{_unless_right(plan)}",
         highlight=False,
     )
     table = _table("time of a step", "ms", "of")
@@ -102,6 +107,12 @@ def _show_step(console: Console, plan: Plan) -> None:
     table.add_row("in all", _ms(step.lower_bound_seconds), "")
     console.print(table)
     console.print(f"the last layer: {_layer(plan.per_layer)}", highlight=False)
+
+
+def _unless_right(plan: Plan) -> str:
+    if (draft := plan.job.draft) is None:
+        return ""
+    return f" if every draft is right, {plan.tokens_per_second / (1 + draft.tokens):,.0f} if none is"
 
 
 def _show_messages(console: Console, plan: Plan) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from kimi_jax.config import KimiConfig
 from kimi_jax.plan import analytic
 from kimi_jax.plan.analytic import Memory, StepBound
-from kimi_jax.plan.job import Job, Phase, Sizes
+from kimi_jax.plan.job import Drafting, Job, Phase, Sizes
 from kimi_jax.plan.messages import messages
 from kimi_jax.plan.traffic import Collective
 from sharding import AXES, StreamLayout
@@ -17,7 +17,7 @@ from sharding.topologies import Topology, topologies
 
 # A message on a slice takes microseconds however small it is. Only the choice of a mesh counts them, no bound does.
 MESSAGE_SECONDS = 2e-6
-Pattern = tuple[KimiConfig, Phase, type[StreamLayout], bool, tuple[str, ...], tuple[str, ...]]
+Pattern = tuple[KimiConfig, Phase, Drafting | None, type[StreamLayout], bool, tuple[str, ...], tuple[str, ...]]
 # The time of all messages, from the first trace of each pattern; it serves all slices.
 _latency: dict[Pattern, float] = {}
 
@@ -56,10 +56,11 @@ class Candidate:
 
     @property
     def pattern(self) -> Pattern:
-        """The model, the phase, the stream's layout and last the axes of several devices: they decide which messages
-        there are, sizes aside."""
+        """The model, the phase, its drafts, the stream's layout and last the axes of several devices: they decide which
+        messages there are, sizes aside."""
         job, layout = self.job, self.job.layout
-        return job.config, job.phase, type(layout), layout.dispatches, layout.token_axes, job.partition.mesh_axes
+        shown = type(layout), layout.dispatches, layout.token_axes
+        return job.config, job.phase, job.draft, *shown, job.partition.mesh_axes
 
     @property
     def bytes_over(self) -> int:

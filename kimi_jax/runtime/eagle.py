@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from kimi_jax.axes import AnyArray, Float, Int32, PageTable, Positions, Tokens
+from kimi_jax.config import EagleConfig
 from kimi_jax.config_json import fit_target
 from kimi_jax.model.context import PAGE, Context, MLACache, Phase
 from kimi_jax.model.eagle import EagleHead, check_head
@@ -67,9 +68,7 @@ class EagleDrafter:
     @property
     def page_bytes(self) -> int:
         """The bytes of a page of the cache on each device that has it."""
-        partition = self.jitted.partition
-        shape = (partition.num_shards("pages"), self.config.cache_width, PAGE)
-        return partition.local_size(shape, self.jitted.cache_spec(shape)) * self.dtype.itemsize
+        return page_bytes(self.config, self.dtype, self.jitted.partition)
 
     def extend(
         self,
@@ -135,9 +134,8 @@ class HeadProgram:
         self.propose: Any = jax.jit(self.draft, static_argnames="count", **options)
 
     def cache_spec(self, shape: tuple[int, ...]) -> Any:
-        """Returns the PartitionSpec of the cache: keys and values are sharded by their heads, latents are not."""
-        channels = "heads" if self.form == "llama" else None
-        return self.partition.spec(("pages", channels, None), shape)
+        """Returns the PartitionSpec of the cache."""
+        return _cache_spec(self.form, shape, self.partition)
 
     def run(
         self,
@@ -220,6 +218,17 @@ class HeadProgram:
         start: Any = (cache, first, vector, last)
         (cache, *_), rest = jax.lax.scan(next_draft, start, None, length=count - 1, unroll=self.unroll)
         return cache, jnp.concatenate([first[None], rest]).T
+
+
+def page_bytes(config: EagleConfig, dtype: jnp.dtype, partition: Partition) -> int:
+    """Computes the bytes of a page of a head's cache on each device that has it."""
+    shape = (partition.num_shards("pages"), config.cache_width, PAGE)
+    return partition.local_size(shape, _cache_spec(config.form, shape, partition)) * dtype.itemsize
+
+
+def _cache_spec(form: str, shape: tuple[int, ...], partition: Partition) -> Any:
+    """Returns the PartitionSpec of a cache: keys and values are sharded by their heads, latents are not."""
+    return partition.spec(("pages", "heads" if form == "llama" else None, None), shape)
 
 
 _jitted = functools.lru_cache(maxsize=16)(HeadProgram)

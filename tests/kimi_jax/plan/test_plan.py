@@ -11,7 +11,7 @@ import subprocess
 import pytest
 from rich.console import Console
 
-from checkpoints.toy import toy_config
+from checkpoints.toy import head_config, toy_config
 from kimi_jax import config_json, plan
 from kimi_jax.cli import main
 from kimi_jax.plan import analytic, gpu_target, report, search
@@ -199,14 +199,15 @@ def test_a_plan_in_json(capsys):
     for one in (first, second):
         assert set(one) == {
             "model", "topology", "chips", "devices", "mesh", "why", "from", "versions", "phase", "batch", "context",
-            "chunk", "memory", "per_layer", "step", "tokens_per_second", "collectives", "largest", "others", "engine",
-            "alternatives", "compiled", "warnings", "cost",
+            "chunk", "draft", "memory", "per_layer", "step", "tokens_per_second", "collectives", "largest", "others",
+            "engine", "alternatives", "compiled", "warnings", "cost",
         }  # fmt: skip
         assert list(one["mesh"]) == list(AXES) and math.prod(one["mesh"].values()) == one["devices"]
         memory = one["memory"]
         assert memory.pop("available") == sum(memory.values())
         assert set(memory) == {
-            "experts", "attention", "embeddings", "other_weights", "vision", "cache", "temporaries", "headroom"
+            "experts", "attention", "embeddings", "other_weights", "vision", "draft_head", "cache", "temporaries",
+            "headroom",
         }  # fmt: skip
         step = one["step"]
         assert step["lower_bound_seconds"] == max(step[f"{kind}_seconds"] for kind in ("hbm", "flops", "sent")) > 0
@@ -227,6 +228,34 @@ def test_a_plan_in_words(capsys):
     for kind, size in (("experts", memory.experts), ("cache", memory.cache), ("headroom", memory.headroom)):
         assert re.search(rf"{kind} {size / 1e9:.3f} ", words), words
     assert "(lower bound, HBM)" in words and "Not compiled" in words and "all-reduce data, tensor 8 " in words
+
+
+def test_a_step_that_verifies_drafts(capsys, tmp_path):
+    # Given a toy with a head
+    config = toy_config("k2", **TOY)
+    for name, written in (("model", config), ("head", head_config(config, "eagle3-mla"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(written))
+    flags = ["--model", str(tmp_path / "model"), "--topology", "v5e:2x4", "--batch", "8", "--draft-tokens", "2"]
+    found = {}
+    for draft in ("prompt-lookup", str(tmp_path / "head")):
+        out, _ = asked(capsys, *flags, "--draft", draft, "--json")
+        (found[draft],) = json.loads(out)
+        assert found[draft]["draft"]["tokens"] == 2 and found[draft]["chunk"] == 3
+    looked, headed = found.values()
+    assert looked["memory"]["draft_head"] == 0 < headed["memory"]["draft_head"]
+    assert looked["step"]["hbm_bytes"] < headed["step"]["hbm_bytes"]
+    out, _ = asked(capsys, *flags, "--draft", str(tmp_path / "head"))
+    assert "2 drafts a row, of an Eagle3 head in the mla form" in out and "draft head " in out
+    # and a step that drafts nothing is refused, as is the head of another model
+    for wrong, reason in (
+        (["--phase", "prefill"], "--draft goes with decode steps"),
+        (["--train"], "--train goes without"),
+        (["--model", "k2.5"], "but that of its target is 7168"),
+        (["--draft", str(tmp_path / "model")], "is a model, not a draft head"),
+    ):
+        assert main(["plan", *flags, "--no-compile", "--draft", str(tmp_path / "head"), *wrong]) == 1
+        assert reason in capsys.readouterr().err
 
 
 def test_every_slice_that_is_known(capsys, tmp_path, monkeypatch):

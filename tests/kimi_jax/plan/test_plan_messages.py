@@ -1,14 +1,16 @@
 """Messages that the planner reads off traces, beside those of the same step compiled for eight devices of this host."""
 
+import dataclasses
 import json
 from collections import Counter
 
 import pytest
 
-from checkpoints.toy import toy_config
+from checkpoints.toy import head_config, toy_config
 from kimi_jax import config_json, plan
 from kimi_jax.model.kimi import abstract
 from kimi_jax.plan.hlo import parse
+from kimi_jax.plan.job import Drafting
 from kimi_jax.plan.messages import messages, trace
 from kimi_jax.plan.traffic import collectives
 from kimi_jax.runtime.program import Program
@@ -85,6 +87,18 @@ def test_queries_are_sent_whole_to_every_device():
     (queries,) = [one for one in messages(job) if one.kind == "ragged-all-to-all"]
     assert (queries.nbytes, queries.count, queries.to_all) == (64 * 576 * 2, 61, True)
     assert queries.sent == 61 * 63 * 64 * 576 * 2
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_each_draft_sends_three_sums(tmp_path, drafts):
+    # Given a head, whose embeddings, attention and MLP are each summed over the devices of a row
+    job = toy_job(tmp_path, "decode", 1 + drafts, num_hidden_layers=3)
+    head = config_json.eagle_from_dict(head_config(json.loads((tmp_path / "config.json").read_text()), "eagle3-mla"))
+    sums = {}
+    for draft in (Drafting(drafts), Drafting(drafts, config_json.fit_target(head, job.config))):
+        found = messages(dataclasses.replace(job, draft=draft))
+        sums[draft.head] = sum(one.count for one in found if one.kind == "all-reduce" and one.nbytes > SMALL)
+    assert sums[head] - sums[None] == 3 * drafts
 
 
 def test_one_device_sends_nothing():

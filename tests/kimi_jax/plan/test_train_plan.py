@@ -128,7 +128,7 @@ def test_jobs_that_no_plan_is_made_for():
 def test_the_command_refuses_what_has_no_meaning(capsys):
     common = ["plan", "--train", "--model", "k2.5", "--topology", "v5p:4x8x8", "--no-compile"]
     assert main([*common, "--phase", "prefill"]) != 0
-    assert "--train goes without --plot, --phase and --chunk" in capsys.readouterr().err
+    assert "--train goes without --plot, --phase, --chunk and --draft" in capsys.readouterr().err
 
 
 def test_what_is_compiled_is_extrapolated_and_shown(capsys, tmp_path, monkeypatch):

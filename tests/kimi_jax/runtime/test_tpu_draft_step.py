@@ -1,6 +1,7 @@
-"""Drafts of published heads compiled for TPU meshes that this machine does not have: kernels under shard_map, the cache
-updated in place, no weight moved."""
+"""Drafts of published heads, and verifications with them, compiled for TPU meshes that this machine does not have:
+kernels under shard_map, the cache updated in place, no weight moved."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -8,7 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import eagle_cases
 import pytest
+
+from kimi_jax import config_json, plan
+from kimi_jax.plan import analytic
+from kimi_jax.plan.job import Drafting
+from sharding import mesh_sizes
+from sharding.topologies import topology
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,3 +49,23 @@ def test_drafts_of_published_heads():
         assert found["largest"] < 2**21  # bytes: activations
         assert found["in place"] >= found["cache"], found
         assert found["temporary"] < 1e9 and found["arguments"] < 4e9, found
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("K25_MLA_HEAD", "data=8,sequence=8"), ("K25_LLAMA_HEAD", "data=8,tensor=8")]
+)
+def test_a_verification_that_drafts(name, mesh):
+    # Given three layers of K2.5, the outputs of which a head takes
+    config = config_json.preset("kimi-k2.5")
+    text = dataclasses.replace(config.text, num_hidden_layers=3)
+    head = dataclasses.replace(config_json.eagle_from_dict(getattr(eagle_cases, name)), aux_layers=(0, 1, 2))
+    config = dataclasses.replace(config, text=text, vision=None)
+    job = plan.Job(config, topology("v6e:8x8"), mesh_sizes(mesh), "decode", 64, 8192, 4, Drafting(3, head))
+    made, memory = plan.compiled(job), analytic.memory(job)
+    # Then no weight moves, and no message has more than the stream of all rows, in float32
+    assert made.moved == () and max(one.nbytes for one in made.collectives) <= 64 * 4 * 7168 * 4
+    # and the cache, that of the head too, stays in place
+    assert made.in_place >= memory.cache and made.arguments == pytest.approx(memory.weights + memory.cache, rel=0.03)
+    assert made.temporaries < 2e8
+    # and weights are read once a draft (the Llama form's loop over a row's history has no known length)
+    assert head.form == "llama" or made.hbm_bytes <= 1.1 * analytic.hbm_bytes(job)
