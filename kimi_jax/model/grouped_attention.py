@@ -1,21 +1,22 @@
 """Grouped-query attention (arXiv 2305.13245) with Llama's rotation, as draft heads in Llama's form have it.
 
-It is latent attention whose cache holds the keys and values themselves: [k | v] of each of their heads, side by side.
+It is latent attention whose cache holds the values and keys themselves: [v | k] of each of their heads, side by side.
+The absorbed form is then that of heads which each have a cache of their own: values stand where latents do, keys where
+their rotated part does, and a query has nothing for the values.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from kimi_jax.axes import Float, Inputs, Latents, Positions, Queries
+from kimi_jax.axes import Float, Inputs, Latents, PageTable, Positions, Queries
 from kimi_jax.config import TextConfig
 from kimi_jax.model import rope
-from kimi_jax.model.context import Context, MLACache
+from kimi_jax.model.context import MLACache
 from kimi_jax.model.mla import MLA
 from kimi_jax.model.param import Init, Linear
-from sharding import SINGLE_DEVICE, Partition
+from pallas_kernels import mla_decode, mla_write
+from sharding import Partition
 
 
 class GroupedAttention(MLA):
@@ -31,21 +32,15 @@ class GroupedAttention(MLA):
         self.g_proj = None
         self.o_proj = Linear(init, config.hidden_size, heads * width, ("embed", "heads"))
 
-    def __call__(
-        self, x: Inputs, context: Context, cache: MLACache | None = None, partition: Partition = SINGLE_DEVICE
-    ) -> tuple[Float[jax.Array, "b t d"], MLACache | None]:
-        """Mixes x [b, t, i] as latent attention does; a decode step is a prefill of one token."""
-        return super().__call__(x, dataclasses.replace(context, phase="prefill"), cache, partition)
-
     def project(self, x: Inputs, positions: Positions, partition: Partition) -> tuple[Queries, Latents]:
-        """Computes the rotated queries of this device's heads, and their [rotated key | value], which the cache
+        """Computes the rotated queries of this device's heads, and their [value | rotated key], which the cache
         keeps."""
         width = self.config.qk_rope_head_dim
         q, k, v = (
             rearrange(proj(x), "b t (h k) -> b t h k", k=width) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = (self.rotate(y, positions) for y in (q, k))
-        return q, rearrange(jnp.stack([k, v]), "two b t g k -> b t (g two k)")
+        return q, rearrange(jnp.stack([v, k]), "two b t g k -> b t (g two k)")
 
     def rotate(self, x: Queries, positions: Positions) -> Queries:
         """Rotates each head's channel i with channel i + k / 2, the pairs of Llama's checkpoints."""
@@ -61,6 +56,28 @@ class GroupedAttention(MLA):
     ) -> tuple[Float[jax.Array, "b s h k"], Float[jax.Array, "b s h v"]]:
         """Reads the keys and values of what the cache keeps, each for all of the heads that share it."""
         width = self.config.qk_rope_head_dim
-        k, v = rearrange(latents, "b s (g two k) -> two b s g k", two=2, k=width)
+        v, k = rearrange(latents, "b s (g two k) -> two b s g k", two=2, k=width)
         group = heads // k.shape[2]
         return jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+
+    def absorbed(
+        self,
+        x: Inputs,
+        positions: Positions,
+        cache: MLACache,
+        page_table: PageTable,
+        partition: Partition,
+    ) -> tuple[Float[jax.Array, "b t d"], MLACache]:
+        """Writes a few tokens of each row into the cache, and attends from each to it and to those before it. The mesh
+        leaves rows of the cache whole."""
+        q, latents = self.project(x, positions, partition)
+        cache = MLACache(mla_write(cache.pages, latents, page_table, positions))
+        # Each head of a page is a page of its own, and each head of a row a row
+        groups = latents.shape[2] // (2 * q.shape[3])
+        pages = rearrange(cache.pages, "p (g c) page -> (p g) c page", g=groups)
+        table = rearrange(page_table[:, None] * groups + jnp.arange(groups)[:, None], "b g n -> (b g) n")
+        queries = rearrange(q, "b t (g h) k -> (b g) h t k", g=groups).astype(pages.dtype)
+        lengths = jnp.repeat(positions + 1, groups, axis=0)
+        scale, nothing = self.softmax_scale, jnp.zeros_like(queries)
+        out, _ = mla_decode(nothing, queries, pages, table, lengths, scale=scale, return_lse=True)
+        return self.output(rearrange(out, "(b g) h t k -> b t (g h) k", g=groups).astype(q.dtype), x), cache
