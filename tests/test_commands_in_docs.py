@@ -69,6 +69,7 @@ APART = {
     "kimi-jax generate /models/": "98 GB and more",
     "kimi-jax generate DIR ": "98 GB and more",
     "kimi-jax generate ~/models/kimi-k3 --draft ": "tests/kimi_jax/cli/test_commands.py",
+    "kimi-jax plan --model k2.5 --topology v6e:8x8 --batch 64 --draft ": "tests/kimi_jax/plan/test_plan.py",
     "kimi-jax generate ~/models/kimi-k2.5-orbax ": "tests/kimi_jax/test_processes.py",
     "kimi-jax generate ~/models/k2.5 --distributed": "tests/kimi_jax/test_processes.py",
     "kimi-jax generate FOLDER --prompt Hello --mesh 1x8 --distributed": "tests/kimi_jax/test_processes.py",
