@@ -31,3 +31,4 @@ from pallas_kernels.mla_projections import mla_output as mla_output
 from pallas_kernels.mla_projections import mla_query as mla_query
 from pallas_kernels.mla_projections import rms_norm as rms_norm
 from pallas_kernels.mla_projections import rotate_pairs as rotate_pairs
+from pallas_kernels.router import route as route

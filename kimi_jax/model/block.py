@@ -124,21 +124,24 @@ def route_and_mix(moe: MoE, h: Stream, layout: StreamLayout, training: bool = Fa
     """Computes `mix_experts`, and returns the experts [tokens, j] that it chose on this device.
 
     The tokens are those of `layout.scatter_unique` where the layout dispatches, and else of `layout.gather_all`.
-    For `training`, tokens are dispatched in the way that bounds the memory of a gradient (`sharding.pair_dispatch`).
+    For `training`, tokens are dispatched in the way that bounds the memory of a gradient (`sharding.pair_dispatch`),
+    and experts chosen in plain JAX, whose gradient it is.
     """
     partition, num_local, num_experts = layout.partition, moe.experts.num_local, moe.gate.config.n_routed_experts
+
+    gate = partial(moe.gate, implementation="xla" if training else None)
 
     def sum_experts(x: Array, chosen: Array, weights: Array) -> Array:
         return moe.sum_experts(x, chosen, weights, first_local_expert(num_local, num_experts, partition))
 
     if not layout.dispatches:
         tokens = layout.gather_all(h)
-        chosen, weights = moe.gate(tokens)
+        chosen, weights = gate(tokens)
         routed = sum_experts(moe.project_down(tokens), chosen, weights)
         of_shared = None if moe.shared_experts is None else moe.shared_experts(tokens)
         return reduce_sums(moe, routed, of_shared, h, layout), chosen
     unique = layout.scatter_unique(h)
-    chosen, weights = moe.gate(unique)
+    chosen, weights = gate(unique)
     x = moe.project_down(unique)
     if training:
         matrices, compute = moe.experts.operands(x.dtype), partial(multiply_rows, activation=moe.activation)

@@ -13,7 +13,7 @@ from kimi_jax.axes import FlatHidden, Float, Float32, Int32
 from kimi_jax.config import TextConfig
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, Linear, Matrix
-from pallas_kernels import grouped_glu, grouped_matmul, mixture
+from pallas_kernels import grouped_glu, grouped_matmul, mixture, route
 from pallas_kernels.activations import Activation, SituGated, find_activation
 from pallas_kernels.formats import Dense, Int4, Mxfp4, Weight
 
@@ -47,30 +47,22 @@ class Router(nnx.Module):
         self.weight = init.normal((config.n_routed_experts, config.hidden_size), ("expert_scores", "embed"))
         self.e_score_correction_bias = init.param(jnp.zeros(config.n_routed_experts, jnp.float32), ("expert_scores",))
 
-    def __call__(self, x: FlatHidden) -> tuple[Int32[jax.Array, "t j"], Float32[jax.Array, "t j"]]:
-        """Returns the chosen experts of each token of x [t, d], and their weights."""
+    def __call__(
+        self, x: FlatHidden, implementation: str | None = None
+    ) -> tuple[Int32[jax.Array, "t j"], Float32[jax.Array, "t j"]]:
+        """Returns the chosen experts of each token of x [t, d], and their weights, as `pallas_kernels.route` does."""
         config = self.config
-        x, w = x.astype(jnp.float32), self.weight[...].astype(jnp.float32)
-        scores = jax.nn.sigmoid(jnp.einsum("td,ed->te", x, w, precision=jax.lax.Precision.HIGHEST))
-        choice = self.eligible(scores + self.e_score_correction_bias[...].astype(jnp.float32))
-        _, chosen = jax.lax.top_k(choice, config.num_experts_per_tok)
-        # (jnp.take_along_axis would gather number by number)
-        is_chosen = chosen[:, :, None] == jnp.arange(config.n_routed_experts)
-        weights = jnp.sum(jnp.where(is_chosen, scores[:, None], 0), axis=-1)
-        if config.norm_topk_prob:
-            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-        return chosen, weights * config.routed_scaling_factor
-
-    def eligible(self, choice: Float32[jax.Array, "t e"]) -> Float32[jax.Array, "t e"]:
-        """Sets scores to -inf outside the `topk_group` groups whose two best experts sum highest."""
-        config = self.config
-        if config.n_group == 1:
-            return choice
-        groups = choice.reshape(-1, config.n_group, config.n_routed_experts // config.n_group)
-        best_two, _ = jax.lax.top_k(groups, 2)
-        _, kept = jax.lax.top_k(best_two.sum(-1), config.topk_group)
-        mask = jax.nn.one_hot(kept, config.n_group, dtype=bool).any(axis=1)
-        return jnp.where(mask[:, :, None], groups, -jnp.inf).reshape(choice.shape)
+        return route(
+            x,
+            self.weight[...],
+            self.e_score_correction_bias[...],
+            choices=config.num_experts_per_tok,
+            groups=config.n_group,
+            kept_groups=config.topk_group,
+            normalize=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+            implementation=implementation,
+        )
 
 
 def expert_format(config: TextConfig) -> type[Weight]:

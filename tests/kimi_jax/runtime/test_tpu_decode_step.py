@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 KERNELS = {
-    "kimi-k2.5": {"mla_query": 2, "mla_write": 2, "mla_decode": 2, "mla_output": 2, "mixture": 1},
+    "kimi-k2.5": {"mla_query": 2, "mla_write": 2, "mla_decode": 2, "mla_output": 2, "mixture": 1, "route": 1},
     "kimi-linear-48b": {
-        "kda_step": 1, "mla_query": 1, "mla_write": 1, "mla_decode": 1, "mla_output": 1, "mixture": 1
+        "kda_step": 1, "mla_query": 1, "mla_write": 1, "mla_decode": 1, "mla_output": 1, "mixture": 1,
+        "route": 1,
     },
 }  # fmt: skip
 # Each layer has two sums, the embeddings one; low ranks and queries are gathered, and partials merged by all-to-all.
