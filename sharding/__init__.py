@@ -3,17 +3,17 @@
 A model's code imports everything that it needs of these from here.
 """
 
-from sharding.collectives import all_gather, all_reduce, gather_columns
+from sharding.collectives import all_gather, all_reduce, gather_blocks, gather_columns
 from sharding.expert_dispatch import dispatch_and_combine, first_local_expert
 from sharding.layouts import ReplicatedStream, StreamLayout, choose_layout
 from sharding.matrix_homes import MatrixHomes
 from sharding.mesh import AXES, array_mesh, default_shape, make_mesh, mesh_sizes
 from sharding.page_ring import (
+    exchange_partials,
     gather_pages,
     local_lengths,
     local_positions,
     longest_length,
-    merge_shards,
     ring_page_numbers,
 )
 from sharding.pair_dispatch import dispatch_pairs
@@ -40,14 +40,15 @@ __all__ = [
     "default_shape",
     "dispatch_and_combine",
     "dispatch_pairs",
+    "exchange_partials",
     "first_local_expert",
+    "gather_blocks",
     "gather_columns",
     "gather_pages",
     "local_lengths",
     "local_positions",
     "longest_length",
     "make_mesh",
-    "merge_shards",
     "mesh_sizes",
     "ring_page_numbers",
     "scan_shards",

@@ -44,6 +44,12 @@ def take_shard(x: Array, names: tuple[str, ...], axis: int) -> Array:
     return lax.dynamic_slice_in_dim(x, device_index(names) * size, size, axis=axis)
 
 
+def gather_blocks(shards: Sequence[Array], names: tuple[str, ...]) -> Array:
+    """All-gathers several arrays [..., columns], side by side, over these mesh axes: [devices, ..., all columns]."""
+    together = shards[0] if len(shards) == 1 else jnp.concatenate(shards, axis=-1)
+    return lax.all_gather(together, names) if names else together[None]
+
+
 def gather_columns(shards: Sequence[Array], widths: Sequence[int], names: tuple[str, ...]) -> list[Array]:
     """All-gathers column shards of several arrays [..., columns] over these mesh axes, in one message.
 
@@ -53,7 +59,7 @@ def gather_columns(shards: Sequence[Array], widths: Sequence[int], names: tuple[
     if all(whole):
         return list(shards)
     sent = [shard for shard, complete in zip(shards, whole, strict=True) if not complete]
-    blocks = lax.all_gather(jnp.concatenate(sent, axis=-1), names)
+    blocks = gather_blocks(sent, names)
     ends = [sum(shard.shape[-1] for shard in sent[: i + 1]) for i in range(len(sent) - 1)]
     gathered = iter(
         jnp.moveaxis(block, 0, -2).reshape(*block.shape[1:-1], -1) for block in jnp.split(blocks, ends, axis=-1)

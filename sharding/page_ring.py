@@ -8,8 +8,7 @@ from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from sharding.collectives import device_index, num_devices
 from sharding.partition import Partition
@@ -69,24 +68,10 @@ def longest_length(lengths: Int32[Array, "b"], partition: Partition) -> Int32[Ar
     return lax.pmax(longest, partition.mesh_axes) if partition.mesh_axes else longest
 
 
-def merge_shards(
-    out: Float[Array, "b heads v"], lse: Float32[Array, "b heads"], partition: Partition
-) -> Float[Array, "b h v"]:
-    """Merges partial softmaxes over each device's tokens into one over all tokens.
-
-    Takes the outputs and log-sum-exps of every device's heads, and returns those of this device's heads.
-    """
+def exchange_partials(
+    packed: Float32[Array, "S b heads packed"], partition: Partition
+) -> Float32[Array, "S b heads packed"]:
+    """Exchanges attentions over each device's tokens, given for the heads of each of S devices, and returns those over
+    all devices' tokens for this device's heads."""
     names = partition.axis_names("row_pages")
-    if not names:
-        return out
-    (batch, heads, width), count = out.shape, partition.num_shards("row_pages")
-    packed = jnp.concatenate([out.astype(jnp.float32), lse[..., None]], axis=-1)
-    packed = lax.all_to_all(packed.reshape(batch, count, heads // count, width + 1), names, 1, 0)
-    # Left to itself a TPU puts the width first, where slices of it are free and tiles almost empty.
-    packed = with_layout_constraint(packed.reshape(count, -1, width + 1), Layout(major_to_minor=(0, 1, 2)))
-    outs, lses = packed[..., :width], packed[..., width:]
-    top = jnp.max(lses, axis=0)
-    weights = jnp.exp(lses - jnp.where(jnp.isneginf(top), 0, top))
-    total = jnp.sum(weights, axis=0)
-    merged = jnp.sum(weights * outs, axis=0) / jnp.where(total == 0, 1, total)
-    return merged.reshape(batch, heads // count, width).astype(out.dtype)
+    return lax.all_to_all(packed, names, 0, 0, tiled=True) if names else packed

@@ -28,7 +28,7 @@ def _mixture(tokens: int, K: int, N: int, experts: int, int4: bool) -> Call:
 
 def _decode(rows: int, heads: int) -> Call:
     cache = BF16((rows * 64, 576, 128)), INT32((rows, 64)), INT32((rows,))
-    return partial(ops.mla_decode, scale=0.1), (BF16((rows, heads, 512)), BF16((rows, heads, 64)), *cache)
+    return partial(ops.mla_decode, latent=512, scale=0.1), (BF16((rows, heads, 576)), *cache)
 
 
 def _prefill(tokens: int, heads: int, width: int, values: int) -> Call:

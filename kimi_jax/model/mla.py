@@ -32,12 +32,13 @@ from pallas_kernels import merge_partials, mla_decode, mla_output, mla_prefill, 
 from sharding import (
     SINGLE_DEVICE,
     Partition,
+    exchange_partials,
+    gather_blocks,
     gather_columns,
     gather_pages,
     local_lengths,
     local_positions,
     longest_length,
-    merge_shards,
     ring_page_numbers,
 )
 
@@ -115,6 +116,18 @@ class MLA(nnx.Module):
         low = [self.q_a_proj(x), self.kv_a_proj_with_mqa(x)]
         q_a, kv = gather_columns(low, [config.q_lora_rank, config.latent_dim], names)
         return q_a, kv
+
+    def low_rank_shards(self, x: Float[jax.Array, "n i"], partition: Partition) -> tuple[jax.Array | None, jax.Array]:
+        """Computes `low_ranks` of x [n, i] as `mla_query` takes them: what all devices have, side by side."""
+        config, names, kv = self.config, partition.axis_names("latent"), self.kv_a_proj_with_mqa(x)
+        sharded = kv.shape[-1] < config.latent_dim
+        if config.q_lora_rank is None:
+            return x, gather_blocks([kv], names if sharded else ())
+        q_a = self.q_a_proj(x)
+        if sharded and q_a.shape[-1] < config.q_lora_rank:
+            return None, gather_blocks([q_a, kv], names)
+        q_a, kv = gather_columns([q_a, kv], [config.q_lora_rank, config.latent_dim], names)
+        return q_a, kv[None]
 
     def project(self, x: Inputs, positions: Positions, partition: Partition) -> tuple[Queries, Latents]:
         """Computes [nope | rotated] of this device's heads, and [normed latent | rotated k_pe], which the cache
@@ -246,14 +259,14 @@ class MLA(nnx.Module):
     ) -> tuple[Float32[jax.Array, "b t d"], MLACache]:
         """Writes a few tokens of each row into the cache, and attends from each to it and to those before it."""
         rows, flat, at = len(x), rearrange(x, "b t i -> (b t) i"), positions.reshape(-1)
-        config, (q_a, kv) = self.config, self.low_ranks(flat, partition)
+        config, (q_a, kv_a) = self.config, self.low_rank_shards(flat, partition)
         q_b, norm = (
             (self.q_proj, None) if config.q_lora_rank is None else (self.q_b_proj, self.q_a_layernorm.weight[...])
         )
         kv_b = self.kv_b_proj.weight[...]
-        q_latent, q_rope, latents = mla_query(
+        q, latents = mla_query(
             q_a,
-            kv,
+            kv_a,
             rope.rotation(at, config),
             norm,
             self.kv_a_layernorm.weight[...],
@@ -264,12 +277,23 @@ class MLA(nnx.Module):
         )
         own = local_positions(positions, PAGE, partition)
         cache = MLACache(mla_write(cache.pages, latents.reshape(*own.shape, -1), page_table, own))
-        queries = rearrange(jnp.concatenate([q_latent, q_rope], -1), "(b t) h c -> b (h t) c", b=rows)
-        queries = rearrange(gather_pages(queries, partition), "b (h t) c -> b h t c", t=own.shape[1])
-        q_latent, q_rope = jnp.split(queries, [config.kv_lora_rank], axis=-1)
-        scale, lengths = rope.softmax_scale(config), local_lengths(at + 1, PAGE, partition).reshape(own.shape)
-        o, lse = mla_decode(q_latent, q_rope, cache.pages, page_table, lengths, scale=scale, return_lse=True)
-        o = merge_shards(rearrange(o, "b h t c -> b (h t) c"), lse.reshape(rows, -1), partition)
-        o = rearrange(o, "b (h t) c -> (b t) h c", t=own.shape[1])
+        tokens, devices = own.shape[1], partition.num_shards("row_pages")
+        q = gather_pages(rearrange(q, "(b t) h c -> b (h t) c", b=rows), partition)
+        lengths = local_lengths(at + 1, PAGE, partition).reshape(own.shape)
+        found = mla_decode(
+            rearrange(q, "b (h t) c -> b h t c", t=tokens),
+            cache.pages,
+            page_table,
+            lengths,
+            latent=config.kv_lora_rank,
+            scale=rope.softmax_scale(config),
+            shards=devices if devices > 1 else None,
+        )
+        assert isinstance(found, jax.Array)
+        if devices > 1:
+            packed = exchange_partials(rearrange(found, "s b h t c -> s b (h t) c"), partition)
+            o = rearrange(packed, "s b (h t) c -> s (b t) h c", t=tokens)
+        else:
+            o = rearrange(found, "b h t c -> (b t) h c")
         gate = None if self.g_proj is None else self.g_proj(flat)
         return mla_output(o, kv_b, self.o_proj.weight[...], gate).reshape(*own.shape, -1), cache

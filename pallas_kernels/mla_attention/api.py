@@ -94,63 +94,77 @@ def mla_prefill(
 
 @checks_arguments
 def mla_decode(
-    q_latent: Float[Array, "B H L"] | Float[Array, "B H T L"],
-    q_rope: Float[Array, "B H R"] | Float[Array, "B H T R"],
+    q: Float[Array, "B H width"] | Float[Array, "B H T width"],
     cache: Float[Array, "pages width page"],
     page_table: Int32[Array, "B max_pages"],
     lengths: Int32[Array, "B"] | Int32[Array, "B T"],
     *,
+    latent: int,
     scale: float,
     return_lse: bool = False,
+    shards: int | None = None,
     implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
-    """Attends from the newest tokens of each sequence to its cached latents: softmax(scale * (q_latent . c + q_rope .
-    k_rope)) c.
+    """Attends from the newest tokens of each sequence to its cached latents: softmax(scale * q . [c | k_rope]) c.
 
     Args:
-      q_latent: [B, H, L], queries already multiplied into the latent space (L = 512); q_rope: [B, H, R] (64). With
-        several tokens of a sequence, to verify drafts, [B, H, T, L] and [B, H, T, R]: all of them read a cached latent
-        once.
+      q: [B, H, L + R], queries already multiplied into the latent space (L = 512), then their rotated channels (64).
+        With several tokens of a sequence, to verify drafts, [B, H, T, L + R]: all of them read a cached latent once.
       cache: [pages, L + R, page], latents first.
       page_table: int32 [B, max_pages]; entry i of a row is the page of that sequence's tokens [i * page, (i + 1) *
         page).
       lengths: int32 [B], tokens of each sequence, the newest included; or [B, T], the tokens that each query sees.
-      scale, return_lse, implementation: as in `mla_prefill`; for "triton", L, R and page are powers of two.
+      latent: L.
+      scale, return_lse, implementation: as in `mla_prefill`; there is also "triton" (L, R and page powers of two).
+      shards: packs the result for as many devices, each of which merges some heads' attentions over several caches.
 
     Returns:
-      An array like q_latent (softmax and accumulation in float32), and with `return_lse` float32 [B, H] or [B, H, T]. A
-      query that sees no token gets zeros and -inf. Table entries, and cache past what a sequence's queries see, may
-      hold anything. Not differentiable.
+      [B, H, L] or [B, H, T, L] in q's dtype (softmax and accumulation in float32), and with `return_lse` float32 [B, H]
+      or [B, H, T]. A query that sees no token gets zeros and -inf. Table entries, and cache past what a sequence's
+      queries see, may hold anything. Not differentiable.
+      With `shards` (S) instead one array, float32 [S, B, H / S, L + 1] or [S, B, H / S, T, L + 1]: H / S heads after
+      another, each output without rounding and, last, its log-sum-exp. `mla_output` takes what devices exchange of it.
 
     Raises:
       ValueError: shapes or dtypes other than these, or (where the values are known) a length below 0 or beyond the
         table, or a page out of range.
     """
     op = "mla_decode"
-    axes, rows = ("B H", "B") if jnp.ndim(q_latent) == 3 else ("B H T", "B T")
-    sizes = bind_shapes(op, q_latent=(q_latent, f"{axes} L"), q_rope=(q_rope, f"{axes} R"), lengths=(lengths, rows))
-    bind_shapes(
-        op,
-        cache=(cache, f"pages {sizes['L'] + sizes['R']} page"),
-        page_table=(page_table, f"{sizes['B']} max_pages"),
-    )
-    for name, array in (("q_latent", q_latent), ("q_rope", q_rope), ("cache", cache)):
+    axes, rows = ("B H", "B") if jnp.ndim(q) == 3 else ("B H T", "B T")
+    sizes = bind_shapes(op, q=(q, f"{axes} width"), lengths=(lengths, rows))
+    bind_shapes(op, q=(q, f"{axes} width"), cache=(cache, "pages width page"))
+    bind_shapes(op, page_table=(page_table, f"{sizes['B']} max_pages"))
+    if not 0 < latent <= sizes["width"]:
+        raise ValueError(f"{op}: latent is {latent}, expected 1 to {sizes['width']}, the width of queries")
+    if shards is not None and (shards < 1 or sizes["H"] % shards):
+        raise ValueError(f"{op}: shards is {shards}, expected a divisor of {sizes['H']} heads")
+    for name, array in (("q", q), ("cache", cache)):
         check_dtype(op, name, array, jnp.floating)
     for name, array in (("page_table", page_table), ("lengths", lengths)):
         check_dtype(op, name, array, jnp.integer)
     if (seen := known(lengths)) is not None and seen.ndim == 2:  # of each sequence the most, or what is below 0
         seen = np.where((seen < 0).any(axis=1), seen.min(axis=1, initial=0), seen.max(axis=1, initial=0))
     _check_pages(op, cache, page_table, seen)
-    operands = tuple(map(jnp.asarray, (_by_sequence(q_latent), _by_sequence(q_rope), cache, page_table, lengths)))
+    operands = tuple(map(jnp.asarray, (_by_sequence(q), cache, page_table, lengths)))
     if sizes.get("T") == 1:
-        operands = (*operands[:4], operands[4][:, 0])
+        operands = (*operands[:3], operands[3][:, 0])
+    options: dict[str, Any] = {"latent": latent, "scale": scale, "shards": shards}
     backends = (
-        Backend("mosaic_tpu", partial(mosaic_tpu.mla_decode, scale=scale), ("tpu",), mosaic_tpu.unsupported),
-        Backend("triton", partial(triton.mla_decode, scale=scale), ("cuda",), triton.unsupported),
-        Backend("xla", partial(xla.mla_decode, scale=scale)),
+        Backend(
+            "mosaic_tpu",
+            partial(mosaic_tpu.mla_decode, **options),
+            ("tpu",),
+            partial(mosaic_tpu.unsupported, latent=latent),
+        ),
+        Backend("triton", partial(triton.mla_decode, **options), ("cuda",), partial(triton.unsupported, latent=latent)),
+        Backend("xla", partial(xla.mla_decode, **options)),
     )
-    out, lse = choose(op, implementation, backends, *operands)(*operands)
-    out, lse = out.reshape(jnp.shape(q_latent)), lse.reshape(jnp.shape(q_latent)[:-1])
+    found = choose(op, implementation, backends, *operands)(*operands)
+    shape = jnp.shape(q)[:-1]
+    if shards is not None:
+        return found.reshape(shards, shape[0], shape[1] // shards, *shape[2:], latent + 1)
+    out, lse = found
+    out, lse = out.reshape(*shape, latent), lse.reshape(shape)
     return (out, lse) if return_lse else out
 
 

@@ -21,3 +21,11 @@ def merge_partials(first: Partial, second: Partial) -> Partial:
     share = jnp.where(total == 0, 1, total)
     out = (a_weight / share)[..., None] * a + (b_weight / share)[..., None] * b
     return out.astype(a.dtype), jnp.where(total == 0, -jnp.inf, finite + jnp.log(share))
+
+
+def pack_partials(
+    out: Float32[Array, "B H L"], lse: Float32[Array, "B H"], shards: int
+) -> Float32[Array, "S B heads_of_S packed"]:
+    """Packs float32 outputs and their log-sum-exps as `mla_decode` does for so many `shards`."""
+    packed = jnp.concatenate([out, lse[..., None]], axis=-1)
+    return jnp.moveaxis(packed.reshape(len(packed), shards, -1, packed.shape[-1]), 1, 0)

@@ -46,35 +46,35 @@ def block_pages(page: int, max_pages: int) -> int:
     return max(1, min(max_pages, BLOCK_TOKENS // page))
 
 
-def unsupported(q_latent: Array, q_rope: Array, cache: Array, page_table: Array, lengths: Array) -> str | None:
+def unsupported(q: Array, cache: Array, page_table: Array, lengths: Array, *, latent: int) -> str | None:
     """Says why the decode kernel cannot serve these arguments; None where it can."""
-    if 0 in (*q_latent.shape, *page_table.shape, cache.shape[0]):
+    if 0 in (*q.shape, *page_table.shape, cache.shape[0]):
         return "it is empty"
     if (page := cache.shape[2]) % LANES:
         return f"pages hold {page} tokens, expected a multiple of {LANES}"
-    if (latent := q_latent.shape[2]) % LANES or q_rope.shape[2] % 16:
-        return f"latents have {latent} + {q_rope.shape[2]} values, expected multiples of {LANES} and 16"
-    dtypes = (q_latent.dtype, q_rope.dtype, cache.dtype)
-    if len(set(dtypes)) > 1 or q_latent.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"operands are {', '.join(map(str, dtypes))}, expected all bfloat16 or all float32"
+    if latent % LANES or (rope := q.shape[2] - latent) % 16 or not rope:
+        return f"latents have {latent} + {q.shape[2] - latent} values, expected multiples of {LANES} and 16"
+    if q.dtype != cache.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"q is {q.dtype} and the cache {cache.dtype}, expected both bfloat16 or both float32"
     return None
 
 
 def mla_decode(
-    q_latent: Float[Array, "B H L"],
-    q_rope: Float[Array, "B H R"],
+    q: Float[Array, "B H width"],
     cache: Float[Array, "pages width page"],
     page_table: Int[Array, "B max_pages"],
     lengths: Int[Array, "B"] | Int[Array, "B T"],
     *,
+    latent: int,
     scale: float,
+    shards: int | None,
     interpret: bool | pltpu.InterpretParams,
-) -> tuple[Float[Array, "B H L"], Float[Array, "B H"]]:
-    """See `api.mla_decode`; returns the output in q_latent's dtype and the float32 log-sum-exp.
+) -> Array | tuple[Float[Array, "B H L"], Float[Array, "B H"]]:
+    """See `api.mla_decode`; without `shards` returns the output in q's dtype and the float32 log-sum-exp.
 
     With lengths [B, T], row r of H is a query of token r modulo T.
     """
-    (batch, heads, latent), (_, width, page) = q_latent.shape, cache.shape
+    (batch, heads, width), (_, _, page) = q.shape, cache.shape
     pages = block_pages(page, page_table.shape[1])
     if not interpret:
         # Else XLA moves a cache that fits to vector memory first, all of it.
@@ -83,13 +83,30 @@ def mla_decode(
     def row(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, *shape), lambda b, *_: (b, 0, 0))
 
-    out, lse = pl.pallas_call(
-        partial(_decode_kernel, scale=scale, pages=pages, new_tokens=lengths.size // batch),
+    if shards is None:
+        out_specs = [row(heads, latent), row(1, heads)]
+        out_shape = [
+            jax.ShapeDtypeStruct((batch, heads, latent), q.dtype),
+            jax.ShapeDtypeStruct((batch, 1, heads), jnp.float32),
+        ]
+    else:
+        packed = (heads // shards, latent + 1)
+        out_specs = [pl.BlockSpec((shards, None, *packed), lambda b, *_: (0, b, 0, 0))]
+        out_shape = [jax.ShapeDtypeStruct((shards, batch, *packed), jnp.float32)]
+    found = pl.pallas_call(
+        partial(
+            _decode_kernel,
+            results=len(out_shape),
+            latent=latent,
+            scale=scale,
+            pages=pages,
+            new_tokens=lengths.size // batch,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch,),
-            in_specs=[row(heads, latent), row(heads, q_rope.shape[2]), pl.BlockSpec(memory_space=pltpu.HBM)],
-            out_specs=[row(heads, latent), row(1, heads)],
+            in_specs=[row(heads, width), pl.BlockSpec(memory_space=pltpu.HBM)],
+            out_specs=out_specs,
             scratch_shapes=[
                 pltpu.VMEM((2, width, pages * page), cache.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
@@ -99,42 +116,33 @@ def mla_decode(
                 pltpu.VMEM((heads, latent), jnp.float32),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(q_latent.shape, q_latent.dtype),
-            jax.ShapeDtypeStruct((batch, 1, heads), jnp.float32),
-        ],
+        out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         # As if all sequences filled their tables.
         cost_estimate=pl.CostEstimate(
             flops=2 * heads * (width + latent) * page_table.size * page,
             transcendentals=heads * page_table.size * page,
-            bytes_accessed=page_table.size * page * width * cache.dtype.itemsize + 2 * q_latent.nbytes + q_rope.nbytes,
+            bytes_accessed=page_table.size * page * width * cache.dtype.itemsize + 2 * q.nbytes,
         ),
         interpret=interpret,
         name="mla_decode",
-    )(page_table.reshape(-1), lengths.reshape(-1), q_latent, q_rope, cache)
-    return out, lse[:, 0]
+    )(page_table.reshape(-1), lengths.reshape(-1), q, cache)
+    return found[0] if shards is not None else (found[0], found[1][:, 0])
 
 
 def _decode_kernel(
     table,
     lengths,
-    q_latent,
-    q_rope,
+    q,
     cache,
-    out,
-    lse,
-    buffer,
-    arrived,
-    side,
-    top,
-    total,
-    acc,
-    *,
+    *refs,
+    results,
+    latent,
     scale,
     pages,
     new_tokens,
 ):
+    outs, (buffer, arrived, side, top, total, acc) = refs[:results], refs[results:]
     sequence, page, batch = pl.program_id(0), cache.shape[2], lengths.shape[0] // new_tokens
     max_pages = table.shape[0] // batch
 
@@ -187,7 +195,7 @@ def _decode_kernel(
 
         lax.fori_loop(jnp.minimum(within // page, pages), pages, blank, None)
         visible = within if new_tokens == 1 else seen - block * pages * page
-        _attend(q_latent[0], q_rope[0], buffer.at[half], visible, top, total, acc, scale)
+        _attend(q[0, :, :latent], q[0, :, latent:], buffer.at[half], visible, top, total, acc, scale)
         return 1 - half
 
     side[0] = lax.fori_loop(0, blocks, attend_block, side[0])
@@ -196,22 +204,32 @@ def _decode_kernel(
     def _():
         weight = jnp.sum(total[...], axis=1, keepdims=True)
         if new_tokens == 1:
-            out[0] = (acc[...] / weight).astype(out.dtype)
-            column = math.log(2) * top[...] + jnp.log(weight)
+            _write(outs, acc[...] / weight, math.log(2) * top[...] + jnp.log(weight))
         else:  # a token may see nothing, while others of its sequence do
             sees = weight > 0
             weight = jnp.where(sees, weight, 1)
-            out[0] = (acc[...] / weight).astype(out.dtype)
-            column = jnp.where(sees, math.log(2) * top[...] + jnp.log(weight), -jnp.inf)
-        # A column becomes a row: each head keeps its own lane of a square, and the square's rows are added up.
-        square = (column.shape[0],) * 2
-        own = lax.broadcasted_iota(jnp.int32, square, 0) == lax.broadcasted_iota(jnp.int32, square, 1)
-        lse[0] = jnp.sum(jnp.where(own, column, 0), axis=0, keepdims=True)
+            _write(outs, acc[...] / weight, jnp.where(sees, math.log(2) * top[...] + jnp.log(weight), -jnp.inf))
 
     @pl.when(length <= 0)
     def _():
-        out[...] = jnp.zeros_like(out)
-        lse[...] = jnp.full_like(lse, -jnp.inf)
+        _write(outs, jnp.zeros_like(acc), jnp.full_like(top, -jnp.inf))
+
+
+def _write(outs, out, column):
+    """Writes a sequence's outputs [H, L] and log-sum-exps [H, 1]: into an array each, or packed for some devices."""
+    if len(outs) == 1:
+        (packed,) = outs
+        shards, heads, latent = packed.shape[0], packed.shape[1], packed.shape[2] - 1
+        for shard in range(shards):
+            rows = slice(shard * heads, (shard + 1) * heads)
+            packed[shard, :, :latent] = out[rows]
+            packed[shard, :, latent:] = column[rows]
+        return
+    outs[0][0] = out.astype(outs[0].dtype)
+    # A column becomes a row: each head keeps its own lane of a square, and the square's rows are added up.
+    square = (column.shape[0],) * 2
+    own = lax.broadcasted_iota(jnp.int32, square, 0) == lax.broadcasted_iota(jnp.int32, square, 1)
+    outs[1][0] = jnp.sum(jnp.where(own, column, 0), axis=0, keepdims=True)
 
 
 def _attend(q_latent, q_rope, tokens, within, top, total, acc, scale):

@@ -52,7 +52,7 @@ def mla_write(
     places = jnp.pad(places.reshape(-1), (0, -places.size % LANES), constant_values=-1)
     rows = latents.astype(cache.dtype).reshape(-1, width)
     # The last of several blocks may reach past the rows, a block may not be larger than all of them.
-    rows = jnp.pad(rows, ((0, max(0, LANES - rows.shape[0])), (0, 0)))
+    block, few = min(LANES, len(rows)), len(rows) < LANES
     words = width * cache.dtype.itemsize // 4
     if not interpret:
         # Else XLA moves a cache that fits to vector memory and back, all of it.
@@ -62,7 +62,7 @@ def mla_write(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(blocks,),
-            in_specs=[pl.BlockSpec((LANES, width), lambda i, *_: (i, 0)), pl.BlockSpec(memory_space=pltpu.HBM)],
+            in_specs=[pl.BlockSpec((block, width), lambda i, *_: (i, 0)), pl.BlockSpec(memory_space=pltpu.HBM)],
             out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
             scratch_shapes=[
                 pltpu.VMEM((words, LANES), jnp.int32),
@@ -70,6 +70,7 @@ def mla_write(
                 pltpu.SMEM((SLOTS,), jnp.int32),
                 pltpu.SMEM((3,), jnp.int32),
                 pltpu.SemaphoreType.DMA((SLOTS,)),
+                *([pltpu.VMEM((LANES, width), cache.dtype)] if few else []),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
@@ -100,8 +101,8 @@ def _ends(places: Int[Array, "rows"]) -> Int[Array, "rows"]:
     return (ends + LANES * jnp.arange(len(block), dtype=jnp.int32)[:, None]).reshape(-1)
 
 
-def _write_kernel(places, ends, rows, _before, cache, columns, buffer, units, cursor, moved):
-    """Writes one block of rows.
+def _write_kernel(places, ends, rows, _before, cache, columns, buffer, units, cursor, moved, *whole):
+    """Writes one block of rows, of which there may be fewer than a block has if `whole` has room for one.
 
     `places` has a -1 before the first row and after the last. `columns` is the block, a token to a lane, as words of 32
     bits. `units` has the unit in each slot, -1 once it is written. `cursor` counts the closed visits (their writing has
@@ -197,7 +198,9 @@ def _write_kernel(places, ends, rows, _before, cache, columns, buffer, units, cu
         for slot in range(SLOTS):
             units[slot] = -1
 
-    columns[...] = pltpu.bitcast(rows[...].T, jnp.int32)
+    for room in whole:  # what is in its other rows goes nowhere
+        room[: rows.shape[0], :] = rows[...]
+    columns[...] = pltpu.bitcast((whole[0] if whole else rows)[...].T, jnp.int32)
 
     def run(row):
         look_ahead()

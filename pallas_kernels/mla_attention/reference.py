@@ -28,23 +28,22 @@ def mla_prefill(
 
 
 def mla_decode(
-    q_latent: np.ndarray,
-    q_rope: np.ndarray,
+    q: np.ndarray,
     cache: np.ndarray,
     page_table: np.ndarray,
     lengths: np.ndarray,
+    latent: int,
     scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns output and log-sum-exp like those of `api.mla_decode`, float64, one sequence after another."""
     if lengths.ndim == 2:
         each = [
-            mla_decode(q_latent[:, :, t], q_rope[:, :, t], cache, page_table, lengths[:, t], scale)
-            for t in range(lengths.shape[1])
+            mla_decode(q[:, :, t], cache, page_table, lengths[:, t], latent, scale) for t in range(lengths.shape[1])
         ]
         outs, lses = zip(*each, strict=True)
         return np.stack(outs, axis=2), np.stack(lses, axis=2)
-    q = np.concatenate([q_latent, q_rope], axis=-1).astype(np.float64)
-    batch, heads, latent = q_latent.shape
+    q = q.astype(np.float64)
+    batch, heads, _ = q.shape
     out, lse = np.zeros((batch, heads, latent)), np.full((batch, heads), -np.inf)
     for b in range(batch):
         pages = page_table[b, : -(-lengths[b] // cache.shape[2])]

@@ -16,20 +16,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.mla_attention.merge import pack_partials
+
 # Heads of a program (a matrix product has 16 rows at least), and tokens of a turn.
 FEWEST_HEADS, MOST_HEADS, MOST_TOKENS = 16, 32, 32
 # Programs that keep every multiprocessor of a large GPU busy, and the fewest tokens worth a program of their own.
 PROGRAMS, SHARE = 256, 256
 
 
-def unsupported(q_latent: Array, q_rope: Array, cache: Array, page_table: Array, lengths: Array) -> str | None:
+def unsupported(q: Array, cache: Array, page_table: Array, lengths: Array, *, latent: int) -> str | None:
     """Says why the kernels cannot take these shapes and dtypes; None where they can."""
-    latent, rope, page = q_latent.shape[-1], q_rope.shape[-1], cache.shape[2]
+    rope, page = q.shape[-1] - latent, cache.shape[2]
     if any(not _is_power_of_two(n) or n < 16 for n in (latent, rope, page)):
         return f"latent, rope and page are {latent}, {rope} and {page}, expected powers of two from 16"
-    if q_latent.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"q_latent is {q_latent.dtype}, expected bfloat16 or float32"
-    if not q_latent.size or not page_table.size:
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"q is {q.dtype}, expected bfloat16 or float32"
+    if not q.size or not page_table.size:
         return "there are no sequences, heads or pages"
     return None
 
@@ -39,17 +41,18 @@ def _is_power_of_two(n: int) -> bool:
 
 
 def mla_decode(
-    q_latent: Float[Array, "B H L"],
-    q_rope: Float[Array, "B H R"],
+    q: Float[Array, "B H width"],
     cache: Float[Array, "pages width page"],
     page_table: Int[Array, "B max_pages"],
     lengths: Int[Array, "B"] | Int[Array, "B T"],
     *,
+    latent: int,
     scale: float,
+    shards: int | None,
     interpret: bool = False,
-) -> tuple[Float[Array, "B H L"], Float[Array, "B H"]]:
-    """See `api.mla_decode`; returns the output in q_latent's dtype and the float32 log-sum-exp."""
-    (batch, heads, latent), page = q_latent.shape, cache.shape[2]
+) -> Array | tuple[Float[Array, "B H L"], Float[Array, "B H"]]:
+    """See `api.mla_decode`; without `shards` returns the output in q's dtype and the float32 log-sum-exp."""
+    (batch, heads, _), page = q.shape, cache.shape[2]
     together = FEWEST_HEADS if heads <= FEWEST_HEADS else MOST_HEADS
     blocks = -(-heads // together)
     wanted = min(-(-PROGRAMS // (batch * blocks)), -(-page_table.shape[1] * page // SHARE))
@@ -70,8 +73,8 @@ def mla_decode(
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
         name="mla_decode",
         interpret=interpret,
-    )(q_latent, q_rope.astype(q_latent.dtype), cache, page_table.astype(jnp.int32), lengths.astype(jnp.int32))
-    return pl.pallas_call(
+    )(q[..., :latent], q[..., latent:], cache, page_table.astype(jnp.int32), lengths.astype(jnp.int32))
+    out, lse = pl.pallas_call(
         _merge,
         grid=(heads, batch),
         in_specs=[
@@ -83,13 +86,14 @@ def mla_decode(
             pl.BlockSpec((None, None), lambda h, b: (b, h)),
         ),
         out_shape=(
-            jax.ShapeDtypeStruct(q_latent.shape, q_latent.dtype),
+            jax.ShapeDtypeStruct((batch, heads, latent), q.dtype if shards is None else jnp.float32),
             jax.ShapeDtypeStruct((batch, heads), jnp.float32),
         ),
         compiler_params=plgpu.CompilerParams(num_warps=4),
         name="mla_merge",
         interpret=interpret,
     )(out, lse)
+    return (out, lse) if shards is None else pack_partials(out, lse, shards)
 
 
 def _attend(

@@ -13,6 +13,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.mla_attention.merge import pack_partials
 from pallas_kernels.mla_attention.online import RunningSoftmax, attend, empty, finish
 
 # A block's size in queries and in keys.
@@ -102,20 +103,20 @@ def _prefill(
 
 
 def mla_decode(
-    q_latent: Float[Array, "B H L"],
-    q_rope: Float[Array, "B H R"],
+    q: Float[Array, "B H width"],
     cache: Float[Array, "pages width page"],
     page_table: Int[Array, "B max_pages"],
     lengths: Int[Array, "B"] | Int[Array, "B T"],
     *,
+    latent: int,
     scale: float,
-) -> tuple[Float[Array, "B H L"], Float[Array, "B H"]]:
-    """See `api.mla_decode`; returns the output in q_latent's dtype and the float32 log-sum-exp.
+    shards: int | None,
+) -> Array | tuple[Float[Array, "B H L"], Float[Array, "B H"]]:
+    """See `api.mla_decode`; without `shards` returns the output in q's dtype and the float32 log-sum-exp.
 
     With lengths [B, T], row r of H is a query of token r modulo T.
     """
-    (batch, heads, latent), page = q_latent.shape, cache.shape[2]
-    q = jnp.concatenate([q_latent, q_rope.astype(q_latent.dtype)], axis=-1)
+    (batch, heads, _), page = q.shape, cache.shape[2]
     longest = lengths if lengths.ndim == 1 else jnp.max(lengths, axis=1)
 
     # A page at a time: both products then contract contiguous pages, without a copy.
@@ -135,7 +136,7 @@ def mla_decode(
 
     pages = -(-jnp.max(lengths, initial=0) // page)
     out, lse = finish(lax.fori_loop(0, pages, attend_page, empty((batch, heads), latent)))
-    return out.astype(q_latent.dtype), lse
+    return (out.astype(q.dtype), lse) if shards is None else pack_partials(out, lse, shards)
 
 
 def mla_write(

@@ -21,8 +21,8 @@ _OUTPUT = (
 
 @checks_arguments
 def mla_query(
-    q_a: Float[Array, "B C"],
-    kv_a: Float[Array, "B latent_rope"],
+    q_a: Float[Array, "B C"] | None,
+    kv_a: Float[Array, "S B columns"],
     rotation: tuple[Float32[Array, "B R"], Float32[Array, "B R"]] | None,
     q_norm: Float[Array, "C"] | None,
     kv_norm: Float[Array, "L"],
@@ -32,12 +32,14 @@ def mla_query(
     heads: int,
     eps: float,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B H L"], Float[Array, "B H R"], Float[Array, "B latent_rope"]]:
+) -> tuple[Float[Array, "B H width"], Float[Array, "B width"]]:
     """Computes the absorbed queries and the token's entry of the cache.
 
     Args:
       q_a: [B, C], the source of queries: the low rank before its norm, or (`q_norm` None) the hidden vector itself.
-      kv_a: [B, L + R], the latent before its norm, then the rotated channels of keys.
+      kv_a: [S, B, (L + R) / S], the columns that each of S devices has, as an all-gather leaves them, of the latent
+        before its norm, then the rotated channels of keys. Where `q_a` is None, [S, B, C / S + (L + R) / S]: each
+        device's columns of the low rank of queries come before them.
       rotation: cos and sin, float32 [B, R] each, those of the R/2 pairs twice; None does not rotate.
       q_norm, kv_norm: RMSNorm weights [C] and [L].
       q_b: [H (N + R), C], for each head the N channels that meet the latent and the R rotated ones.
@@ -48,20 +50,29 @@ def mla_query(
         of 8, B at most 128), "xla", or None for the best that the platform has.
 
     Returns:
-      q_latent [B, H, L], the queries folded into the latent's space; q_rope [B, H, R]; and the cached [normed latent |
-      rotated] [B, L + R], in q_a's dtype. Rotated channels are de-interleaved: first members, then second ones.
+      q [B, H, L + R], the queries folded into the latent's space, then their rotated channels; and the cached [normed
+      latent | rotated] [B, L + R]; both in kv_a's dtype. Rotated channels are de-interleaved: first members, then
+      second ones.
 
     Raises:
       ValueError: shapes or dtypes other than these.
     """
     op = "mla_query"
-    arrays = {"q_a": q_a, "kv_a": kv_a, "kv_norm": kv_norm, "q_b": q_b, "kv_b": kv_b}
-    check_dtype(op, "q_a", q_a, jnp.floating)
-    for name, array in arrays.items():
-        check_dtype(op, name, array, jnp.result_type(q_a))
-    sizes = bind_shapes(op, q_a=(q_a, "B C"), kv_norm=(kv_norm, "L"), q_b=(q_b, "rows C"), kv_b=(kv_b, "both L"))
-    rope = jnp.shape(kv_a)[-1] - sizes["L"]
-    bind_shapes(op, q_a=(q_a, "B C"), kv_a=(kv_a, f"B {sizes['L'] + max(rope, 0)}"))
+    arrays = {"kv_norm": kv_norm, "q_b": q_b, "kv_b": kv_b}
+    optional = {name: array for name, array in (("q_a", q_a), ("q_norm", q_norm)) if array is not None}
+    check_dtype(op, "kv_a", kv_a, jnp.floating)
+    for name, array in (arrays | optional).items():
+        check_dtype(op, name, array, jnp.result_type(kv_a))
+    patterns = {"kv_a": "S B columns", "kv_norm": "L", "q_b": "rows C", "kv_b": "both L", "q_a": "B C", "q_norm": "C"}
+    named = {"kv_a": kv_a, **arrays, **optional}
+    sizes = bind_shapes(op, **{name: (array, patterns[name]) for name, array in named.items()})
+    low = 0 if q_a is not None else sizes["C"]
+    rope = sizes["S"] * sizes["columns"] - low - sizes["L"]
+    if rope < 0 or low % sizes["S"]:
+        raise ValueError(
+            f"{op}: kv_a has {sizes['columns']} columns on each of {sizes['S']} devices, expected as many devices' "
+            f"shares of {low} of queries, {sizes['L']} of the latent, and rotated ones"
+        )
     if heads < 1 or sizes["rows"] % heads or sizes["both"] % heads or sizes["rows"] // heads <= rope:
         raise ValueError(
             f"{op}: q_b has {sizes['rows']} rows and kv_b {sizes['both']}, expected multiples of {heads} heads, "
@@ -69,10 +80,7 @@ def mla_query(
         )
     for name, array in zip(("cos", "sin"), rotation or (), strict=False):
         check_dtype(op, name, array, jnp.float32)
-        bind_shapes(op, q_a=(q_a, "B C"), **{name: (array, f"B {rope}")})
-    if q_norm is not None:
-        check_dtype(op, "q_norm", q_norm, jnp.result_type(q_a))
-        bind_shapes(op, q_a=(q_a, "B C"), q_norm=(q_norm, "C"))
+        bind_shapes(op, kv_a=(kv_a, "S B columns"), **{name: (array, f"B {rope}")})
     arguments = (q_a, kv_a, rotation, q_norm, kv_norm, q_b, kv_b)
     kernel, plain = (partial(module.mla_query, heads=heads, eps=eps) for module in (mosaic_tpu, xla))
     backends = (
@@ -84,7 +92,7 @@ def mla_query(
 
 @checks_arguments
 def mla_output(
-    o: Float[Array, "B H L"],
+    o: Float[Array, "B H L"] | Float32[Array, "S B H packed"],
     kv_b: Float[Array, "heads_keyvalue L"],
     o_proj: Float[Array, "D heads_value"],
     gate: Float[Array, "B heads_value"] | None = None,
@@ -95,31 +103,34 @@ def mla_output(
     given times the sigmoid of `gate`, then `o_proj`.
 
     Args:
-      o: [B, H, L], the output of `mla_decode`.
+      o: [B, H, L], the output of `mla_decode`; or float32 [S, B, H, L + 1], packed outputs over S caches with their
+        log-sum-exps (`mla_decode`'s `shards`), which are merged into the output over all of them.
       kv_b: [H (N + V), L], as in `mla_query`.
       o_proj: [D, H V].
-      gate: [B, H V] in o's dtype, before the sigmoid; None for ungated attention.
+      gate: [B, H V] in kv_b's dtype, before the sigmoid; None for ungated attention.
       implementation: "mosaic_tpu" (bf16 or float32; L, V and D multiples of 128, N as V, B at most 128), "xla", or None
         for the best that the platform has.
 
     Returns:
-      float32 [B, D]; the values, once they are gated, are rounded to o's dtype in between.
+      float32 [B, D]; merged outputs, and the values once they are gated, are rounded to kv_b's dtype in between.
 
     Raises:
       ValueError: shapes or dtypes other than these.
     """
     op = "mla_output"
-    check_dtype(op, "o", o, jnp.floating)
-    check_dtype(op, "kv_b", kv_b, jnp.result_type(o))
-    check_dtype(op, "o_proj", o_proj, jnp.result_type(o))
-    sizes = bind_shapes(op, o=(o, "B H L"), kv_b=(kv_b, "both L"), o_proj=(o_proj, "D values"))
+    packed = jnp.ndim(o) == 4
+    check_dtype(op, "kv_b", kv_b, jnp.floating)
+    check_dtype(op, "o", o, jnp.float32 if packed else jnp.result_type(kv_b))
+    check_dtype(op, "o_proj", o_proj, jnp.result_type(kv_b))
+    axes = f"S B H {jnp.shape(kv_b)[-1] + 1}" if packed else "B H L"
+    sizes = bind_shapes(op, o=(o, axes), kv_b=(kv_b, "both L"), o_proj=(o_proj, "D values"))
     if sizes["both"] % sizes["H"] or sizes["values"] % sizes["H"] or sizes["both"] <= sizes["values"]:
         raise ValueError(
             f"{op}: kv_b has {sizes['both']} rows and o_proj {sizes['values']} columns, expected keys and values, and "
             f"values, of {sizes['H']} heads"
         )
     if gate is not None:
-        check_dtype(op, "gate", gate, jnp.result_type(o))
-        bind_shapes(op, o=(o, "B H L"), gate=(gate, f"B {sizes['values']}"))
+        check_dtype(op, "gate", gate, jnp.result_type(kv_b))
+        bind_shapes(op, o=(o, axes), gate=(gate, f"B {sizes['values']}"))
     arguments = (o, kv_b, o_proj, gate)
     return with_gradient(choose(op, implementation, _OUTPUT, *arguments), xla.mla_output)(*arguments)

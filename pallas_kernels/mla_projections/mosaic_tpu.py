@@ -5,9 +5,14 @@ stay in vector memory between the products, where XLA makes some twenty operatio
 with zeros and ones, exact in any precision that does not round x. A block's results are collected and written at its
 last head.
 
-`mla_output`: the grid is (cores, tiles of `o_proj`); the heads' values are made at a core's first.
+Columns that devices have gathered of the low ranks are joined in vector memory too.
+
+`mla_output`: the grid is (cores, tiles of `o_proj`); the heads' values are made at a core's first, after partial
+attentions have been merged where devices have exchanged them.
 """
 
+import functools
+import math
 from functools import partial
 from typing import Any
 
@@ -18,14 +23,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.hardware import LANES, VMEM_LIMIT, chip
-from pallas_kernels.mla_projections.xla import Rotation
+from pallas_kernels.hardware import LANES, SUBLANES, VMEM_LIMIT, chip
+from pallas_kernels.mla_projections.xla import Rotation, merge_packed
 
 MOST_ROWS, HEADS, STEP_BYTES = 128, 8, 2**21
+# The most bytes of packed attentions that `mla_output` merges itself: it has two buffers for them in vector memory.
+MERGED_BYTES = VMEM_LIMIT // 4
 
 
 def query_unsupported(
-    q_a: Array,
+    q_a: Array | None,
     kv_a: Array,
     rotation: Rotation | None,
     q_norm: Array | None,
@@ -36,23 +43,26 @@ def query_unsupported(
     heads: int,
 ) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
-    latent = kv_norm.shape[0]
-    nope = q_b.shape[0] // heads - (kv_a.shape[1] - latent)
-    sizes = {"C": q_a.shape[1], "L": latent, "N": nope}
-    return _unsupported(q_a, sizes, heads, nope, kv_b)
+    latent, low = kv_norm.shape[0], q_b.shape[1]
+    rope = len(kv_a) * kv_a.shape[2] - (low if q_a is None else 0) - latent
+    nope = q_b.shape[0] // heads - rope
+    sizes = {"C": low, "L": latent, "N": nope}
+    return _unsupported(kv_a.dtype, kv_a.shape[1], sizes, heads, nope, kv_b)
 
 
 def output_unsupported(o: Array, kv_b: Array, o_proj: Array, gate: Array | None = None) -> str | None:
     """Says why the kernel cannot take these shapes and dtypes; None where it can."""
-    value = o_proj.shape[1] // o.shape[1]
-    return _unsupported(o, {"L": o.shape[2], "V": value, "D": o_proj.shape[0]}, o.shape[1], value, kv_b)
+    batch, heads, _ = o.shape[-3:]
+    value = o_proj.shape[1] // heads
+    sizes = {"L": kv_b.shape[1], "V": value, "D": o_proj.shape[0]}
+    return _unsupported(kv_b.dtype, batch, sizes, heads, value, kv_b)
 
 
-def _unsupported(x: Array, sizes: dict[str, int], heads: int, half: int, kv_b: Array) -> str | None:
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"x is {x.dtype}, expected bfloat16 or float32"
-    if not 0 < x.shape[0] <= MOST_ROWS:
-        return f"B is {x.shape[0]}, expected 1 to {MOST_ROWS}"
+def _unsupported(dtype: jnp.dtype, batch: int, sizes: dict[str, int], heads: int, half: int, kv_b: Array) -> str | None:
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x is {dtype}, expected bfloat16 or float32"
+    if not 0 < batch <= MOST_ROWS:
+        return f"B is {batch}, expected 1 to {MOST_ROWS}"
     for name, size in sizes.items():
         if size % LANES or not size:
             return f"{name} is {size}, expected a multiple of {LANES}"
@@ -62,8 +72,8 @@ def _unsupported(x: Array, sizes: dict[str, int], heads: int, half: int, kv_b: A
 
 
 def mla_query(
-    q_a: Float[Array, "B C"],
-    kv_a: Float[Array, "B latent_rope"],
+    q_a: Float[Array, "B C"] | None,
+    kv_a: Float[Array, "S B columns"],
     rotation: Rotation | None,
     q_norm: Float[Array, "C"] | None,
     kv_norm: Float[Array, "L"],
@@ -73,21 +83,29 @@ def mla_query(
     heads: int,
     eps: float,
     interpret: Any = False,
-) -> tuple[Float[Array, "B H L"], Float[Array, "B H R"], Float[Array, "B latent_rope"]]:
+) -> tuple[Float[Array, "B H width"], Float[Array, "B width"]]:
     """See `api.mla_query`."""
-    (batch, width), latent, dtype = q_a.shape, kv_norm.shape[0], q_a.dtype
-    rope = kv_a.shape[1] - latent
-    key, block = q_b.shape[0] // heads, min(heads, HEADS)
+    (shards, batch, columns), (rows, width), latent = kv_a.shape, q_b.shape, kv_norm.shape[0]
+    cached = shards * columns - (width if q_a is None else 0)
+    rope, dtype = cached - latent, kv_a.dtype
+    key, block = rows // heads, min(heads, HEADS)
     q_b, kv_b = q_b.reshape(heads, key, width), kv_b.reshape(heads, 2, key - rope, latent)
     if not interpret:
         q_b, kv_b = (pltpu.with_memory_space_constraint(weight, pltpu.HBM) for weight in (q_b, kv_b))
-    small = [q_a, kv_a, kv_norm, *(rotation or ()), *([] if q_norm is None else [q_norm])]
+    small = [kv_a, kv_norm, *([] if q_a is None else [q_a]), *(rotation or ()), *([] if q_norm is None else [q_norm])]
 
     def whole(array: Array) -> pl.BlockSpec:
         return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
 
-    q_latent, q_rope, latents = pl.pallas_call(
-        partial(_query_kernel, eps=eps, latent=latent, rotates=rotation is not None, norms=q_norm is not None),
+    q, latents = pl.pallas_call(
+        partial(
+            _query_kernel,
+            eps=eps,
+            latent=latent,
+            apart=q_a is not None,
+            rotates=rotation is not None,
+            norms=q_norm is not None,
+        ),
         grid=(heads // block, block),
         in_specs=[
             *map(whole, small),
@@ -95,14 +113,12 @@ def mla_query(
             pl.BlockSpec((None, None, key - rope, latent), lambda i, j: (i * block + j, 0, 0, 0)),
         ],
         out_specs=[
-            pl.BlockSpec((batch, block, latent), lambda i, j: (0, i, 0)),
-            pl.BlockSpec((batch, block, rope), lambda i, j: (0, i, 0)),
-            pl.BlockSpec((batch, latent + rope), lambda i, j: (0, 0)),
+            pl.BlockSpec((batch, block, cached), lambda i, j: (0, i, 0)),
+            pl.BlockSpec((batch, cached), lambda i, j: (0, 0)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, latent), dtype),
-            jax.ShapeDtypeStruct((batch, heads, rope), dtype),
-            jax.ShapeDtypeStruct((batch, latent + rope), dtype),
+            jax.ShapeDtypeStruct((batch, heads, cached), dtype),
+            jax.ShapeDtypeStruct((batch, cached), dtype),
         ],
         scratch_shapes=[
             pltpu.VMEM((batch, width), dtype),
@@ -115,21 +131,28 @@ def mla_query(
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * (q_b.size + kv_b.size // 2),
             transcendentals=2 * batch,
-            bytes_accessed=q_b.nbytes + kv_b.nbytes // 2 + batch * (heads + 1) * (latent + rope) * dtype.itemsize,
+            bytes_accessed=q_b.nbytes + kv_b.nbytes // 2 + batch * (heads + 1) * cached * dtype.itemsize,
         ),
         name="mla_query",
         interpret=interpret,
     )(*small, q_b, kv_b)
-    return q_latent, q_rope, latents
+    return q, latents
 
 
 def _query_kernel(
-    q_a_ref: Any, kv_a_ref: Any, kv_norm_ref: Any, *refs: Any, eps: float, latent: int, rotates: bool, norms: bool
+    kv_a_ref: Any,
+    kv_norm_ref: Any,
+    *refs: Any,
+    eps: float,
+    latent: int,
+    apart: bool,
+    rotates: bool,
+    norms: bool,
 ) -> None:
-    *optional, q_b_ref, w_uk_ref, q_latent_ref, q_rope_ref, latents_ref, low_ref, latent_heads, rope_heads = refs
-    cos_sin, q_norm = optional[: 2 * rotates], optional[2 * rotates :]
+    *optional, q_b_ref, w_uk_ref, q_ref, latents_ref, low_ref, latent_heads, rope_heads = refs
+    q_a, cos_sin, q_norm = optional[:apart], optional[apart : apart + 2 * rotates], optional[apart + 2 * rotates :]
     i, j = pl.program_id(0), pl.program_id(1)
-    dtype = q_a_ref.dtype
+    dtype = kv_a_ref.dtype
 
     def rotate(x: Array) -> Array:
         if not rotates:
@@ -140,9 +163,12 @@ def _query_kernel(
 
     @pl.when((i == 0) & (j == 0))
     def _once() -> None:
-        low_ref[...] = _normed(q_a_ref[...], q_norm[0][...], eps) if norms else q_a_ref[...]
-        latents_ref[:, :latent] = _normed(kv_a_ref[:, :latent], kv_norm_ref[...], eps)
-        latents_ref[:, latent:] = rotate(kv_a_ref[:, latent:])
+        shares = (0 if apart else low_ref.shape[1] // kv_a_ref.shape[0]), latents_ref.shape[1] // kv_a_ref.shape[0]
+        low = q_a[0][...] if apart else _columns(kv_a_ref, 0, shares[0])
+        low_ref[...] = _normed(low, q_norm[0][...], eps) if norms else low
+        kv = _columns(kv_a_ref, *shares)
+        latents_ref[:, :latent] = _normed(kv[:, :latent], kv_norm_ref[...], eps)
+        latents_ref[:, latent:] = rotate(kv[:, latent:])
 
     q = _dot(low_ref[...], q_b_ref[...], 1).astype(dtype)
     nope = q_b_ref.shape[0] - rope_heads.shape[2]
@@ -152,8 +178,14 @@ def _query_kernel(
     @pl.when(j == pl.num_programs(1) - 1)
     def _write() -> None:
         for head in range(latent_heads.shape[0]):
-            q_latent_ref[:, head, :] = latent_heads[head]
-            q_rope_ref[:, head, :] = rope_heads[head]
+            q_ref[:, head, :latent] = latent_heads[head]
+            q_ref[:, head, latent:] = rope_heads[head]
+
+
+def _columns(shards_ref: Any, first: int, count: int) -> Array:
+    """Joins the `count` columns from `first` on of each shard [B, columns]."""
+    parts = [shards_ref[shard, :, first : first + count] for shard in range(shards_ref.shape[0])]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def _pairs(width: int, dtype: Any, second: bool) -> Array:
@@ -174,7 +206,7 @@ def _normed(x: Array, weight: Array, eps: float) -> Array:
 
 
 def mla_output(
-    o: Float[Array, "B H L"],
+    o: Float[Array, "B H L"] | Float32[Array, "S B H packed"],
     kv_b: Float[Array, "heads_keyvalue L"],
     o_proj: Float[Array, "D heads_value"],
     gate: Float[Array, "B heads_value"] | None = None,
@@ -182,7 +214,9 @@ def mla_output(
     interpret: Any = False,
 ) -> Float32[Array, "B D"]:
     """See `api.mla_output`."""
-    (batch, heads, latent), (outputs, values) = o.shape, o_proj.shape
+    if o.ndim == 4 and _padded_bytes(o) > MERGED_BYTES:
+        o = merge_packed(o).astype(kv_b.dtype)
+    (batch, heads, _), latent, (outputs, values) = o.shape[-3:], kv_b.shape[1], o_proj.shape
     cores = chip().cores if outputs // LANES % chip().cores == 0 else 1
     core_outputs = outputs // cores
     fit = [n for n in range(LANES, core_outputs + 1, LANES) if core_outputs % n == 0]
@@ -195,14 +229,17 @@ def mla_output(
         _output_kernel,
         grid=(cores, tiles),
         in_specs=[
-            pl.BlockSpec(o.shape, lambda c, n: (0, 0, 0)),
+            pl.BlockSpec(o.shape, lambda c, n: (0,) * o.ndim),
             pl.BlockSpec((heads, None, values // heads, latent), lambda c, n: (0, 1, 0, 0)),
             pl.BlockSpec((tile, values), lambda c, n: (c * tiles + n, 0)),
             *([] if gate is None else [pl.BlockSpec(gate.shape, lambda c, n: (0, 0))]),
         ],
         out_specs=pl.BlockSpec((batch, tile), lambda c, n: (0, c * tiles + n)),
         out_shape=jax.ShapeDtypeStruct((batch, outputs), jnp.float32),
-        scratch_shapes=[pltpu.VMEM((batch, values), o.dtype)],
+        scratch_shapes=[
+            pltpu.VMEM((batch, values), kv_b.dtype),
+            *([pltpu.VMEM((batch, heads, latent), jnp.float32)] if o.ndim == 4 else []),
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
@@ -216,19 +253,46 @@ def mla_output(
     )(o, kv_b, o_proj, *([] if gate is None else [gate]))
 
 
+def _padded_bytes(array: Array) -> int:
+    """Counts the bytes of a float32 array in vector memory, whose last two axes are padded to registers."""
+    *outer, rows, columns = array.shape
+    return 4 * math.prod(outer) * -(-rows // SUBLANES) * SUBLANES * -(-columns // LANES) * LANES
+
+
 def _output_kernel(o_ref: Any, w_uv_ref: Any, o_proj_ref: Any, *refs: Any) -> None:
-    *gate_ref, out_ref, values_ref = refs
+    scratch = 3 if len(o_ref.shape) == 4 else 2
+    gate_ref, (out_ref, values_ref, *merged) = refs[:-scratch], refs[-scratch:]
 
     @pl.when(pl.program_id(1) == 0)
     def _once() -> None:
+        for ref in merged:
+            _merge(o_ref, ref)
+        of_heads = merged[0] if merged else o_ref
         heads, width, _ = w_uv_ref.shape
         for head in range(heads):
-            value, columns = _dot(o_ref[:, head, :], w_uv_ref[head], 1), slice(head * width, (head + 1) * width)
+            o = of_heads[:, head, :].astype(values_ref.dtype)
+            value, columns = _dot(o, w_uv_ref[head], 1), slice(head * width, (head + 1) * width)
             if gate_ref:
                 value = value * jax.nn.sigmoid(gate_ref[0][:, columns].astype(jnp.float32))
             values_ref[:, columns] = value.astype(values_ref.dtype)
 
     out_ref[...] = _dot(values_ref[...], o_proj_ref[...], 1)
+
+
+def _merge(packed_ref: Any, merged_ref: Any) -> None:
+    """Merges packed attentions as `xla.merge_packed` does, a token after another."""
+    shards, latent = packed_ref.shape[0], merged_ref.shape[2]
+
+    def token(b: Array, _: None) -> None:
+        lses = [packed_ref[shard, b, :, latent:] for shard in range(shards)]
+        top = functools.reduce(jnp.maximum, lses)
+        top = jnp.where(top == -jnp.inf, 0, top)
+        weights = [jnp.exp(lse - top) for lse in lses]
+        total = sum(weights)
+        whole = sum(weight * packed_ref[shard, b, :, :latent] for shard, weight in enumerate(weights))
+        merged_ref[b] = whole / jnp.where(total == 0, 1, total)
+
+    lax.fori_loop(0, merged_ref.shape[0], token, None)
 
 
 def _dot(x: Array, weight: Array, axis: int) -> Array:

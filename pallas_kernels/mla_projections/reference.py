@@ -15,8 +15,8 @@ def mla_query(
     *,
     heads: int,
     eps: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Computes `api.mla_query`, given `angles` [B, R/2] in radians instead of cos and sin."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes `api.mla_query`, given q_a and kv_a whole, and `angles` [B, R/2] in radians instead of cos and sin."""
     q_a, kv_a, kv_norm = (np.asarray(array, np.float64) for array in (q_a, kv_a, kv_norm))
     latent = kv_norm.shape[0]
     rope = kv_a.shape[1] - latent
@@ -28,7 +28,8 @@ def mla_query(
         k_pe = _rotate(k_pe, angles)
     w_uk = np.asarray(kv_b, np.float64).reshape(heads, -1, latent)[:, : nope.shape[-1]]
     q_latent = np.stack([nope[:, h] @ w_uk[h] for h in range(heads)], axis=1)
-    return q_latent, pe, np.concatenate([_normed(kv_a[:, :latent], kv_norm, eps), k_pe], axis=1)
+    latents = np.concatenate([_normed(kv_a[:, :latent], kv_norm, eps), k_pe], axis=1)
+    return np.concatenate([q_latent, pe], axis=2), latents
 
 
 def mla_output(o: ArrayLike, kv_b: ArrayLike, o_proj: ArrayLike, gate: ArrayLike | None = None) -> np.ndarray:

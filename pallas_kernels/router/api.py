@@ -38,8 +38,8 @@ def route(
         best experts (bias included) sum highest are not chosen.
       normalize: divides a token's weights by their sum (plus 1e-20).
       scale: multiplies the weights.
-      implementation: "mosaic_tpu" (x and weight both bf16 or both float32, D and E multiples of 128, T at most 128, J
-        at most 128, one group), "xla", or None for the best that the platform has.
+      implementation: "mosaic_tpu" (x and weight both bf16 or both float32, D a multiple of 128 and E of 16, T and J at
+        most 128, one group), "xla", or None for the best that the platform has.
 
     Returns:
       The chosen experts, int32 [T, J], best first, of equals the lowest number first; and their weights, the scores

@@ -20,6 +20,8 @@ KIMI = (
 )
 AWKWARD = (
     RouterShape("one token", 1, 256, 128, 2),
-    RouterShape("an odd number of tokens, as many choices as experts", 37, 128, 128, 128),
+    RouterShape("fewer experts than a block, choices that fill no register", 5, 128, 64, 6),
+    RouterShape("three blocks of 16 experts", 8, 128, 48, 3),
+    RouterShape("an odd number of tokens, and as many choices as experts", 37, 128, 128, 128),
     RouterShape("as many tokens as there may be, one choice", 128, 128, 384, 1),
 )

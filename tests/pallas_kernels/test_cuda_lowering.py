@@ -100,8 +100,8 @@ def paged(shape):
 
 def mla_decode(shape):
     cache, table, lengths = paged(shape)
-    q_latent, q_rope = (BF16((lengths.shape[0], shape.H, width)) for width in (shape.latent, shape.rope))
-    return partial(ops.mla_decode, scale=1.0), (q_latent, q_rope, cache, table, lengths)
+    q = BF16((lengths.shape[0], shape.H, shape.latent + shape.rope))
+    return partial(ops.mla_decode, latent=shape.latent, scale=1.0), (q, cache, table, lengths)
 
 
 def mla_write(shape):

@@ -7,14 +7,15 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from ragged_messages import ragged_all_to_all
 
+from pallas_kernels.mla_projections.xla import merge_packed
 from sharding import (
     AXES,
     Partition,
+    exchange_partials,
     gather_pages,
     local_lengths,
     local_positions,
     make_mesh,
-    merge_shards,
     page_ring,
     ring_page_numbers,
     scan_shards,
@@ -83,13 +84,14 @@ def test_partial_softmaxes_are_merged_as_if_over_all_tokens():
         weights = np.exp(scores)
         expected = np.einsum("dbht,dbhtv->bhv", weights, values) / weights.sum((0, 3))[..., None]
 
-    # When each device has two heads of its own, of all tokens
+    # When each device receives those of two heads of its own, of all tokens
+    packed = np.concatenate([outs, lse[..., None]], axis=-1).astype(np.float32)
+    of_devices = packed.reshape(DEVICES, 3, DEVICES, 2, 7).swapaxes(1, 2)
     found = on_devices(
-        lambda out, lse: merge_shards(out[0], lse[0], PARTITION),
-        (PARTS, PARTS),
+        lambda packed: merge_packed(exchange_partials(packed[0], PARTITION)),
+        (PARTS,),
         PartitionSpec(None, "sequence"),
-        outs.astype(np.float32),
-        lse.astype(np.float32),
+        of_devices,
     )
     np.testing.assert_allclose(
         found, np.nan_to_num(expected), rtol=0, atol=1e-6 * np.abs(np.nan_to_num(expected)).max()

@@ -15,23 +15,24 @@ NOPE, VALUES = 128, 128
 SCALE = 192**-0.5
 
 
-def _decode(heads: int, batch: int, tokens: int) -> Case:
+def _decode(heads: int, batch: int, tokens: int, shards: int | None = None) -> Case:
     max_pages = -(-tokens // PAGE)
     blocks = -(-max_pages // mosaic_tpu.block_pages(PAGE, max_pages))
 
     def build():
         bf16 = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
         int32 = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        return partial(mla_decode, scale=SCALE, return_lse=True, implementation="mosaic_tpu"), (
-            bf16((batch, heads, LATENT)),
-            bf16((batch, heads, ROPE)),
+        options = {"latent": LATENT, "scale": SCALE, "return_lse": True, "shards": shards}
+        return partial(mla_decode, **options, implementation="mosaic_tpu"), (
+            bf16((batch, heads, LATENT + ROPE)),
             bf16((batch * max_pages, LATENT + ROPE, PAGE)),
             int32((batch, max_pages)),
             int32((batch,)),
         )
 
     return Case(
-        name=f"mla_decode H={heads} {batch} sequences of {_thousands(tokens)}",
+        name=f"mla_decode H={heads} {batch} sequences of {_thousands(tokens)}"
+        + (f", packed for {shards}" if shards else ""),
         kernel="mla_decode",
         build=build,
         # Sequences, with two to fill and drain the pipeline; their blocks; and pages to blank: none, all are full.
@@ -155,6 +156,7 @@ CASES = [
         for heads in (64, 8)
         for batch, tokens in ((64, 1024), (64, 8192), (64, 32768), (8, 262144))
     ],
+    _decode(64, 8, 1024, shards=8),
     _prefill(64, 4096, 4096),
     _prefill(64, 2048, 32768),
     _write(64, 1, 8192),

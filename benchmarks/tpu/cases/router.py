@@ -21,7 +21,7 @@ def _case(shape: RouterShape) -> Case:
         name=f"route {shape.T} tokens to {shape.J} of {shape.E}",
         kernel="route",
         build=build,
-        trips=lambda: (shape.E // mosaic_tpu.BLOCK, shape.J),
+        trips=lambda: (shape.E // mosaic_tpu.block_size(shape.E), shape.J),
         units=1.0,
         unit="call",
         hbm_bytes=2.0 * shape.E * shape.D,

@@ -116,12 +116,12 @@ def test_decode(shape, dtype, tolerance):
         if count and shape.lengths[b] % shape.page:
             cache[table[b, count - 1], :, shape.lengths[b] % shape.page :] = np.nan
     q = normal(2, batch, shape.H, shape.latent + shape.rope)
-    latent, rope, cache = (jnp.asarray(a, dtype) for a in (q[..., : shape.latent], q[..., shape.latent :], cache))
+    q, cache = (jnp.asarray(array, dtype) for array in (q, cache))
     lengths = np.array(shape.lengths, np.int32)
-    decode = jax.jit(partial(mla_decode, scale=0.05, return_lse=True))
-    out, lse = decode(latent, rope, cache, table, lengths)
-    wide = (np.asarray(array, np.float32) for array in (latent, rope, cache))
-    expected, expected_lse = reference.mla_decode(*wide, table, lengths, 0.05)
+    decode = jax.jit(partial(mla_decode, latent=shape.latent, scale=0.05, return_lse=True))
+    out, lse = decode(q, cache, table, lengths)
+    wide = (np.asarray(array, np.float32) for array in (q, cache))
+    expected, expected_lse = reference.mla_decode(*wide, table, lengths, shape.latent, 0.05)
     assert out.dtype == dtype and relative_rmse(out, expected) <= tolerance
     np.testing.assert_allclose(lse, expected_lse, atol=1e-5, rtol=1e-6)
     assert not np.asarray(out, np.float32)[lengths == 0].any()
@@ -145,24 +145,27 @@ def test_bad_arguments_are_refused():
     q, positions = normal(0, 1, 3, 2, 8), np.arange(3, dtype=np.int32)[None]
     cache, table = normal(1, 4, 12, 4), np.array([[0, 3]], np.int32)
     prefill = partial(mla_prefill, q, q_positions=positions, kv_positions=positions, scale=1.0)
-    decode = partial(mla_decode, normal(2, 1, 2, 8), scale=1.0)
-    of_two = partial(mla_decode, normal(2, 1, 2, 2, 8), normal(3, 1, 2, 2, 4), cache, table, scale=1.0)
+    options = {"latent": 8, "scale": 1.0}
+    decode = partial(mla_decode, normal(2, 1, 2, 12), **options)
+    of_two = partial(mla_decode, normal(2, 1, 2, 2, 12), cache, table, **options)
     for message, call in (
         (r"k has shape \(1, 3, 2, 7\), expected \[B=1, T, H=2, D=8\]", lambda: prefill(q[..., :7], q)),
         (r"v is bfloat16, expected float32", lambda: prefill(q, jnp.asarray(q, jnp.bfloat16))),
         (r"go together", lambda: prefill(q, q, q_segments=positions)),
         (r"cannot serve", lambda: prefill(q, q, implementation="mosaic_tpu")),
-        (r"cache has shape \(4, 12, 4\), expected \[pages, 11, page\]",
-         lambda: decode(normal(3, 1, 2, 3), cache, table, np.int32([5]))),
+        (r"cache has shape \(4, 12, 4\), expected \[pages, width=11, page\]",
+         lambda: mla_decode(normal(3, 1, 2, 11), cache, table, np.int32([5]), **options)),
+        (r"latent is 13, expected 1 to 12", lambda: decode(cache, table, np.int32([5]), latent=13)),
+        (r"shards is 3, expected a divisor of 2 heads", lambda: decode(cache, table, np.int32([5]), shards=3)),
         (r"a sequence has 9 tokens, expected at most 2 pages of 4",
-         lambda: decode(normal(3, 1, 2, 4), cache, table, np.int32([9]))),
+         lambda: decode(cache, table, np.int32([9]))),
         (r"a sequence has -1 tokens, expected 0 or more",
-         lambda: decode(normal(3, 1, 2, 4), cache, table, np.int32([-1]))),
+         lambda: decode(cache, table, np.int32([-1]))),
         (r"a sequence has -2 tokens, expected 0 or more", lambda: of_two(np.int32([[5, -2]]))),
         (r"page_table is float32, expected",
-         lambda: decode(normal(3, 1, 2, 4), cache, np.float32(table), np.int32([5]))),
+         lambda: decode(cache, np.float32(table), np.int32([5]))),
         (r"page_table names pages 0 to 4, expected 0 to 3",
-         lambda: decode(normal(3, 1, 2, 4), cache, np.int32([[0, 4]]), np.int32([5]))),
+         lambda: decode(cache, np.int32([[0, 4]]), np.int32([5]))),
         (r"mla_write: a sequence has 9 tokens", lambda: mla_write(cache, normal(4, 1, 12), table, np.int32([8]))),
         (r"positions has shape \(1, 1\), expected \[B=1\]",
          lambda: mla_write(cache, normal(4, 1, 12), table, np.int32([[8]]))),

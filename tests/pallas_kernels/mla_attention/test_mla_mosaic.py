@@ -17,7 +17,7 @@ from pallas_kernels.mla_attention import mosaic_prefill, mosaic_tpu, mosaic_writ
 
 TOLERANCES = [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-3)]
 LATENT, ROPE, PAGE, HEADS, SCALE = 128, 16, 128, 3, 0.1
-DECODE = partial(mla_decode, scale=SCALE, return_lse=True, implementation="mosaic_tpu")
+DECODE = partial(mla_decode, latent=LATENT, scale=SCALE, return_lse=True, implementation="mosaic_tpu")
 DECODE_JIT = jax.jit(DECODE)
 DECODES = {"mosaic_tpu": DECODE_JIT, "triton": jax.jit(partial(DECODE, implementation="triton"))}
 WRITE_JIT = jax.jit(partial(mosaic_write.mla_write, interpret=True))
@@ -40,14 +40,14 @@ def paged(lengths, dtype=jnp.float32, max_pages=12, seed=0):
         for i, page in enumerate(table[row, :pages]):
             filled = min(PAGE, length - i * PAGE)
             cache[page, :, :filled] = normal(page + 10, LATENT + ROPE, filled)
-    q_latent, q_rope = normal(seed + 1, len(lengths), HEADS, LATENT), normal(seed + 2, len(lengths), HEADS, ROPE)
-    arrays = tuple(jnp.asarray(array, dtype) for array in (q_latent, q_rope, cache))
+    q = normal(seed + 1, len(lengths), HEADS, LATENT + ROPE)
+    arrays = tuple(jnp.asarray(array, dtype) for array in (q, cache))
     return *arrays, jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
 
 
 def expected_decode(arguments):
-    wide = [np.asarray(array, np.float32) for array in arguments[:3]]
-    return reference.mla_decode(*wide, *map(np.asarray, arguments[3:]), SCALE)
+    wide = [np.asarray(array, np.float32) for array in arguments[:2]]
+    return reference.mla_decode(*wide, *map(np.asarray, arguments[2:]), LATENT, SCALE)
 
 
 @pytest.mark.parametrize("implementation", DECODES)
@@ -67,12 +67,12 @@ def test_decode(lengths, max_pages, dtype, tolerance, implementation):
 def test_decode_of_two_halves_merged(dtype, tolerance, implementation):
     # Given a sequence with half of its pages in one table, half in another
     arguments = paged((700,), dtype, max_pages=6)
-    q_latent, q_rope, cache, table, _ = arguments
+    q, cache, table, _ = arguments
     halves = [(table[:, :3], 3 * PAGE), (table[:, 3:], 700 - 3 * PAGE)]
 
     # When attention runs over each half and the two are merged
     decode = DECODES[implementation]
-    parts = [decode(q_latent, q_rope, cache, rows, jnp.array([length], jnp.int32)) for rows, length in halves]
+    parts = [decode(q, cache, rows, jnp.array([length], jnp.int32)) for rows, length in halves]
     out, lse = merge_partials(*parts)
 
     # Then it is the attention over the whole
@@ -88,9 +88,9 @@ NEWEST = ((1021, 1022, 1023, 1024, 1025), (0, 0, 0, 0, 0), (127, 128, 129, 0, 0)
 @pytest.mark.parametrize("dtype,tolerance", TOLERANCES)
 def test_decode_of_several_tokens(dtype, tolerance, implementation):
     # Given five new tokens of each sequence, some of them padding, across the ends of pages and of a block
-    _, _, *cached, _ = paged(tuple(map(max, NEWEST)), dtype)
-    queries = (normal(at, len(NEWEST), HEADS, 5, width) for at, width in ((1, LATENT), (2, ROPE)))
-    arguments = (*(jnp.asarray(q, dtype) for q in queries), *cached, jnp.array(NEWEST, jnp.int32))
+    _, *cached, _ = paged(tuple(map(max, NEWEST)), dtype)
+    q = jnp.asarray(normal(1, len(NEWEST), HEADS, 5, LATENT + ROPE), dtype)
+    arguments = (q, *cached, jnp.array(NEWEST, jnp.int32))
 
     # Then each token attends to those up to itself, and padding to nothing
     out, lse = jax.jit(partial(DECODE, implementation=implementation))(*arguments)
@@ -101,17 +101,36 @@ def test_decode_of_several_tokens(dtype, tolerance, implementation):
     np.testing.assert_allclose(lse, expected_lse, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", [*DECODES, "xla"])
+@pytest.mark.parametrize("new_tokens", [1, 5])
+def test_decode_packs_outputs_and_their_weights_for_devices(implementation, new_tokens):
+    # Given six heads of three devices, sequences with and without tokens, in bf16
+    lengths = NEWEST if new_tokens > 1 else ((1025,), (0,), (129,), (1,))
+    _, *cached, _ = paged(tuple(map(max, lengths)), jnp.bfloat16)
+    q = jnp.asarray(normal(1, len(lengths), 6, new_tokens, LATENT + ROPE), jnp.bfloat16)
+    arguments = (q, *cached, jnp.array(lengths, jnp.int32))
+    packed = jax.jit(partial(DECODE, implementation=implementation, shards=3))(*arguments)
+
+    # Then each device's two heads are together, without rounding to bf16
+    assert packed.shape == (3, len(lengths), 2, new_tokens, LATENT + 1) and packed.dtype == jnp.float32
+    found = jnp.concatenate(list(packed), axis=1)
+    expected, expected_lse = expected_decode(arguments)
+    close_to((found[..., :-1], found[..., -1]), (expected, expected_lse), 4e-3)
+    assert (found[..., :-1] != found[..., :-1].astype(jnp.bfloat16)).any()
+
+
 def test_decode_races_with_nothing_and_stays_in_bounds():
     arguments = paged((130, 0, 300), max_pages=3)
     strict = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
-    out, _ = mosaic_tpu.mla_decode(*arguments, scale=SCALE, interpret=strict)
+    out, _ = mosaic_tpu.mla_decode(*arguments, latent=LATENT, scale=SCALE, shards=None, interpret=strict)
     assert relative_rmse(out, expected_decode(arguments)[0]) <= 1e-5
     assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_products_of_float32_are_full_and_of_bf16_single(dtype):
-    found = list(dots(jax.make_jaxpr(partial(mosaic_tpu.mla_decode, scale=1.0, interpret=True))(*paged((5,), dtype))))
+    run = partial(mosaic_tpu.mla_decode, latent=LATENT, scale=1.0, shards=None, interpret=True)
+    found = list(dots(jax.make_jaxpr(run)(*paged((5,), dtype))))
     assert len(found) == 3
     wanted = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     for dot in found:
@@ -123,9 +142,9 @@ def test_products_of_float32_are_full_and_of_bf16_single(dtype):
 @pytest.mark.parametrize(
     "change,reason",
     [
-        (lambda q, r, c: (q, r, c[:, :, :64]), "pages hold 64 tokens, expected a multiple of 128"),
-        (lambda q, r, c: (q[:, :, :-8], r, c[:, :-8]), r"latents have 120 \+ 16 values"),
-        (lambda q, r, c: (q, r, c.astype(jnp.bfloat16)), "operands are float32, float32, bfloat16"),
+        (lambda q, c: (q, c[:, :, :64]), "pages hold 64 tokens, expected a multiple of 128"),
+        (lambda q, c: (q[:, :, :-8], c[:, :-8]), r"latents have 128 \+ 8 values"),
+        (lambda q, c: (q, c.astype(jnp.bfloat16)), "q is float32 and the cache bfloat16"),
     ],
 )
 def test_decode_says_why_it_cannot_serve(change, reason):
@@ -404,11 +423,11 @@ def test_what_is_written_anywhere_is_read(lengths, pages, seed):
 
     # When rows are written and attended to
     cache = WRITE_JIT(empty, rows, table, positions)
-    q_latent, q_rope = normal(seed + 1, 2, HEADS, LATENT), normal(seed + 2, 2, HEADS, ROPE)
-    found = DECODE_JIT(q_latent, q_rope, cache, table, lengths)
+    q = normal(seed + 1, 2, HEADS, LATENT + ROPE)
+    found = DECODE_JIT(q, cache, table, lengths)
 
     # Then the attention is that over the rows themselves
-    close_to(found, reference.mla_decode(q_latent, q_rope, np.asarray(cache), table, lengths, SCALE), 1e-5)
+    close_to(found, reference.mla_decode(q, np.asarray(cache), table, lengths, LATENT, SCALE), 1e-5)
     expected = np.full((6, LATENT + ROPE, PAGE), np.nan, np.float32)
     for b, p in zip(*np.nonzero(positions >= 0), strict=True):
         expected[table[b, p // PAGE], :, p % PAGE] = rows[b, p]

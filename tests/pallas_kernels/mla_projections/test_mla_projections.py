@@ -22,7 +22,8 @@ IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"
 
 
 def query_arguments(shape, dtype):
-    """Returns mla_query's arguments and the reference's, which have angles in radians for their cos and sin."""
+    """Returns mla_query's arguments and the reference's, which have whole columns, and angles in radians for their cos
+    and sin."""
     rng = np.random.default_rng(0)
 
     def random(*size):
@@ -34,7 +35,7 @@ def query_arguments(shape, dtype):
     low = random(shape.B, shape.C), random(shape.B, shape.L + shape.R)
     norms = (1 + 0.1 * random(shape.C) if shape.norms else None), 1 + 0.1 * random(shape.L)
     weights = random(shape.H * (shape.N + shape.R), shape.C), random(shape.H * 2 * shape.N, shape.L)
-    return (*low, rotation, *norms, *weights), (*low, angles, *norms, *weights)
+    return (low[0], low[1][None], rotation, *norms, *weights), (*low, angles, *norms, *weights)
 
 
 def output_arguments(shape, dtype):
@@ -78,11 +79,51 @@ def test_against_float64(shape, implementation, dtype, tolerance):
 
 
 @IMPLEMENTATIONS
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("shape", "shards"), [(shapes.KIMI[0], 8), (shapes.AWKWARD[1], 4), (shapes.KIMI[1], 8)])
+def test_columns_that_devices_have_gathered(shape, shards, dtype, implementation):
+    # Given what several devices have of the low ranks, queries' columns before the others where they have a low rank
+    (q_a, kv_a, *rest), _ = query_arguments(shape, dtype)
+    parts = [jnp.stack(jnp.split(array, shards, axis=1)) for array in (q_a, kv_a[0])]
+    gathered = (None, jnp.concatenate(parts, axis=2)) if shape.norms else (q_a, parts[1])
+    found = query(shape, implementation)(*gathered, *rest)
+    # Then they are joined
+    for one, want in zip(found, query(shape, implementation)(q_a, kv_a, *rest), strict=True):
+        np.testing.assert_array_equal(one, want)
+
+
+def packed_arguments(shape, shards, dtype):
+    """Returns mla_output's arguments with partial attentions over several caches; float64 attentions over all."""
+    rng = np.random.default_rng(4)
+    out, lse = rng.normal(size=(shards, shape.B, shape.H, shape.L)), 9 * rng.normal(size=(shards, shape.B, shape.H, 1))
+    lse[0], lse[:, -1] = -np.inf, -np.inf  # a cache without tokens, and a sequence
+    out = np.where(np.isinf(lse), 0, out)
+    packed = np.concatenate([out, lse], axis=-1).astype(np.float32)
+    weights = np.exp(packed[..., -1:].astype(np.float64))
+    total = weights.sum(0)
+    whole = (weights * packed[..., :-1].astype(np.float64)).sum(0) / np.where(total == 0, 1, total)
+    return (jnp.asarray(packed), *output_arguments(shape, dtype)[1:]), whole
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 5e-3)])
+@pytest.mark.parametrize(("shape", "shards"), [(shapes.KIMI[0], 8), (shapes.AWKWARD[0], 3), (shapes.AWKWARD[3], 2)])
+def test_partial_attentions_are_merged(monkeypatch, shape, shards, dtype, tolerance, implementation):
+    given, whole = packed_arguments(shape, shards, dtype)
+    expected = reference.mla_output(whole, *given[1:])
+    found = output(implementation)(*given)
+    assert relative_rmse(found, expected) <= tolerance
+    # Also where they are too many for vector memory
+    monkeypatch.setattr(KERNEL, "MERGED_BYTES", 0)
+    assert relative_rmse(output(implementation)(*given), expected) <= tolerance
+
+
+@IMPLEMENTATIONS
 def test_without_rotation_channels_stay_as_they_are(implementation):
     shape = shapes.AWKWARD[3]
     (q_a, kv_a, *rest), _ = query_arguments(shape, jnp.bfloat16)
-    _, _, latents = query(shape, implementation)(q_a, kv_a, *rest)
-    np.testing.assert_array_equal(latents[:, shape.L :], kv_a[:, shape.L :])
+    _, latents = query(shape, implementation)(q_a, kv_a, *rest)
+    np.testing.assert_array_equal(latents[:, shape.L :], kv_a[0, :, shape.L :])
 
 
 @IMPLEMENTATIONS
@@ -90,14 +131,15 @@ def test_rotation_keeps_the_products_of_two_tokens_at_one_distance(implementatio
     # Given queries and keys of the same channels at positions p and p + 3
     shape = shapes.ProjectionShape("", 4, 128, 128, 128, 64, 1, 128)
     (q_a, kv_a, _, *rest), _ = query_arguments(shape, jnp.float32)
-    same = q_a[:1].repeat(4, 0), kv_a[:1].repeat(4, 0)
+    same = q_a[:1].repeat(4, 0), kv_a[:, :1].repeat(4, 1)
     frequency = 50000.0 ** (-np.arange(32) / 32)
 
     def products(start):
         angles = np.tile((start + np.arange(4))[:, None] * frequency, 2)
         turn = tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
-        _, q_rope, latents = query(shape, implementation)(*same, turn, *rest)
-        return float(q_rope[3, 0] @ latents[0, shape.L :]), float(q_rope[1, 0] @ latents[0, shape.L :])
+        q, latents = query(shape, implementation)(*same, turn, *rest)
+        q_rope, k_rope = q[:, 0, shape.L :], latents[0, shape.L :]
+        return float(q_rope[3] @ k_rope), float(q_rope[1] @ k_rope)
 
     # When both move, then their product stays; at another distance it changes
     for near, far in zip(products(0), products(1000), strict=True):
@@ -118,7 +160,7 @@ def test_rows_do_not_meet(implementation):
     shape = shapes.AWKWARD[1]
     (q_a, kv_a, *rest), _ = query_arguments(shape, jnp.float32)
     clean = query(shape, implementation)(q_a, kv_a, *rest)
-    spoilt = query(shape, implementation)(q_a.at[3].set(jnp.nan), kv_a.at[3].set(jnp.nan), *rest)
+    spoilt = query(shape, implementation)(q_a.at[3].set(jnp.nan), kv_a.at[:, 3].set(jnp.nan), *rest)
     for one, other in zip(clean, spoilt, strict=True):
         assert np.isnan(other[3]).all()
         np.testing.assert_array_equal(np.delete(one, 3, 0), np.delete(other, 3, 0))
@@ -137,11 +179,15 @@ def test_no_race_and_nothing_read_out_of_bounds_or_uninitialised():
         assert not interpret_pallas_call.races.races_found
         added = KERNEL.mla_output(*of_heads, interpret=careful)
         assert not interpret_pallas_call.races.races_found
+        packed, whole = packed_arguments(shape, 2, jnp.float32)
+        merged = KERNEL.mla_output(*packed, interpret=careful)
+        assert not interpret_pallas_call.races.races_found
     finally:
         pltpu.reset_tpu_interpret_mode_state()
     for one, want in zip(found, reference.mla_query(*exact, heads=shape.H, eps=EPS), strict=True):
         assert relative_rmse(one, want) <= 2e-6
     assert relative_rmse(added, reference.mla_output(*of_heads)) <= 2e-6
+    assert relative_rmse(merged, reference.mla_output(whole, *packed[1:])) <= 2e-6
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "DEFAULT")])
@@ -167,10 +213,10 @@ def test_gradient(implementation):
     # Given one head of three tokens, and in float64 a small change of every argument
     shape = shapes.ProjectionShape("", 3, 128, 128, 128, 64, 1, 128)
     given, (q_a, kv_a, angles, q_norm, *rest) = query_arguments(shape, jnp.float32)
-    cotangents = [np.random.default_rng(2).normal(size=size) for size in ((3, 1, 128), (3, 1, 64), (3, 192))]
+    cotangents = [np.random.default_rng(2).normal(size=size) for size in ((3, 1, 192), (3, 192))]
 
     def loss(q_a, kv_a, q_norm):
-        outs = mla_query(q_a, kv_a, given[2], q_norm, *given[4:], heads=1, eps=EPS, implementation=implementation)
+        outs = mla_query(q_a, kv_a[None], given[2], q_norm, *given[4:], heads=1, eps=EPS, implementation=implementation)
         return sum(jnp.sum(out * jnp.asarray(one, jnp.float32)) for out, one in zip(outs, cotangents, strict=True))
 
     slopes = jax.grad(loss, (0, 1, 2))(q_a, kv_a, q_norm)
@@ -190,7 +236,12 @@ def test_gradient(implementation):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kv_a": jnp.zeros((3, 192))}, "mla_query: kv_a has shape (3, 192), expected [B=2, 192]"),
+        ({"kv_a": jnp.zeros((1, 3, 192))}, "mla_query: q_a has shape (2, 128), expected [B=3, C=128]"),
+        (
+            {"q_a": None},
+            "mla_query: kv_a has 192 columns on each of 1 devices, expected as many devices' shares of 128 of queries, "
+            "128 of the latent, and rotated ones",
+        ),
         ({"kv_norm": jnp.zeros(64)}, "mla_query: kv_b has shape (256, 128), expected [both, L=64]"),
         ({"kv_norm": jnp.zeros(128, jnp.bfloat16)}, "mla_query: kv_norm is bfloat16, expected float32"),
         ({"q_norm": jnp.zeros(64)}, "mla_query: q_norm has shape (64,), expected [C=128]"),
@@ -208,7 +259,7 @@ def test_gradient(implementation):
 def test_bad_arguments_of_a_query_are_refused(change, message):
     good = {
         "q_a": jnp.zeros((2, 128)),
-        "kv_a": jnp.zeros((2, 192)),
+        "kv_a": jnp.zeros((1, 2, 192)),
         "rotation": (jnp.zeros((2, 64)), jnp.zeros((2, 64))),
         "q_norm": jnp.zeros(128),
         "kv_norm": jnp.zeros(128),
@@ -217,7 +268,7 @@ def test_bad_arguments_of_a_query_are_refused(change, message):
         "heads": 1,
         "eps": EPS,
     }
-    assert [one.shape for one in mla_query(**good)] == [(2, 1, 128), (2, 1, 64), (2, 192)]
+    assert [one.shape for one in mla_query(**good)] == [(2, 1, 192), (2, 192)]
     with pytest.raises(ValueError) as raised:
         mla_query(**good | change)
     assert str(raised.value) == message

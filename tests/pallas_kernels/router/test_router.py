@@ -29,7 +29,7 @@ def arguments(shape, dtype=jnp.bfloat16, spread=1.0, seed=0):
 @jax.jit
 def kernel_scores(x, weight):
     """Returns the scores [T, E] of the kernel's own logits."""
-    blocks = weight.reshape(-1, mosaic_tpu.BLOCK, weight.shape[1])
+    blocks = weight.reshape(-1, mosaic_tpu.block_size(len(weight)), weight.shape[1])
     return jax.nn.sigmoid(jnp.concatenate([mosaic_tpu.logits(x, block) for block in blocks])).T
 
 
@@ -113,7 +113,7 @@ def test_nan_is_chosen_first_and_what_is_barred_last():
 
 
 def test_reads_nothing_that_is_out_of_bounds_and_uses_nothing_uninitialised():
-    shape = shapes.AWKWARD[1]._replace(J=3)
+    shape = shapes.AWKWARD[3]._replace(J=3)
     careful = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
     given = arguments(shape, jnp.float32)
     try:
@@ -162,7 +162,7 @@ def test_bad_arguments_are_refused(change, message):
     ("change", "reason"),
     [
         ({"x": jnp.zeros((129, 128))}, "129 tokens choose 2 experts each, expected 1 to 128 and at most 128"),
-        ({"weight": jnp.zeros((96, 128)), "bias": jnp.zeros(96)}, "weight is [96, 128], expected multiples of 128"),
+        ({"weight": jnp.zeros((9, 128)), "bias": jnp.zeros(9)}, "weight is [9, 128], expected multiples of 16 and 128"),
         ({"groups": 4}, "there are 4 groups of experts, expected one"),
         (
             {"x": jnp.zeros((2, 128), jnp.bfloat16)},
