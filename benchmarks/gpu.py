@@ -121,9 +121,9 @@ def values(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[An
         experts = jax.tree.leaves(arguments[3])[0].shape[0]
         given[1] = np.stack([random.permutation(experts)[:chosen] for _ in range(tokens)])
     elif called is ops.mla_decode:
-        rows, pages = arguments[3].shape
-        given[3] = np.arange(rows * pages).reshape(rows, pages)
-        given[4] = np.full(rows, pages * arguments[2].shape[2])
+        rows, pages = arguments[2].shape
+        given[2] = np.arange(rows * pages).reshape(rows, pages)
+        given[3] = np.full(rows, pages * arguments[1].shape[2])
     places = [
         np.broadcast_to(np.arange(x.shape[-1]), x.shape) if one is None else one
         for one, x in zip(given, arguments, strict=True)

@@ -128,7 +128,6 @@ def route_and_mix(moe: MoE, h: Stream, layout: StreamLayout, training: bool = Fa
     and experts chosen in plain JAX, whose gradient it is.
     """
     partition, num_local, num_experts = layout.partition, moe.experts.num_local, moe.gate.config.n_routed_experts
-
     gate = partial(moe.gate, implementation="xla" if training else None)
 
     def sum_experts(x: Array, chosen: Array, weights: Array) -> Array:

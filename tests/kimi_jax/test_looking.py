@@ -37,8 +37,8 @@ def recorded_run(kimi, tokens, media, monkeypatch):
     """Returns the logits of the model's own run, and what its router returned in it."""
     used = []
 
-    def record(router, x):
-        found = route(router, x)
+    def record(router, x, **options):
+        found = route(router, x, **options)
         jax.debug.callback(lambda *arrays: used.append(arrays), *found)
         return found
 
