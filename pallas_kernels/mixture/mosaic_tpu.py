@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.formats import Weight
 from pallas_kernels.hardware import chip
+from pallas_kernels.mixture import mosaic_visits
 from pallas_kernels.mixture.stages import STAGES, WINDOW, DenseStage, Int4Stage
 from pallas_kernels.mixture.visits import expert_visits
 
@@ -85,7 +86,10 @@ def mixture(
     stage = STAGES[type(gate)]
     into, out_of = stage.choose(gate, x.dtype, 2), stage.choose(down, x.dtype, 1)
     middle, steps = into.outputs, (into.outputs // into.tile, out_of.outputs // out_of.tile)
-    visit, visits_per_core = expert_visits(chosen, first, into.num_local, gathered, cores)
+    if mosaic_visits.serves(tokens, into.num_local, gathered, cores):
+        visit, visits_per_core = mosaic_visits.expert_visits(chosen, first, into.num_local, cores, interpret)
+    else:
+        visit, visits_per_core = expert_visits(chosen, first, into.num_local, gathered, cores)
     if not interpret:
         # Else XLA, which sees no more than an operand, copies all experts' weights to vector memory beforehand.
         gate, up, down = jax.tree.map(
@@ -174,7 +178,7 @@ def _kernel(
     out_ref, rows_ref, middle_ref, gate_total, up_total, total, *scratch = refs[3 * n :]
     into_scratch, out_scratch = scratch[: len(into.scratch(2))], scratch[len(into.scratch(2)) :]
     v, s = pl.program_id(1), pl.program_id(2)
-    visit, pairs = v * cores + pl.program_id(0), pair_ref.shape[0]
+    visit, pairs = v * cores + pl.program_id(0), share_ref.shape[0]
     expert = jnp.minimum(expert_ref[visit], into.num_local - 1)
     start = start_ref[expert] + (visit - visit_ref[expert]) * rows_ref.shape[0]
     left = jnp.minimum(end_ref[expert] - start, rows_ref.shape[0])

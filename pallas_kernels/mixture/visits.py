@@ -10,15 +10,15 @@ from jaxtyping import Array, Int, Int32
 class ExpertVisits(NamedTuple):
     """Entry [v * cores + c] of `expert` is the expert of visit v of core c, or `num_local` past the last.
 
-    `visit`, `start` and `end` are each expert's first visit, first pair and end of pairs; `pair` has the pairs, sorted
-    by expert, as expert * pairs + number.
+    `visit`, `start` and `end` are each expert's first visit and where its pairs begin and end in `pair`, which has
+    their numbers, token * J + choice, plus any multiple of the number of all pairs.
     """
 
     expert: Int32[Array, "visits"]
-    visit: Int32[Array, "num_local"]
-    start: Int32[Array, "num_local"]
-    end: Int32[Array, "num_local"]
-    pair: Int32[Array, "pairs"]
+    visit: Int32[Array, "experts"]
+    start: Int32[Array, "experts"]
+    end: Int32[Array, "experts"]
+    pair: Int32[Array, "list"]
 
 
 def expert_visits(
