@@ -136,7 +136,7 @@ def _run(
     x = ResidualStream(model.embed(tokens, index, embeds, layout))
     for number, block in enumerate(model.model.layers):
         wanted = what if number in layers else ()
-        h = block.mixer_input(x)
+        x, h = block.mixer_input(x)
         if "attention" in wanted and isinstance(block.self_attn, MLA):
             attention[number] = _attention(block.self_attn, h, context)
         if "kda" in wanted and isinstance(block.self_attn, KDA):
@@ -146,7 +146,7 @@ def _run(
         if "router" in wanted and routing is not None:
             router[number] = routing
         if "hidden" in wanted:
-            hidden[number] = x.prefix
+            hidden[number] = x.total
     return hidden, model.model.last_norm(x), router, attention, kda
 
 
@@ -181,7 +181,7 @@ def _feed_forward(block: Block, x: ResidualStream, layout: StreamLayout) -> tupl
     """Adds the feed-forward part to the stream, and returns the choices by which it was computed."""
     if not isinstance(block.mlp, MoE):
         return block.feed_forward(x, layout), None
-    h = block.forward_input(x)
+    x, h = block.forward_input(x)
     y, chosen = route_and_mix(block.mlp, h, layout)
     _, weights = block.mlp.gate(layout.gather_all(h))  # (the compiler computes the gate once)
     shape = (*h.shape[:2], -1)

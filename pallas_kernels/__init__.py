@@ -29,6 +29,7 @@ from pallas_kernels.mla_attention import mla_prefill as mla_prefill
 from pallas_kernels.mla_attention import mla_write as mla_write
 from pallas_kernels.mla_projections import mla_output as mla_output
 from pallas_kernels.mla_projections import mla_query as mla_query
-from pallas_kernels.mla_projections import rms_norm as rms_norm
 from pallas_kernels.mla_projections import rotate_pairs as rotate_pairs
+from pallas_kernels.norm import add_norm as add_norm
+from pallas_kernels.norm import rms_norm as rms_norm
 from pallas_kernels.router import route as route

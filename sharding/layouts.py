@@ -41,6 +41,11 @@ class StreamLayout:
         """Takes out of the stream what a mixer of this device's tokens treats, [b, tokens, ...]."""
         return x
 
+    @property
+    def local_part(self) -> tuple[int, Int32[Array, ""] | int]:
+        """The number of parts into which `take_local` divides the stream's rows, and which of them it takes."""
+        return 1, 0
+
     def reduce_local(self, y: Float[Array, "b t d"], axis: str, dtype: jnp.dtype) -> Float[Array, "rows tokens d"]:
         """Sums partial results for `take_local`'s tokens over the shards of `axis`, into the stream."""
         return all_reduce(y, self.partition.axis_names(axis)).astype(dtype)
@@ -100,6 +105,10 @@ class ReplicatedStream(StreamLayout):
 
     def take_local(self, x: Array) -> Array:
         return take_shard(x, self.row_axes, axis=0)
+
+    @property
+    def local_part(self) -> tuple[int, Int32[Array, ""] | int]:
+        return num_devices(self.row_axes), device_index(self.row_axes)
 
     def reduce_local(self, y: Float[Array, "b t d"], axis: str, dtype: jnp.dtype) -> Float[Array, "rows tokens d"]:
         names = self.partition.axis_names(axis)

@@ -8,7 +8,6 @@ and the sums of which each device has a part are reduced into it (`sharding.layo
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -20,7 +19,7 @@ from kimi_jax.model.mla import MLA
 from kimi_jax.model.moe import MLP, MoE, choose_activation, multiply_rows
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, Linear, reshard
-from kimi_jax.model.residual import ResidualStream, read_stream
+from kimi_jax.model.residual import ResidualStream, norm_stream
 from kimi_jax.model.statistics import LayerStatistics, count_choices, largest_logits
 from sharding import StreamLayout, dispatch_and_combine, dispatch_pairs, first_local_expert
 
@@ -53,29 +52,33 @@ class Block(nnx.Module):
     def with_statistics(
         self, x: ResidualStream, context: Context, layout: StreamLayout = ONE_DEVICE
     ) -> tuple[ResidualStream, LayerStatistics]:
-        """Maps the stream without a cache, and returns the layer's statistics."""
+        """Maps the settled stream to one without a cache, and returns the layer's statistics."""
         if isinstance(self.self_attn, MLA):
-            h = layout.gather_rows(self.mixer_input(x, layout))
+            h = layout.gather_rows(self.mixer_input(x, layout)[1])
             y, top = self.self_attn.with_max(h, context, layout.partition)
             mixed, max_logits = layout.reduce_rows(y, "heads", x.prefix.dtype), largest_logits(top, layout)
-            x = self.add_mixed(x, mixed)
+            x = self.add_mixed(x, mixed).settled()
         else:
             (x, _), max_logits = self.mix_tokens(x, context, None, layout), None
+            x = x.settled()
         if not isinstance(self.mlp, MoE):
-            return self.feed_forward(x, layout), LayerStatistics(None, max_logits)
-        y, chosen = route_and_mix(self.mlp, self.forward_input(x), layout, training=True)
+            return self.feed_forward(x, layout).settled(), LayerStatistics(None, max_logits)
+        y, chosen = route_and_mix(self.mlp, self.forward_input(x, layout)[1], layout, training=True)
         valid = layout.slice_rows(context.valid)
         counts = count_choices(chosen, valid, self.mlp.gate.config.n_routed_experts, layout)
-        return x.add(y), LayerStatistics(counts, max_logits)
+        return x.add(y).settled(), LayerStatistics(counts, max_logits)
 
-    def mixer_input(self, x: ResidualStream, layout: StreamLayout = ONE_DEVICE) -> Hidden:
-        """Returns the normed vectors of this device's tokens, which the token mixer takes."""
-        local = jax.tree.map(layout.take_local, x)
-        return self.input_layernorm(read_stream(local, self.self_attention_res_norm, self.self_attention_res_proj))
+    def mixer_input(self, x: ResidualStream, layout: StreamLayout = ONE_DEVICE) -> tuple[ResidualStream, Hidden]:
+        """Returns the settled stream, and the normed vectors of this device's tokens, which the token mixer takes."""
+        return norm_stream(
+            x, self.input_layernorm, (self.self_attention_res_norm, self.self_attention_res_proj), layout
+        )
 
-    def forward_input(self, x: ResidualStream) -> Stream:
-        """Returns the normed vectors that the feed-forward layer takes."""
-        return self.post_attention_layernorm(read_stream(x, self.mlp_res_norm, self.mlp_res_proj))
+    def forward_input(self, x: ResidualStream, layout: StreamLayout = ONE_DEVICE) -> tuple[ResidualStream, Stream]:
+        """Returns the settled stream, and the normed vectors that the feed-forward layer takes: a mixture takes those
+        of the whole stream, any other layer those of this device's tokens."""
+        part = ONE_DEVICE if isinstance(self.mlp, MoE) else layout
+        return norm_stream(x, self.post_attention_layernorm, (self.mlp_res_norm, self.mlp_res_proj), part)
 
     def add_mixed(self, x: ResidualStream, mixed: Stream) -> ResidualStream:
         """Adds the token mixer's part to the stream, whose sum begins again where a block of layers does."""
@@ -85,7 +88,8 @@ class Block(nnx.Module):
         self, x: ResidualStream, context: Context, cache: LayerCache | None, layout: StreamLayout
     ) -> tuple[ResidualStream, LayerCache | None]:
         """Adds the token mixer's part to the stream. KDA takes a device's tokens, MLA its rows' tokens."""
-        h, dtype = self.mixer_input(x, layout), x.prefix.dtype
+        x, h = self.mixer_input(x, layout)
+        dtype = x.prefix.dtype
         if isinstance(self.self_attn, KDA):
             assert cache is None or isinstance(cache, KDAState)
             state = None if cache is None else read_slots(cache, context)
@@ -100,9 +104,9 @@ class Block(nnx.Module):
 
     def feed_forward(self, x: ResidualStream, layout: StreamLayout) -> ResidualStream:
         """Adds the feed-forward layer's part to the stream."""
+        x, h = self.forward_input(x, layout)
         if isinstance(self.mlp, MoE):
-            return x.add(mix_experts(self.mlp, self.forward_input(x), layout))
-        h = self.forward_input(jax.tree.map(layout.take_local, x))
+            return x.add(mix_experts(self.mlp, h, layout))
         return x.add(layout.reduce_rows(self.mlp(layout.gather_rows(h)), "mlp", x.prefix.dtype))
 
 

@@ -10,7 +10,7 @@ from kimi_jax.model.block import ONE_DEVICE, Block, depth_attention
 from kimi_jax.model.context import Context, LayerCache
 from kimi_jax.model.norm import RMSNorm
 from kimi_jax.model.param import Init, gather_weights
-from kimi_jax.model.residual import ResidualStream, read_stream
+from kimi_jax.model.residual import ResidualStream, norm_stream
 from kimi_jax.model.statistics import LayerStatistics
 from sharding import SINGLE_DEVICE, Partition, StreamLayout
 
@@ -39,7 +39,8 @@ class Decoder(nnx.Module):
 
     def last_norm(self, stream: ResidualStream) -> Stream:
         """Returns the vectors that the head takes, of the stream after the last layer."""
-        return self.norm(read_stream(stream, self.output_attn_res_norm, self.output_attn_res_proj))
+        depth = self.output_attn_res_norm, self.output_attn_res_proj
+        return norm_stream(stream, self.norm, depth, ONE_DEVICE)[1]
 
     def __call__(
         self,
@@ -70,6 +71,7 @@ class Decoder(nnx.Module):
             stream, with_tokens = gather_weights(block, layout.partition)(stream, context, cache, layout)
             after.append(with_tokens)
             if number in aux_layers:
+                stream = stream.settled()
                 outputs[number] = stream.prefix
         kept = None if caches is None else tuple(cache for cache in after if cache is not None)
         return self.last_norm(stream), kept, tuple(outputs[number] for number in aux_layers)

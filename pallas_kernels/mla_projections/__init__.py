@@ -2,5 +2,4 @@
 
 from pallas_kernels.mla_projections.api import mla_output as mla_output
 from pallas_kernels.mla_projections.api import mla_query as mla_query
-from pallas_kernels.mla_projections.xla import rms_norm as rms_norm
 from pallas_kernels.mla_projections.xla import rotate_pairs as rotate_pairs

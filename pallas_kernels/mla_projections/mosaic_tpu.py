@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.hardware import LANES, SUBLANES, VMEM_LIMIT, chip
 from pallas_kernels.mla_projections.xla import Rotation, merge_packed
+from pallas_kernels.norm.mosaic_tpu import normed
 
 MOST_ROWS, HEADS, STEP_BYTES = 128, 8, 2**21
 # The most bytes of packed attentions that `mla_output` merges itself: it has two buffers for them in vector memory.
@@ -165,9 +166,9 @@ def _query_kernel(
     def _once() -> None:
         shares = (0 if apart else low_ref.shape[1] // kv_a_ref.shape[0]), latents_ref.shape[1] // kv_a_ref.shape[0]
         low = q_a[0][...] if apart else _columns(kv_a_ref, 0, shares[0])
-        low_ref[...] = _normed(low, q_norm[0][...], eps) if norms else low
+        low_ref[...] = normed(low, q_norm[0][...], eps) if norms else low
         kv = _columns(kv_a_ref, *shares)
-        latents_ref[:, :latent] = _normed(kv[:, :latent], kv_norm_ref[...], eps)
+        latents_ref[:, :latent] = normed(kv[:, :latent], kv_norm_ref[...], eps)
         latents_ref[:, latent:] = rotate(kv[:, latent:])
 
     q = _dot(low_ref[...], q_b_ref[...], 1).astype(dtype)
@@ -197,12 +198,6 @@ def _pairs(width: int, dtype: Any, second: bool) -> Array:
         return jnp.where(row == 2 * pair + late.astype(jnp.int32), 1.0, 0.0).astype(dtype)
     other = row == 2 * pair + 1 - late.astype(jnp.int32)
     return jnp.where(other, jnp.where(late, 1.0, -1.0), 0.0).astype(dtype)
-
-
-def _normed(x: Array, weight: Array, eps: float) -> Array:
-    y = x.astype(jnp.float32)
-    y = (y * lax.rsqrt(jnp.mean(y * y, axis=1, keepdims=True) + eps)).astype(x.dtype)
-    return (y.astype(jnp.float32) * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def mla_output(

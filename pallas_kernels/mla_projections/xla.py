@@ -4,14 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.norm import rms_norm
+
 Rotation = tuple[Float32[Array, "..."], Float32[Array, "..."]]
-
-
-def rms_norm(x: Float[Array, "... d"], weight: Float[Array, "d"], eps: float) -> Float[Array, "... d"]:
-    """Computes x / sqrt(mean(x²) + eps) in float32, cast back to x's dtype, times `weight`."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * weight
 
 
 def rotate_pairs(x: Float[Array, "... R"], cos: Float32[Array, "..."], sin: Float32[Array, "..."]) -> Array:

@@ -56,6 +56,7 @@ def main(preset: str, slice_: str, shape: str, batch: int) -> None:
     compiled = step.lower(lowering_platforms=("tpu",)).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     parsed = parse(hlo)
+    entry = parsed.computations[parsed.entry].values()
     sent = collectives(parsed, dict(mesh.shape))
     messages: Counter[str] = Counter()
     for message in sent:
@@ -67,9 +68,10 @@ def main(preset: str, slice_: str, shape: str, batch: int) -> None:
                 "kernels": Counter(re.findall(r"tpu_custom_call.*?op_name=\"[^\"]*/(\w+)/pallas_call\"", hlo)),
                 "collectives": messages,
                 "largest": max(message.nbytes for message in sent if message.kind != "all-to-all"),
-                "copies": [one.name for one in parsed.computations[parsed.entry].values() if _copies(one)],
+                "copies": [one.name for one in entry if _copies(one)],
                 "choosing": sorted({message.kind for message in collectives(parse(chosen), dict(mesh.shape))}),
                 "largest of choosing": max(m.nbytes for m in collectives(parse(chosen), dict(mesh.shape))),
+                "small operations": sum('"estimated_cycles"' in one.attributes for one in entry),
                 "sorts": len(re.findall(r"\bsort\(|TopK", chosen)),
                 "in place": memory.alias_size_in_bytes,
                 "cache": sum(
