@@ -78,6 +78,7 @@ class GroupedAttention(MLA):
         table = rearrange(page_table[:, None] * groups + jnp.arange(groups)[:, None], "b g n -> (b g) n")
         queries = rearrange(q, "b t (g h) k -> (b g) h t k", g=groups).astype(pages.dtype)
         lengths = jnp.repeat(positions + 1, groups, axis=0)
-        scale, nothing = self.softmax_scale, jnp.zeros_like(queries)
-        out, _ = mla_decode(nothing, queries, pages, table, lengths, scale=scale, return_lse=True)
+        queries = jnp.concatenate([jnp.zeros_like(queries), queries], axis=-1)  # nothing looks at the values
+        width, scale = q.shape[3], self.softmax_scale
+        out, _ = mla_decode(queries, pages, table, lengths, latent=width, scale=scale, return_lse=True)
         return self.output(rearrange(out, "(b g) h t k -> b t (g h) k", g=groups).astype(q.dtype), x), cache
