@@ -7,9 +7,11 @@ its 197 TFLOP/s, the others are assumed (+-30 % between chips; ratios on one chi
 GPUs have the numbers of NVIDIA's data sheets and architecture white papers.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import jax
 from jax.experimental.pallas import tpu as pltpu
 
 
@@ -181,3 +183,16 @@ def chip() -> ChipFacts:
     except ValueError:
         return CHIPS["v6e"].facts
     return ChipFacts(info.generation >= 6, info.vmem_capacity_bytes, info.num_cores, info.generation >= 7)
+
+
+def tpu_in_use() -> AbstractContextManager[Any]:
+    """Returns a context in which JAX has a TPU to ask for its facts: a v6e where neither the default device nor the
+    mesh in use is one, so that kernels that emit pipelines are interpreted there."""
+    try:
+        pltpu.get_tpu_info()
+    except ValueError:
+        mesh, device = jax.sharding.get_abstract_mesh(), jax.sharding.AbstractDevice("TPU v6 lite", 1, "tpu")
+        return jax.sharding.use_abstract_mesh(
+            jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device)
+        )
+    return nullcontext()

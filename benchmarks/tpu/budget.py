@@ -1,4 +1,5 @@
-"""Reads and writes the budget of the compiled kernels: bundles per unit and spills by case and chip.
+"""Reads and writes the budget of the compiled kernels by case and chip: bundles per unit, spills, and how many
+operations run beside the kernel.
 
 A schedule is deterministic, so a test can compare it with a budget. Each version of libtpu schedules otherwise and has
 a budget file of its own.
@@ -19,7 +20,7 @@ def budget_path() -> Path:
 
 
 def read(path: Path) -> dict[tuple[str, str], dict[str, float]]:
-    """Returns {(case, chip): {"bundles_per_unit": ..., "spills": ...}}."""
+    """Returns {(case, chip): {"bundles_per_unit": ..., "spills": ..., "beside": ...}}."""
     listed = json.loads(path.read_text())
     return {(case, chip): limit for case, chips in listed.items() for chip, limit in chips.items()}
 
@@ -28,7 +29,7 @@ def write(path: Path, rows: list[Row]) -> None:
     """Writes the rows into the file, in place of its limits for their cases and chips."""
     limits = read(path) if path.exists() else {}
     for row in rows:
-        limits[row.case, row.chip] = {"bundles_per_unit": round(row.bundles_per_unit, 2), "spills": row.spills}
+        limits[row.case, row.chip] = _found(row) | {"bundles_per_unit": round(row.bundles_per_unit, 2)}
     listed: dict[str, dict[str, dict[str, float]]] = {}
     for (case, chip), limit in sorted(limits.items()):
         listed.setdefault(case, {})[chip] = limit
@@ -38,10 +39,14 @@ def write(path: Path, rows: list[Row]) -> None:
 
 def excess(row: Row, limit: dict[str, float]) -> str | None:
     """Returns a line that names the numbers of the row more than 3 % above its budget, None where there are none."""
-    found = {"bundles_per_unit": row.bundles_per_unit, "spills": row.spills}
+    found = _found(row)
     excesses = [
         f"{name} {found[name]:.2f}, budget {allowed}"
         for name, allowed in limit.items()
         if found[name] > SLACK * allowed
     ]
     return f"{row.case} on {row.chip}: {'; '.join(excesses)}" if excesses else None
+
+
+def _found(row: Row) -> dict[str, float]:
+    return {"bundles_per_unit": row.bundles_per_unit, "spills": row.spills, "beside": len(row.glue)}

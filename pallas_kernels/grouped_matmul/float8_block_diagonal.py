@@ -37,12 +37,12 @@ def multiply_codes(
     codes: Callable[[int, slice], Float[Array, "128 columns"]],
     N: int,
     scales_ref: Any,
-    first_group: Any,
+    scale_row: Callable[[int], Any],
 ) -> Float[Array, "rows N"]:
     """Multiplies the x that `left` was made from by code * scale.
 
-    `codes(i, columns)` returns the i-th 128 inputs of these outputs in float8; the scales are those from `first_group`
-    on in `scales_ref`, as `spread_scale` reads them.
+    `codes(i, columns)` returns the i-th 128 inputs of these outputs in float8; the scales of the i-th 32 inputs are row
+    `scale_row(i)` of `scales_ref`, which `spread_scale` reads.
     """
     rows = left[0].shape[0] // COPIES
     totals = []
@@ -54,20 +54,20 @@ def multiply_codes(
                 diagonal, codes(i, columns), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
             )
             for copy in range(COPIES):
-                scale = spread_scale(scales_ref, first_group + i * COPIES + copy, rows, columns)
+                scale = spread_scale(scales_ref, scale_row(i * COPIES + copy), rows, columns)
                 total += partial[copy * rows : (copy + 1) * rows] * scale
         totals.append(total)
     return jnp.concatenate(totals, axis=1)
 
 
-def spread_scale(scales_ref: Any, group: Any, rows: int, columns: slice | None = None) -> Float[Array, "rows N"]:
-    """Returns a group's scales, of all outputs or some, in each of `rows` rows.
+def spread_scale(scales_ref: Any, row: Any, rows: int, columns: slice | None = None) -> Float[Array, "rows N"]:
+    """Returns a row of scales, of all outputs or some, in each of `rows` rows.
 
-    `scales_ref` [N//128, groups, 128] has float32 numbers, or their bits: rows as wide as a register are broadcast
+    `scales_ref` [N//128, all rows, 128] has float32 numbers, or their bits: rows as wide as a register are broadcast
     without arithmetic when they are loaded.
     """
     start, stop = (0, scales_ref.shape[0] * LANES) if columns is None else (columns.start, columns.stop)
-    row = pl.ds(group, 1)
-    spread = [jnp.broadcast_to(scales_ref[i, row], (rows, LANES)) for i in range(start // LANES, stop // LANES)]
+    one = pl.ds(row, 1)
+    spread = [jnp.broadcast_to(scales_ref[i, one], (rows, LANES)) for i in range(start // LANES, stop // LANES)]
     numbers = jnp.concatenate(spread, axis=1)
     return numbers if numbers.dtype == jnp.float32 else pltpu.bitcast(numbers, jnp.float32)

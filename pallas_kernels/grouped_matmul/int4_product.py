@@ -45,15 +45,15 @@ class GroupRows(NamedTuple):
 
 
 class Code(NamedTuple):
-    """The code of a format: how many inputs a row of its codes has, whether large parts are taken for few rows and for
-    one window, and what is done with a part of a matrix.
+    """The code of a format: how many inputs a row of its codes has, how many weights are a part for few rows (None:
+    `mosaic_int4.PART_WEIGHTS`), whether one window has parts as large, and what is done with a part of a matrix.
 
     `expand_rows(rows)` and `multiply_codes(left, codes, scales, groups, scratch)` multiply few rows in block-diagonal
     form; `dequantise(codes, scales, groups, scratch, dtype, bf16)` returns the weights [inputs, N].
     """
 
     inputs_per_row: int
-    large_few: bool
+    part_weights: int | None
     large_window: bool
     expand_rows: Callable[[Array], Any]
     multiply_codes: Callable[[Any, Array, Any, Any, Any], Array]
@@ -141,9 +141,9 @@ def add_products(
 
     count = rows.high - rows.low
     is_few = rows.few & few
-    few_part, one_part = (tile.K_part if large else tile.K_shared for large in (code.large_few, code.large_window))
+    one_part = tile.K_part if code.large_window else tile.K_shared
     if few:
-        for_parts(is_few, few_part, few_rows)
+        for_parts(is_few, tile.K_part, few_rows)
     if more and scaled_ref is None:
         each = partial(for_parts, count > 0, one_part)
         high = jnp.where(is_few, rows.low, rows.high)
@@ -194,7 +194,7 @@ def _multiply_int4_as_float8(left: Any, codes: Array, scales: Any, groups: Any, 
         inputs = slice(i * block_diagonal.INPUTS, (i + 1) * block_diagonal.INPUTS)
         return codes[inputs, columns].astype(jnp.float8_e4m3fn)
 
-    return float8_block_diagonal.multiply_codes(left, numbers, codes.shape[1], rows_ref, 0)
+    return float8_block_diagonal.multiply_codes(left, numbers, codes.shape[1], rows_ref, lambda i: i)
 
 
 def _multiply_mxfp4(left: Any, codes: Array, scales: Any, groups: Any, rows_ref: Any) -> Array:
@@ -209,9 +209,9 @@ def _dequantise_mxfp4(codes: Array, scales: Any, groups: Any, rows_ref: Any, dty
     return mxfp4_product.dequantise(codes, scales, groups, dtype)
 
 
-INT4 = Code(1, False, True, block_diagonal.expand_rows, _multiply_int4, _dequantise_int4)
-INT4_AS_FLOAT8 = Code(1, True, True, float8_block_diagonal.expand_rows, _multiply_int4_as_float8, _dequantise_int4)
-MXFP4 = Code(2, True, False, mxfp4_product.expand_rows, _multiply_mxfp4, _dequantise_mxfp4)
+INT4 = Code(1, None, True, block_diagonal.expand_rows, _multiply_int4, _dequantise_int4)
+INT4_AS_FLOAT8 = Code(1, 2**23, True, float8_block_diagonal.expand_rows, _multiply_int4_as_float8, _dequantise_int4)
+MXFP4 = Code(2, 2**23, False, mxfp4_product.expand_rows, _multiply_mxfp4, _dequantise_mxfp4)
 
 
 def int4_code(chip: ChipFacts) -> Code:

@@ -1,12 +1,15 @@
 """Grouped matmul and gated linear units with INT4 or MXFP4 weights as one Pallas kernel for TPUs.
 
-Rows are cut in blocks; a *visit* is a pair of a block and a group with rows in it, and the grid is (N tiles, visits),
-the number of visits dynamic. A step takes all K rows of an N tile of the visit's group, as half bytes: up to 4 MiB, so
-that the 220 to 290 bundles that every step costs matter little. Part after part is unpacked and scaled in vector
-memory, and the group's rows of the block are multiplied by it, a window at a time, into a float32 accumulator of the
-whole block: rows of other groups enter as zeros, so that nothing has to be merged and groups may begin anywhere. The
-accumulator is zeroed at a block's first visit and written at its last. A block of x stays in vector memory for all its
-visits; weights are streamed once per visit.
+Rows are cut in blocks; a *visit* is a pair of a block and a group with rows in it, and the grid is (N tiles, visits).
+A kernel of one group has that grid. A kernel of several lists the visits first, from the groups' sizes, and emits a
+pipeline over as many, so that nothing runs beside it.
+
+A step takes all K rows of an N tile of the visit's group, as half bytes: up to 4 MiB, so that the 220 to 290 bundles
+that every step costs matter little. Part after part is unpacked and scaled in vector memory, and the group's rows of
+the block are multiplied by it, a window at a time, into a float32 accumulator of the whole block: rows of other groups
+enter as zeros, so that nothing has to be merged and groups may begin anywhere. The accumulator is zeroed at a block's
+first visit and written at its last. A block of x stays in vector memory for all its visits; weights are streamed once
+per visit.
 
 A weight is bf16(code * scale). In bf16 arithmetic (v6e on) the product rounds to that by itself; v5 has none, and
 rounds the float32 product. Float32 x is multiplied at HIGHEST precision, bf16 x in one pass with float32 accumulation.
@@ -45,8 +48,8 @@ from pallas_kernels.grouped_matmul.int4_product import (
     int4_code,
     scale_rows,
 )
-from pallas_kernels.grouped_matmul.visits import WINDOWS, block_visits, every_block, window_size
-from pallas_kernels.hardware import LANES, VMEM_LIMIT, chip
+from pallas_kernels.grouped_matmul.visits import WINDOWS, BlockVisits, every_block, list_visits, window_size
+from pallas_kernels.hardware import LANES, VMEM_LIMIT, chip, tpu_in_use
 
 # A part's scales must fill a tile of memory: 16 rows of 32 inputs each.
 K_PART = 512
@@ -144,65 +147,121 @@ def _call(
     (tokens, K), (num_local, N, _) = x.shape, weights[0].shape
     is_mxfp4 = isinstance(weights[0], Mxfp4)
     code = MXFP4 if is_mxfp4 else int4_code(chip())
-    tile = tiles(tokens, K, N, num_local, x.dtype)
+    tile = tiles(tokens, K, N, num_local, x.dtype, part_weights=code.part_weights)
     blocks = -(-tokens // tile.block)
     few, dtype = uses_block_diagonal(tile, x.dtype, is_mxfp4), x.dtype
     few &= groups is not None or tokens <= FEW_ROWS
     more = not few or tokens > FEW_ROWS
-    # Windows of 8 rows of float32 may begin at any multiple of 8; those of bf16 could not.
-    x = x.astype(jnp.float32 if few and more else dtype)
-    if groups is None:
-        visit = every_block(tokens, blocks, tile.block)
-    else:
-        visit = block_visits(*groups, num_local, blocks, tile.block)
-
-    def weight(rows: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, rows, tile.N), lambda n, v, block, group, *_: (group[v], 0, n))
-
-    bf16 = chip().bf16_vpu
+    bf16, columns, cores = chip().bf16_vpu, N // tile.N, chip().cores
+    kernel = partial(
+        _kernel,
+        tile=tile,
+        code=code,
+        few=few,
+        more=more,
+        dtype=dtype,
+        combine=combine,
+        bf16=bf16,
+        operands=len(weights),
+    )
     accumulator = pltpu.VMEM((tile.block, tile.N), jnp.float32)
+    scratch = [
+        pltpu.VMEM((tile.K_shared, tile.N), dtype),
+        *[accumulator] * len(weights),
+        *[mxfp4_product.scale_numbers(tile.N, K) if is_mxfp4 else scale_rows(tile, bf16)] * len(weights),
+    ]
     if not interpret:
         # Else XLA, which sees no more than an operand, copies all experts' weights to vector memory beforehand.
         weights = jax.tree.map(lambda array: pltpu.with_memory_space_constraint(array, pltpu.HBM), weights)
-    cost = pl.CostEstimate(
-        flops=2 * tokens * K * N * len(weights),
-        transcendentals=0,
-        bytes_accessed=sum(weight.nbytes for weight in weights) + tokens * (K + N) * dtype.itemsize,
-    )
-    return pl.pallas_call(
-        partial(
-            _kernel,
-            tile=tile,
-            code=code,
-            few=few,
-            more=more,
-            dtype=dtype,
-            combine=combine,
-            bf16=bf16,
-        ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
-            grid=(N // tile.N, visit.total[0]),
-            in_specs=[
-                pl.BlockSpec((tile.block, K), lambda n, v, block, *_: (block[v], 0)),
-                *[weight(K // code.inputs_per_row), weight(K // GROUP_SIZE)] * len(weights),
-            ],
-            out_specs=pl.BlockSpec((tile.block, tile.N), lambda n, v, block, *_: (block[v], n)),
-            scratch_shapes=[
-                pltpu.VMEM((tile.K_shared, tile.N), dtype),
-                *[accumulator] * len(weights),
-                *[mxfp4_product.scale_numbers(tile.N, K) if is_mxfp4 else scale_rows(tile, bf16)] * len(weights),
-            ],
-        ),
+    arrays = jax.tree.leaves(weights)
+    options: dict[str, Any] = {
         # The last block may end beyond the rows; what it has there belongs to no group.
-        out_shape=jax.ShapeDtypeStruct((tokens, N), dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        "out_shape": jax.ShapeDtypeStruct((tokens, N), dtype),
+        "cost_estimate": pl.CostEstimate(
+            flops=2 * tokens * K * N * len(weights),
+            transcendentals=0,
+            bytes_accessed=sum(weight.nbytes for weight in weights) + tokens * (K + N) * dtype.itemsize,
         ),
-        cost_estimate=cost,
-        name=f"{'mxfp4' if is_mxfp4 else 'int4'}_{name}",
-        interpret=interpret,
-    )(*visit, x, *jax.tree.leaves(weights))
+        "name": f"{'mxfp4' if is_mxfp4 else 'int4'}_{name}",
+        "interpret": interpret,
+    }
+
+    def specs(visit: Callable[[Any, Any], tuple[Any, Any, Any]]) -> tuple[list[pl.BlockSpec], pl.BlockSpec]:
+        """Returns the specs of x, the weights and the result; `visit` maps a place in the grid, and what follows it, to
+        a tile of N, a block and a group."""
+
+        def spec(shape: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
+            return pl.BlockSpec(shape, lambda *at: index(*visit(*at)))
+
+        def weight(rows: int) -> pl.BlockSpec:
+            return spec((None, rows, tile.N), lambda n, block, group: (group, 0, n))
+
+        inputs = [spec((tile.block, K), lambda n, block, group: (block, 0))]
+        inputs += [weight(K // code.inputs_per_row), weight(K // GROUP_SIZE)] * len(weights)
+        return inputs, spec((tile.block, tile.N), lambda n, block, group: (block, n))
+
+    if groups is None:
+        in_specs, out_spec = specs(lambda n, v, block, group, *_: (n, block[v], group[v]))
+        visit = every_block(tokens, blocks, tile.block)
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=5,
+                grid=(columns, visit.total[0]),
+                in_specs=in_specs,
+                out_specs=out_spec,
+                scratch_shapes=scratch,
+            ),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            ),
+            **options,
+        )(*visit, x, *arrays)
+
+    padded = blocks * tile.block  # A pipeline has whole blocks.
+    options["out_shape"] = jax.ShapeDtypeStruct((padded, N), dtype)
+
+    def all_visits(sizes_ref: Any, offset_ref: Any, *refs: Any) -> None:
+        num = 1 + len(arrays)
+        operands, out_ref, visit, scratch = refs[:num], refs[num], BlockVisits(*refs[num + 1 :][:5]), refs[num + 6 :]
+        list_visits(sizes_ref, offset_ref, visit, blocks, tile.block)
+        each = -(-columns // cores)
+        first = pl.program_id(0) * each if cores > 1 else 0
+        in_specs, out_spec = specs(lambda n, v: (first + n, visit.block[v], visit.group[v]))
+
+        def step(*refs: Any) -> None:
+            kernel(*visit, *refs, *scratch)
+
+        with tpu_in_use():
+            pltpu.emit_pipeline(
+                step,
+                grid=(jnp.minimum(columns - first, each), visit.total[0]),
+                in_specs=in_specs,
+                out_specs=[out_spec],
+            )(*operands, out_ref)
+
+    visits = pltpu.SMEM((blocks + num_local,), jnp.int32)
+    edges = pltpu.SMEM((num_local,), jnp.int32)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    x = x if padded == tokens else jnp.pad(x, ((0, padded - tokens), (0, 0)))
+    sizes, offset = groups
+    if not interpret:
+        x, sizes = (pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in (x, sizes))
+    out = pl.pallas_call(
+        all_visits,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(cores,) if cores > 1 else (),
+            in_specs=[hbm] * (1 + len(arrays)),
+            out_specs=hbm,
+            scratch_shapes=[visits, visits, pltpu.SMEM((1,), jnp.int32), edges, edges, *scratch],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) if cores > 1 else (), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        **options,
+    )(sizes, offset.reshape(1), x, *arrays)
+    return out[:tokens]
 
 
 def _kernel(
@@ -220,8 +279,9 @@ def _kernel(
     dtype: Any,
     combine: Callable[..., Array],
     bf16: bool,
+    operands: int,
 ) -> None:
-    num_weights = (len(refs) - 2) // 4
+    num_weights = operands
     weights, (out_ref, scaled_ref, *scratch) = refs[: 2 * num_weights], refs[2 * num_weights :]
     totals, scale_scratch = scratch[:num_weights], scratch[num_weights:]
     scales = weights[1::2]
@@ -257,8 +317,14 @@ def _kernel(
     def take_rows(first: Array, count: int, inputs: Any) -> Array:
         """Returns the group's rows of a window, with zeros for rows of other groups."""
         number = first + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
-        rows = x_ref[pl.ds(first, count), inputs]
-        rows = rows.astype(jnp.float32) if few else rows
+        if count < tile.rows and more:
+            # Rows of bf16 are loaded from multiples of 16, and few rows begin at those of 8.
+            low = pl.multiple_of(first // tile.rows * tile.rows, tile.rows)
+            both = x_ref[pl.ds(low, tile.rows), inputs].astype(jnp.float32)
+            rows = jnp.where(first == low, both[:count], both[count:])
+        else:
+            rows = x_ref[pl.ds(first, count), inputs]
+            rows = rows.astype(jnp.float32) if count < tile.rows else rows
         return jnp.where((number >= start) & (number < end), rows, 0)
 
     rows = GroupRows(take_rows, low, high, first_few, (end > start) & (end - first_few <= FEW_ROWS))

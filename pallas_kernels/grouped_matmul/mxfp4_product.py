@@ -28,8 +28,7 @@ _RAISE = 2.0**14  # takes back float8_e5m2's 2^-14
 
 
 def scale_numbers(N: int, K: int) -> Any:
-    """Returns scratch for a step's scales in float32, [N//128, K//32, 128]: rows as wide as a register are broadcast
-    without arithmetic when they are loaded."""
+    """Returns scratch for a step's scales in float32, [N//128, K//32, 128]."""
     return pltpu.VMEM((N // LANES, K // GROUP_SIZE, LANES), jnp.float32)
 
 
@@ -53,7 +52,7 @@ def multiply_codes(
     def numbers(i: int, columns: slice) -> Float[Array, "128 columns"]:
         return _to_float8(codes[i * INPUTS // CODES_PER_BYTE : (i + 1) * INPUTS // CODES_PER_BYTE, columns])
 
-    return block_diagonal.multiply_codes(left, numbers, codes.shape[1], numbers_ref, groups.start)
+    return block_diagonal.multiply_codes(left, numbers, codes.shape[1], numbers_ref, lambda i: groups.start + i)
 
 
 def dequantise(codes: UInt8[Array, "K2 N"], numbers_ref: Any, groups: Any, dtype: Any) -> Float[Array, "K N"]:

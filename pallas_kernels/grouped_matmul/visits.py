@@ -1,9 +1,11 @@
 """The order in which a Pallas kernel works through a ragged batch: a visit is a block of rows and a group in it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Int, Int32
 
 from pallas_kernels.grouped_matmul.blocks import local_groups
@@ -67,3 +69,30 @@ def group_visits(
     visit = jnp.minimum(jnp.arange(blocks + num_local - 1, dtype=jnp.int32), stops[-1] - 1)
     group = jnp.sum(stops <= visit[:, None], axis=1, dtype=jnp.int32)
     return BlockVisits(visit - (stops - many - first)[group], group, stops[-1:], starts, ends)
+
+
+def list_visits(sizes_ref: Any, offset_ref: Any, visit: BlockVisits, blocks: int, size: int) -> None:
+    """Writes, inside a Pallas kernel, the visits of `blocks` blocks of `size` rows to the references of `visit`.
+
+    They are the pairs of a block and a local group with rows in it, block by block. A block without any visits the
+    next group with rows, of which it has none, so that every block is written.
+    """
+
+    def pairs(begin: Any, stop: Any, group: Any, v: Any) -> Any:
+        def pair(block: Any, v: Any) -> Any:
+            visit.block[v], visit.group[v] = block, group
+            return v + 1
+
+        return lax.fori_loop(begin, stop, pair, v)
+
+    def group(i: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        v, start, listed = state
+        end = start + sizes_ref[offset_ref[0] + i]
+        visit.start[i], visit.end[i] = start, end
+        begin = jnp.where(end > start, jnp.minimum(start // size, listed), listed)
+        stop = jnp.where(end > start, pl.cdiv(end, size), listed)
+        return pairs(begin, stop, i, v), end, stop
+
+    start = lax.fori_loop(0, offset_ref[0], lambda i, row: row + sizes_ref[i], 0)
+    v, _, listed = lax.fori_loop(0, visit.start.shape[0], group, (0, start, 0))
+    visit.total[0] = pairs(listed, blocks, 0, v)

@@ -34,26 +34,29 @@ def _mxfp4_arguments(K: int, N: int, rows: int, groups: int) -> tuple[Any, Mxfp4
 def _trips(K: int, N: int, rows: int, groups: int | None, matrices: int, is_mxfp4: bool = False) -> tuple[int, ...]:
     """Returns the trips of the kernel's loops.
 
-    The loops are: the grid; windows of a block to zero; parts of a step for a group of few rows, by their number; parts
-    for a group within one window; parts for a group in several windows, and those windows; windows of a block to write.
+    The loops are: of groups, those on other devices, those here, their visits, and blocks after the last; the grid;
+    windows of a block to zero; parts of a step for a group of few rows, by their number; parts for a group within one
+    window; parts for a group in several windows, and those windows; windows of a block to write.
     A group's rows begin at a multiple of their number here, so that all visits are of one kind.
     """
-    few_rows = groups is not None or rows <= FEW_ROWS
-    groups = groups or 1
-    tile = mosaic_int4.tiles(rows * groups, K, N, groups, jnp.bfloat16)
-    columns, blocks = N // tile.N, -(-rows * groups // tile.block)
-    steps, block_windows = columns * max(groups, blocks), columns * blocks * tile.block // tile.rows
-    parts, shared_parts = steps * K // tile.K_part, steps * K // tile.K_shared
+    is_grouped, groups = groups is not None, groups or 1
+    few_rows = is_grouped or rows <= FEW_ROWS
     code = MXFP4 if is_mxfp4 else int4_code(chip())
-    few_parts, parts = (parts if large else shared_parts for large in (code.large_few, code.large_window))
+    tile = mosaic_int4.tiles(rows * groups, K, N, groups, jnp.bfloat16, part_weights=code.part_weights)
+    columns, blocks = N // tile.N, -(-rows * groups // tile.block)
+    visits = max(groups, blocks)
+    steps, block_windows = columns * visits, columns * blocks * tile.block // tile.rows
+    parts, shared_parts = steps * K // tile.K_part, steps * K // tile.K_shared
+    few_parts, parts = parts, parts if code.large_window else shared_parts
     windows = min(rows, tile.block) // tile.rows
     few_rows &= mosaic_int4.uses_block_diagonal(tile, jnp.bfloat16, is_mxfp4)
     few = [few_parts * (rows <= FEW_ROWS)] if few_rows else []
+    listing = (0, groups, visits, 0) if is_grouped else ()
     if few and rows * groups <= FEW_ROWS:
-        return (steps, block_windows, *few, block_windows)
+        return (*listing, steps, block_windows, *few, block_windows)
     one, shared = (0, 0) if any(few) else (parts, 0) if windows <= 1 else (0, shared_parts)
     multiplied = [shared * windows] * matrices
-    return (steps, block_windows, *few, one, shared, *multiplied, block_windows)
+    return (*listing, steps, block_windows, *few, one, shared, *multiplied, block_windows)
 
 
 def _case(op: Callable[..., Any], name: str, K: int, N: int, rows: int, groups: int | None) -> Case:

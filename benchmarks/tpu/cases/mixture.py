@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Dense, Int4, Weight, mixture
-from pallas_kernels.grouped_matmul.int4_product import FEW_ROWS, int4_code
-from pallas_kernels.hardware import chip
+from pallas_kernels.grouped_matmul.int4_product import FEW_ROWS
 from pallas_kernels.mixture.stages import STAGES, Int4Stage
 from tpu.case import Case
 
@@ -31,8 +30,7 @@ def _products(of: Any, steps: int, rows: int) -> list[int]:
     windows = [steps, steps * of.inputs // of.tiles.K_part]
     if not of.few:
         return windows
-    few_part = of.tiles.K_part if int4_code(chip()).large_few else of.tiles.K_shared
-    return [steps * of.inputs // few_part, 0, 0] if rows <= FEW_ROWS else [0, *windows]
+    return [steps * of.inputs // of.tiles.K_part, 0, 0] if rows <= FEW_ROWS else [0, *windows]
 
 
 def _trips(K: int, N: int, int4: bool, tokens: int, rows: int) -> tuple[int, ...]:
