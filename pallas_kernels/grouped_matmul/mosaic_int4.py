@@ -162,7 +162,7 @@ def _call(
         dtype=dtype,
         combine=combine,
         bf16=bf16,
-        operands=len(weights),
+        num_weights=len(weights),
     )
     accumulator = pltpu.VMEM((tile.block, tile.N), jnp.float32)
     scratch = [
@@ -279,9 +279,8 @@ def _kernel(
     dtype: Any,
     combine: Callable[..., Array],
     bf16: bool,
-    operands: int,
+    num_weights: int,
 ) -> None:
-    num_weights = operands
     weights, (out_ref, scaled_ref, *scratch) = refs[: 2 * num_weights], refs[2 * num_weights :]
     totals, scale_scratch = scratch[:num_weights], scratch[num_weights:]
     scales = weights[1::2]
