@@ -2,7 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 
 def rms_norm(x: Float[Array, "... d"], weight: Float[Array, "d"], eps: float) -> Float[Array, "... d"]:
@@ -16,7 +17,7 @@ def add_norm(
     x: Float[Array, "T D"],
     y: Float[Array, "T D"],
     weight: Float[Array, "D"],
-    block: Int32[Array, ""],
+    block: ArrayLike,
     *,
     eps: float,
     rows: int,
