@@ -191,8 +191,7 @@ def tpu_in_use() -> AbstractContextManager[Any]:
     try:
         pltpu.get_tpu_info()
     except ValueError:
-        mesh, device = jax.sharding.get_abstract_mesh(), jax.sharding.AbstractDevice("TPU v6 lite", 1, "tpu")
-        return jax.sharding.use_abstract_mesh(
-            jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device)
-        )
+        device = jax.sharding.AbstractDevice("TPU v6 lite", 1, "tpu")
+        # (of no axes: JAX refuses values that lie on another mesh than the one in use)
+        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
     return nullcontext()
