@@ -19,9 +19,9 @@ pytestmark = [
     [
         # 8,400 of them are products: of low ranks, and of the shared expert
         ("v6e:8x8", "data=8,tensor=8", 16_000),
-        pytest.param("v6e:8x8", "data=8,sequence=8", 14_000, marks=pytest.mark.slow),
+        ("v6e:8x8", "data=8,sequence=8", 14_000),
         # 19,700 of them
-        pytest.param("tpu7x:2x2x1", "sequence=8", 32_000, marks=pytest.mark.slow),
+        ("tpu7x:2x2x1", "sequence=8", 32_000),
     ],
 )
 def test_small_operations_of_a_layer(slice_, mesh, cycles):

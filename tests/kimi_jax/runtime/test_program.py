@@ -9,6 +9,7 @@ from greedy_batch import greedy_batch as batch
 
 import kimi_jax
 from kimi_jax.model.context import PAGE
+from kimi_jax.plan.hlo import parse
 from kimi_jax.runtime.batch import Finish
 from kimi_jax.runtime.program import Program
 from sharding import make_mesh
@@ -83,6 +84,22 @@ def test_pages_slots_and_neighbours_change_no_logits(plain, name):
     for got, want in zip(run(program, *steps)[1], expected, strict=True):
         np.testing.assert_allclose(got[1], want[0], rtol=0, atol=ATOL)
     assert program.compiled == compiled
+
+
+def test_no_product_of_a_history_runs_before_it_is_known_that_there_is_one(plain):
+    # Given a table of one piece, whose keys and values depend on no turn of the loop over pieces
+    program, _ = plain("k2.5")
+    cache, step = program.cache(PAGES, SLOTS), prefill(SEQUENCES, PLAIN_TABLE, [0, 1, 2])
+    made = program.jitted.logits.lower(program.arrays, cache, step).compile()  # it is compiled already
+    hlo = parse(made.as_text())
+
+    def of_loops(instructions):
+        texts = [instruction.attributes for instruction in instructions.values()]
+        return [text for text in texts if "while/body" in text and "dot_general" in text]
+
+    # Then what the program begins with has no product of a loop, and other computations have some
+    assert not of_loops(hlo.computations[hlo.entry])
+    assert any(map(of_loops, hlo.computations.values()))
 
 
 @pytest.mark.parametrize("name", [pytest.param("k2.5", marks=pytest.mark.slow), "kimi-linear"])
