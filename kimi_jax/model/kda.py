@@ -140,18 +140,19 @@ class KDA(nnx.Module):
         before = shift_right(raw[:, -reach:].astype(before.dtype), before, token_axes)
         before_raw = before.astype(raw.dtype)
 
-        def taken(values: jax.Array, count: int) -> jax.Array:
-            """Returns the sums of `count` tokens, b t c, of their values and those of the `reach` before them."""
-            return jnp.asarray(sum(values[:, j : j + count].astype(jnp.float32) * w[:, j] for j in range(reach + 1)))
+        def mixed(values: jax.Array, count: int) -> jax.Array:
+            """Returns the result of `count` tokens, b t c, of their values and those of the `reach` before them."""
+            y = sum(values[:, j : j + count].astype(jnp.float32) * w[:, j] for j in range(reach + 1))
+            return jax.nn.silu(y).astype(raw.dtype)
 
         # The first tokens reach back to `before`; the others' values lie in `raw`, which is not copied behind it
-        y = taken(jnp.concatenate([before_raw, raw[:, :reach]], axis=1), min(reach, t))
+        y = mixed(jnp.concatenate([before_raw, raw[:, :reach]], axis=1), min(reach, t))
         if t > reach:
-            y = jnp.concatenate([y, taken(raw, t - reach)], axis=1)
+            y = jnp.concatenate([y, mixed(raw, t - reach)], axis=1)
         counts = jnp.sum(valid, axis=1, dtype=jnp.int32)
         padded = jnp.concatenate([before_raw, raw], axis=1)
         tail = jnp.take_along_axis(padded, (counts[:, None] + jnp.arange(reach))[:, :, None], axis=1)
-        return jax.nn.silu(y).astype(raw.dtype), select_last(tail.astype(before.dtype), counts, t, token_axes)
+        return y, select_last(tail.astype(before.dtype), counts, t, token_axes)
 
     def convolve_segments(self, raw: jax.Array, segments: Positions) -> jax.Array:
         """Computes `convolve` of packed rows whose sequences all begin here: no tap reaches into another sequence."""
